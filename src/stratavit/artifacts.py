@@ -1,0 +1,186 @@
+"""Saving and loading super-networks and sub-networks: safetensors and one JSON file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from stratavit import architecture
+from stratavit.errors import ArtifactError, StrataViTError
+from stratavit.folders import read_json, read_tensors, write_folder, write_json
+from stratavit.strata import Strata
+
+if TYPE_CHECKING:
+    from stratavit.supernet import SuperNet
+
+FORMAT_VERSION = 1
+JSON_FILE, WEIGHTS_FILE, MOMENTS_FILE = "stratavit.json", "model.safetensors", "moments.safetensors"
+SUPER, SUB = "super-network", "sub-network"
+
+
+def save(model: nn.Module, path: str | Path, overwrite: bool = False) -> None:
+    """Saves a sub-network (or any timm `VisionTransformer`): ``model.safetensors`` and ``stratavit.json``.
+
+    Args:
+        model: What `SuperNet.extract` returned, trained further or not.
+        path: Folder to write.
+        overwrite: Replace a folder that is not empty.
+
+    Raises:
+        ArtifactError: The model cannot be described, or the folder cannot be written.
+    """
+    from stratavit.supernet import SuperNet, resolve_data_config
+
+    if isinstance(model, SuperNet):
+        raise ArtifactError("this is a super-network: save it with its own save(path)")
+    content = _header(SUB) | {
+        "model": architecture.describe(model),
+        "data_config": resolve_data_config(model),
+        "provenance": getattr(model, "provenance", {}),
+    }
+
+    def write(folder: Path) -> None:
+        save_file(_tensors(model), folder / WEIGHTS_FILE, {"format": "pt"})
+        write_json(folder / JSON_FILE, content)
+
+    write_folder(path, write, overwrite)
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
+    """Reads what `save` wrote: a plain timm model in eval mode.
+
+    Raises:
+        ArtifactError: The folder is not a sub-network's, or is damaged.
+    """
+    folder = Path(path)
+    content = _read_header(folder, SUB)
+    model = _load_model(content, folder, device)
+    model.provenance = content.get("provenance", {})  # type: ignore[assignment]
+    model.data_config = _data_config(content, folder)  # type: ignore[assignment]
+    return model
+
+
+def save_supernet(net: SuperNet, path: str | Path, overwrite: bool) -> None:
+    """See `SuperNet.save`."""
+    content = _header(SUPER) | {
+        "method": net.method,
+        "model": net.description,
+        "data_config": net.data_config,
+        "strata": None if net.strata is None else net.strata.to_json(),
+        "provenance": net.provenance,
+    }
+    moments = {f"{name}.mean": module.channel_mean for name, module in net.elastic.items() if module.channel_mean.numel()}
+
+    def write(folder: Path) -> None:
+        save_file(_tensors(net.model), folder / WEIGHTS_FILE, {"format": "pt"})
+        save_file(_contiguous(moments), folder / MOMENTS_FILE)
+        write_json(folder / JSON_FILE, content)
+
+    write_folder(path, write, overwrite)
+
+
+def load_supernet(cls: type[SuperNet], path: str | Path, device: torch.device | str) -> SuperNet:
+    """See `SuperNet.load`."""
+    folder = Path(path)
+    content = _read_header(folder, SUPER)
+    net = cls(_load_model(content, folder, device), _data_config(content, folder))
+    try:
+        net.method = content.get("method", "default")
+    except StrataViTError as error:
+        raise ArtifactError(f"{folder / JSON_FILE}: {error}") from error
+    net.description = content["model"]
+    net.provenance = dict(content.get("provenance", {}))
+    moments = read_tensors(folder / MOMENTS_FILE)
+    for site in net.sites:
+        mean, module = moments.get(f"{site.name}.mean"), net.elastic[site.name]
+        if mean is None:
+            continue
+        if mean.shape != (site.heads, site.width) or not mean.isfinite().all():
+            raise ArtifactError(
+                f"{folder / MOMENTS_FILE}: the mean of {site.name} should be {site.heads} x {site.width} finite numbers"
+            )
+        module.channel_mean = mean.to(module.out.weight)
+    if content.get("strata") is not None:
+        net.strata = Strata.from_json(net.sites, content["strata"])
+    return net
+
+
+def _header(kind: str) -> dict[str, Any]:
+    from stratavit import __version__
+
+    versions = {"stratavit": __version__, "timm": timm.__version__, "torch": torch.__version__}
+    return {"format": f"stratavit/{kind}", "format_version": FORMAT_VERSION, "versions": versions}
+
+
+def _read_header(folder: Path, kind: str) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is not a folder; expected one saved by StrataViT")
+    content = read_json(folder / JSON_FILE)
+    found = content.get("format")
+    if found != f"stratavit/{kind}":
+        if found == f"stratavit/{SUPER}":
+            raise ArtifactError(f"{folder} holds a super-network: load it with SuperNet.load")
+        if found == f"stratavit/{SUB}":
+            raise ArtifactError(f"{folder} holds a sub-network: load it with stratavit.load")
+        raise ArtifactError(f"{folder / JSON_FILE}: format {found!r} is not one of StrataViT's")
+    if content.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{folder}: format version {content.get('format_version')!r} is not {FORMAT_VERSION}; "
+            "load it with the StrataViT release that wrote it, named under 'versions'"
+        )
+    if not isinstance(content.get("model"), dict):
+        raise ArtifactError(f"{folder / JSON_FILE}: the model's description is missing")
+    return content
+
+
+def _load_model(content: Mapping[str, Any], folder: Path, device: torch.device | str) -> nn.Module:
+    model = architecture.build(content["model"], device="meta")
+    tensors = read_tensors(folder / WEIGHTS_FILE)
+    load_weights(model, tensors, str(folder / WEIGHTS_FILE), assign=True)
+    architecture_name = content["model"]["architecture"]
+    model.pretrained_cfg = {"architecture": architecture_name}
+    return model.to(device).eval()
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
+    """Loads a state dict strictly.
+
+    Raises:
+        ArtifactError: A tensor is missing, unknown, of the wrong shape, or not finite; the first one is named.
+    """
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors:
+            raise ArtifactError(f"{source}: {name} is missing; is this checkpoint of the same architecture?")
+        if name not in expected:
+            raise ArtifactError(f"{source}: {name} is not part of the model; is this checkpoint of the same architecture?")
+        ours, theirs = tuple(expected[name].shape), tuple(tensors[name].shape)
+        if ours != theirs:
+            hint = "; set --num-classes to the checkpoint's" if name.startswith("head") else ""
+            raise ArtifactError(f"{source}: {name} has shape {theirs}, the model expects {ours}{hint}")
+        if tensors[name].is_floating_point() and not tensors[name].isfinite().all():
+            raise ArtifactError(f"{source}: {name} holds NaN or infinite values; give a sound checkpoint")
+    model.load_state_dict(dict(tensors), strict=True, assign=assign)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+
+def _data_config(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    config = content.get("data_config")
+    if not isinstance(config, dict) or not isinstance(config.get("input_size"), list) or len(config["input_size"]) != 3:
+        raise ArtifactError(f"{folder / JSON_FILE}: data_config with an input_size of three numbers is missing")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return _contiguous(model.state_dict())
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}

@@ -1,0 +1,110 @@
+"""What a sub-network costs: MACs in both conventions, and parameters. Exact, by arithmetic alone.
+
+The linear count adds patch embedding, qkv, proj, fc1, fc2 and head, without biases and norms; it is
+what budgets mean. ``attention=True`` adds the two products QK^T and AV.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stratavit.structure import Site, model_device, model_dtype
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Cost of every sub-network of one model.
+
+    Attributes:
+        sites: The modules that can be cut.
+        tokens: Tokens N per image at the model's input size.
+        fixed_macs: MACs per image outside the sites.
+        fixed_params: Parameters outside the sites.
+    """
+
+    sites: tuple[Site, ...]
+    tokens: int
+    fixed_macs: int
+    fixed_params: int
+
+    def macs(self, widths: Mapping[str, int] | None = None, attention: bool = False) -> int:
+        """Multiply-accumulates per image; sites that are not named count at full width."""
+        total = self.fixed_macs
+        for site in self.sites:
+            width = site.width if widths is None else widths.get(site.name, site.width)
+            total += site_macs(site, width, self.tokens, attention)
+        return total
+
+    def params(self, widths: Mapping[str, int] | None = None, constant: bool = True, corrected: bool = True) -> int:
+        """Parameters of the extracted sub-network.
+
+        Args:
+            widths: Kept widths; sites that are not named count at full width.
+            constant: A site cut to width 0 keeps one vector of C numbers (else nothing at all).
+            corrected: A cut site whose `proj` / `fc2` has no bias gains one.
+        """
+        total = self.fixed_params
+        for site in self.sites:
+            width = site.width if widths is None else widths.get(site.name, site.width)
+            total += site_params(site, width, constant, corrected)
+        return total
+
+
+def site_macs(site: Site, width: int, tokens: int, attention: bool = False) -> int:
+    """MACs per image of one site at a width."""
+    if site.kind == "mlp":
+        return 2 * tokens * site.dim * width
+    products = 2 * tokens * tokens * site.heads * width if attention else 0
+    return 4 * tokens * site.dim * site.heads * width + products
+
+
+def site_params(site: Site, width: int, constant: bool, corrected: bool) -> int:
+    """Parameters of one site at a width."""
+    if width == 0:
+        return site.dim if constant else 0
+    maps = 3 if site.kind == "attention" else 1  # q, k and v, or fc1
+    channels = site.heads * width
+    out_bias = site.out_bias or (corrected and width < site.width)
+    return (maps + 1) * channels * site.dim + maps * channels * site.in_bias + site.dim * out_bias
+
+
+def cost_model(model: nn.Module, sites: tuple[Site, ...], image_size: tuple[int, int, int]) -> CostModel:
+    """Measures what does not change with widths by one pass over a blank image.
+
+    Args:
+        model: The model, at full width.
+        sites: Its sites.
+        image_size: Channels, height, width of an input image.
+    """
+    macs = {"all": 0, "tokens": 0}
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(module, nn.Linear | nn.Conv2d)
+        macs["all"] += output.numel() * module.weight[0].numel()
+
+    def tokens_of(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        macs["tokens"] = inputs[0].shape[1]
+
+    inside = tuple(site.name + "." for site in sites)
+    outside = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and not name.startswith(inside)
+    ]
+    handles = [module.register_forward_hook(count) for module in outside]
+    handles.append(model.get_submodule(sites[0].name).register_forward_pre_hook(tokens_of))
+    was_training = model.training
+    try:
+        model.eval()
+        with torch.inference_mode():
+            model(torch.zeros(1, *image_size, device=model_device(model), dtype=model_dtype(model)))
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    fixed_params = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(inside))
+    return CostModel(sites, macs["tokens"], macs["all"], fixed_params)

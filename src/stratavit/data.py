@@ -1,0 +1,158 @@
+"""Images from a folder, prepared the way the model was trained, through timm's readers and transforms."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.readers import create_reader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from stratavit.errors import StrataViTError
+
+_SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
+Sample = tuple[Tensor | None, int, str]
+
+
+class ImageFolder(Dataset[Sample]):
+    """Labelled images under ``folder/<class>/``; an unreadable image gives None in place of a tensor.
+
+    Args:
+        folder: Holds one folder of images per class.
+        data_config: timm's data configuration (input size, mean, std, interpolation, crop).
+        class_map: Text file with one class folder name per line; the line number is the class index.
+            Without it the folders are numbered in natural order.
+
+    Raises:
+        StrataViTError: No images, or a class folder that the class map does not know.
+    """
+
+    def __init__(self, folder: Path, data_config: Mapping[str, Any], class_map: str | Path | None = None) -> None:
+        self.class_index = None if class_map is None else read_class_map(Path(class_map))
+        try:
+            self.reader = create_reader("", root=str(folder), class_map=self.class_index or "")
+        except RuntimeError as error:
+            reason = "none of its class folders is in the class map" if class_map else "expected <class>/<image>"
+            raise StrataViTError(f"{folder} holds no usable images: {reason}") from error
+        self.classes = len({label for _, label in self.reader.samples})
+        if self.class_index is not None:
+            present = {path.name for path in folder.iterdir() if path.is_dir()}
+            unknown = sorted(present - self.class_index.keys())
+            if unknown:
+                raise StrataViTError(f"{folder / unknown[0]} is not a class of {class_map} ({len(unknown)} such folders)")
+        channels = data_config["input_size"][0]
+        if channels not in (1, 3):
+            raise StrataViTError(f"images have 1 or 3 channels, the model expects {channels}; give your own loader in Python")
+        self.mode = "L" if channels == 1 else "RGB"
+        keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+        self.transform = create_transform(**{key: data_config[key] for key in keys if key in data_config}, is_training=False)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> Sample:
+        path, label = self.reader.samples[index]
+        try:
+            with Image.open(path) as image:
+                return self.transform(image.convert(self.mode)), label, path
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return None, label, path
+
+
+class ImageLoader:
+    """Batches ``(images [B, C, H, W], labels [B])`` of an `ImageFolder`, leaving unreadable images out.
+
+    Their number and the first one's name are told on standard error after each pass, and kept in
+    `unreadable`. May be run through any number of times.
+    """
+
+    def __init__(self, dataset: ImageFolder, batch_size: int = 64, workers: int = 0, limit: int | None = None) -> None:
+        self.dataset = dataset
+        count = len(dataset) if limit is None else min(limit, len(dataset))
+        # evenly spread over the classes, which lie one after another in the folder's order
+        indices = [index * len(dataset) // count for index in range(count)] if count else []
+        subset = torch.utils.data.Subset(dataset, indices)
+        self.loader = DataLoader(subset, batch_size, num_workers=workers, collate_fn=_collate)
+        self.unreadable: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        unreadable: list[str] = []
+        for images, labels, failed in self.loader:
+            unreadable += failed
+            if len(images):
+                yield images, labels
+        if unreadable and unreadable != self.unreadable:
+            print(f"left out {len(unreadable)} unreadable images, first {unreadable[0]}", file=sys.stderr)
+        self.unreadable = unreadable
+
+
+def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
+    good = [(image, label) for image, label, _ in samples if image is not None]
+    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
+    return images, torch.tensor([label for _, label in good]), [path for image, _, path in samples if image is None]
+
+
+def read_class_map(path: Path) -> dict[str, int]:
+    """Class folder name -> index from a text file of one name per line.
+
+    Raises:
+        StrataViTError: The file is not readable text, or names a class twice.
+    """
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise StrataViTError(f"class map {path}: cannot be read as text, one class folder name per line") from error
+    repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if repeated or not names:
+        raise StrataViTError(f"class map {path}: " + (f"{repeated[0]!r} appears twice" if repeated else "is empty"))
+    return {name: index for index, name in enumerate(names)}
+
+
+def image_loader(
+    data: str | Path,
+    data_config: Mapping[str, Any],
+    split: str,
+    num_classes: int,
+    class_map: str | Path | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    limit: int | None = None,
+) -> ImageLoader:
+    """A loader over a folder of images in timm's evaluation transform.
+
+    Args:
+        data: A folder with ``train/`` and ``val/`` (or either), or the class folders themselves.
+        data_config: timm's data configuration of the model.
+        split: ``train`` or ``val``.
+        num_classes: Classes of the model's head.
+        class_map: See `ImageFolder`.
+        batch_size, workers: Of torch's DataLoader.
+        limit: At most this many images, spread evenly over the folder.
+
+    Raises:
+        StrataViTError: The folder is missing, empty, or its classes do not match the head.
+    """
+    root = Path(data)
+    if not root.is_dir():
+        raise StrataViTError(f"data: {root} is not a folder; expected train/ and val/ with one folder of images per class")
+    folder = next((root / name for name in _SPLITS[split] if (root / name).is_dir()), root)
+    if folder == root and any((root / name).is_dir() for names in _SPLITS.values() for name in names):
+        raise StrataViTError(f"data: {root} has no {split}/ folder, which is needed here")
+    dataset = ImageFolder(folder, data_config, class_map)
+    found = dataset.classes if dataset.class_index is None else len(dataset.class_index)
+    if found != num_classes:
+        what = "class folders" if dataset.class_index is None else "classes in the class map"
+        raise StrataViTError(
+            f"data: {folder} has {found} {what}, but the model's head has {num_classes} classes; "
+            "give --class-map FILE (one class folder name per line) or a model with --num-classes to match"
+        )
+    return ImageLoader(dataset, batch_size, workers, limit)

@@ -1,0 +1,17 @@
+"""The errors a user can cause and mend."""
+
+
+class StrataViTError(ValueError):
+    """Bad input: one sentence that says what was wrong, what was expected and what to do."""
+
+
+class UnsupportedModelError(StrataViTError):
+    """The model has a part that StrataViT cannot cut; the message names the module and the reason."""
+
+
+class ArtifactError(StrataViTError):
+    """A file or folder cannot be read or written as asked."""
+
+
+class BudgetError(StrataViTError):
+    """The budget asked for cannot be met; the message names the reachable range."""

@@ -1,0 +1,21 @@
+"""Progress bars: on standard error, and only where a person is watching."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import track as rich_track
+
+T = TypeVar("T")
+
+
+def track(items: Iterable[T], description: str) -> Iterator[T]:
+    """Iterates over `items` behind a progress bar; plain iteration when standard error is no terminal."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    total = len(items) if hasattr(items, "__len__") else None
+    yield from rich_track(items, description, total=total, console=Console(stderr=True), transient=True)

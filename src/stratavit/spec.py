@@ -1,0 +1,74 @@
+"""`Spec`: the width kept at every site. The only exchange format between the parts of StrataViT."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from stratavit.errors import StrataViTError
+
+
+class Spec(Mapping[str, int]):
+    """Site name -> kept width: head_dim of an attention module, hidden_features of an MLP.
+
+    Sites that are not named stay at full width. A `Spec` is immutable and hashable; a plain dict is
+    accepted wherever a `Spec` is. Whether the names and widths fit a model is checked where they
+    meet one (`SuperNet.resolve`).
+
+    Args:
+        widths: For example ``{"blocks.0.attn": 32, "blocks.0.mlp": 384}``; keys are timm module paths.
+
+    Raises:
+        StrataViTError: A key is not a string, or a width is not an int >= 0.
+    """
+
+    def __init__(self, widths: Mapping[str, int] | None = None) -> None:
+        self._widths: dict[str, int] = {}
+        for name, width in dict(widths or {}).items():
+            if not isinstance(name, str):
+                raise StrataViTError(f"spec: site names are strings such as 'blocks.0.attn', got {name!r}")
+            if isinstance(width, bool) or not isinstance(width, int) or width < 0:
+                raise StrataViTError(f"spec: the width of {name!r} must be a whole number >= 0, got {width!r}")
+            self._widths[name] = width
+
+    def __getitem__(self, name: str) -> int:
+        return self._widths[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._widths)
+
+    def __len__(self) -> int:
+        return len(self._widths)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._widths.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return self._widths == dict(other) if isinstance(other, Mapping) else NotImplemented
+
+    def __le__(self, other: Mapping[str, int]) -> bool:
+        """True when this sub-network lies inside `other`; both must name the same sites."""
+        return self.keys() == other.keys() and all(width <= other[name] for name, width in self.items())
+
+    def __repr__(self) -> str:
+        return f"Spec({self._widths})"
+
+    def to_json(self) -> str:
+        """The widths as a JSON object."""
+        return json.dumps(self._widths)
+
+    @classmethod
+    def from_json(cls, text: str) -> Spec:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            StrataViTError: The text is not a JSON object of widths.
+        """
+        try:
+            widths: Any = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise StrataViTError(f"spec: not valid JSON ({error})") from error
+        if not isinstance(widths, dict):
+            raise StrataViTError(f"spec: expected a JSON object of site: width, got {type(widths).__name__}")
+        return cls(widths)
