@@ -5,12 +5,14 @@ Only plain data is read and written, so loading a model never runs code from a f
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import timm
 import torch
+from timm.data import resolve_model_data_config
 from timm.layers import Attention, DropPath, LayerScale, Mlp, PatchDropout, get_act_layer, get_norm_layer
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
@@ -35,7 +37,8 @@ class Constant(nn.Module):
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         """Tokens ``[B, N, C]`` to the same constant for each; a stock timm block calls it like its module."""
-        return torch.zeros_like(x) if self.bias is None else self.bias.expand_as(x)
+        zeros = torch.zeros_like(x)
+        return zeros if self.bias is None else zeros + self.bias
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -57,7 +60,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     distilled = isinstance(model, VisionTransformerDistilled)
     fallback = "deit_tiny_distilled_patch16_224" if distilled else "vit_tiny_patch16_224"
     name = config.get("architecture") or fallback
-    description = {
+    description: dict[str, Any] = {
         "architecture": name if timm.is_model(name) else fallback,
         "args": _arguments(model),
         "norm_eps": float(getattr(model.blocks[0].norm1, "eps", 1e-6)),
@@ -100,7 +103,7 @@ def build(description: Mapping[str, Any], device: torch.device | str = "cpu") ->
     """
     try:
         args = dict(description["args"])
-        norm = partial(get_norm_layer(args.pop("norm_layer")), eps=description["norm_eps"])
+        norm = partial(get_norm_layer(args.pop("norm_layer")), eps=float(description["norm_eps"]))
         if not timm.is_model(description["architecture"]):
             raise ArtifactError(f"timm {timm.__version__} has no model named {description['architecture']!r}")
         model = timm.create_model(description["architecture"], device=device, norm_layer=norm, **args)
@@ -108,10 +111,11 @@ def build(description: Mapping[str, Any], device: torch.device | str = "cpu") ->
             parent, _, leaf = name.rpartition(".")
             block = model.get_submodule(parent)
             setattr(block, leaf, build_site(site, model.embed_dim, getattr(block, leaf), device))
-    except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError, ValueError) as error:
-        if isinstance(error, ArtifactError):
-            raise
-        raise ArtifactError(f"the model description cannot be built: {type(error).__name__}: {error}") from error
+    except ArtifactError:
+        raise
+    except Exception as error:  # a description from a file can be wrong in any way that timm does not check
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+        raise ArtifactError(f"the model description cannot be built: {type(error).__name__}: {reason}") from error
     assert isinstance(model, VisionTransformer)
     return model
 
@@ -125,6 +129,7 @@ def build_site(
         site: What `describe_site` returned.
         dim: Token width C.
         like: The module it replaces; gives activation and dropout rates.
+        device, dtype: Of the new layer.
     """
     if "constant" in site:
         return Constant(int(site["constant"]), device, dtype)
@@ -151,7 +156,7 @@ def build_site(
         device=device,
         dtype=dtype,
     )
-    mlp.act = like.act
+    mlp.act = copy.deepcopy(like.act)
     return mlp
 
 
@@ -211,3 +216,19 @@ def _difference(built: nn.Module, model: nn.Module) -> str | None:
     for name in ("num_prefix_tokens", "global_pool", "no_embed_class", "pool_include_prefix"):
         ours[name], theirs[name] = str(getattr(built, name)), str(getattr(model, name))
     return next((name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)), None)
+
+
+def resolve_data_config(model: nn.Module) -> dict[str, Any]:
+    """timm's data configuration of a model, its input size checked against the model itself."""
+    stored = getattr(model, "data_config", None)
+    if isinstance(stored, dict):
+        return dict(stored)
+    config = dict(resolve_model_data_config(model))
+    patches: Any = model.patch_embed
+    channels = patches.proj.in_channels if hasattr(patches, "proj") else 3
+    size = patches.img_size
+    if size is not None:
+        config["input_size"] = (channels, *size)
+    for key in ("mean", "std"):
+        config[key] = tuple(float(x) for x in config[key])[:channels]
+    return config

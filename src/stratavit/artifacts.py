@@ -35,13 +35,13 @@ def save(model: nn.Module, path: str | Path, overwrite: bool = False) -> None:
     Raises:
         ArtifactError: The model cannot be described, or the folder cannot be written.
     """
-    from stratavit.supernet import SuperNet, resolve_data_config
+    from stratavit.supernet import SuperNet
 
     if isinstance(model, SuperNet):
         raise ArtifactError("this is a super-network: save it with its own save(path)")
     content = _header(SUB) | {
         "model": architecture.describe(model),
-        "data_config": resolve_data_config(model),
+        "data_config": architecture.resolve_data_config(model),
         "provenance": getattr(model, "provenance", {}),
     }
 
@@ -61,9 +61,30 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     folder = Path(path)
     content = _read_header(folder, SUB)
     model = _load_model(content, folder, device)
-    model.provenance = content.get("provenance", {})  # type: ignore[assignment]
+    model.provenance = content.get("provenance", {})
     model.data_config = _data_config(content, folder)  # type: ignore[assignment]
     return model
+
+
+def kind(path: str | Path) -> str:
+    """``super-network`` or ``sub-network``: what a folder holds.
+
+    Raises:
+        ArtifactError: The folder is not one of StrataViT's.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is not a folder; expected one saved by StrataViT")
+    found = read_json(folder / JSON_FILE).get("format")
+    if found not in (f"stratavit/{SUPER}", f"stratavit/{SUB}"):
+        raise ArtifactError(f"{folder / JSON_FILE}: format {found!r} is not one of StrataViT's")
+    return str(found).removeprefix("stratavit/")
+
+
+def site_widths(model: nn.Module) -> dict[str, int]:
+    """Kept width of every site of a sub-network: its own layers tell."""
+    sites = architecture.describe(model)["sites"]
+    return {name: site.get("head_dim", site.get("hidden_features", 0)) for name, site in sites.items()}
 
 
 def save_supernet(net: SuperNet, path: str | Path, overwrite: bool) -> None:
@@ -75,7 +96,9 @@ def save_supernet(net: SuperNet, path: str | Path, overwrite: bool) -> None:
         "strata": None if net.strata is None else net.strata.to_json(),
         "provenance": net.provenance,
     }
-    moments = {f"{name}.mean": module.channel_mean for name, module in net.elastic.items() if module.channel_mean.numel()}
+    moments = {
+        f"{name}.mean": module.channel_mean for name, module in net.elastic.items() if module.channel_mean.numel()
+    }
 
     def write(folder: Path) -> None:
         save_file(_tensors(net.model), folder / WEIGHTS_FILE, {"format": "pt"})
@@ -118,22 +141,19 @@ def _header(kind: str) -> dict[str, Any]:
     return {"format": f"stratavit/{kind}", "format_version": FORMAT_VERSION, "versions": versions}
 
 
-def _read_header(folder: Path, kind: str) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise ArtifactError(f"{folder} is not a folder; expected one saved by StrataViT")
+def _read_header(folder: Path, expected: str) -> dict[str, Any]:
+    found = kind(folder)
+    if found != expected:
+        loader = "SuperNet.load" if found == SUPER else "stratavit.load"
+        raise ArtifactError(f"{folder} holds a {found}: load it with {loader}")
     content = read_json(folder / JSON_FILE)
-    found = content.get("format")
-    if found != f"stratavit/{kind}":
-        if found == f"stratavit/{SUPER}":
-            raise ArtifactError(f"{folder} holds a super-network: load it with SuperNet.load")
-        if found == f"stratavit/{SUB}":
-            raise ArtifactError(f"{folder} holds a sub-network: load it with stratavit.load")
-        raise ArtifactError(f"{folder / JSON_FILE}: format {found!r} is not one of StrataViT's")
     if content.get("format_version") != FORMAT_VERSION:
         raise ArtifactError(
             f"{folder}: format version {content.get('format_version')!r} is not {FORMAT_VERSION}; "
             "load it with the StrataViT release that wrote it, named under 'versions'"
         )
+    if not isinstance(content.get("provenance", {}), dict):
+        raise ArtifactError(f"{folder / JSON_FILE}: provenance should be a JSON object")
     if not isinstance(content.get("model"), dict):
         raise ArtifactError(f"{folder / JSON_FILE}: the model's description is missing")
     return content
@@ -159,7 +179,9 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str, a
         if name not in tensors:
             raise ArtifactError(f"{source}: {name} is missing; is this checkpoint of the same architecture?")
         if name not in expected:
-            raise ArtifactError(f"{source}: {name} is not part of the model; is this checkpoint of the same architecture?")
+            raise ArtifactError(
+                f"{source}: {name} is not part of the model; is this checkpoint of the same architecture?"
+            )
         ours, theirs = tuple(expected[name].shape), tuple(tensors[name].shape)
         if ours != theirs:
             hint = "; set --num-classes to the checkpoint's" if name.startswith("head") else ""
@@ -173,8 +195,10 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str, a
 
 def _data_config(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     config = content.get("data_config")
-    if not isinstance(config, dict) or not isinstance(config.get("input_size"), list) or len(config["input_size"]) != 3:
-        raise ArtifactError(f"{folder / JSON_FILE}: data_config with an input_size of three numbers is missing")
+    size = config.get("input_size") if isinstance(config, dict) else None
+    if not isinstance(size, list) or [type(n) for n in size] != [int, int, int] or min(size) < 1:
+        raise ArtifactError(f"{folder / JSON_FILE}: data_config needs an input_size of three whole numbers above 0")
+    assert isinstance(config, dict)
     return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
 
 

@@ -6,6 +6,8 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import index
+from typing import SupportsFloat, SupportsIndex
 
 from stratavit.errors import BudgetError
 from stratavit.spec import Spec
@@ -69,16 +71,21 @@ def parse_amount(amount: Amount, dense: int, name: str) -> int:
         elif suffix == "" and "." in text:
             share = number
         else:
-            return int(number * _SUFFIXES[suffix])
-    elif isinstance(amount, bool) or not isinstance(amount, int | float):
+            return _whole(number * _SUFFIXES[suffix])
+    elif isinstance(amount, bool) or not isinstance(amount, SupportsIndex | SupportsFloat):
         raise BudgetError(f"{name}: expected a share, a count or a text such as '50%', got {amount!r}")
-    elif isinstance(amount, int):
-        return amount
+    elif isinstance(amount, SupportsIndex):
+        return index(amount)
     else:
-        share = amount
+        share = float(amount)
     if not 0 < share <= 1:
         raise BudgetError(f"{name}: a share must be above 0 and at most 1 (100%), got {amount!r}")
-    return int(share * dense)
+    return _whole(share * dense)
+
+
+def _whole(count: float) -> int:
+    """Rounded down, but forgiving what binary fractions lose: 1.005K is 1,005, and count / dense of dense is count."""
+    return int(round(count, 3))
 
 
 def meet(
@@ -94,14 +101,15 @@ def meet(
         positions: Positions that may be chosen, ascending; the first is 0.
 
     Raises:
-        BudgetError: The budget cannot be read or is below the reachable range.
+        BudgetError: The budget cannot be read or is outside the reachable range.
     """
     high, low = cost(spec_at(positions[0])), cost(spec_at(positions[-1]))
     asked = parse_amount(amount, high, kind)
-    if asked < low:
+    if not low <= asked <= high:
+        hint = "; a share is written 1.0 or 100%" if amount in (1, "1") else ""
         raise BudgetError(
             f"{kind}: asked {amount!r} = {human(asked)}, but the reachable range is {human(low)} to {human(high)} "
-            f"({low / high:.1%} to 100%)"
+            f"({low / high:.1%} to 100%){hint}"
         )
     index = bisect_left(positions, True, key=lambda position: cost(spec_at(position)) <= asked)
     spec = spec_at(positions[index])

@@ -13,7 +13,9 @@ from stratavit.wpac import AttentionTransform, Criterion, attention_transform, f
 
 
 @torch.no_grad()
-def apply(elastic: Mapping[str, ElasticSite], statistics: Mapping[str, SiteStatistics], criterion: Criterion, seed: int) -> None:
+def apply(
+    elastic: Mapping[str, ElasticSite], statistics: Mapping[str, SiteStatistics], criterion: Criterion, seed: int
+) -> None:
     """Re-parameterises every site in place.
 
     Args:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stratavit.structure import Site, model_device, model_dtype
+from stratavit.structure import Site, eval_mode, model_device, model_dtype
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,18 @@ class CostModel:
             total += site_macs(site, width, self.tokens, attention)
         return total
 
-    def params(self, widths: Mapping[str, int] | None = None, constant: bool = True, corrected: bool = True) -> int:
+    def params(self, widths: Mapping[str, int] | None = None, biased: bool = True, corrected: bool = True) -> int:
         """Parameters of the extracted sub-network.
 
         Args:
             widths: Kept widths; sites that are not named count at full width.
-            constant: A site cut to width 0 keeps one vector of C numbers (else nothing at all).
-            corrected: A cut site whose `proj` / `fc2` has no bias gains one.
+            biased: A site cut to width 0 keeps the bias of its `proj` / `fc2` (else nothing at all).
+            corrected: A cut site has a bias there even if the full one has none.
         """
         total = self.fixed_params
         for site in self.sites:
             width = site.width if widths is None else widths.get(site.name, site.width)
-            total += site_params(site, width, constant, corrected)
+            total += site_params(site, width, biased, corrected)
         return total
 
 
@@ -62,13 +62,13 @@ def site_macs(site: Site, width: int, tokens: int, attention: bool = False) -> i
     return 4 * tokens * site.dim * site.heads * width + products
 
 
-def site_params(site: Site, width: int, constant: bool, corrected: bool) -> int:
+def site_params(site: Site, width: int, biased: bool, corrected: bool) -> int:
     """Parameters of one site at a width."""
+    out_bias = site.out_bias or (corrected and width < site.width)
     if width == 0:
-        return site.dim if constant else 0
+        return site.dim if biased and out_bias else 0
     maps = 3 if site.kind == "attention" else 1  # q, k and v, or fc1
     channels = site.heads * width
-    out_bias = site.out_bias or (corrected and width < site.width)
     return (maps + 1) * channels * site.dim + maps * channels * site.in_bias + site.dim * out_bias
 
 
@@ -97,13 +97,10 @@ def cost_model(model: nn.Module, sites: tuple[Site, ...], image_size: tuple[int,
     ]
     handles = [module.register_forward_hook(count) for module in outside]
     handles.append(model.get_submodule(sites[0].name).register_forward_pre_hook(tokens_of))
-    was_training = model.training
     try:
-        model.eval()
-        with torch.inference_mode():
+        with eval_mode(model), torch.inference_mode():
             model(torch.zeros(1, *image_size, device=model_device(model), dtype=model_dtype(model)))
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     fixed_params = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(inside))

@@ -45,13 +45,19 @@ class ImageFolder(Dataset[Sample]):
             present = {path.name for path in folder.iterdir() if path.is_dir()}
             unknown = sorted(present - self.class_index.keys())
             if unknown:
-                raise StrataViTError(f"{folder / unknown[0]} is not a class of {class_map} ({len(unknown)} such folders)")
+                raise StrataViTError(
+                    f"{folder / unknown[0]} is not a class of {class_map} ({len(unknown)} such folders)"
+                )
         channels = data_config["input_size"][0]
         if channels not in (1, 3):
-            raise StrataViTError(f"images have 1 or 3 channels, the model expects {channels}; give your own loader in Python")
+            raise StrataViTError(
+                f"images have 1 or 3 channels, the model expects {channels}; give your own loader in Python"
+            )
         self.mode = "L" if channels == 1 else "RGB"
         keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-        self.transform = create_transform(**{key: data_config[key] for key in keys if key in data_config}, is_training=False)
+        self.transform = create_transform(
+            **{key: data_config[key] for key in keys if key in data_config}, is_training=False
+        )
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -143,7 +149,9 @@ def image_loader(
     """
     root = Path(data)
     if not root.is_dir():
-        raise StrataViTError(f"data: {root} is not a folder; expected train/ and val/ with one folder of images per class")
+        raise StrataViTError(
+            f"data: {root} is not a folder; expected train/ and val/ with one folder of images per class"
+        )
     folder = next((root / name for name in _SPLITS[split] if (root / name).is_dir()), root)
     if folder == root and any((root / name).is_dir() for names in _SPLITS.values() for name in names):
         raise StrataViTError(f"data: {root} has no {split}/ folder, which is needed here")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, Protocol
 
+import torch
 import torch.nn.functional as F
 from timm.layers import Attention, Mlp
 from torch import Tensor, nn
@@ -102,7 +103,8 @@ class ElasticSite(nn.Module):
     def constant(self, x: Tensor) -> Tensor:
         """Output at width 0 (or bypassed): a constant for every token, or zeros. x ``[B, N, C]``."""
         bias = None if self.bypassed else self.out_bias_at(0)
-        return x.new_zeros(x.shape) if bias is None else bias.to(x.dtype).expand_as(x)
+        zeros = torch.zeros_like(x)
+        return zeros if bias is None else zeros + bias
 
 
 class ElasticAttention(ElasticSite):

@@ -13,7 +13,7 @@ from torch import nn
 from stratavit.batches import check_labels, unpack
 from stratavit.errors import StrataViTError
 from stratavit.progress import track
-from stratavit.structure import model_device, model_dtype
+from stratavit.structure import eval_mode, model_device, model_dtype
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,9 @@ def evaluate(
     Raises:
         StrataViTError: No images, no labels, or labels that do not fit the head.
     """
-    was_training = model.training
     first = fifth = n = 0
     loss = 0.0
-    try:
-        model.eval()
+    with eval_mode(model):
         for batch in track(loader, description):
             images, labels = unpack(batch)
             if labels is None:
@@ -73,8 +71,6 @@ def evaluate(
             fifth += int(hits.any(dim=-1).sum())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             n += len(labels)
-    finally:
-        model.train(was_training)
     if n == 0:
         raise StrataViTError("evaluate: the loader gave no images; check the data folder or the loader")
     return Metrics(100 * first / n, 100 * fifth / n, loss / n, n)

@@ -61,5 +61,7 @@ def small_site(site: Site, elastic: ElasticSite, width: int) -> nn.Module:
 
 def _fill(layer: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Gives a layer built without storage its own copies of the tensors."""
-    layer.load_state_dict({name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}, assign=True)
+    layer.load_state_dict(
+        {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}, assign=True
+    )
     return layer.requires_grad_(True)

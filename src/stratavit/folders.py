@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def write_folder(path: str | Path, write: Callable[[Path], None], overwrite: boo
     """
     path = check_free(path, overwrite)
     temporary: Path | None = None
+    new_parents = [parent for parent in path.absolute().parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -43,6 +45,10 @@ def write_folder(path: str | Path, write: Callable[[Path], None], overwrite: boo
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+        if not path.exists():
+            for parent in new_parents:
+                with suppress(OSError):
+                    parent.rmdir()
     return path
 
 
@@ -69,7 +75,8 @@ def _open_to_others(folder: Path) -> None:
     os.umask(umask)
     folder.chmod(0o777 & ~umask)
     for file in folder.iterdir():
-        file.chmod(0o666 & ~umask)
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
 
 
 def _replace(temporary: Path, path: Path) -> None:
@@ -92,8 +99,16 @@ def _reason(error: Exception) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes readable JSON; refuses NaN and infinity, which JSON does not have."""
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    """Writes readable JSON.
+
+    Raises:
+        ArtifactError: The content has NaN, infinity or an object that JSON does not have.
+    """
+    try:
+        text = json.dumps(content, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{path.name}: holds something that JSON cannot ({error}); check the provenance") from error
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -71,7 +71,8 @@ class RunningScatter:
     @property
     def mean(self) -> Tensor:
         """Unweighted mean, ``[G, d]`` float64."""
-        assert self._parts is not None and self._shift is not None, "no batch was seen"
+        assert self._parts is not None, "no batch was seen"
+        assert self._shift is not None
         return _wide(self._shift.squeeze(1)) + self._parts[0] / self.count
 
     @property

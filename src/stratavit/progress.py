@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
@@ -17,5 +17,5 @@ def track(items: Iterable[T], description: str) -> Iterator[T]:
     if not sys.stderr.isatty():
         yield from items
         return
-    total = len(items) if hasattr(items, "__len__") else None
+    total = len(items) if isinstance(items, Sized) else None
     yield from rich_track(items, description, total=total, console=Console(stderr=True), transient=True)

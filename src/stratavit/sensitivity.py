@@ -17,7 +17,7 @@ from stratavit.batches import check_labels, unpack
 from stratavit.elastic import ElasticSite
 from stratavit.errors import StrataViTError
 from stratavit.progress import track
-from stratavit.structure import Site, model_device, model_dtype, stages
+from stratavit.structure import Site, eval_mode, model_device, model_dtype, stages
 
 Measure = Literal["auto", "top1", "cost"]
 COST_FLOOR = 1e-4  # a module whose bypass does not raise the cost still gets this relative rise
@@ -48,8 +48,8 @@ def bypass_sensitivity(
         model: A model whose sites are elastic modules; run in eval mode at the widths that are set.
         sites: Its sites.
         loader: See `statistics.collect`.
-        measure: ``top1``, the relative loss of top-1 (paper), floored at half an image; ``cost``, the relative rise of the cross-entropy; ``auto``,
-            top-1 unless the model is within three standard errors of chance.
+        measure: ``top1``, the relative loss of top-1 (paper), floored at half an image; ``cost``, the relative
+            rise of the cross-entropy; ``auto``, top-1 unless the model is within three standard errors of chance.
 
     Returns:
         Site name -> sensitivity > 0.
@@ -60,16 +60,14 @@ def bypass_sensitivity(
     if measure not in ("auto", "top1", "cost"):
         raise StrataViTError(f"measure: expected 'auto', 'top1' or 'cost', got {measure!r}")
     tally = Tally()
-    was_training = model.training
-    try:
-        model.eval()
+    with eval_mode(model):
         for batch in track(loader, "sensitivity"):
             images, labels = unpack(batch)
             _bypass_each(model, sites, images, labels, tally)
-    finally:
-        model.train(was_training)
     if tally.images == 0:
-        raise StrataViTError("sensitivity: the loader gave no images; a generator is used up after one pass, give a list or a DataLoader")
+        raise StrataViTError(
+            "sensitivity: the loader gave no images; a generator is used up after one pass, give a list or a DataLoader"
+        )
     if measure == "top1" or (measure == "auto" and _above_chance(tally)):
         floor, base = 0.5, max(tally.correct, 1)
         return {name: max(base - correct, floor) / base for name, correct in tally.bypassed_correct.items()}

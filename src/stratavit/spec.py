@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 from stratavit.errors import StrataViTError
 
@@ -25,12 +26,14 @@ class Spec(Mapping[str, int]):
 
     def __init__(self, widths: Mapping[str, int] | None = None) -> None:
         self._widths: dict[str, int] = {}
+        if widths is not None and not isinstance(widths, Mapping):
+            raise StrataViTError(f"spec: expected a mapping of site names to widths, got {type(widths).__name__}")
         for name, width in dict(widths or {}).items():
             if not isinstance(name, str):
                 raise StrataViTError(f"spec: site names are strings such as 'blocks.0.attn', got {name!r}")
-            if isinstance(width, bool) or not isinstance(width, int) or width < 0:
+            if isinstance(width, bool) or not isinstance(width, SupportsIndex) or index(width) < 0:
                 raise StrataViTError(f"spec: the width of {name!r} must be a whole number >= 0, got {width!r}")
-            self._widths[name] = width
+            self._widths[name] = index(width)
 
     def __getitem__(self, name: str) -> int:
         return self._widths[name]

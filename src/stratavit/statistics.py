@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,7 +18,7 @@ from stratavit.elastic import ElasticAttention, ElasticSite
 from stratavit.errors import StrataViTError
 from stratavit.moments import RunningMean, RunningScatter
 from stratavit.progress import track
-from stratavit.structure import model_device, model_dtype, stages
+from stratavit.structure import eval_mode, model_device, model_dtype, stages
 
 Objective = Literal["auto", "label", "cross_entropy", "prediction"]
 OBJECTIVES = ("auto", "label", "cross_entropy", "prediction")
@@ -59,17 +58,22 @@ class SiteObserver:
     def features(self, features: Tensor) -> None:
         """qkv ``[B, N, 3, H, w]``: waits for the gradient."""
         if features.requires_grad:
-            features.register_hook(partial(self._backward, features.detach()))
+            self._await_gradient(features, features.detach())
 
     def inputs_of_out(self, features: Tensor) -> None:
         """Head outputs ``[B, N, H*w]`` or post-activations ``[B, N, m]``."""
         x = features.detach().unflatten(-1, (self.heads, -1))  # [B, N, H, w]
         self._mean.update(x.sum(dim=(0, 1), dtype=torch.float32), x.shape[0] * x.shape[1])
         if not self.attention and features.requires_grad:
-            features.register_hook(partial(self._backward, features.detach()[:, :, None, None]))
+            self._await_gradient(features, features.detach()[:, :, None, None])
 
     def outputs(self, outputs: Tensor) -> None:
         """Not needed by the paper's method."""
+
+    def _await_gradient(self, features: Tensor, seen_as: Tensor) -> None:
+        """Calls `_backward` once the gradient of `features` is there, then lets go of them."""
+        held = [seen_as]
+        features.register_hook(lambda gradient: self._backward(held.pop(), gradient))
 
     def _backward(self, features: Tensor, gradient: Tensor) -> None:
         """`features` ``[B, N, G, H, w]`` (G = 3 for qkv, 1 for an MLP) with the gradient of the objective."""
@@ -108,6 +112,7 @@ def collect(
             reference implementation), ``cross_entropy``, ``prediction`` the logit of the predicted
             class (no labels needed); ``auto`` is ``label`` where labels are there, else ``prediction``.
         scatter: Weighting of the q, k, v scatter; ``none`` leaves it out.
+        description: Title of the progress bar.
 
     Returns:
         Site name -> statistics.
@@ -122,21 +127,19 @@ def collect(
         name: SiteObserver(site.heads, isinstance(site, ElasticAttention), scatter) for name, site in sites.items()
     }
     active = {name: observer for name, observer in observers.items() if sites[name].width and not sites[name].bypassed}
-    was_training = model.training
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
-        model.eval()
         for parameter in trainable:
             parameter.requires_grad_(False)
         for name, observer in active.items():
             sites[name].observer = observer
-        images_seen = _run(model, loader, objective, description)
+        with eval_mode(model):
+            images_seen = _run(model, loader, objective, description)
     finally:
         for site in sites.values():
             site.observer = None
         for parameter in trainable:
             parameter.requires_grad_(True)
-        model.train(was_training)
     if images_seen == 0:
         raise StrataViTError("calibration: the loader gave no images; check the data folder or the loader")
     results = {name: observer.result() for name, observer in active.items()}

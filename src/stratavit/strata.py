@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from stratavit.cost import site_macs
@@ -105,7 +106,7 @@ def unit_importance(site: Site, alpha: Sequence[float], gamma: float) -> list[fl
     """
     total = sum(alpha) or 1.0
     ends = [step for step in site.steps if step <= len(alpha)]
-    return [gamma * sum(alpha[a:b]) / total for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return [gamma * sum(alpha[a:b]) / total for a, b in pairwise(ends)]
 
 
 def tail_candidates(importance: Sequence[float], macs: Sequence[int]) -> list[tuple[int, float]]:
@@ -141,10 +142,9 @@ def removal_order(
     candidates = []
     for name, values in importance.items():
         steps = by_name[name].steps
-        costs = [
-            site_macs(by_name[name], b, tokens) - site_macs(by_name[name], a, tokens)
-            for a, b in zip(steps[:-1], steps[1:], strict=True)
-        ][: len(values)]
+        costs = [site_macs(by_name[name], b, tokens) - site_macs(by_name[name], a, tokens) for a, b in pairwise(steps)][
+            : len(values)
+        ]
         candidates += [(density, -first, name) for first, density in tail_candidates(values, costs)]
     left = {name: len(values) for name, values in importance.items()}
     entries: list[Entry] = []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.layers import Attention, Mlp
@@ -87,7 +88,7 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
     return tuple(sites)
 
 
-def _attention_site(name: str, attn: nn.Module) -> Site:
+def _attention_site(name: str, attn: Any) -> Site:
     if type(attn) is not Attention:
         _refuse(name, f"a {type(attn).__name__} is not timm's plain Attention")
     for part in ("q_norm", "k_norm"):
@@ -109,7 +110,7 @@ def _attention_site(name: str, attn: nn.Module) -> Site:
     )
 
 
-def _mlp_site(name: str, mlp: nn.Module) -> Site:
+def _mlp_site(name: str, mlp: Any) -> Site:
     if type(mlp) is not Mlp:
         _refuse(name, f"a {type(mlp).__name__} is not timm's plain Mlp (gated MLPs are not supported yet)")
     if not isinstance(mlp.norm, nn.Identity):
@@ -170,3 +171,27 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 def model_device(model: nn.Module) -> torch.device:
     """Device of a model's weights."""
     return next(model.parameters()).device
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Runs the body in eval mode; every module is then as it was, also where only a part was training."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Runs the body with half-precision weights held in float32; casting there and back is exact."""
+    dtype = model_dtype(model)
+    try:
+        if dtype in (torch.float16, torch.bfloat16):
+            model.float()
+        yield
+    finally:
+        model.to(dtype)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import timm.data
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -22,7 +20,7 @@ from stratavit.errors import BudgetError, StrataViTError
 from stratavit.extract import small_model
 from stratavit.spec import Spec
 from stratavit.statistics import Objective, collect
-from stratavit.structure import find_sites, model_dtype
+from stratavit.structure import find_sites, in_float32
 from stratavit.wpac import CRITERIA, Criterion, scatter_needed
 
 Method = Literal["default", "paper"]
@@ -58,7 +56,7 @@ class SuperNet(nn.Module):
             if not parameter.isfinite().all():
                 raise StrataViTError(f"weights: {name} holds NaN or infinite values; give a sound checkpoint")
         self.description = architecture.describe(model)
-        self.data_config = dict(data_config) if data_config is not None else resolve_data_config(model)
+        self.data_config = dict(data_config) if data_config is not None else architecture.resolve_data_config(model)
         self.model = copy.deepcopy(model)
         self.cost = cost_model(self.model, self.sites, self.data_config["input_size"])
         for site in self.sites:
@@ -69,11 +67,12 @@ class SuperNet(nn.Module):
         self.strata: strata.Strata | None = None
         self.provenance: dict[str, Any] = {}
         self.method: Method = "default"
+        self.train(model.training)
 
     @property
     def elastic(self) -> dict[str, ElasticSite]:
         """Site name -> elastic module."""
-        return {site.name: self.model.get_submodule(site.name) for site in self.sites}  # type: ignore[misc]
+        return {site.name: self.model.get_submodule(site.name) for site in self.sites}
 
     @property
     def method(self) -> Method:
@@ -82,9 +81,7 @@ class SuperNet(nn.Module):
 
     @method.setter
     def method(self, method: Method) -> None:
-        if method not in ("default", "paper"):
-            raise StrataViTError(f"method: expected 'default' or 'paper', got {method!r}")
-        self._method: Method = method
+        self._method: Method = _known(method)
         for site in self.elastic.values():
             site.compensation = "none" if method == "paper" else "mean"
 
@@ -118,15 +115,15 @@ class SuperNet(nn.Module):
         """
         if criterion is not None and criterion not in CRITERIA:
             raise StrataViTError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion!r}")
-        self.method = method if criterion is None else "paper"
+        method = _known(method) if criterion is None else "paper"
         criterion = criterion or "wpac"
         self.set_widths(None)
-        with _in_float32(self.model):
+        with in_float32(self.model):
             statistics = collect(self.model, loader, objective, scatter_needed(criterion), "contract")
         contraction.apply(self.elastic, statistics, criterion, seed)
-        self.strata = None
+        self.strata, self.method = None, method
         self.provenance["contract"] = {
-            "method": self.method,
+            "method": method,
             "criterion": criterion,
             "objective": objective,
             "images": next(iter(statistics.values())).images,
@@ -158,9 +155,9 @@ class SuperNet(nn.Module):
         Raises:
             StrataViTError: Bad images, labels or options.
         """
-        self.method = method or self.method
+        method = self.method if method is None else _known(method)
         self.set_widths(None)
-        with _in_float32(self.model):
+        with in_float32(self.model):
             statistics = collect(self.model, loader, objective, "none", "importance")
             gamma = sensitivity.bypass_sensitivity(self.model, self.sites, loader, measure)
         importance = {}
@@ -169,9 +166,10 @@ class SuperNet(nn.Module):
             importance[site.name] = strata.unit_importance(site, alpha.tolist(), gamma[site.name])
             if self.elastic[site.name].channel_mean.numel() == 0:
                 contraction.set_mean(self.elastic[site.name], statistics[site.name].channel_mean)
+        self.method = method
         self.strata = strata.Strata(self.sites, strata.removal_order(self.sites, importance, self.cost.tokens))
         self.provenance["stratify"] = {
-            "method": self.method,
+            "method": method,
             "objective": objective,
             "measure": measure,
             "images": next(iter(statistics.values())).images,
@@ -224,15 +222,13 @@ class SuperNet(nn.Module):
 
     def params(self, spec: Mapping[str, int] | None = None) -> int:
         """Parameters of the extracted model. The dense model's without a spec."""
-        mean = self.method != "paper"
-        widths = self.resolve(spec)
-        return self.cost.params(widths, constant=mean and self._has_means, corrected=mean and self._has_means)
+        biased = self.method != "paper"
+        calibrated = all(module.channel_mean.numel() for module in self.elastic.values())
+        return self.cost.params(self.resolve(spec), biased, corrected=biased and calibrated)
 
-    @property
-    def _has_means(self) -> bool:
-        return all(module.channel_mean.numel() for module in self.elastic.values())
-
-    def budget(self, *, macs: Amount | None = None, params: Amount | None = None, position: int | None = None) -> Budget:
+    def budget(
+        self, *, macs: Amount | None = None, params: Amount | None = None, position: int | None = None
+    ) -> Budget:
         """The largest sub-network of the dropout list within one budget, with asked, got and reachable range.
 
         Args:
@@ -246,7 +242,9 @@ class SuperNet(nn.Module):
         """
         if self.strata is None:
             raise StrataViTError("no dropout list yet: call stratify(loader) first, or give a spec")
-        given = [kind for kind, value in (("macs", macs), ("params", params), ("position", position)) if value is not None]
+        given = [
+            kind for kind, value in (("macs", macs), ("params", params), ("position", position)) if value is not None
+        ]
         if len(given) != 1:
             raise BudgetError(f"give exactly one of macs, params, position; got {' and '.join(given) or 'none'}")
         positions = range(len(self.strata) + 1) if self.method == "default" else self.strata.group_ends()
@@ -308,7 +306,7 @@ class SuperNet(nn.Module):
     # ---- files ------------------------------------------------------------------------------------
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
-        """Writes a folder: ``model.safetensors`` (a stock timm checkpoint), ``moments.safetensors``, ``stratavit.json``.
+        """Writes a folder: ``model.safetensors`` (a timm checkpoint), ``moments.safetensors``, ``stratavit.json``.
 
         Raises:
             ArtifactError: The folder exists and is not empty (unless `overwrite`), or cannot be written.
@@ -325,27 +323,7 @@ class SuperNet(nn.Module):
         return artifacts.load_supernet(cls, path, device)
 
 
-def resolve_data_config(model: nn.Module) -> dict[str, Any]:
-    """timm's data configuration of a model, its input size checked against the model itself."""
-    if isinstance(getattr(model, "data_config", None), dict):
-        return dict(model.data_config)  # type: ignore[arg-type]
-    config = dict(timm.data.resolve_model_data_config(model))
-    patches = model.patch_embed
-    channels, size = patches.proj.in_channels if hasattr(patches, "proj") else 3, patches.img_size  # type: ignore[union-attr]
-    if size is not None:
-        config["input_size"] = (channels, *size)  # type: ignore[misc]
-    for key in ("mean", "std"):
-        config[key] = tuple(float(x) for x in config[key])[:channels]
-    return config
-
-
-@contextmanager
-def _in_float32(model: nn.Module) -> Iterator[None]:
-    """Runs the body with half-precision weights held in float32; casting there and back is exact."""
-    dtype = model_dtype(model)
-    try:
-        if dtype in (torch.float16, torch.bfloat16):
-            model.float()
-        yield
-    finally:
-        model.to(dtype)
+def _known(method: Method) -> Method:
+    if method not in ("default", "paper"):
+        raise StrataViTError(f"method: expected 'default' or 'paper', got {method!r}")
+    return method

@@ -85,9 +85,7 @@ def attention_transform(
     return rotation(selection(_descending(v)), selection(_descending(q + k)))
 
 
-def mlp_order(
-    statistics: SiteStatistics, criterion: Criterion, norms: Tensor, generator: torch.Generator
-) -> Tensor:
+def mlp_order(statistics: SiteStatistics, criterion: Criterion, norms: Tensor, generator: torch.Generator) -> Tensor:
     """Hidden units of an MLP, most important first, ``[m]``.
 
     ``wpac`` and ``pca`` use the second-order Taylor term, as the reference does.

@@ -1,0 +1,74 @@
+"""What the benchmarks share: real models and images, and dated result files."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import stratavit
+from stratavit.architecture import resolve_data_config
+from stratavit.data import image_loader
+from stratavit.zoo import dense_model
+
+RESULTS = Path(__file__).parent / "results"
+DATA = Path(os.environ.get("STRATAVIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+MODELS = {
+    "deit_tiny": ("deit_tiny_patch16_224", "deit_tiny_patch16_224.safetensors"),
+    "vit_tiny_augreg": ("vit_tiny_patch16_224", "vit_tiny_patch16_224.augreg.safetensors"),
+}
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def real_model(name: str) -> nn.Module:
+    """A real pre-trained model of the development data."""
+    architecture, weights = MODELS[name]
+    return dense_model(architecture, DATA / weights)
+
+
+def real_batches(model: nn.Module, split: str, limit: int | None = None, batch_size: int = 50) -> Batches:
+    """Images of a split, held in memory."""
+    folder = DATA / "imagenet"
+    config = resolve_data_config(model)
+    return list(image_loader(folder, config, split, 1000, folder / "class_map.txt", batch_size, limit=limit))
+
+
+def write_results(name: str, rows: Sequence[Mapping[str, Any]], note: str = "") -> None:
+    """Prints a table and writes it, dated, as CSV and Markdown with command, versions and hardware."""
+    stem = f"{datetime.date.today().isoformat()}-{name}"
+    RESULTS.mkdir(exist_ok=True)
+    columns = list(rows[0])
+    with (RESULTS / f"{stem}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(_cell(row[column]) for column in columns) + " |" for row in rows]
+    command = " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    facts = (
+        f"`{command}`; stratavit {stratavit.__version__}, timm {timm.__version__}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}, {torch.get_num_threads()} threads, {_processor()}"
+    )
+    text = "\n".join([f"# {name}, {datetime.date.today().isoformat()}", "", *lines, "", note, "", facts, ""])
+    (RESULTS / f"{stem}.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

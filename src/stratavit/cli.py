@@ -1,0 +1,185 @@
+"""The command line: arguments in, exit code out. What a command does is in `commands`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from stratavit import __version__, commands
+from stratavit.errors import StrataViTError
+from stratavit.report import LADDER
+from stratavit.statistics import OBJECTIVES
+from stratavit.wpac import CRITERIA
+
+_EXAMPLES = """examples:
+  stratavit demo                                                    see it work, nothing to download
+  stratavit convert deit_tiny_patch16_224 --data IMAGENET --out run     once: sort the knowledge
+  stratavit curve run --data IMAGENET                                   accuracy at every size
+  stratavit extract run --macs 50% --out small                          a plain timm model
+  stratavit evaluate small --data IMAGENET
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and options."""
+    main_parser = argparse.ArgumentParser(
+        prog="stratavit",
+        description="Turn one pre-trained Vision Transformer into a super-network; slice any size out of it.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    main_parser.add_argument("--version", action="version", version=f"stratavit {__version__}")
+    commands_ = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    convert = _command(commands_, "convert", commands.convert, "make a super-network from a pre-trained model")
+    convert.add_argument("model", metavar="MODEL", help="timm model name, for example deit_tiny_patch16_224")
+    _model_options(convert)
+    _data_options(convert, "images to calibrate on: a folder with train/, or the class folders themselves")
+    _out_options(convert, "RUN", "folder to write the super-network to")
+    convert.add_argument(
+        "--images",
+        type=_positive,
+        default=1024,
+        help="calibration images at most (default: %(default)s, as in the paper)",
+    )
+    convert.add_argument(
+        "--method",
+        choices=("default", "paper"),
+        help="paper: exactly the paper, cut channels count as zero (default: keep their mean)",
+    )
+    convert.add_argument(
+        "--criterion", choices=CRITERIA, help="what channels are sorted by; baselines, implies --method paper"
+    )
+    convert.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        default="auto",
+        help="what is differentiated; 'prediction' needs no labels (default: %(default)s)",
+    )
+    convert.add_argument("--seed", type=int, default=0, help="for --criterion random (default: %(default)s)")
+
+    extract = _command(commands_, "extract", commands.extract, "slice a plain small model out of a super-network")
+    extract.add_argument("run", metavar="RUN", help="folder of a super-network")
+    _budget_options(extract, required=True)
+    _out_options(extract, "SMALL", "folder to write the small model to")
+
+    evaluate = _command(commands_, "evaluate", commands.evaluate, "measure accuracy on labelled images")
+    evaluate.add_argument("target", metavar="SMALL|RUN|MODEL", help="a saved folder, or a timm model name")
+    _model_options(evaluate)
+    _data_options(evaluate, "labelled images: a folder with val/, or the class folders themselves")
+    _budget_options(evaluate, required=False)
+
+    curve = _command(commands_, "curve", commands.curve, "accuracy at a ladder of budgets: table, CSV, PNG")
+    curve.add_argument("run", metavar="RUN", help="folder of a super-network")
+    _data_options(curve, "labelled images: a folder with val/, or the class folders themselves")
+    curve.add_argument(
+        "--shares",
+        type=_shares,
+        default=LADDER,
+        metavar="LIST",
+        help="shares of the dense MACs, for example 1,8/12,0.5 (default: twelfths)",
+    )
+    _out_options(curve, "DIR", "folder for curve.csv and curve.png (default: RUN-curve)", required=False)
+
+    info = _command(
+        commands_, "info", commands.info, "sites, widths, MACs, parameters and provenance of a saved folder"
+    )
+    info.add_argument("target", metavar="SMALL|RUN", help="a saved folder")
+
+    demo = _command(
+        commands_, "demo", commands.demo, "the whole job on a small model and images that come with scikit-learn"
+    )
+    _out_options(demo, "DIR", "folder for the results (default: stratavit-demo)", required=False)
+    demo.add_argument(
+        "--epochs", type=_positive, default=30, help="training epochs of the small model (default: %(default)s)"
+    )
+    return main_parser
+
+
+def _command(group: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = group.add_parser(
+        name, help=summary, description=summary[0].upper() + summary[1:] + "."
+    )
+    command.set_defaults(run_command=run)
+    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return command
+
+
+def _model_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--weights", metavar="FILE", help="local checkpoint (.safetensors or .pth) instead of the hub's"
+    )
+    command.add_argument("--num-classes", type=_positive, help="size of the head, if not the architecture's own")
+
+
+def _data_options(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("--data", required=True, metavar="DIR", help=what)
+    command.add_argument(
+        "--class-map", metavar="FILE", help="text file, one class folder name per line in the order of the head"
+    )
+    command.add_argument("--batch-size", type=_positive, default=64, help="images per batch (default: %(default)s)")
+    command.add_argument(
+        "--workers", type=int, default=commands.default_workers(), help="image-loading processes (default: %(default)s)"
+    )
+
+
+def _budget_options(command: argparse.ArgumentParser, required: bool) -> None:
+    group = command.add_mutually_exclusive_group(required=required)
+    group.add_argument("--macs", metavar="BUDGET", help="a share of the dense model (50%%, 0.5) or a count (2.1G)")
+    group.add_argument("--params", metavar="BUDGET", help="likewise (50%%, 12M)")
+    group.add_argument("--position", type=int, metavar="N", help="drop the first N entries of the dropout list")
+
+
+def _out_options(command: argparse.ArgumentParser, name: str, what: str, required: bool = True) -> None:
+    command.add_argument("--out", required=required, metavar=name, help=what)
+    command.add_argument("--overwrite", action="store_true", help="replace the folder if it is not empty")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return value
+
+
+def _shares(text: str) -> tuple[str, ...]:
+    from stratavit.report import parse_share
+
+    for part in text.split(","):
+        try:
+            parse_share(part)
+        except (ValueError, ZeroDivisionError) as error:
+            raise argparse.ArgumentTypeError(f"cannot read {part!r} as a share above 0 and at most 1") from error
+    return tuple(text.split(","))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        0; 2 for an error of the user's, told in one line; 130 when interrupted.
+    """
+    args = parser().parse_args(argv)
+    try:
+        result, view = args.run_command(args)
+    except StrataViTError as error:
+        print(f"stratavit {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"stratavit {args.command}: interrupted; nothing half-written was left", file=sys.stderr)
+        return 130
+    if args.json:
+        print(json.dumps(result, indent=1))
+    else:
+        Console(soft_wrap=True).print(*view, sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Accuracy against size: measured along a ladder of budgets, as a table, CSV and picture."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from stratavit.budget import human
+from stratavit.evaluate import evaluate
+from stratavit.supernet import SuperNet
+
+LADDER = tuple(f"{twelfths}/12" for twelfths in range(12, 1, -1))
+_INK, _LINE, _MUTED = "#1f2937", "#2563eb", "#9ca3af"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One sub-network on the curve.
+
+    Attributes:
+        asked: Share of the dense model's MACs that was asked for.
+        share: Share that was got.
+        macs, params: Of the sub-network.
+        top1, top5: Percent.
+        loss: Mean cross-entropy.
+        n: Images it was measured on.
+    """
+
+    asked: str
+    share: float
+    macs: int
+    params: int
+    top1: float
+    top5: float
+    loss: float
+    n: int
+
+
+def curve(net: SuperNet, loader: Iterable[Any], ladder: Sequence[str] = LADDER) -> list[Point]:
+    """Measures a super-network at a ladder of MACs budgets, largest first.
+
+    Args:
+        net: With a dropout list.
+        loader: Labelled images; run through once per budget.
+        ladder: Shares such as ``"8/12"`` or ``"0.5"``; those below the reachable range are left out.
+    """
+    lowest = 0 if net.strata is None else net.macs(net.strata.spec(len(net.strata)))
+    points: list[Point] = []
+    for asked in ladder:
+        if parse_share(asked) * net.macs() < lowest:
+            continue
+        met = net.budget(macs=parse_share(asked))
+        metrics = evaluate(net, loader, met.spec, description=f"MACs {asked}")
+        size = {"share": met.got / net.macs(), "macs": met.got, "params": net.params(met.spec)}
+        points.append(Point(asked, **size, **metrics.to_dict()))  # type: ignore[arg-type]
+    return points
+
+
+def parse_share(text: str) -> float:
+    """A share in (0, 1] from ``"8/12"``, ``"0.5"`` or ``"50%"``.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    top, _, bottom = text.strip().removesuffix("%").partition("/")
+    share = float(top) / (float(bottom) if bottom else 1) / (100 if text.strip().endswith("%") else 1)
+    if not 0 < share <= 1:
+        raise ValueError(f"a share must be above 0 and at most 1, got {text!r}")
+    return share
+
+
+def table(points: Sequence[Point]) -> Table:
+    """The curve as a table for the terminal."""
+    rows = Table(title="accuracy against size")
+    for heading in ("MACs asked", "MACs got", "share", "params", "top-1 %", "top-5 %", "loss"):
+        rows.add_column(heading, justify="right")
+    for p in points:
+        cells = (human(p.macs), f"{p.share:.1%}", human(p.params), f"{p.top1:.2f}", f"{p.top5:.2f}", f"{p.loss:.3f}")
+        rows.add_row(p.asked, *cells)
+    return rows
+
+
+def write_csv(points: Sequence[Point], path: Path) -> None:
+    """The curve as CSV, one row per budget."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(Point.__dataclass_fields__))
+        writer.writeheader()
+        writer.writerows(asdict(point) for point in points)
+
+
+def plot(points: Sequence[Point], path: Path, title: str) -> None:
+    """The curve as a PNG: top-1 against MACs, every point labelled."""
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot([p.macs for p in points], [p.top1 for p in points], color=_LINE, marker="o", linewidth=2)
+    for p in points:
+        axes.annotate(
+            f"{p.top1:.1f}", (p.macs, p.top1), (0, 7), textcoords="offset points", ha="center", color=_INK, fontsize=8
+        )
+    axes.axhline(points[0].top1, color=_MUTED, linewidth=1, linestyle="--", zorder=0)
+    axes.set_title(title, loc="left", color=_INK)
+    axes.set_xlabel("MACs per image (linear count)")
+    axes.set_ylabel(f"top-1 %, {points[0].n} images")
+    axes.set_ylim(0, max(p.top1 for p in points) * 1.12 + 1)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(lambda value, _: human(value))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="png")

@@ -1,0 +1,77 @@
+"""Dense models by timm name, with weights from the hub or from a local file."""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from stratavit.artifacts import load_weights
+from stratavit.errors import ArtifactError, StrataViTError
+from stratavit.folders import read_tensors
+
+
+def dense_model(name: str, weights: str | Path | None = None, num_classes: int | None = None) -> nn.Module:
+    """A pre-trained timm model in eval mode.
+
+    Args:
+        name: timm's model name, with or without a pretrained tag.
+        weights: Local checkpoint (``.safetensors``, or ``.pth`` read with ``weights_only=True``); the hub's
+            pretrained weights if None.
+        num_classes: Size of the head, if it is not the architecture's own.
+
+    Raises:
+        StrataViTError: Unknown name, or weights that cannot be fetched, read or fitted.
+    """
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() names them all"
+        raise StrataViTError(f"timm {timm.__version__} has no model named {name!r}; {hint}")
+    arguments = {} if num_classes is None else {"num_classes": num_classes}
+    if weights is not None:
+        model: nn.Module = timm.create_model(name, **arguments)
+        load_weights(model, read_checkpoint(Path(weights)), str(weights))
+        return model.eval()
+    try:
+        model = timm.create_model(name, pretrained=True, **arguments)
+    except Exception as error:  # whatever the hub's client raises, the way out is the same
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise StrataViTError(
+            f"cannot fetch pretrained weights of {name}: {reason[:200]}; give a local checkpoint with --weights FILE"
+        ) from error
+    return model.eval()
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The state dict in a checkpoint file; nothing in the file is executed.
+
+    Raises:
+        ArtifactError: The file is missing, damaged, or holds something else.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"weights: {path} is not a file")
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
+    try:
+        state = load_state_dict(str(path), weights_only=True)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        raise ArtifactError(
+            f"weights: {path} is damaged or holds more than plain tensors, which is not loaded"
+        ) from error
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ArtifactError(f"weights: {path} does not hold a state dict of tensors")
+    return dict(state)

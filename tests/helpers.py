@@ -1,0 +1,149 @@
+"""Small random models, images and independent reference computations that several test modules share."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import timm
+import torch
+from hypothesis import strategies as st
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import stratavit
+
+CLASSES = 7
+_SMALL = {
+    "img_size": 32,
+    "patch_size": 8,
+    "num_classes": CLASSES,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "mlp_ratio": 2.0,
+}
+FAMILIES = {
+    "plain": {},
+    "no_bias": {"qkv_bias": False, "proj_bias": False},
+    "layer_scale": {"init_values": 1e-5, "no_embed_class": True},
+    "avg_pool": {"global_pool": "avg", "fc_norm": True, "class_token": False},
+    "registers": {"reg_tokens": 3, "no_embed_class": True},
+    "odd_widths": {"embed_dim": 36, "num_heads": 3, "mlp_ratio": 1.4},  # head_dim 12, MLP 50
+    "distilled": None,  # timm's subclass with two class tokens and two heads
+}
+
+
+def make_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> VisionTransformer:
+    """A small model of a family in eval mode, its weights large enough for differences to show."""
+    if family == "distilled":
+        model = timm.create_model("deit_tiny_distilled_patch16_224", **_SMALL)
+    else:
+        model = VisionTransformer(**(_SMALL | FAMILIES[family]))
+    return enliven(model, seed).to(dtype).eval()
+
+
+def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives every weight a random value; gains stay near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            gain = name.endswith("gamma") or ("norm" in name and name.endswith("weight"))
+            parameter.copy_(1 + 0.1 * noise if gain else 0.18 * noise)
+    return model
+
+
+def make_images(count: int = 12, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def make_batches(sizes: tuple[int, ...] = (5, 4, 3), dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
+    """Labelled calibration batches: the same images whatever the sizes, as long as their sum is the same."""
+    count = sum(sizes)
+    labels = torch.randint(0, CLASSES, (count,), generator=torch.Generator().manual_seed(2))
+    return list(zip(make_images(count, dtype=dtype).split(sizes), labels.split(sizes), strict=True))
+
+
+@cache
+def make_net(family: str, method: str = "default", stratified: bool = False) -> stratavit.SuperNet:
+    """A contracted super-network. Shared between tests: copy it before changing it."""
+    net = stratavit.SuperNet(make_model(family)).contract(make_batches(), method=method).eval()
+    return net.stratify(make_batches()) if stratified else net
+
+
+def stock_copy(source: nn.Module, net: stratavit.SuperNet) -> nn.Module:
+    """The stock timm model with the super-network's weights, loaded strictly."""
+    model = copy.deepcopy(source)
+    model.load_state_dict(net.model.state_dict(), strict=True)
+    return model.eval()
+
+
+def spec_strategy(family: str) -> st.SearchStrategy[dict[str, int]]:
+    """Specs of a family: each site left out, or at any width, 0 and full among the likeliest."""
+    sites = make_net(family).sites
+    widths = {site.name: st.sampled_from([0, 1, site.width]) | st.integers(0, site.width) for site in sites}
+    return st.fixed_dictionaries({}, optional=widths)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest expected value."""
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def out_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Site name -> the linear map out of its channels, of a stock model."""
+    layers = {}
+    for index, block in enumerate(model.blocks):
+        layers |= {f"blocks.{index}.attn": block.attn.proj, f"blocks.{index}.mlp": block.mlp.fc2}
+    return layers
+
+
+def measured_means(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Mean input of every `proj` and `fc2` of a stock model over all tokens, ``[channels]`` float64."""
+    means: dict[str, Tensor] = {}
+
+    def remember(name: str):
+        def hook(module, args):
+            means[name] = args[0].double().flatten(0, 1).mean(dim=0)
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(remember(name)) for name, layer in out_layers(model).items()]
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return means
+
+
+def masked(model: nn.Module, spec: dict[str, int], means: dict[str, Tensor] | None) -> nn.Module:
+    """The full-width stock model with cut channels switched off by hooks: what a sub-network must compute.
+
+    Cut coordinates of q and k are zeroed, so that timm's own ``d**-0.5`` stays the scale. Cut channels
+    that `proj` / `fc2` reads are replaced by their mean, or by zero where `means` is None (the paper);
+    then a module with nothing left adds nothing at all.
+    """
+    model = copy.deepcopy(model)
+    for name, layer in out_layers(model).items():
+        module = model.get_submodule(name)
+        heads = module.num_heads if name.endswith("attn") else 1
+        full = layer.in_features // heads
+        width = spec.get(name, full)
+        cut = (torch.arange(full) >= width).repeat(heads)  # [heads*full]
+        fill = torch.zeros(layer.in_features) if means is None else means[name]
+
+        def replace(_, args, cut=cut, fill=fill):
+            return (torch.where(cut, fill.to(args[0]), args[0]),)
+
+        def zero_cut(_, args, output, cut=cut):
+            q, k, v = output.chunk(3, dim=-1)
+            return torch.cat([q.masked_fill(cut, 0), k.masked_fill(cut, 0), v], dim=-1)
+
+        layer.register_forward_pre_hook(replace)
+        if heads > 1:
+            module.qkv.register_forward_hook(zero_cut)
+        if width == 0 and means is None:
+            module.register_forward_hook(lambda _, args, output: torch.zeros_like(output))
+    return model

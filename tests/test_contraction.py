@@ -1,0 +1,201 @@
+"""Contraction sorts what is inside the modules and leaves the model's function alone."""
+
+import copy
+
+import pytest
+import torch
+from helpers import make_batches, make_images, make_model, measured_means, out_layers, relative_error, stock_copy
+
+from stratavit import StrataViTError, SuperNet
+from stratavit.contraction import fold_attention, permute_mlp
+from stratavit.data import image_loader
+from stratavit.elastic import ElasticAttention, ElasticMlp
+from stratavit.statistics import collect
+from stratavit.wpac import CRITERIA, AttentionTransform
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_function_is_preserved_in_float32(source, batches, images, criterion):
+    net = SuperNet(source).contract(batches, criterion=criterion)
+    with torch.no_grad():
+        assert (net(images) - source(images)).abs().max() <= 1e-4
+    changed = [not torch.equal(net.model.state_dict()[name], tensor) for name, tensor in source.state_dict().items()]
+    assert any(changed)
+
+
+def test_function_is_preserved_tightly_in_float64(family):
+    source, images = make_model(family, dtype=torch.float64), make_images(4, seed=9, dtype=torch.float64)
+    net = SuperNet(source).contract(make_batches(dtype=torch.float64))
+    with torch.no_grad():
+        assert relative_error(net(images), source(images)) <= 1e-11
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.01)])
+def test_half_precision_weights_are_contracted_in_float32_and_cast_back(family, dtype, tolerance):
+    """Exactly the float32 result, rounded once; the function is kept to the rounding of the type."""
+    source, batches, images = make_model(family, dtype=dtype), make_batches(), make_images(4, seed=9)
+    half = SuperNet(source).contract(batches)
+    wide = SuperNet(copy.deepcopy(source).float()).contract(batches)
+    for name, tensor in half.model.state_dict().items():
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, wide.model.state_dict()[name].to(dtype)), name
+    with torch.no_grad():
+        assert relative_error(half.float()(images), source.float()(images)) <= tolerance
+
+
+def test_source_is_not_touched(source, batches):
+    before = copy.deepcopy(source.state_dict())
+    SuperNet(source).contract(batches)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in source.state_dict().items())
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_kept_means_are_those_of_the_contracted_model(source, batches, criterion):
+    net = SuperNet(source).contract(batches, criterion=criterion)
+    expected = measured_means(stock_copy(source, net), torch.cat([images for images, _ in batches]))
+    for name, module in net.elastic.items():
+        assert module.channel_mean.dtype == torch.float32
+        torch.testing.assert_close(module.channel_mean.flatten().double(), expected[name], rtol=1e-4, atol=1e-5)
+
+
+def assert_descending(values):
+    assert (values[..., :-1] >= values[..., 1:] - 1e-4 * values.abs().max()).all()
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "hessian"])
+def test_rankings_come_out_sorted(source, batches, criterion):
+    """A permutation carries each channel's importance along, so measuring again finds it sorted."""
+    net = SuperNet(source).contract(batches, criterion=criterion)
+    for name, result in collect(net.model, batches).items():
+        scores = getattr(result, criterion)
+        if name.endswith("attn"):
+            assert_descending(scores[2])
+            assert_descending(scores[0] + scores[1])
+        else:
+            assert_descending(scores)
+
+
+def test_magnitude_comes_out_sorted(source, batches):
+    net = SuperNet(source).contract(batches, criterion="magnitude")
+    for module in net.elastic.values():
+        columns = module.out.weight.detach().square().sum(dim=0)
+        if isinstance(module, ElasticMlp):
+            assert_descending((module.fc1.weight.detach().square().sum(dim=1) + columns).sqrt())
+        else:
+            rows = module.qkv.weight.detach().square().sum(dim=1).view(3, module.heads, -1)
+            assert_descending((rows[2] + columns.view(module.heads, -1)).sqrt())
+            assert_descending(rows[0].sqrt() + rows[1].sqrt())
+
+
+def test_pca_comes_out_uncorrelated_with_falling_variance(source, batches):
+    net = SuperNet(source).contract(batches, criterion="pca")
+    for result in collect(net.model, batches, scatter="plain").values():
+        if result.scatter is not None:
+            q, k, v = result.scatter
+            for scatter in (q + k, v):
+                variances = scatter.diagonal(dim1=-2, dim2=-1)
+                rest = scatter - torch.diag_embed(variances)
+                assert rest.abs().max() <= 1e-4 * variances.max()
+                assert_descending(variances)
+
+
+def test_wpac_rows_are_the_axes_of_the_weighted_scatter(source, batches):
+    """Recovers U^T from W_v' = U^T W_v and checks that it diagonalises the scatter of the old coordinates."""
+    net = SuperNet(source)
+    before = collect(net.model, batches)
+    old = copy.deepcopy(net.model.state_dict())
+    net.contract(batches)
+    for name, result in before.items():
+        if result.scatter is None:
+            continue
+        shape = (3, *result.scatter.shape[1:3], -1)
+        states = net.model.state_dict(), old
+        new_weight, old_weight = (state[f"{name}.qkv.weight"].double().view(shape) for state in states)
+        turn = new_weight @ torch.linalg.pinv(old_weight)  # [3, H, d, d]
+        assert torch.allclose(turn[0], turn[1], atol=1e-4)
+        for matrix, scatter in ((turn[0], result.scatter[0] + result.scatter[1]), (turn[2], result.scatter[2])):
+            turned = matrix @ scatter @ matrix.transpose(-1, -2)
+            variances = turned.diagonal(dim1=-2, dim2=-1)
+            assert (turned - torch.diag_embed(variances)).abs().max() <= 1e-4 * variances.max()
+            assert_descending(variances)
+
+
+def test_mlp_hidden_units_are_only_permuted(source, batches):
+    net = SuperNet(source).contract(batches)
+    for index, block in enumerate(source.blocks):
+        ours = net.model.blocks[index].mlp
+
+        def units(mlp):
+            bias = [] if mlp.fc1.bias is None else [mlp.fc1.bias[:, None]]
+            return torch.cat([mlp.fc1.weight, *bias, mlp.fc2.weight.T], dim=1).detach()
+
+        assert sorted(units(ours).tolist()) == sorted(units(block.mlp).tolist())
+        assert not torch.equal(units(ours), units(block.mlp))
+
+
+def test_result_depends_on_the_seed_only_for_random(batches):
+    def weight(criterion, seed):
+        net = SuperNet(make_model("plain")).contract(batches, criterion=criterion, seed=seed)
+        return net.model.blocks[0].mlp.fc1.weight
+
+    assert torch.equal(weight("random", 1), weight("random", 1))
+    assert not torch.equal(weight("random", 1), weight("random", 2))
+    assert torch.equal(weight("wpac", 1), weight("wpac", 2))
+
+
+def test_any_invertible_transform_may_be_folded():
+    """`q^T k = 1` and `o v = 1` are all it takes; rotations are not needed."""
+    attn = make_model("odd_widths", dtype=torch.float64).blocks[0].attn
+    tokens = torch.randn(2, 5, 36, dtype=torch.float64)
+    v, k = torch.randn(2, attn.num_heads, attn.head_dim, attn.head_dim, dtype=torch.float64)
+    elastic = ElasticAttention(copy.deepcopy(attn))
+    with torch.no_grad():
+        transform = AttentionTransform(q=torch.linalg.inv(k).transpose(1, 2), k=k, v=v, o=torch.linalg.inv(v))
+        fold_attention(elastic, transform)
+        torch.testing.assert_close(elastic(tokens), attn(tokens), rtol=1e-8, atol=1e-8)
+    assert not torch.allclose(elastic.qkv.weight, attn.qkv.weight)
+
+
+def test_permuting_an_mlp_moves_rows_bias_and_columns():
+    mlp = make_model("plain").blocks[0].mlp
+    elastic = ElasticMlp(copy.deepcopy(mlp))
+    order = torch.randperm(64)
+    with torch.no_grad():
+        permute_mlp(elastic, order)
+    assert torch.equal(elastic.fc1.weight, mlp.fc1.weight[order])
+    assert torch.equal(elastic.fc1.bias, mlp.fc1.bias[order])
+    assert torch.equal(elastic.fc2.weight, mlp.fc2.weight[:, order])
+
+
+@pytest.mark.parametrize("options", [{"criterion": "best"}, {"method": "fast"}, {"objective": "loss"}])
+def test_unknown_options_change_nothing(options, batches):
+    net = SuperNet(make_model("plain"))
+    before = copy.deepcopy(net.model.state_dict())
+    with pytest.raises(StrataViTError, match="expected"):
+        net.contract(batches, **options)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.model.state_dict().items())
+    assert net.provenance == {}
+
+
+def test_a_failed_contraction_leaves_the_network_as_it_was(batches):
+    net = SuperNet(make_model("plain")).contract(batches).stratify(batches)
+    before = copy.deepcopy(net.model.state_dict())
+    with pytest.raises(StrataViTError, match="no images"):
+        net.contract([], method="paper")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.model.state_dict().items())
+    assert net.method == "default"
+    assert net.strata is not None
+
+
+@pytest.mark.real_weights
+def test_real_deit_tiny_keeps_its_function(real_data, deit_tiny):
+    net = SuperNet(deit_tiny)
+    options = {"num_classes": 1000, "class_map": real_data / "imagenet" / "class_map.txt", "batch_size": 16}
+    net.contract(image_loader(real_data / "imagenet", net.data_config, "train", limit=32, **options))
+    images, _ = next(iter(image_loader(real_data / "imagenet", net.data_config, "val", limit=16, **options)))
+    with torch.no_grad():
+        expected = deit_tiny(images)
+        assert (net(images) - expected).abs().max() <= 1e-4
+        assert (stock_copy(deit_tiny, net)(images) - expected).abs().max() <= 1e-4
+    for name, layer in out_layers(deit_tiny).items():
+        assert not torch.equal(layer.weight, net.elastic[name].out.weight)

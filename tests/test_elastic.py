@@ -1,0 +1,185 @@
+"""Elastic execution: any prefix of the channels, from one set of weights, with gradients into it."""
+
+import copy
+
+import pytest
+import torch
+from helpers import (
+    make_batches,
+    make_images,
+    make_model,
+    make_net,
+    masked,
+    measured_means,
+    out_layers,
+    relative_error,
+    spec_strategy,
+    stock_copy,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stratavit import SuperNet
+from stratavit.elastic import ElasticAttention, ElasticMlp
+
+IMAGES = make_images(2, seed=9)
+METHODS = ["default", "paper"]
+
+
+def reference(family, method, spec):
+    """The stock model with the network's weights, cut channels switched off by hooks."""
+    stock = stock_copy(make_model(family), make_net(family, method))
+    images = torch.cat([images for images, _ in make_batches()])
+    return masked(stock, spec, measured_means(stock, images) if method == "default" else None)
+
+
+def test_full_width_is_bit_identical_to_the_source(source, images):
+    net = SuperNet(source)
+    with torch.no_grad():
+        assert torch.equal(net(images), source(images))
+        assert torch.equal(net(images, {site.name: site.width for site in net.sites}), source(images))
+
+
+def test_full_width_is_bit_identical_when_training(source, images):
+    """Dropout and drop-path included: the same random numbers are drawn in the same order."""
+    for module in source.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.2
+    net = SuperNet(source).train()
+    source.train()
+    torch.manual_seed(0)
+    expected = source(images)
+    torch.manual_seed(0)
+    assert torch.equal(net(images), expected)
+    assert not torch.equal(net(images), expected)  # dropout was on
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(data=st.data())
+def test_elastic_equals_masked(family, method, data):
+    spec = data.draw(spec_strategy(family))
+    with torch.no_grad():
+        assert relative_error(make_net(family, method)(IMAGES, spec), reference(family, method, spec)(IMAGES)) <= 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_module_at_width_zero(family, method):
+    net = make_net(family, method)
+    for names in ([site.name for site in net.sites], [net.sites[0].name], [net.sites[1].name]):
+        spec = dict.fromkeys(names, 0)
+        with torch.no_grad():
+            expected = reference(family, method, spec)(IMAGES)
+            assert relative_error(net(IMAGES, spec), expected) <= 1e-5
+            assert not torch.allclose(net(IMAGES), expected)
+
+
+def test_paper_and_default_differ_and_only_where_something_is_cut(family):
+    default, paper = make_net(family), make_net(family, "paper")
+    with torch.no_grad():
+        assert torch.equal(default(IMAGES), paper(IMAGES))
+        for site in default.sites:
+            assert not torch.allclose(default(IMAGES, {site.name: 0}), paper(IMAGES, {site.name: 0}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_widths_of_one_pass_do_not_reach_the_next(method):
+    net = make_net("plain", method)
+    with torch.no_grad():
+        full = net(IMAGES)
+        assert not torch.allclose(net(IMAGES, {"blocks.0.mlp": 3}), full)
+        assert torch.equal(net(IMAGES, {"blocks.0.attn": 16}), full)
+
+
+def kept_parts(net, spec, method):
+    """Parameter name -> which of its entries a prefix uses, from widths alone; all of what is no site's."""
+    kept = {name: torch.ones_like(p, dtype=torch.bool) for name, p in net.model.named_parameters()}
+    for site in net.sites:
+        width = spec.get(site.name, site.width)
+        alive = (torch.arange(site.width) < width).repeat(site.heads)
+        first, second, copies = ("qkv", "proj", 3) if site.kind == "attention" else ("fc1", "fc2", 1)
+        for leaf in ("weight", "bias"):
+            if f"{site.name}.{first}.{leaf}" in kept:
+                mask = kept[f"{site.name}.{first}.{leaf}"]
+                mask &= alive.repeat(copies).view(-1, *[1] * (mask.dim() - 1))
+        kept[f"{site.name}.{second}.weight"] &= alive
+        if width == 0 and method == "paper" and site.out_bias:
+            kept[f"{site.name}.{second}.bias"][:] = False
+        if width == 0:  # nothing comes in, so the norm and what LayerScale multiplies are not used or constant
+            norm = site.name.replace("attn", "norm1").replace("mlp", "norm2")
+            kept[f"{norm}.weight"][:] = kept[f"{norm}.bias"][:] = False
+    return kept
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(data=st.data())
+def test_gradients_reach_exactly_the_kept_slices(family, method, data):
+    """Equal to those of the masked model inside, zero outside (also where the mean of what is cut is added)."""
+    spec = data.draw(spec_strategy(family))
+    net, stock = make_net(family, method), reference(family, method, spec)
+    net.zero_grad()
+    for model, arguments in ((net, (IMAGES, spec)), (stock, (IMAGES,))):
+        model(*arguments).square().sum().backward()
+    kept = kept_parts(net, spec, method)
+    expected = dict(stock.named_parameters())
+    for name, parameter in net.model.named_parameters():
+        zeros = torch.zeros_like(parameter)
+        found, wanted = (zeros if p.grad is None else p.grad for p in (parameter, expected[name]))
+        assert not found[~kept[name]].any(), f"{name}: gradient outside the kept slice"
+        wanted = wanted * kept[name]
+        scale = max(float(wanted.abs().max()), 1e-2)
+        assert float((found - wanted).abs().max()) <= 1e-4 * scale, name
+
+
+def test_gradients_reach_every_kept_channel():
+    """So that the test above does not compare zeros with zeros."""
+    net = make_net("plain")
+    net.zero_grad()
+    net(IMAGES, {"blocks.0.attn": 5, "blocks.0.mlp": 40}).square().sum().backward()
+    attn, mlp = net.elastic["blocks.0.attn"], net.elastic["blocks.0.mlp"]
+    assert attn.qkv.weight.grad.view(3, 2, 16, 32)[:, :, :5].abs().amin() > 0
+    assert not attn.qkv.weight.grad.view(3, 2, 16, 32)[:, :, 5:].any()
+    assert mlp.fc1.weight.grad[:40].abs().amin() > 0
+    assert mlp.fc2.weight.grad[:, :40].abs().amin() > 0
+    assert not mlp.fc2.weight.grad[:, 40:].any()
+
+
+def test_state_dict_is_the_stock_one(source):
+    net = SuperNet(source)
+    assert list(net.model.state_dict()) == list(source.state_dict())
+    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in net.model.state_dict().items())
+
+
+@pytest.mark.parametrize("family_name", ["plain", "no_bias", "odd_widths"])
+@given(data=st.data())
+def test_weights_of_prefixes_nest(family_name, data):
+    """The weights at a width are the first rows and columns of those at a larger one; only q is scaled."""
+    for module in make_net(family_name).elastic.values():
+        small, large = sorted(data.draw(st.integers(1, module.full_width)) for _ in range(2))
+        inner, outer = module.weights_at(small), module.weights_at(large)
+        copies = 3 if isinstance(module, ElasticAttention) else 1
+        scale = torch.ones(copies, 1, 1, 1)
+        scale[0] = (small / large) ** (0.5 if copies == 3 else 0)
+
+        def rows(weight, width, copies=copies, heads=module.heads):
+            return weight.detach().view(copies, heads, width, -1)
+
+        torch.testing.assert_close(rows(inner.in_weight, small), rows(outer.in_weight, large)[:, :, :small] * scale)
+        columns = [w.out_weight.detach().view(-1, module.heads, width) for w, width in ((inner, small), (outer, large))]
+        assert torch.equal(columns[0], columns[1][:, :, :small])
+
+
+def test_uncalibrated_default_keeps_the_plain_bias(source):
+    net = SuperNet(source)
+    for name, module in net.elastic.items():
+        bias, expected = module.out_bias_at(0), out_layers(source)[name].bias
+        assert (bias is None) == (expected is None)
+        assert bias is None or torch.equal(bias, expected)
+
+
+@pytest.mark.parametrize("bypassed", [True, False])
+def test_bypassed_module_adds_nothing(source, bypassed):
+    tokens = torch.randn(2, 5, source.embed_dim)
+    for block in copy.deepcopy(source).blocks:
+        for module in (ElasticAttention(block.attn), ElasticMlp(block.mlp)):
+            module.bypassed = bypassed
+            assert bool(module(tokens).any()) != bypassed

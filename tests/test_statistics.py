@@ -1,0 +1,216 @@
+"""The calibration pass equals a direct computation by autograd on the stock timm model."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import CLASSES, make_batches, make_images, make_model
+from torch import Tensor
+
+from stratavit import StrataViTError, SuperNet, statistics
+from stratavit.statistics import collect
+
+OBJECTIVES = {
+    "label": lambda logits, labels: logits.gather(1, labels[:, None]).sum(),
+    "cross_entropy": lambda logits, labels: F.cross_entropy(logits, labels, reduction="sum"),
+    "prediction": lambda logits, labels: logits.max(dim=-1).values.sum(),
+}
+
+
+def by_autograd(model, images, labels, objective):
+    """Site name -> taylor, hessian, mean, scatter and plain scatter, from the stock model in one batch."""
+    seen = {}
+
+    def keep(name):
+        def hook(module, args, output):
+            output.retain_grad()
+            seen[name] = output
+
+        return hook
+
+    def keep_input(name):
+        def hook(module, args):
+            args[0].retain_grad()
+            seen[name] = args[0]
+
+        return hook
+
+    for index, block in enumerate(model.blocks):
+        block.attn.qkv.register_forward_hook(keep(f"blocks.{index}.attn"))
+        block.attn.proj.register_forward_pre_hook(keep_input(f"blocks.{index}.attn.proj"))
+        block.mlp.fc2.register_forward_pre_hook(keep_input(f"blocks.{index}.mlp"))
+    OBJECTIVES[objective](model(images), labels).backward()
+
+    expected = {}
+    for index, block in enumerate(model.blocks):
+        name, heads = f"blocks.{index}.attn", block.attn.num_heads
+        shape = (-1, 3, heads, block.attn.head_dim)
+        features, gradient = seen[name].detach().reshape(shape), seen[name].grad.reshape(shape)
+        product = features * gradient  # [T, 3, H, d]
+        centred = features - features.mean(dim=0)
+        weight = product.abs().mean(dim=-1)  # [T, 3, H]
+        expected[name] = {
+            "taylor": product.abs().mean(dim=0),
+            "hessian": product.square().mean(dim=0) / 2,
+            "channel_mean": seen[f"{name}.proj"].detach().flatten(0, 1).mean(dim=0).view(heads, -1),
+            "weighted": torch.einsum("tgh,tghi,tghj->ghij", weight, centred, centred),
+            "plain": torch.einsum("tghi,tghj->ghij", centred, centred),
+        }
+        hidden = seen[f"blocks.{index}.mlp"]
+        product = (hidden * hidden.grad).detach().flatten(0, 1)  # [T, m]
+        expected[f"blocks.{index}.mlp"] = {
+            "taylor": product.abs().mean(dim=0).view(1, 1, -1),
+            "hessian": product.square().mean(dim=0).view(1, 1, -1) / 2,
+            "channel_mean": hidden.detach().flatten(0, 1).mean(dim=0).view(1, -1),
+        }
+    return expected
+
+
+def assert_close(found: Tensor, expected: Tensor, name: str, tolerance: float = 1e-5):
+    assert found.dtype == torch.float64
+    assert found.shape == expected.shape, name
+    error = float((found - expected).abs().max() / expected.abs().max())
+    assert error <= tolerance, f"{name}: {error}"
+
+
+def run(model, loader, **options):
+    return collect(SuperNet(model).model, loader, **options)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_equals_autograd_on_the_stock_model(family, objective):
+    model = make_model(family, dtype=torch.float64)
+    batches = make_batches(dtype=torch.float64)
+    found = run(model, batches, objective=objective)
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    expected = by_autograd(model, images, labels, objective)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        for key in ("taylor", "hessian", "channel_mean"):
+            assert_close(getattr(found[name], key), values[key], f"{name}.{key}")
+        if "weighted" in values:
+            assert_close(found[name].scatter, values["weighted"], f"{name}.scatter")
+        else:
+            assert found[name].scatter is None
+        assert found[name].images == 12
+
+
+def test_scatter_of_the_unweighted_and_of_no_kind():
+    batches = make_batches(dtype=torch.float64)
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    expected = by_autograd(make_model("plain", dtype=torch.float64), images, labels, "label")
+    plain = run(make_model("plain", dtype=torch.float64), batches, scatter="plain")
+    assert_close(plain["blocks.1.attn"].scatter, expected["blocks.1.attn"]["plain"], "plain")
+    none = run(make_model("plain", dtype=torch.float64), batches, scatter="none")
+    assert all(result.scatter is None for result in none.values())
+
+
+def test_float32_agrees_with_float64():
+    exact = run(make_model("plain", dtype=torch.float64), make_batches(dtype=torch.float64))
+    for name, result in run(make_model("plain"), make_batches()).items():
+        for key in ("taylor", "hessian", "channel_mean"):
+            assert_close(getattr(result, key), getattr(exact[name], key), f"{name}.{key}", 1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(12,), (7, 5), (1,) * 12])
+def test_result_does_not_depend_on_the_batch_size(sizes):
+    expected = run(make_model("odd_widths"), make_batches())
+    for name, result in run(make_model("odd_widths"), make_batches(sizes)).items():
+        for key in ("taylor", "hessian", "channel_mean", "scatter"):
+            if getattr(result, key) is not None:
+                assert_close(getattr(result, key), getattr(expected[name], key), f"{name}.{key}", 2e-5)
+
+
+def numbers_held(thing, visited=None) -> int:
+    """Tensor elements reachable from an object's attributes."""
+    visited = set() if visited is None else visited
+    if id(thing) in visited:
+        return 0
+    visited.add(id(thing))
+    if isinstance(thing, Tensor):
+        return thing.numel()
+    parts = list(thing) if isinstance(thing, list | tuple) else list(getattr(thing, "__dict__", {}).values())
+    return sum(numbers_held(part, visited) for part in parts)
+
+
+def test_accumulators_do_not_grow_with_the_number_of_images(monkeypatch):
+    made = []
+
+    class Recorded(statistics.SiteObserver):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(statistics, "SiteObserver", Recorded)
+    held = []
+    for batches in (1, 8):
+        made.clear()
+        run(make_model("plain"), make_batches((3,) * batches))
+        held.append([numbers_held(observer) for observer in made])
+    assert held[0] == held[1]
+    assert min(held[0]) > 0
+
+
+def test_auto_uses_labels_when_they_are_there():
+    labelled, model = make_batches(), make_model("plain")
+    bare = [images for images, _ in labelled]
+    for loader, objective in ((labelled, "label"), (bare, "prediction"), ([(x,) for x in bare], "prediction")):
+        found, expected = run(model, loader), run(model, labelled, objective=objective)
+        assert torch.equal(found["blocks.0.mlp"].taylor, expected["blocks.0.mlp"].taylor)
+
+
+def test_widths_in_use_are_observed_and_skipped_modules_left_out():
+    net = SuperNet(make_model("plain"))
+    net.set_widths({"blocks.0.attn": 8, "blocks.0.mlp": 0, "blocks.1.mlp": 40})
+    found = collect(net.model, make_batches())
+    assert found.keys() == {"blocks.0.attn", "blocks.1.attn", "blocks.1.mlp"}
+    assert found["blocks.0.attn"].scatter.shape == (3, 2, 8, 8)
+    assert found["blocks.1.mlp"].taylor.shape == (1, 1, 40)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_model_is_left_as_it_was(training):
+    net = SuperNet(make_model("plain"))
+    net.model.train(training)
+    net.model.cls_token.requires_grad_(False)
+    before = {name: (p.clone(), p.requires_grad) for name, p in net.model.named_parameters()}
+    for loader, outcome in ((make_batches(), nullcontext()), ([torch.zeros(3)], pytest.raises(StrataViTError))):
+        with outcome:
+            collect(net.model, loader)
+        assert all(module.observer is None for module in net.elastic.values())
+        assert all(module.training == training for module in net.model.modules())
+        for name, parameter in net.model.named_parameters():
+            assert torch.equal(parameter, before[name][0])
+            assert parameter.requires_grad == before[name][1]
+            assert parameter.grad is None
+
+
+def test_works_where_gradients_are_switched_off():
+    with torch.no_grad():
+        found = run(make_model("plain"), make_batches())
+    assert torch.equal(found["blocks.0.attn"].taylor, run(make_model("plain"), make_batches())["blocks.0.attn"].taylor)
+
+
+IMAGES = make_images(2)
+BAD = {
+    "no images": ([], {}, "no images"),
+    "labels needed": ([IMAGES], {"objective": "label"}, "needs labels.*'prediction'"),
+    "labels needed by cross-entropy": ([IMAGES], {"objective": "cross_entropy"}, "needs labels"),
+    "label too high": ([(IMAGES, torch.tensor([0, CLASSES]))], {}, f"found {CLASSES}.*{CLASSES} classes"),
+    "negative label": ([(IMAGES, torch.tensor([-1, 0]))], {}, "found -1"),
+    "one label for two images": ([(IMAGES, torch.tensor([1]))], {}, "shapes"),
+    "not images": ([torch.zeros(2, 5)], {}, "images \\[B, 3, H, W\\]"),
+    "not tensors": ([{"image": IMAGES}], {}, "got dict"),
+    "three parts": ([(IMAGES, IMAGES, IMAGES)], {}, "loader: expected batches"),
+    "unknown objective": ([IMAGES], {"objective": "loss"}, "objective: expected one of auto, label"),
+    "NaN image": ([torch.full_like(IMAGES, float("nan"))], {}, "NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_sentence(case):
+    loader, options, words = BAD[case]
+    with pytest.raises(StrataViTError, match=words) as caught:
+        run(make_model("plain"), loader, **options)
+    assert "\n" not in str(caught.value)

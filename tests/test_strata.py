@@ -1,0 +1,169 @@
+"""The dropout list: importance of units, tail merging, and what is read from a file."""
+
+import json
+from itertools import pairwise
+
+import pytest
+from helpers import make_net
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stratavit import ArtifactError
+from stratavit.cost import site_macs
+from stratavit.strata import Entry, Strata, removal_order, tail_candidates, unit_importance
+from stratavit.structure import Site, attention_steps, mlp_steps
+
+TOKENS = 5
+ATTENTION = Site("a", "attention", 16, heads=2, dim=4, in_bias=True, out_bias=True, steps=attention_steps(16))
+MLP = Site("m", "mlp", 50, heads=1, dim=4, in_bias=True, out_bias=True, steps=mlp_steps(50))
+SITES = (ATTENTION, MLP)
+COUNTS = {site.name: len(site.steps) - 1 for site in SITES}
+IMPORTANCE = st.fixed_dictionaries(
+    {name: st.lists(st.floats(0, 10), min_size=count, max_size=count) for name, count in COUNTS.items()}
+)
+
+
+def test_importance_of_units_solved_by_hand():
+    """16 coordinates in 2 units: 1/4 of the importance lies in the first."""
+    alpha = [1.0] * 8 + [3.0] * 8
+    assert unit_importance(ATTENTION, alpha, gamma=2.0) == pytest.approx([0.5, 1.5])
+    assert unit_importance(ATTENTION, alpha[:8], gamma=2.0) == pytest.approx([2.0])  # only one unit is left
+    assert unit_importance(ATTENTION, [0.0] * 16, gamma=2.0) == [0.0, 0.0]
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=50, max_size=50), st.floats(0.01, 3))
+def test_importance_of_a_module_sums_to_its_sensitivity(alpha, gamma):
+    found = unit_importance(MLP, alpha, gamma)
+    assert len(found) == 32
+    assert sum(found) == pytest.approx(gamma)
+
+
+def test_tail_merging_solved_by_hand():
+    """Equal costs. Tails of 4, 1, 2, 3: densities 10/4, 6/3, 5/2, 3. Only the first two fall."""
+    assert tail_candidates([4, 1, 2, 3], [1, 1, 1, 1]) == [(0, 2.5), (1, 2.0)]
+    assert tail_candidates([4, 3, 2, 1], [1, 1, 1, 1]) == [(0, 2.5), (1, 2.0), (2, 1.5), (3, 1.0)]
+    assert tail_candidates([1, 2, 3], [1, 1, 1]) == [(0, 2.0)]
+
+
+def test_density_counts_cost():
+    """4 / 4 falls to 2 / 3 though the last unit holds more than the first; dear units are dropped sooner."""
+    assert tail_candidates([2, 2], [1, 3]) == [(0, 1.0), (1, 2 / 3)]
+    assert tail_candidates([2, 2], [3, 1]) == [(0, 1.0)]
+
+
+def test_equal_densities_are_candidates():
+    assert [first for first, _ in tail_candidates([1, 1, 1], [1, 1, 1])] == [0, 1, 2]
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), st.integers(1, 9)), min_size=1, max_size=12))
+def test_candidates_fall_and_the_whole_module_is_one(units):
+    found = tail_candidates([i for i, _ in units], [m for _, m in units])
+    densities = [density for _, density in found]
+    assert found[0][0] == 0
+    assert densities == sorted(densities, reverse=True)
+    assert [first for first, _ in found] == sorted({first for first, _ in found})
+
+
+def test_order_of_two_modules_solved_by_hand():
+    """Costs: a unit of "x" 2 * 1 * 1 * 10 = 20 MACs, alike in "y". Densities x: 9/40, 1/20; y: 6/40 alone.
+
+    x's last unit (1/20) goes first; y goes whole (6/40), its last unit first; then the rest of x (9/40).
+    """
+    x, y = (Site(name, "mlp", 20, 1, 1, False, False, steps=(0, 10, 20)) for name in "xy")
+    found = removal_order((x, y), {"x": [8.0, 1.0], "y": [2.0, 4.0]}, tokens=1, first_group=5)
+    assert [(entry.site, entry.width) for entry in found] == [("x", 10), ("y", 10), ("y", 0), ("x", 0)]
+    groups = [entry.group for entry in found]
+    assert groups[1] == groups[2]
+    assert len(set(groups)) == 3
+    assert min(groups) >= 5
+
+
+@given(IMPORTANCE)
+def test_every_unit_leaves_exactly_once_tail_first(importance):
+    entries = removal_order(SITES, importance, TOKENS)
+    for site in SITES:
+        widths = [entry.width for entry in entries if entry.site == site.name]
+        assert widths == list(reversed(site.steps[:-1]))
+    assert len(entries) == sum(COUNTS.values())
+
+
+@given(IMPORTANCE)
+def test_densities_of_the_groups_ascend(importance):
+    """Each group leaves at the density of its whole tail, computed here from the widths alone."""
+    entries = removal_order(SITES, importance, TOKENS)
+    by_name = {site.name: site for site in SITES}
+    densities = []
+    for end in Strata(SITES, entries).group_ends()[1:]:
+        site = by_name[entries[end - 1].site]
+        first = site.steps.index(entries[end - 1].width)
+        macs = site_macs(site, site.width, TOKENS) - site_macs(site, site.steps[first], TOKENS)
+        densities.append(sum(importance[site.name][first:]) / macs)
+    assert all(a <= b + 1e-12 for a, b in pairwise(densities))
+
+
+@given(IMPORTANCE)
+def test_a_group_is_one_run_of_one_site(importance):
+    strata = Strata(SITES, removal_order(SITES, importance, TOKENS))
+    ends = strata.group_ends()
+    assert ends[0] == 0
+    assert ends[-1] == len(strata)
+    groups = [{(entry.site, entry.group) for entry in strata.entries[a:b]} for a, b in pairwise(ends)]
+    assert all(len(group) == 1 for group in groups)
+    assert len(set.union(*groups)) == len(groups)
+
+
+@given(IMPORTANCE)
+def test_prefixes_nest_down_to_nothing(importance):
+    strata = Strata(SITES, removal_order(SITES, importance, TOKENS))
+    specs = [strata.spec(position) for position in range(len(strata) + 1)]
+    assert specs[0] == {"a": 16, "m": 50}
+    assert specs[-1] == {"a": 0, "m": 0}
+    for larger, smaller in pairwise(specs):
+        assert smaller <= larger
+        assert not larger <= smaller
+
+
+@given(IMPORTANCE)
+def test_json_round_trip(importance):
+    strata = Strata(SITES, removal_order(SITES, importance, TOKENS))
+    read = Strata.from_json(SITES, json.loads(json.dumps(strata.to_json())))
+    assert read.entries == strata.entries
+
+
+def test_a_list_that_is_cut_short_is_allowed():
+    strata = Strata(SITES, [Entry("m", 48, 0)])
+    assert strata.spec(1) == {"a": 16, "m": 48}
+    assert strata.group_ends() == [0, 1]
+    assert Strata(SITES, []).group_ends() == [0]
+
+
+BAD = {
+    "not a list": ({}, "entry 0"),
+    "a text": ("a", "entry 0"),
+    "not rows": ([3], "entry 0 must be"),
+    "short row": ([["a", 8]], "entry 0 must be"),
+    "fraction": ([["a", 8.0, 0]], "entry 0 must be"),
+    "truth value": ([["a", True, 0]], "entry 0 must be"),
+    "unknown site": ([["b", 8, 0]], "entry 0 names 'b'"),
+    "unknown site later": ([["a", 8, 0], ["b", 8, 1]], "entry 1 names 'b'"),
+    "does not shrink": ([["a", 8, 0], ["a", 8, 1]], "entry 1 sets a to width 8"),
+    "grows": ([["a", 0, 0], ["a", 8, 1]], "entry 1 sets a to width 8"),
+    "full width": ([["a", 16, 0]], "below 16"),
+    "negative": ([["a", -8, 0]], "width -8"),
+    "inside a unit": ([["a", 5, 0]], "width 5.*unit's end"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_lists_are_refused_by_entry(case):
+    rows, words = BAD[case]
+    with pytest.raises(ArtifactError, match=f"dropout list: .*{words}"):
+        Strata.from_json(SITES, rows)
+
+
+def test_list_of_a_real_network_reaches_every_unit(family):
+    net = make_net(family, stratified=True)
+    assert len(net.strata) == sum(len(site.steps) - 1 for site in net.sites)
+    assert set(net.strata.spec(len(net.strata)).values()) == {0}
+    macs = [net.macs(net.strata.spec(position)) for position in range(len(net.strata) + 1)]
+    assert all(a > b for a, b in pairwise(macs))

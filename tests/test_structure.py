@@ -1,0 +1,107 @@
+"""Which models can be cut, how, and which are refused with a sentence."""
+
+from itertools import pairwise
+
+import pytest
+import timm
+import torch
+from helpers import make_images, make_model
+from hypothesis import given
+from hypothesis import strategies as st
+from timm.layers import GluMlp, SwiGLU
+from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
+from torch import nn
+
+from stratavit import SuperNet, UnsupportedModelError
+from stratavit.structure import attention_steps, find_sites, mlp_steps, stages
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
+
+
+def test_two_sites_per_block_in_order_of_execution(source):
+    sites = find_sites(source)
+    assert [site.name for site in sites] == ["blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"]
+    for site in sites:
+        module = source.get_submodule(site.name)
+        if site.kind == "attention":
+            expected = (module.head_dim, module.num_heads, module.qkv.bias is not None, module.proj.bias is not None)
+        else:
+            expected = (module.fc1.out_features, 1, module.fc1.bias is not None, module.fc2.bias is not None)
+        assert (site.width, site.heads, site.in_bias, site.out_bias) == expected
+        assert site.dim == source.embed_dim
+
+
+def test_units_of_known_widths():
+    assert attention_steps(64) == (0, 8, 16, 24, 32, 40, 48, 56, 64)
+    assert attention_steps(12) == (0, 8, 12)
+    assert mlp_steps(768) == tuple(range(0, 769, 24))
+    assert mlp_steps(3) == (0, 1, 2, 3)
+
+
+@given(st.integers(1, 5000))
+def test_units_cover_every_channel_once(width):
+    for steps in (attention_steps(width), mlp_steps(width)):
+        assert steps[0] == 0
+        assert steps[-1] == width
+        assert all(a < b for a, b in pairwise(steps))
+    sizes = [b - a for a, b in pairwise(mlp_steps(width))]
+    assert len(sizes) == min(32, width)
+    assert max(sizes) - min(sizes) <= 1
+    assert max(b - a for a, b in pairwise(attention_steps(width))) <= 8
+
+
+def test_stages_compose_to_the_model(source):
+    parts, images = stages(source), make_images(2)
+    with torch.no_grad():
+        tokens = parts.stem(images)
+        for block in parts.blocks:
+            tokens = block(tokens)
+        assert torch.equal(parts.tail(tokens), source(images))
+
+
+class NarrowForward(VisionTransformer):
+    def forward_features(self, x, attn_mask=None, is_causal=False):
+        return super().forward_features(x, attn_mask, is_causal)
+
+
+def with_part(path, part):
+    model = make_model("plain")
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, part)
+    return model
+
+
+REFUSED = {
+    "not a ViT": (lambda: timm.create_model("resnet18"), ["ResNet"]),
+    "another transformer": (lambda: timm.create_model("eva02_tiny_patch14_224"), ["Eva"]),
+    "qk-norm": (lambda: VisionTransformer(**SMALL, qk_norm=True), ["blocks.0.attn.q_norm", "normalis"]),
+    "scale norm": (lambda: VisionTransformer(**SMALL, scale_attn_norm=True), ["blocks.0.attn.norm"]),
+    "norm inside the MLP": (lambda: VisionTransformer(**SMALL, scale_mlp_norm=True), ["blocks.0.mlp.norm"]),
+    "gated MLP": (lambda: VisionTransformer(**SMALL, mlp_layer=SwiGLU), ["blocks.0.mlp", "SwiGLU", "gated"]),
+    "packed gated MLP": (lambda: VisionTransformer(**SMALL, mlp_layer=GluMlp), ["blocks.0.mlp", "GluMlp"]),
+    "parallel blocks": (
+        lambda: VisionTransformer(**SMALL, block_fn=ParallelScalingBlock),
+        ["blocks.0", "ParallelScalingBlock"],
+    ),
+    "post-norm blocks": (
+        lambda: VisionTransformer(**SMALL, block_fn=ResPostBlock, init_values=1.0),
+        ["blocks.0", "ResPostBlock"],
+    ),
+    "attention pooling": (lambda: VisionTransformer(**SMALL, global_pool="map"), ["attn_pool"]),
+    "own forward pass": (lambda: NarrowForward(**SMALL), ["forward_features", "NarrowForward"]),
+    "gated attention": (lambda: with_part("blocks.1.attn.gate", nn.Linear(32, 32)), ["blocks.1.attn.gate"]),
+    "foreign attention": (lambda: with_part("blocks.1.attn", nn.Identity()), ["blocks.1.attn", "Identity"]),
+    "foreign linear layer": (lambda: with_part("blocks.1.mlp.fc2", nn.Bilinear(2, 2, 2)), ["blocks.1.mlp.fc2"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_cut_is_refused_by_name_and_reason(case):
+    make, words = REFUSED[case]
+    model = make()
+    for action in (find_sites, SuperNet):
+        with pytest.raises(UnsupportedModelError) as caught:
+            action(model)
+        message = str(caught.value)
+        assert all(word in message for word in words), message
+        assert "\n" not in message

@@ -1,0 +1,136 @@
+"""`SuperNet`: what holds for the object users hold, across its parts."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from helpers import FAMILIES, make_batches, make_images, make_model, make_net
+
+import stratavit
+from stratavit import StrataViTError, SuperNet
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7}
+
+
+def test_model_is_copied(source, batches):
+    before = copy.deepcopy(source.state_dict())
+    net = SuperNet(source).contract(batches).stratify(batches)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in source.state_dict().items())
+    assert type(source.blocks[0].attn).__module__.startswith("timm")
+
+
+def test_main_job_end_to_end(source, batches, images):
+    """Contract, stratify, extract at a budget: within it, smaller, and equal to the elastic prefix."""
+    net = SuperNet(source)
+    assert net.contract(batches) is net
+    assert net.stratify(batches) is net
+    spec, small = net.spec(macs=0.6), net.extract(macs=0.6, verbose=False)
+    assert net.macs(spec) <= 0.6 * net.macs()
+    with torch.no_grad():
+        torch.testing.assert_close(small(images), net(images, spec), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(net(images), source(images), rtol=1e-4, atol=1e-4)
+
+
+def test_stratify_without_contract_leaves_the_weights_alone(source, batches):
+    net = SuperNet(source).stratify(batches)
+    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in net.model.state_dict().items())
+    assert len(net.strata) == sum(len(site.steps) - 1 for site in net.sites)
+    assert all(module.channel_mean.numel() == module.out.in_features for module in net.elastic.values())
+
+
+def test_stratify_is_deterministic_and_does_not_need_labels(batches):
+    lists = [SuperNet(make_model("plain")).stratify(loader).strata.entries for loader in (batches, batches)]
+    assert lists[0] == lists[1]
+    assert len(SuperNet(make_model("plain")).stratify([images for images, _ in batches]).strata) == len(lists[0])
+
+
+def test_contract_again_drops_the_old_list(batches):
+    net = copy.deepcopy(make_net("plain", stratified=True))
+    assert net.strata is not None
+    assert net.contract(batches).strata is None
+
+
+def test_a_failed_stratify_leaves_the_network_as_it_was(batches):
+    net = copy.deepcopy(make_net("plain", stratified=True))
+    entries = net.strata.entries
+    with pytest.raises(StrataViTError, match="no images"):
+        net.stratify([], method="paper")
+    assert (net.strata.entries, net.method) == (entries, "default")
+
+
+@pytest.mark.parametrize(
+    ("options", "method"), [({}, "default"), ({"method": "paper"}, "paper"), ({"criterion": "wpac"}, "paper")]
+)
+def test_a_criterion_implies_paper_and_stratify_keeps_the_method(batches, options, method):
+    net = SuperNet(make_model("plain")).contract(batches, **options)
+    assert net.method == method
+    assert net.stratify(batches).method == method
+    assert {module.compensation for module in net.elastic.values()} == {"none" if method == "paper" else "mean"}
+
+
+def test_provenance_says_how_it_was_made(batches):
+    net = SuperNet(make_model("plain")).contract(batches, criterion="random", seed=3).stratify(batches, measure="cost")
+    made, listed = net.provenance["contract"], net.provenance["stratify"]
+    assert (made["criterion"], made["method"], made["seed"], made["images"]) == ("random", "paper", 3, 12)
+    assert (listed["measure"], listed["images"]) == ("cost", 12)
+    assert listed["sensitivity"].keys() == net.elastic.keys()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(value):
+    model = make_model("plain")
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.weight[3, 4] = value
+    with pytest.raises(StrataViTError, match=r"weights: blocks\.1\.mlp\.fc1\.weight holds NaN or infinite"):
+        SuperNet(model)
+
+
+@pytest.mark.parametrize("method", ["reference", "", None])
+def test_unknown_method_is_refused(method):
+    with pytest.raises(StrataViTError, match="method: expected 'default' or 'paper'"):
+        SuperNet(make_model("plain")).method = method
+
+
+def test_data_config_is_timms_with_the_models_own_input_size():
+    source = timm.create_model("vit_tiny_patch16_224.augreg_in21k_ft_in1k", **SMALL)
+    config = SuperNet(source).data_config
+    assert config["input_size"] == (3, 32, 32)
+    assert config["mean"] == config["std"] == (0.5, 0.5, 0.5)
+    assert config["interpolation"] == "bicubic"
+    assert SuperNet(source, data_config=config | {"mean": (0.1, 0.2, 0.3)}).data_config["mean"] == (0.1, 0.2, 0.3)
+
+
+def test_images_of_one_channel():
+    net = SuperNet(timm.create_model("vit_tiny_patch16_224", **SMALL, in_chans=1))
+    assert net.data_config["input_size"] == (1, 32, 32)
+    assert len(net.data_config["mean"]) == len(net.data_config["std"]) == 1
+    assert net.extract(spec={"blocks.0.attn": 8})(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
+
+
+def test_public_names():
+    for name in ("SuperNet", "Spec", "Budget", "Metrics", "evaluate", "save", "load", "StrataViTError"):
+        assert name in stratavit.__all__
+    assert all(hasattr(stratavit, name) for name in stratavit.__all__)
+    assert issubclass(StrataViTError, ValueError)
+
+
+def test_families_differ():
+    """The fixture covers what it claims to cover."""
+    assert make_model("no_bias").blocks[0].attn.qkv.bias is None
+    assert make_model("no_bias").blocks[0].mlp.fc2.bias is None
+    assert hasattr(make_model("layer_scale").blocks[0].ls1, "gamma")
+    assert make_model("registers").num_reg_tokens == 3
+    assert make_model("odd_widths").blocks[0].attn.head_dim % 8
+    assert make_model("odd_widths").blocks[0].mlp.fc1.out_features % 32
+    assert make_model("distilled").dist_token is not None
+    assert type(make_model("avg_pool").fc_norm) is not torch.nn.Identity
+    assert len({float(make_model(name)(make_images(1)).sum()) for name in FAMILIES}) == len(FAMILIES)
+
+
+def test_batches_do_not_depend_on_their_sizes():
+    whole, parts = (torch.cat([images for images, _ in make_batches(sizes)]) for sizes in ((12,), (5, 7)))
+    assert torch.equal(whole, parts)

@@ -1,0 +1,140 @@
+"""The maths of WPAC on cases solved by hand, and its invariants."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stratavit import wpac
+from stratavit.moments import RunningScatter
+from stratavit.statistics import SiteStatistics
+from stratavit.wpac import attention_transform, fold_heads, mlp_order, principal_axes, scatter_needed
+
+GENERATOR = torch.Generator()
+
+
+def scatters(heads=3, dim=5, seed=0):
+    """Random symmetric positive definite matrices ``[heads, dim, dim]``."""
+    x = torch.randn(heads, 3 * dim, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.transpose(1, 2) @ x
+
+
+def statistics_of(taylor=None, hessian=None, scatter=None):
+    return SiteStatistics(taylor, hessian, torch.zeros(1, 1), scatter)
+
+
+def test_axes_of_points_on_a_line_solved_by_hand():
+    """Points at +-(3, 4) k: the first axis is (0.6, 0.8), the second is orthogonal to it."""
+    points = torch.tensor([[3.0, 4.0], [-3.0, -4.0], [6.0, 8.0], [-6.0, -8.0]], dtype=torch.float64)
+    running = RunningScatter()
+    running.update(points[None] + 100)
+    axes = principal_axes(running.scatter)[0]
+    torch.testing.assert_close(axes[:, 0], torch.tensor([0.6, 0.8], dtype=torch.float64))
+    torch.testing.assert_close(axes[:, 1], torch.tensor([0.8, -0.6], dtype=torch.float64))
+
+
+def test_weights_turn_the_axes_as_solved_by_hand():
+    """A cross: +-2 along x, +-1 along y. Alike, x leads; with y's tokens weighted 9 times, y leads."""
+    points = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]], dtype=torch.float64)[None]
+    for weight, leader in (([1.0, 1, 1, 1], [1.0, 0.0]), ([1.0, 1, 9, 9], [0.0, 1.0])):
+        running = RunningScatter()
+        running.update(points, torch.tensor([weight], dtype=torch.float64))
+        axes = principal_axes(running.scatter)[0]
+        torch.testing.assert_close(axes[:, 0], torch.tensor(leader, dtype=torch.float64))
+
+
+@given(st.integers(0, 50), st.integers(1, 9))
+def test_axes_are_orthonormal_and_diagonalise_in_falling_order(seed, dim):
+    scatter = scatters(2, dim, seed)
+    axes = principal_axes(scatter)
+    torch.testing.assert_close(axes.transpose(1, 2) @ axes, torch.eye(dim, dtype=torch.float64).expand(2, -1, -1))
+    turned = axes.transpose(1, 2) @ scatter @ axes
+    values = turned.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(turned, torch.diag_embed(values), rtol=0, atol=1e-9 * float(values.max()))
+    assert (values[:, :-1] >= values[:, 1:] - 1e-9 * values.max()).all()
+
+
+def test_signs_do_not_depend_on_the_library(monkeypatch):
+    scatter, expected = scatters(), principal_axes(scatters())
+    eigh = torch.linalg.eigh
+
+    def flipped(matrix):
+        values, vectors = eigh(matrix)
+        signs = torch.ones(vectors.shape[-1], dtype=torch.float64)
+        signs[::2] = -1
+        return torch.return_types.linalg_eigh((values, vectors * signs))
+
+    monkeypatch.setattr(torch.linalg, "eigh", flipped)
+    assert torch.equal(principal_axes(scatter), expected)
+    peaks = expected.gather(1, expected.abs().argmax(dim=1, keepdim=True))
+    assert (peaks > 0).all()
+
+
+def test_scatters_are_decomposed_in_float64():
+    assert principal_axes(scatters().float()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("criterion", wpac.CRITERIA)
+def test_transform_leaves_products_of_q_and_k_and_of_v_and_o(criterion):
+    norms, scatter = torch.rand(3, 2, 6, dtype=torch.float64), scatters(6, 6).view(3, 2, 6, 6)
+    found = attention_transform(statistics_of(norms.flip(-1), norms.square(), scatter), criterion, norms, GENERATOR)
+    identity = torch.eye(6, dtype=torch.float64).expand(2, -1, -1)
+    torch.testing.assert_close(found.q.transpose(1, 2) @ found.k, identity)
+    torch.testing.assert_close(found.o @ found.v, identity)
+    assert {matrix.dtype for matrix in (found.q, found.k, found.v, found.o)} == {torch.float64}
+
+
+def test_wpac_and_pca_use_the_sum_of_both_scatters_for_q_and_k():
+    scatter = scatters(6, 4).view(3, 2, 4, 4)
+    for criterion in ("wpac", "pca"):
+        found = attention_transform(statistics_of(scatter=scatter), criterion, torch.empty(0), GENERATOR)
+        assert torch.equal(found.q, principal_axes(scatter[0] + scatter[1]).transpose(1, 2))
+        assert torch.equal(found.v, principal_axes(scatter[2]).transpose(1, 2))
+    assert (scatter_needed("wpac"), scatter_needed("pca"), scatter_needed("taylor")) == ("weighted", "plain", "none")
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "hessian", "magnitude"])
+def test_rankings_sort_by_their_own_scores(criterion):
+    """Head 0: v scores 1, 3, 2 and q + k scores 4, 5, 9; the other criteria would order otherwise."""
+    scores = torch.tensor([[[3.0, 0.0, 5.0]], [[1.0, 5.0, 4.0]], [[1.0, 3.0, 2.0]]], dtype=torch.float64)
+    inputs = dict.fromkeys(("taylor", "hessian", "magnitude"), -scores) | {criterion: scores}
+    statistics = statistics_of(inputs["taylor"], inputs["hessian"])
+    found = attention_transform(statistics, criterion, inputs["magnitude"], GENERATOR)
+    coordinates = torch.tensor([10.0, 20.0, 30.0], dtype=torch.float64)
+    assert (found.v[0] @ coordinates).tolist() == [20, 30, 10]
+    assert (found.q[0] @ coordinates).tolist() == [30, 20, 10]
+    assert (found.k[0] @ coordinates).tolist() == [30, 20, 10]
+
+
+def test_mlp_orders():
+    taylor, hessian = torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[[2.0, 3.0, 1.0]]])
+    norms = torch.tensor([[[3.0, 1.0, 2.0]]])
+    expected = {
+        "taylor": [2, 1, 0], "hessian": [1, 0, 2], "wpac": [1, 0, 2], "pca": [1, 0, 2], "magnitude": [0, 2, 1]
+    }  # fmt: skip
+    for criterion, order in expected.items():
+        assert mlp_order(statistics_of(taylor, hessian), criterion, norms, GENERATOR).tolist() == order, criterion
+
+
+def test_equal_scores_keep_their_order():
+    same = torch.ones(1, 1, 40)
+    assert mlp_order(statistics_of(same, same), "taylor", same, GENERATOR).tolist() == list(range(40))
+
+
+def test_random_is_a_permutation_fixed_by_the_seed():
+    norms = torch.zeros(1, 1, 30)
+    first, again, other = (
+        mlp_order(statistics_of(norms, norms), "random", norms, torch.Generator().manual_seed(seed)).tolist()
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert sorted(first) == list(range(30))
+
+
+@pytest.mark.parametrize("columns", [(), (7,)])
+def test_fold_heads_multiplies_each_head_and_keeps_the_type(columns):
+    matrix, weight = torch.randn(2, 3, 3, dtype=torch.float64), torch.randn(6, *columns)
+    found = fold_heads(matrix, weight)
+    expected = torch.cat([matrix[h] @ weight[3 * h : 3 * h + 3].double() for h in (0, 1)]).float()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
