@@ -51,14 +51,14 @@ def main() -> None:
     base = statistics.median(seconds["plain"])
     for name in runs:
         median = statistics.median(seconds[name])
-        rows.append({"what": f"{name} pass, {args.images} images", "seconds": median, "ratio": median / base})
+        rows.append({"what": f"{name} pass, {args.images} images, seconds", "value": median, "ratio": median / base})
         rows.append(
-            {"what": f"{name} pass, peak MiB", "seconds": memory[name] / 1024, "ratio": memory[name] / memory["plain"]}
+            {"what": f"{name} pass, peak MiB", "value": memory[name] / 1024, "ratio": memory[name] / memory["plain"]}
         )
     base_net = stratavit.SuperNet(timm.create_model("deit_base_patch16_224"))
     half = {site.name: site.width // 2 for site in base_net.sites}
     times = [timed(lambda: base_net.extract(spec=half)) for _ in range(5)]
-    rows.append({"what": "extract DeiT-Base at 50 %", "seconds": statistics.median(times), "ratio": float("nan")})
+    rows.append({"what": "extract DeiT-Base at 50 %, seconds", "value": statistics.median(times), "ratio": ""})
     write_results(
         "conversion-cost", rows, "Medians of 5; ratios to the plain pass (forward + backward, weights and all)."
     )
