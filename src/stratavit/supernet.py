@@ -53,7 +53,7 @@ class SuperNet(nn.Module):
         self.sites = find_sites(model)
         assert isinstance(model, VisionTransformer)
         for name, parameter in model.named_parameters():
-            if not parameter.isfinite().all():
+            if not parameter.detach().isfinite().all():
                 raise StrataViTError(f"weights: {name} holds NaN or infinite values; give a sound checkpoint")
         self.description = architecture.describe(model)
         self.data_config = dict(data_config) if data_config is not None else architecture.resolve_data_config(model)
