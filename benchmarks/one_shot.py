@@ -2,7 +2,8 @@
 
     python benchmarks/one_shot.py [--model deit_tiny]
 
-Contracts on the 1,000 training images, makes the list from every second batch of them, reports top-1 on the 433 validation images. No training.
+Contracts on the 1,000 training images, makes the list from every second batch of them,
+reports top-1 on the 433 validation images. No training.
 """
 
 from __future__ import annotations
