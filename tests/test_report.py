@@ -1,6 +1,7 @@
 """The curve: measured where it says, largest first, the same numbers in table, CSV and picture."""
 
 import csv
+import io
 import struct
 
 import pytest
@@ -20,12 +21,12 @@ def net():
 
 @pytest.fixture(scope="module")
 def points(net):
-    return curve(net, BATCHES, ("1", "75%", "0.5", "3/12"))
+    return curve(net, BATCHES, ("1", "75%", "0.5"))
 
 
 def test_points_are_what_evaluate_says_at_the_budget(net, points):
-    assert [point.asked for point in points] == ["1", "75%", "0.5", "3/12"]
-    for point, share in zip(points, (1.0, 0.75, 0.5, 0.25), strict=True):
+    assert [point.asked for point in points] == ["1", "75%", "0.5"]
+    for point, share in zip(points, (1.0, 0.75, 0.5), strict=True):
         met = net.budget(macs=share)
         found = evaluate(net, BATCHES, met.spec)
         assert (point.top1, point.top5, point.loss, point.n) == (found.top1, found.top5, found.loss, found.n)
@@ -41,7 +42,7 @@ def test_sizes_fall_along_the_ladder(points):
 
 
 def test_default_ladder_is_in_twelfths_and_unreachable_rungs_are_left_out(net):
-    assert LADDER == tuple(f"{k}/12" for k in range(12, 1, -1))
+    assert list(LADDER) == [f"{k}/12" for k in range(12, 1, -1)]
     low = net.budget(macs=1.0).low / net.macs()
     reachable = [rung for rung in LADDER if parse_share(rung) >= low]
     assert [point.asked for point in curve(net, BATCHES)] == reachable
@@ -88,7 +89,7 @@ def test_csv_holds_every_number(points, tmp_path):
 
 
 def test_table_shows_every_point(points):
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(table(points))
     lines = [line for line in console.export_text().splitlines() if line.startswith("│")]
     assert len(lines) == len(points)
@@ -99,7 +100,7 @@ def test_table_shows_every_point(points):
         assert cells[4:] == [f"{point.top1:.2f}", f"{point.top5:.2f}", f"{point.loss:.3f}"]
 
 
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("count", [1, 3])
 def test_picture_is_a_png_of_the_documented_size(points, tmp_path, count):
     plot(points[:count], tmp_path / "curve.png", "a title")
     data = (tmp_path / "curve.png").read_bytes()
