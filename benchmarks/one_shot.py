@@ -1,57 +1,112 @@
-"""The one-shot dropout list: accuracy at a ladder of budgets, and how well budgets are met.
+"""What each part of the default method adds, without training: top-1 at a ladder of budgets.
 
-    python benchmarks/one_shot.py [--model deit_tiny]
+    python benchmarks/one_shot.py --model deit_tiny [--picture PNG] [--images 1000]
 
-Contracts on the 1,000 training images, makes the list from every second batch of them,
-reports top-1 on the 433 validation images. No training.
+Calibrates on the training images, reports top-1 on the validation images. `uniform` rows keep the same ratio of
+every site; the list rows keep what the dropout list says.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
-from common import MODELS, real_batches, real_model, write_results
+from common import MODELS, Batches, real_batches, real_model, write_results
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 import stratavit
-from stratavit.report import LADDER as TWELFTHS
-from stratavit.report import curve, plot
+from stratavit.allocation import allocate
+from stratavit.compensation import GAIN
 
-LADDER = ("12/12", "10/12", "8/12", "6/12", "4/12")
+TWELFTHS = (10, 8, 6, 4)
+Row = dict[str, Any]
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--model", choices=MODELS, default="deit_tiny")
-    arguments.add_argument("--picture", help="PNG of the default method's whole curve")
+    arguments.add_argument("--images", type=int, default=1000, help="calibration images")
+    arguments.add_argument("--picture", help="PNG of the rows")
     args = arguments.parse_args()
     model = real_model(args.model)
-    calibration, validation = real_batches(model, "train"), real_batches(model, "val")
-    # the two methods differ in what replaces a cut channel and where the list may stop, not in coordinates or list
-    net = stratavit.SuperNet(model).contract(calibration, method="paper").stratify(calibration[::2])
-    rows = []
-    for method in ("default", "paper"):
-        net.method = method
-        gap = largest_gap(net)
-        points = curve(net, validation, LADDER if args.picture is None or method == "paper" else TWELFTHS)
-        if args.picture and method == "default":
-            plot(points, args.picture, f"{args.model}: one conversion, every size, no training")
-        for point in points:
-            rows.append({"method": method, **vars(point), "largest gap over 50 budgets, share of dense": gap})
-            print(rows[-1], flush=True)
-    note = "433 validation images; contracted on the 1,000 training images, list from 500 of them."
+    calibration, validation = real_batches(model, "train", args.images), real_batches(model, "val")
+    dense = stratavit.evaluate(model, validation).top1
+    rows = ladder(stratavit.SuperNet(model), calibration, validation)
+    note = f"Dense: {dense:.1f}. {sum(len(y) for _, y in validation)} validation images, {args.images} for calibration."
+    if args.picture:
+        draw(rows, dense, args.picture, f"{args.model}, calibrated on {args.images} images, no training")
     write_results(f"one-shot-{args.model}", rows, note)
 
 
-def largest_gap(net: stratavit.SuperNet) -> float:
-    """Largest (asked - got) / dense over 50 budgets from the smallest to the full size; never negative."""
-    assert net.strata is not None
-    low = net.macs(net.strata.spec(len(net.strata))) / net.macs()
-    gaps = []
-    for step in range(50):
-        met = net.budget(macs=low + (1 - low) * step / 49)
-        assert met.got <= met.asked
-        gaps.append((met.asked - met.got) / net.macs())
-    return max(gaps)
+def ladder(net: stratavit.SuperNet, calibration: Batches, validation: Batches) -> list[Row]:
+    """One row for each part added. `net` is contracted anew where a part needs it; its function stays the same."""
+    rows: list[Row] = []
+
+    def add(what: str, specs: Mapping[int, stratavit.Spec]) -> None:
+        row: Row = {"what": what}
+        for twelfths, spec in specs.items():
+            row[f"{twelfths}/12"] = round(stratavit.evaluate(net, validation, spec).top1, 1)
+            row[f"share {twelfths}/12"] = round(net.macs(spec) / net.macs(), 4)
+        rows.append(row)
+        print(row, flush=True)
+
+    same = uniform(net)
+    listed = lambda: {n: net.spec(macs=n / 12) for n in TWELFTHS}  # noqa: E731
+    net.contract(calibration, method="paper").stratify(calibration)
+    add("paper: WPAC and its own one-shot list", listed())
+    add("paper: WPAC, uniform ratios", same)
+    net.contract(calibration, token_weight=0.0)
+    for site in net.elastic.values():
+        site.gain = 0.0
+    net.compensation = "mean"
+    add("output-aware coordinates, elimination order, means kept; uniform", same)
+    net.compensation = "full"
+    add("+ closed-form compensation; uniform", same)
+    net.contract(calibration)
+    add("+ moments half weighted by gradient norms; uniform", same)
+    for site in net.elastic.values():
+        site.gain = GAIN
+    add("+ output energy half restored; uniform", same)
+    net.stratify(calibration)
+    mean, net.final_mean = net.final_mean, None
+    add("+ list from effects at cut networks", listed())
+    net.final_mean = mean
+    add("+ final mean: the default method", listed())
+    return rows
+
+
+def uniform(net: stratavit.SuperNet) -> dict[int, stratavit.Spec]:
+    """The same keep ratio everywhere, as near below each budget as whole units allow."""
+    ratios, caps = ({site.name: value(site) for site in net.sites} for value in (lambda _: 0.0, lambda s: s.width))
+    return {n: stratavit.Spec(allocate(net.cost, ratios, n / 12, caps)) for n in TWELFTHS}
+
+
+def draw(rows: list[Row], dense: float, path: str, title: str) -> None:
+    """Top-1 against share of MACs, a line a row."""
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for number, row in enumerate(rows):
+        shades = {0: ("#9ca3af", "--"), len(rows) - 1: ("#2563eb", "-")}
+        colour, style = shades.get(number, (f"C{number}", "-"))
+        shares = [1.0, *(row[f"share {n}/12"] for n in TWELFTHS)]
+        axes.plot(
+            shares,
+            [dense, *(row[f"{n}/12"] for n in TWELFTHS)],
+            style,
+            marker="o",
+            markersize=4,
+            color=colour,
+            linewidth=2.2 if number in shades else 1.1,
+            label=row["what"],
+        )
+    axes.set(xlabel="share of the dense model's MACs", ylabel="top-1, %", title=title, ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

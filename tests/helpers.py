@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import stratavit
+from stratavit.walk import Walk
 
 CLASSES = 7
 _SMALL = {
@@ -23,6 +24,8 @@ _SMALL = {
     "num_heads": 2,
     "mlp_ratio": 2.0,
 }
+METHODS = ("default", "mean", "paper")  # of `make_net`
+PLAN = Walk(states=((0.7, 1), (0.5, 1)), images=12)  # a dropout list in few passes
 FAMILIES = {
     "plain": {},
     "no_bias": {"qkv_bias": False, "proj_bias": False},
@@ -67,9 +70,19 @@ def make_batches(sizes: tuple[int, ...] = (5, 4, 3), dtype: torch.dtype = torch.
 
 @cache
 def make_net(family: str, method: str = "default", stratified: bool = False) -> stratavit.SuperNet:
-    """A contracted super-network. Shared between tests: copy it before changing it."""
-    net = stratavit.SuperNet(make_model(family)).contract(make_batches(), method=method).eval()
-    return net.stratify(make_batches()) if stratified else net
+    """A contracted super-network. Shared between tests: copy it before changing it.
+
+    Args:
+        method: ``default`` or ``paper``; ``mean`` is ``default`` with all tokens alike, where only the mean of cut
+            channels is kept, so that it can be measured on the stock model.
+    """
+    options = {"token_weight": 0.0} if method == "mean" else {"method": method}
+    net = stratavit.SuperNet(make_model(family)).contract(make_batches(), **options).eval()
+    if stratified:
+        net.stratify(make_batches(), plan=PLAN)
+    if method == "mean":
+        net.compensation = "mean"
+    return net
 
 
 def stock_copy(source: nn.Module, net: stratavit.SuperNet) -> nn.Module:
@@ -100,13 +113,13 @@ def out_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return layers
 
 
-def measured_means(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Mean input of every `proj` and `fc2` of a stock model over all tokens, ``[channels]`` float64."""
-    means: dict[str, Tensor] = {}
+def measured_inputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """What every `proj` and `fc2` of a stock model reads, ``[tokens, channels]`` float64."""
+    inputs: dict[str, Tensor] = {}
 
     def remember(name: str):
         def hook(module, args):
-            means[name] = args[0].double().flatten(0, 1).mean(dim=0)
+            inputs[name] = args[0].double().flatten(0, 1)
 
         return hook
 
@@ -115,15 +128,35 @@ def measured_means(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         model(images)
     for handle in handles:
         handle.remove()
-    return means
+    return inputs
 
 
-def masked(model: nn.Module, spec: dict[str, int], means: dict[str, Tensor] | None) -> nn.Module:
+def measured_means(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Mean input of every `proj` and `fc2` of a stock model over all tokens, ``[channels]`` float64."""
+    return {name: tokens.mean(dim=0) for name, tokens in measured_inputs(model, images).items()}
+
+
+def cut_channels(heads: int, full: int, width: int) -> Tensor:
+    """Which of the channels that `proj` / `fc2` reads are cut, ``[heads*full]``."""
+    return (torch.arange(full) >= width).repeat(heads)
+
+
+def regression(tokens: Tensor, cut: Tensor, ridge: float = 1e-3) -> Tensor:
+    """``B`` of the prediction ``mean_d + B (x_k - mean_k)`` of cut channels by kept ones, ``[cut, kept]``."""
+    covariance = torch.cov(tokens.T, correction=0)
+    regularised = covariance + ridge * covariance.trace() / len(covariance) * torch.eye(len(covariance)).double()
+    return covariance[cut][:, ~cut] @ torch.linalg.inv(regularised[~cut][:, ~cut])
+
+
+def masked(
+    model: nn.Module, spec: dict[str, int], means: dict[str, Tensor] | None, inputs: dict[str, Tensor] | None = None
+) -> nn.Module:
     """The full-width stock model with cut channels switched off by hooks: what a sub-network must compute.
 
     Cut coordinates of q and k are zeroed, so that timm's own ``d**-0.5`` stays the scale. Cut channels
     that `proj` / `fc2` reads are replaced by their mean, or by zero where `means` is None (the paper);
-    then a module with nothing left adds nothing at all.
+    then a module with nothing left adds nothing at all. With `inputs`, what all channels were on the
+    calibration images, they are replaced by their regression on the kept ones instead.
     """
     model = copy.deepcopy(model)
     for name, layer in out_layers(model).items():
@@ -131,11 +164,16 @@ def masked(model: nn.Module, spec: dict[str, int], means: dict[str, Tensor] | No
         heads = module.num_heads if name.endswith("attn") else 1
         full = layer.in_features // heads
         width = spec.get(name, full)
-        cut = (torch.arange(full) >= width).repeat(heads)  # [heads*full]
+        cut = cut_channels(heads, full, width)
         fill = torch.zeros(layer.in_features) if means is None else means[name]
+        slope = None if inputs is None or width in (0, full) else regression(inputs[name], cut)
 
-        def replace(_, args, cut=cut, fill=fill):
-            return (torch.where(cut, fill.to(args[0]), args[0]),)
+        def replace(_, args, cut=cut, fill=fill, slope=slope):
+            fill = fill.to(args[0])
+            filled = torch.where(cut, fill, args[0])
+            if slope is not None:
+                filled[..., cut] += (args[0][..., ~cut] - fill[~cut]) @ slope.to(fill).T
+            return (filled,)
 
         def zero_cut(_, args, output, cut=cut):
             q, k, v = output.chunk(3, dim=-1)

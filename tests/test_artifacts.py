@@ -10,12 +10,14 @@ import pytest
 import timm
 import torch
 from helpers import enliven, make_batches, make_images, make_model, make_net
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import stratavit
-from stratavit import ArtifactError, StrataViTError, SuperNet, artifacts, folders
+from stratavit import ArtifactError, StrataViTError, SuperNet, artifacts, folders, moments_file
 
 IMAGES = make_images(2, seed=9)
 MIXED = {"blocks.0.attn": 4, "blocks.0.mlp": 0, "blocks.1.attn": 0, "blocks.1.mlp": 33}
@@ -225,6 +227,86 @@ def test_moments_that_do_not_fit_are_refused_by_name(saved, value):
     edit_tensors(saved / "super" / "moments.safetensors", lambda tensors: tensors.update({"blocks.0.attn.mean": value}))
     with pytest.raises(ArtifactError, match=r"moments\.safetensors: the mean of blocks\.0\.attn .* 2 x 16 finite"):
         SuperNet.load(saved / "super")
+
+
+SECOND = {
+    "factor of another size": ({"blocks.0.mlp.factor": torch.ones(5)}, r"factor of blocks\.0\.mlp .* 64 x 64"),
+    "factor of another type": ({"blocks.0.mlp.factor": torch.ones(2080).half()}, r"factor of blocks\.0\.mlp"),
+    "factor not finite": ({"blocks.0.mlp.factor": torch.full((2080,), float("inf"))}, r"factor of blocks\.0\.mlp"),
+    "factor not positive": ({"blocks.0.mlp.factor": torch.zeros(2080)}, r"factor of blocks\.0\.mlp"),
+    "scalars missing": ({"blocks.1.attn.scalars": None}, r"scalars of blocks\.1\.attn"),
+    "scalars negative": ({"blocks.1.attn.scalars": torch.tensor([-1.0, 2.0])}, r"scalars of blocks\.1\.attn"),
+    "mean missing": ({"blocks.1.attn.mean": None}, r"the mean of blocks\.1\.attn is missing"),
+    "vectors of another width": ({"final_mean.vectors": torch.zeros(2, 5)}, "final mean"),
+    "shares missing": ({"final_mean.shares": None}, "final mean"),
+    "shares rising": ({"final_mean.shares": torch.tensor([0.3, 0.6]).double()}, "final mean"),
+    "shares beyond 1": ({"final_mean.shares": torch.tensor([1.5, 0.6]).double()}, "final mean"),
+}
+
+
+@pytest.mark.parametrize("damage", SECOND)
+def test_second_moments_and_final_mean_that_do_not_fit_are_refused_by_name(saved, damage):
+    changes, message = SECOND[damage]
+
+    def edit(tensors):
+        for name, value in changes.items():
+            assert name in tensors
+            if value is None:
+                del tensors[name]
+            else:
+                tensors[name] = value
+
+    edit_tensors(saved / "super" / "moments.safetensors", edit)
+    with pytest.raises(ArtifactError, match=rf"moments\.safetensors: .*{message}"):
+        SuperNet.load(saved / "super")
+
+
+def test_second_moments_and_final_mean_come_back_bit_identical(family, tmp_path):
+    net = make_net(family, stratified=True)
+    net.save(tmp_path / "run")
+    read = SuperNet.load(tmp_path / "run")
+    for name, module in net.elastic.items():
+        found = read.elastic[name].moments
+        assert torch.equal(found.factor, module.moments.factor)
+        assert (found.ridge, found.energy) == (module.moments.ridge, module.moments.energy)
+    assert (read.final_mean is None) == (net.final_mean is None) == (family == "distilled")
+    if net.final_mean is not None:
+        assert read.final_mean.shares == net.final_mean.shares
+        assert torch.equal(read.final_mean.vectors, net.final_mean.vectors)
+
+
+@pytest.mark.parametrize("compensation", ["none", "mean", "full"])
+def test_compensation_is_kept(compensation, tmp_path):
+    net = copy.deepcopy(make_net("plain", stratified=True))
+    net.compensation = compensation
+    net.save(tmp_path / "run")
+    read = SuperNet.load(tmp_path / "run")
+    assert read.compensation == compensation
+    with torch.no_grad():
+        assert torch.equal(read(IMAGES, MIXED), net(IMAGES, MIXED))
+
+
+def test_without_second_moments_what_is_cut_is_replaced_by_its_mean(tmp_path):
+    net = copy.deepcopy(make_net("plain", stratified=True))
+    net.save(tmp_path / "whole")
+    net.save(tmp_path / "less", moments=False)
+    sizes = [(tmp_path / name / "moments.safetensors").stat().st_size for name in ("less", "whole")]
+    assert sizes[0] < sizes[1] / 3
+    assert artifacts.moments_bytes(tmp_path / "less") == sizes[0]
+    read = SuperNet.load(tmp_path / "less")
+    assert all(module.moments is None for module in read.elastic.values())
+    assert read.final_mean is None
+    net.compensation = "mean"
+    with torch.no_grad():
+        assert torch.equal(read(IMAGES, MIXED), net(IMAGES, MIXED))
+        assert torch.equal(read.extract(spec=MIXED)(IMAGES), net.extract(spec=MIXED)(IMAGES))
+
+
+@given(st.integers(1, 9))
+def test_triangles_are_packed_without_loss(n):
+    factor = torch.randn(n, n).tril()
+    assert moments_file.packed(factor).shape == (n * (n + 1) // 2,)
+    assert torch.equal(moments_file.unpacked(moments_file.packed(factor), n), factor)
 
 
 def edit_json(path, **changes):

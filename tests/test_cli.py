@@ -123,6 +123,13 @@ def test_curve_writes_table_and_picture(work, run, tmp_path, capsys):
     assert (tmp_path / "c" / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_moments_can_be_left_out(work, run, tmp_path, capsys):
+    told = answer(capsys, [*convert(work, tmp_path / "less"), "--no-moments"])
+    facts = [answer(capsys, ["info", folder]) for folder in (tmp_path / "less", run)]
+    assert told["moments_bytes"] == facts[0]["moments_bytes"] < facts[1]["moments_bytes"]
+    assert [fact["compensation"] for fact in facts] == ["mean", "full"]
+
+
 def test_weights_load_into_plain_timm(work, run):
     timm.create_model(MODEL, num_classes=3).load_state_dict(load_file(run / "model.safetensors"), strict=True)
 
@@ -350,7 +357,7 @@ def test_module_runs():
     assert "convert" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["convert", "extract", "evaluate", "curve", "info", "demo"])
+@pytest.mark.parametrize("command", ["convert", "train", "extract", "evaluate", "curve", "info", "demo"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         parser().parse_args([command, "--help"])

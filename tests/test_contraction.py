@@ -51,11 +51,56 @@ def test_source_is_not_touched(source, batches):
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_kept_means_are_those_of_the_contracted_model(source, batches, criterion):
-    net = SuperNet(source).contract(batches, criterion=criterion)
+    net = SuperNet(source).contract(batches, criterion=criterion, token_weight=0.0)
     expected = measured_means(stock_copy(source, net), torch.cat([images for images, _ in batches]))
     for name, module in net.elastic.items():
         assert module.channel_mean.dtype == torch.float32
         torch.testing.assert_close(module.channel_mean.flatten().double(), expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("token_weight", [0.0, 0.5, 1.0])
+def test_kept_moments_are_those_of_the_contracted_model(source, batches, token_weight):
+    """Measured again in the new coordinates: means, covariance (coordinate-major) and output energy."""
+    net = SuperNet(source).contract(batches, token_weight=token_weight)
+    for name, found in collect(net.model, batches, token_weight=token_weight).items():
+        module, heads = net.elastic[name], found.channel_mean.shape[0]
+        torch.testing.assert_close(module.channel_mean.double(), found.channel_mean, rtol=1e-3, atol=1e-4)
+        order = torch.arange(heads * module.full_width).view(heads, -1).T.flatten()
+        covariance, factor = found.covariance[order][:, order], module.moments.factor.double()
+        assert factor.isfinite().all()
+        ridge = module.moments.ridge * torch.eye(len(order), dtype=torch.float64)
+        assert relative_error(factor @ factor.T - ridge, covariance) <= 1e-4
+        assert module.moments.ridge == pytest.approx(1e-3 * float(covariance.trace()) / len(order), rel=1e-3)
+        weight = module.out.weight.detach().double()[:, order]
+        assert module.moments.energy == pytest.approx(float((weight @ covariance @ weight.T).trace()), rel=1e-3)
+
+
+def test_layer_scale_counts_as_part_of_the_map_out():
+    """A model with LayerScale and the same model with the factors multiplied into the weights are sorted alike."""
+    source = make_model("layer_scale", dtype=torch.float64)
+    with torch.no_grad():
+        for block in source.blocks:
+            for scale in (block.ls1, block.ls2):
+                scale.gamma.copy_(torch.logspace(-2, 1, len(scale.gamma)))
+    merged = copy.deepcopy(source)
+    with torch.no_grad():
+        for block in merged.blocks:
+            for scale, layer in ((block.ls1, block.attn.proj), (block.ls2, block.mlp.fc2)):
+                layer.weight.mul_(scale.gamma[:, None])
+                layer.bias.mul_(scale.gamma)
+                scale.gamma.fill_(1)
+    batches = make_batches(dtype=torch.float64)
+    found, expected = (SuperNet(model).contract(batches, token_weight=0.0) for model in (source, merged))
+    for name, module in found.elastic.items():
+        for one, other in zip(module.in_weight(8), expected.elastic[name].in_weight(8), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_moments_are_dropped_by_a_criterion_that_measures_none(batches):
+    net = SuperNet(make_model("plain")).contract(batches)
+    assert all(module.moments is not None for module in net.elastic.values())
+    net.contract(batches, criterion="taylor")
+    assert all(module.moments is None for module in net.elastic.values())
 
 
 def assert_descending(values):
@@ -104,7 +149,7 @@ def test_wpac_rows_are_the_axes_of_the_weighted_scatter(source, batches):
     net = SuperNet(source)
     before = collect(net.model, batches)
     old = copy.deepcopy(net.model.state_dict())
-    net.contract(batches)
+    net.contract(batches, method="paper")
     for name, result in before.items():
         if result.scatter is None:
             continue
@@ -120,8 +165,9 @@ def test_wpac_rows_are_the_axes_of_the_weighted_scatter(source, batches):
             assert_descending(variances)
 
 
-def test_mlp_hidden_units_are_only_permuted(source, batches):
-    net = SuperNet(source).contract(batches)
+@pytest.mark.parametrize("method", ["default", "paper"])
+def test_mlp_hidden_units_are_only_permuted(source, batches, method):
+    net = SuperNet(source).contract(batches, method=method)
     for index, block in enumerate(source.blocks):
         ours = net.model.blocks[index].mlp
 
@@ -141,6 +187,7 @@ def test_result_depends_on_the_seed_only_for_random(batches):
     assert torch.equal(weight("random", 1), weight("random", 1))
     assert not torch.equal(weight("random", 1), weight("random", 2))
     assert torch.equal(weight("wpac", 1), weight("wpac", 2))
+    assert torch.equal(weight("output", 1), weight("output", 2))
 
 
 def test_any_invertible_transform_may_be_folded():
@@ -167,7 +214,9 @@ def test_permuting_an_mlp_moves_rows_bias_and_columns():
     assert torch.equal(elastic.fc2.weight, mlp.fc2.weight[:, order])
 
 
-@pytest.mark.parametrize("options", [{"criterion": "best"}, {"method": "fast"}, {"objective": "loss"}])
+@pytest.mark.parametrize(
+    "options", [{"criterion": "best"}, {"method": "fast"}, {"objective": "loss"}, {"token_weight": 1.5}]
+)
 def test_unknown_options_change_nothing(options, batches):
     net = SuperNet(make_model("plain"))
     before = copy.deepcopy(net.model.state_dict())

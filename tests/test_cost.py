@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from helpers import make_images, make_model, make_net, spec_strategy
+from helpers import METHODS, make_images, make_model, make_net, spec_strategy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,7 +38,7 @@ def test_macs_of_the_dense_model_equal_torchs_counter(source):
     assert (net.macs(), net.macs(attention=True)) == counted_macs(source)
 
 
-@pytest.mark.parametrize("method", ["default", "paper"])
+@pytest.mark.parametrize("method", METHODS)
 @given(data=st.data())
 def test_params_equal_the_extracted_models(family, method, data):
     net, spec = make_net(family, method), data.draw(spec_strategy(family))

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 IMAGES = make_images(2, seed=9)
 MIXED = {"blocks.0.attn": 4, "blocks.0.mlp": 0, "blocks.1.attn": 0, "blocks.1.mlp": 33}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"(?P<note><!-- not run: .+ -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", re.DOTALL)
+BLOCK = re.compile(r"(?P<note><!-- not run: [^\n]+ -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", re.DOTALL)
 BLOCKS = [(page, match) for page in PAGES for match in BLOCK.finditer(page.read_text(encoding="utf-8"))]
 
 
@@ -60,6 +60,16 @@ def test_the_loader_without_this_library(tmp_path):
         done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
         with torch.no_grad():
             assert torch.allclose(torch.tensor(json.loads(done.stdout)), small(IMAGES), atol=1e-6)
+
+
+def test_every_block_is_checked():
+    """No block escapes the tests above by its language or by a reason that they cannot read."""
+    assert {match["language"] for _, match in BLOCKS} == {"python", "console"}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        notes = [match for found, match in BLOCKS if found == page and match["note"]]
+        assert len(re.findall(r"<!--\s*not run", text)) == len(notes), page.name
+        assert len(re.findall(r"^```\w", text, re.MULTILINE)) == sum(found == page for found, _ in BLOCKS), page.name
 
 
 def test_links_lead_somewhere():

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import (
+    METHODS,
     make_batches,
     make_images,
     make_model,
@@ -23,14 +24,14 @@ from stratavit import SuperNet
 from stratavit.elastic import ElasticAttention, ElasticMlp
 
 IMAGES = make_images(2, seed=9)
-METHODS = ["default", "paper"]
+MASKED = ["mean", "paper"]  # what switching channels off in the stock model can show
 
 
 def reference(family, method, spec):
     """The stock model with the network's weights, cut channels switched off by hooks."""
     stock = stock_copy(make_model(family), make_net(family, method))
     images = torch.cat([images for images, _ in make_batches()])
-    return masked(stock, spec, measured_means(stock, images) if method == "default" else None)
+    return masked(stock, spec, measured_means(stock, images) if method == "mean" else None)
 
 
 def test_full_width_is_bit_identical_to_the_source(source, images):
@@ -54,7 +55,7 @@ def test_full_width_is_bit_identical_when_training(source, images):
     assert not torch.equal(net(images), expected)  # dropout was on
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MASKED)
 @given(data=st.data())
 def test_elastic_equals_masked(family, method, data):
     spec = data.draw(spec_strategy(family))
@@ -62,7 +63,7 @@ def test_elastic_equals_masked(family, method, data):
         assert relative_error(make_net(family, method)(IMAGES, spec), reference(family, method, spec)(IMAGES)) <= 1e-5
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MASKED)
 def test_every_module_at_width_zero(family, method):
     net = make_net(family, method)
     for names in ([site.name for site in net.sites], [net.sites[0].name], [net.sites[1].name]):
@@ -73,12 +74,27 @@ def test_every_module_at_width_zero(family, method):
             assert not torch.allclose(net(IMAGES), expected)
 
 
-def test_paper_and_default_differ_and_only_where_something_is_cut(family):
-    default, paper = make_net(family), make_net(family, "paper")
+def test_compensations_differ_and_only_where_something_is_cut(family):
+    nets = {}
+    for compensation in ("full", "mean", "none"):
+        nets[compensation] = copy.deepcopy(make_net(family))
+        nets[compensation].compensation = compensation
     with torch.no_grad():
-        assert torch.equal(default(IMAGES), paper(IMAGES))
-        for site in default.sites:
-            assert not torch.allclose(default(IMAGES, {site.name: 0}), paper(IMAGES, {site.name: 0}))
+        for net in nets.values():
+            assert torch.equal(net(IMAGES), make_net(family)(IMAGES))
+        for site in net.sites:
+            for width, number in ((site.width // 2, 3), (0, 2)):  # with nothing kept, the mean is all there is to say
+                answers = [net(IMAGES, {site.name: width}) for net in nets.values()]
+                assert torch.equal(answers[0], answers[1]) == (width == 0)
+                assert not any(torch.allclose(answer, answers[-1]) for answer in answers[:-1])
+                assert len(torch.unique(torch.stack(answers), dim=0)) == number
+
+
+def test_method_says_what_takes_the_place_of_cut_channels(source):
+    net = SuperNet(source)
+    for method, compensation in (("paper", "none"), ("default", "full")):
+        net.method = method
+        assert {module.compensation for module in net.elastic.values()} == {compensation}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -110,7 +126,7 @@ def kept_parts(net, spec, method):
     return kept
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MASKED)
 @given(data=st.data())
 def test_gradients_reach_exactly_the_kept_slices(family, method, data):
     """Equal to those of the masked model inside, zero outside (also where the mean of what is cut is added)."""
@@ -132,7 +148,7 @@ def test_gradients_reach_exactly_the_kept_slices(family, method, data):
 
 def test_gradients_reach_every_kept_channel():
     """So that the test above does not compare zeros with zeros."""
-    net = make_net("plain")
+    net = make_net("plain", "mean")
     net.zero_grad()
     net(IMAGES, {"blocks.0.attn": 5, "blocks.0.mlp": 40}).square().sum().backward()
     attn, mlp = net.elastic["blocks.0.attn"], net.elastic["blocks.0.mlp"]
@@ -149,11 +165,15 @@ def test_state_dict_is_the_stock_one(source):
     assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in net.model.state_dict().items())
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family_name", ["plain", "no_bias", "odd_widths"])
 @given(data=st.data())
-def test_weights_of_prefixes_nest(family_name, data):
-    """The weights at a width are the first rows and columns of those at a larger one; only q is scaled."""
-    for module in make_net(family_name).elastic.values():
+def test_weights_of_prefixes_nest(family_name, method, data):
+    """The weights at a width are the first rows and columns of those at a larger one; only q is scaled.
+
+    With compensation the columns are made anew for every width, the rows still nest.
+    """
+    for module in make_net(family_name, method).elastic.values():
         small, large = sorted(data.draw(st.integers(1, module.full_width)) for _ in range(2))
         inner, outer = module.weights_at(small), module.weights_at(large)
         copies = 3 if isinstance(module, ElasticAttention) else 1
@@ -165,7 +185,8 @@ def test_weights_of_prefixes_nest(family_name, data):
 
         torch.testing.assert_close(rows(inner.in_weight, small), rows(outer.in_weight, large)[:, :, :small] * scale)
         columns = [w.out_weight.detach().view(-1, module.heads, width) for w, width in ((inner, small), (outer, large))]
-        assert torch.equal(columns[0], columns[1][:, :, :small])
+        same = torch.equal(columns[0], columns[1][:, :, :small])
+        assert same == (method != "default" or small == large)
 
 
 def test_uncalibrated_default_keeps_the_plain_bias(source):

@@ -7,7 +7,7 @@ import time
 import pytest
 import timm
 import torch
-from helpers import make_batches, make_images, make_model, make_net, relative_error, spec_strategy
+from helpers import METHODS, make_batches, make_images, make_model, make_net, relative_error, spec_strategy
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import Attention, Mlp
@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from stratavit import SuperNet
 
 IMAGES = make_images(2, seed=9)
-METHODS = ["default", "paper"]
 MIXED = {"blocks.0.attn": 4, "blocks.0.mlp": 0, "blocks.1.attn": 0, "blocks.1.mlp": 33}
 
 
@@ -62,8 +61,9 @@ def test_layers_are_stock_timm_of_the_asked_width(family):
 def test_width_zero_keeps_a_constant_or_nothing(family):
     """Default: one vector that is added to every token. Paper: no numbers at all."""
     spec = {"blocks.0.attn": 0, "blocks.0.mlp": 0}
-    for method, expected in (("default", [make_model(family).embed_dim]), ("paper", [])):
-        small, tokens = make_net(family, method).extract(spec=spec), torch.randn(2, 3, make_model(family).embed_dim)
+    dim = make_model(family).embed_dim
+    for method, expected in (("default", [dim]), ("mean", [dim]), ("paper", [])):
+        small, tokens = make_net(family, method).extract(spec=spec), torch.randn(2, 3, dim)
         for module in (small.blocks[0].attn, small.blocks[0].mlp):
             assert [p.numel() for p in module.parameters()] == expected
             out = module(tokens)

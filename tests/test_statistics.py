@@ -18,8 +18,18 @@ OBJECTIVES = {
 }
 
 
+def score(model, images, labels, objective):
+    """The scalar that is differentiated, of a stock model."""
+    if objective == "feature":
+        return model.forward_head(model.forward_features(images), pre_logits=True).square().sum() / 2
+    return OBJECTIVES[objective](model(images), labels)
+
+
 def by_autograd(model, images, labels, objective):
-    """Site name -> taylor, hessian, mean, scatter and plain scatter, from the stock model in one batch."""
+    """Site name -> taylor, hessian, mean, scatter and plain scatter, from the stock model in one batch.
+
+    And what `proj` / `fc2` reads, with the gradient norm at its output, one number a token.
+    """
     seen = {}
 
     def keep(name):
@@ -39,8 +49,10 @@ def by_autograd(model, images, labels, objective):
     for index, block in enumerate(model.blocks):
         block.attn.qkv.register_forward_hook(keep(f"blocks.{index}.attn"))
         block.attn.proj.register_forward_pre_hook(keep_input(f"blocks.{index}.attn.proj"))
+        block.attn.proj.register_forward_hook(keep(f"blocks.{index}.attn.out"))
         block.mlp.fc2.register_forward_pre_hook(keep_input(f"blocks.{index}.mlp"))
-    OBJECTIVES[objective](model(images), labels).backward()
+        block.mlp.fc2.register_forward_hook(keep(f"blocks.{index}.mlp.out"))
+    score(model, images, labels, objective).backward()
 
     expected = {}
     for index, block in enumerate(model.blocks):
@@ -64,6 +76,9 @@ def by_autograd(model, images, labels, objective):
             "hessian": product.square().mean(dim=0).view(1, 1, -1) / 2,
             "channel_mean": hidden.detach().flatten(0, 1).mean(dim=0).view(1, -1),
         }
+        for site, read in ((name, seen[f"{name}.proj"]), (f"blocks.{index}.mlp", hidden)):
+            expected[site]["read"] = read.detach().flatten(0, 1)
+            expected[site]["weight"] = seen[f"{site}.out"].grad.norm(dim=-1).flatten()
     return expected
 
 
@@ -78,7 +93,7 @@ def run(model, loader, **options):
     return collect(SuperNet(model).model, loader, **options)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", [*OBJECTIVES, "feature"])
 def test_equals_autograd_on_the_stock_model(family, objective):
     model = make_model(family, dtype=torch.float64)
     batches = make_batches(dtype=torch.float64)
@@ -96,6 +111,16 @@ def test_equals_autograd_on_the_stock_model(family, objective):
         assert found[name].images == 12
 
 
+def test_without_a_head_the_features_are_the_objective():
+    model = make_model("plain")
+    model.reset_classifier(0)
+    auto, feature = (run(model, make_batches(), objective=name) for name in ("auto", "feature"))
+    assert torch.equal(auto["blocks.0.mlp"].taylor, feature["blocks.0.mlp"].taylor)
+    for name in ("label", "cross_entropy", "prediction", "sampled"):
+        with pytest.raises(StrataViTError, match=f"objective '{name}' needs a head"):
+            run(model, make_batches(), objective=name)
+
+
 def test_scatter_of_the_unweighted_and_of_no_kind():
     batches = make_batches(dtype=torch.float64)
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -104,6 +129,107 @@ def test_scatter_of_the_unweighted_and_of_no_kind():
     assert_close(plain["blocks.1.attn"].scatter, expected["blocks.1.attn"]["plain"], "plain")
     none = run(make_model("plain", dtype=torch.float64), batches, scatter="none")
     assert all(result.scatter is None for result in none.values())
+
+
+def mixed_moments(read, weight, share):
+    """Mean and covariance of tokens ``[T, n]``, a share of their weight in proportion to `weight`."""
+    mixed = (1 - share) / len(read) + share * weight / weight.sum()
+    mean = mixed @ read
+    centred = read - mean
+    return mean, centred.T @ (centred * mixed[:, None])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("objective", ["cross_entropy", "feature"])
+def test_covariances_equal_autograd_on_the_stock_model(family, objective, share):
+    """Tokens weighted by the gradient norm at the module's output, over all batches at once."""
+    model = make_model(family, dtype=torch.float64)
+    batches = make_batches(dtype=torch.float64)
+    found = run(model, batches, objective=objective, token_weight=share)
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    expected = by_autograd(model, images, labels, objective)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        mean, covariance = mixed_moments(values["read"], values["weight"], share)
+        assert_close(found[name].channel_mean, mean.view(values["channel_mean"].shape), f"{name}.channel_mean")
+        assert_close(found[name].covariance, covariance, f"{name}.covariance")
+        assert found[name].taylor.numel() == found[name].hessian.numel() == 0
+        assert found[name].images == 12
+        if "weighted" in values:
+            assert_close(found[name].scatter, values["weighted"][:2], f"{name}.scatter")
+        else:
+            assert found[name].scatter is None
+
+
+@pytest.mark.parametrize("sizes", [(12,), (7, 5), (1,) * 12])
+def test_covariances_do_not_depend_on_the_batch_size(sizes):
+    expected = run(make_model("odd_widths"), make_batches(), token_weight=0.5)
+    for name, result in run(make_model("odd_widths"), make_batches(sizes), token_weight=0.5).items():
+        for key in ("channel_mean", "covariance", "scatter"):
+            if getattr(result, key) is not None:
+                assert_close(getattr(result, key), getattr(expected[name], key), f"{name}.{key}", 5e-5)
+
+
+def test_covariances_at_cut_widths_are_those_of_the_kept_channels():
+    net = SuperNet(make_model("plain"))
+    net.set_widths({"blocks.0.attn": 8, "blocks.0.mlp": 0, "blocks.1.mlp": 40})
+    found = collect(net.model, make_batches(), token_weight=0.5)
+    assert found.keys() == {"blocks.0.attn", "blocks.1.attn", "blocks.1.mlp"}
+    assert found["blocks.0.attn"].covariance.shape == (16, 16)
+    assert found["blocks.0.attn"].scatter.shape == (2, 2, 8, 8)
+    assert found["blocks.1.mlp"].covariance.shape == (40, 40)
+
+
+def drawn_labels(model, images, generator):
+    """One class an image, drawn from the model's own prediction."""
+    with torch.no_grad():
+        return torch.multinomial(model(images).softmax(dim=-1), 1, generator=generator).squeeze(1)
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_sampled_is_the_cross_entropy_of_classes_drawn_from_the_prediction(family, seed):
+    """Drawn batch by batch from one generator; labels of the loader are not looked at."""
+    model, generator = make_model(family), torch.Generator().manual_seed(seed)
+    batches = make_batches()
+    labelled = [(images, drawn_labels(model, images, generator)) for images, _ in batches]
+    found = run(model, batches, objective="sampled", token_weight=0.5, seed=seed)
+    expected = run(model, labelled, objective="cross_entropy", token_weight=0.5)
+    for name, result in found.items():
+        assert_close(result.covariance, expected[name].covariance, name)
+        assert_close(result.channel_mean, expected[name].channel_mean, name)
+
+
+def test_sampled_is_fixed_by_the_seed():
+    first, again, other = (
+        run(make_model("plain"), make_batches(), objective="sampled", token_weight=1.0, seed=seed) for seed in (1, 1, 2)
+    )
+    for name, result in first.items():
+        assert torch.equal(result.covariance, again[name].covariance)
+        assert not torch.allclose(result.covariance, other[name].covariance, rtol=1e-4)
+
+
+def test_drawing_classes_leaves_the_global_generator_alone():
+    net, before = SuperNet(make_model("plain")), torch.get_rng_state()
+    collect(net.model, make_batches(), objective="sampled", token_weight=1.0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_auto_of_covariances_is_a_likelihood():
+    """Of the labels where they are there, else of classes drawn from the prediction."""
+    model, labelled = make_model("plain"), make_batches()
+    bare = [images for images, _ in labelled]
+    for loader, objective in ((labelled, "cross_entropy"), (bare, "sampled")):
+        found = run(model, loader, token_weight=1.0)["blocks.0.mlp"]
+        expected = run(model, labelled, objective=objective, token_weight=1.0)["blocks.0.mlp"]
+        assert torch.equal(found.covariance, expected.covariance)
+
+
+def test_feature_needs_no_head():
+    model = make_model("plain")
+    with_head = run(model, make_batches(), objective="feature", token_weight=0.5)
+    model.reset_classifier(0)
+    bare = run(model, [images for images, _ in make_batches()], objective="feature", token_weight=0.5)
+    assert torch.equal(bare["blocks.0.attn"].covariance, with_head["blocks.0.attn"].covariance)
 
 
 def test_float32_agrees_with_float64():
@@ -134,7 +260,8 @@ def numbers_held(thing, visited=None) -> int:
     return sum(numbers_held(part, visited) for part in parts)
 
 
-def test_accumulators_do_not_grow_with_the_number_of_images(monkeypatch):
+@pytest.mark.parametrize("token_weight", [None, 0.5])
+def test_accumulators_do_not_grow_with_the_number_of_images(monkeypatch, token_weight):
     made = []
 
     class Recorded(statistics.SiteObserver):
@@ -146,7 +273,7 @@ def test_accumulators_do_not_grow_with_the_number_of_images(monkeypatch):
     held = []
     for batches in (1, 8):
         made.clear()
-        run(make_model("plain"), make_batches((3,) * batches))
+        run(make_model("plain"), make_batches((3,) * batches), token_weight=token_weight)
         held.append([numbers_held(observer) for observer in made])
     assert held[0] == held[1]
     assert min(held[0]) > 0
@@ -195,7 +322,7 @@ def test_works_where_gradients_are_switched_off():
 IMAGES = make_images(2)
 BAD = {
     "no images": ([], {}, "no images"),
-    "labels needed": ([IMAGES], {"objective": "label"}, "needs labels.*'prediction'"),
+    "labels needed": ([IMAGES], {"objective": "label"}, "needs labels.*'sampled'"),
     "labels needed by cross-entropy": ([IMAGES], {"objective": "cross_entropy"}, "needs labels"),
     "label too high": ([(IMAGES, torch.tensor([0, CLASSES]))], {}, f"found {CLASSES}.*{CLASSES} classes"),
     "negative label": ([(IMAGES, torch.tensor([-1, 0]))], {}, "found -1"),

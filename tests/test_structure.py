@@ -87,6 +87,7 @@ REFUSED = {
         lambda: VisionTransformer(**SMALL, block_fn=ResPostBlock, init_values=1.0),
         ["blocks.0", "ResPostBlock"],
     ),
+    "no pooling": (lambda: VisionTransformer(**SMALL | {"num_classes": 0}, global_pool=""), ["global_pool"]),
     "attention pooling": (lambda: VisionTransformer(**SMALL, global_pool="map"), ["attn_pool"]),
     "own forward pass": (lambda: NarrowForward(**SMALL), ["forward_features", "NarrowForward"]),
     "gated attention": (lambda: with_part("blocks.1.attn.gate", nn.Linear(32, 32)), ["blocks.1.attn.gate"]),

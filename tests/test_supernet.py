@@ -1,11 +1,12 @@
 """`SuperNet`: what holds for the object users hold, across its parts."""
 
 import copy
+import json
 
 import pytest
 import timm
 import torch
-from helpers import FAMILIES, make_batches, make_images, make_model, make_net
+from helpers import FAMILIES, PLAN, make_batches, make_images, make_model, make_net
 
 import stratavit
 from stratavit import StrataViTError, SuperNet
@@ -51,25 +52,41 @@ def test_stratify_is_deterministic_and_does_not_need_labels(batches):
 def test_contract_again_drops_the_old_list(batches):
     net = copy.deepcopy(make_net("plain", stratified=True))
     assert net.strata is not None
+    assert net.final_mean is not None
     assert net.contract(batches).strata is None
+    assert net.final_mean is None
 
 
 def test_a_failed_stratify_leaves_the_network_as_it_was(batches):
     net = copy.deepcopy(make_net("plain", stratified=True))
-    entries = net.strata.entries
-    with pytest.raises(StrataViTError, match="no images"):
-        net.stratify([], method="paper")
-    assert (net.strata.entries, net.method) == (entries, "default")
+    entries, mean = net.strata.entries, net.final_mean
+    for method in ("paper", "default"):
+        with pytest.raises(StrataViTError, match="no images"):
+            net.stratify([], method=method)
+        assert (net.strata.entries, net.method, net.compensation) == (entries, "default", "full")
+        assert net.final_mean is mean
 
 
 @pytest.mark.parametrize(
-    ("options", "method"), [({}, "default"), ({"method": "paper"}, "paper"), ({"criterion": "wpac"}, "paper")]
+    ("options", "method"),
+    [
+        ({}, "default"),
+        ({"criterion": "output"}, "default"),
+        ({"method": "paper"}, "paper"),
+        ({"criterion": "wpac"}, "paper"),
+    ],
 )
 def test_a_criterion_implies_paper_and_stratify_keeps_the_method(batches, options, method):
     net = SuperNet(make_model("plain")).contract(batches, **options)
     assert net.method == method
     assert net.stratify(batches).method == method
-    assert {module.compensation for module in net.elastic.values()} == {"none" if method == "paper" else "mean"}
+    assert {module.compensation for module in net.elastic.values()} == {"none" if method == "paper" else "full"}
+
+
+@pytest.mark.parametrize(("method", "criterion"), [("paper", "output"), ("default", "wpac"), ("default", "random")])
+def test_a_method_that_contradicts_the_criterion_is_refused(batches, method, criterion):
+    with pytest.raises(StrataViTError, match=f"criterion '{criterion}' belongs to method="):
+        SuperNet(make_model("plain")).contract(batches, method=method, criterion=criterion)
 
 
 def test_provenance_says_how_it_was_made(batches):
@@ -78,6 +95,21 @@ def test_provenance_says_how_it_was_made(batches):
     assert (made["criterion"], made["method"], made["seed"], made["images"]) == ("random", "paper", 3, 12)
     assert (listed["measure"], listed["images"]) == ("cost", 12)
     assert listed["sensitivity"].keys() == net.elastic.keys()
+
+
+def test_provenance_of_the_default_is_plain_and_names_the_sizes_measured(batches):
+    net = SuperNet(make_model("plain")).contract(batches, token_weight=0.3).stratify(batches, plan=PLAN)
+    made, listed = net.provenance["contract"], net.provenance["stratify"]
+    assert (made["criterion"], made["method"], made["token_weight"]) == ("output", "default", 0.3)
+    assert [share for share, _ in listed["states"]] == [share for share, _ in PLAN.states]
+    assert listed["walk"]["images"] == PLAN.images
+    json.dumps(net.provenance)
+
+
+@pytest.mark.parametrize("compensation", ["half", "", None])
+def test_unknown_compensation_is_refused(compensation):
+    with pytest.raises(StrataViTError, match="compensation: expected 'none', 'mean' or 'full'"):
+        SuperNet(make_model("plain")).compensation = compensation
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -4,8 +4,10 @@ from stratavit.artifacts import load, save
 from stratavit.budget import Budget
 from stratavit.errors import ArtifactError, BudgetError, StrataViTError, UnsupportedModelError
 from stratavit.evaluate import Metrics, evaluate
+from stratavit.recipe import Recipe
 from stratavit.spec import Spec
 from stratavit.supernet import SuperNet
+from stratavit.train import train_piad
 
 __version__ = "0.1.0"
 
@@ -14,6 +16,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "Metrics",
+    "Recipe",
     "Spec",
     "StrataViTError",
     "SuperNet",
@@ -21,4 +24,5 @@ __all__ = [
     "evaluate",
     "load",
     "save",
+    "train_piad",
 ]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stratavit import architecture
+from stratavit import architecture, moments_file
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.folders import read_json, read_tensors, write_folder, write_json
 from stratavit.strata import Strata
@@ -81,28 +81,32 @@ def kind(path: str | Path) -> str:
     return str(found).removeprefix("stratavit/")
 
 
+def moments_bytes(path: str | Path) -> int:
+    """Size of the moments in a super-network's folder."""
+    return (Path(path) / MOMENTS_FILE).stat().st_size
+
+
 def site_widths(model: nn.Module) -> dict[str, int]:
     """Kept width of every site of a sub-network: its own layers tell."""
     sites = architecture.describe(model)["sites"]
     return {name: site.get("head_dim", site.get("hidden_features", 0)) for name, site in sites.items()}
 
 
-def save_supernet(net: SuperNet, path: str | Path, overwrite: bool) -> None:
+def save_supernet(net: SuperNet, path: str | Path, overwrite: bool, moments: bool = True) -> None:
     """See `SuperNet.save`."""
     content = _header(SUPER) | {
         "method": net.method,
+        "compensation": net.compensation if moments or net.compensation != "full" else "mean",
         "model": net.description,
         "data_config": net.data_config,
         "strata": None if net.strata is None else net.strata.to_json(),
         "provenance": net.provenance,
     }
-    moments = {
-        f"{name}.mean": module.channel_mean for name, module in net.elastic.items() if module.channel_mean.numel()
-    }
+    tensors = moments_file.to_tensors(net, second=moments)
 
     def write(folder: Path) -> None:
         save_file(_tensors(net.model), folder / WEIGHTS_FILE, {"format": "pt"})
-        save_file(_contiguous(moments), folder / MOMENTS_FILE)
+        save_file(_contiguous(tensors), folder / MOMENTS_FILE)
         write_json(folder / JSON_FILE, content)
 
     write_folder(path, write, overwrite)
@@ -115,20 +119,12 @@ def load_supernet(cls: type[SuperNet], path: str | Path, device: torch.device | 
     net = cls(_load_model(content, folder, device), _data_config(content, folder))
     try:
         net.method = content.get("method", "default")
+        net.compensation = content.get("compensation", net.compensation)
     except StrataViTError as error:
         raise ArtifactError(f"{folder / JSON_FILE}: {error}") from error
     net.description = content["model"]
     net.provenance = dict(content.get("provenance", {}))
-    moments = read_tensors(folder / MOMENTS_FILE)
-    for site in net.sites:
-        mean, module = moments.get(f"{site.name}.mean"), net.elastic[site.name]
-        if mean is None:
-            continue
-        if mean.shape != (site.heads, site.width) or not mean.isfinite().all():
-            raise ArtifactError(
-                f"{folder / MOMENTS_FILE}: the mean of {site.name} should be {site.heads} x {site.width} finite numbers"
-            )
-        module.channel_mean = mean.to(module.out.weight)
+    moments_file.from_tensors(net, read_tensors(folder / MOMENTS_FILE), str(folder / MOMENTS_FILE))
     if content.get("strata") is not None:
         net.strata = Strata.from_json(net.sites, content["strata"])
     return net

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from stratavit import __version__, commands
+from stratavit import __version__, commands, train_command
 from stratavit.errors import StrataViTError
 from stratavit.report import LADDER
 from stratavit.statistics import OBJECTIVES
@@ -21,6 +21,7 @@ _EXAMPLES = """examples:
   stratavit convert deit_tiny_patch16_224 --data IMAGENET --out run     once: sort the knowledge
   stratavit curve run --data IMAGENET                                   accuracy at every size
   stratavit extract run --macs 50% --out small                          a plain timm model
+  stratavit train run --data IMAGENET --out run2                        PIAD: every size trained
   stratavit evaluate small --data IMAGENET
 """
 
@@ -50,18 +51,29 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--method",
         choices=("default", "paper"),
-        help="paper: exactly the paper, cut channels count as zero (default: keep their mean)",
+        help="paper: exactly the paper, cut channels count as zero (default: predicted from those kept)",
     )
     convert.add_argument(
-        "--criterion", choices=CRITERIA, help="what channels are sorted by; baselines, implies --method paper"
+        "--criterion", choices=CRITERIA, help="what channels are sorted by; all but output imply --method paper"
+    )
+    convert.add_argument(
+        "--no-moments",
+        action="store_true",
+        help="leave the second moments out of RUN: a smaller folder, less accurate sub-networks",
     )
     convert.add_argument(
         "--objective",
         choices=OBJECTIVES,
         default="auto",
-        help="what is differentiated; 'prediction' needs no labels (default: %(default)s)",
+        help="what is differentiated; 'sampled', 'prediction' and 'feature' need no labels (default: %(default)s)",
     )
-    convert.add_argument("--seed", type=int, default=0, help="for --criterion random (default: %(default)s)")
+    convert.add_argument("--seed", type=int, default=0, help="for random choices (default: %(default)s)")
+
+    train = _command(
+        commands_, "train", train_command.train, "train a super-network, so that every size is good without fine-tuning"
+    )
+    train.add_argument("run", metavar="RUN", help="folder of a super-network, made by convert")
+    train_command.add_options(train)
 
     extract = _command(commands_, "extract", commands.extract, "slice a plain small model out of a super-network")
     extract.add_argument("run", metavar="RUN", help="folder of a super-network")
@@ -171,12 +183,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StrataViTError as error:
         print(f"stratavit {args.command}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"stratavit {args.command}: interrupted; nothing half-written was left", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"stratavit {args.command}: {str(stop) or 'interrupted; nothing half-written was left'}", file=sys.stderr)
         return 130
     if args.json:
         print(json.dumps(result, indent=1))
-    else:
+    elif view:
         Console(soft_wrap=True).print(*view, sep="\n")
     return 0
 

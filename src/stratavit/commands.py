@@ -59,14 +59,14 @@ def convert(args: Namespace) -> Outcome:
     net = SuperNet(dense_model(args.model, args.weights, args.num_classes).to(device))
     loader = _loader(args, net.data_config, "train", net.model.num_classes, args.images)
     started = time.perf_counter()
-    net.contract(loader, args.method or "default", args.criterion, args.objective, args.seed)
-    net.stratify(loader, objective=args.objective)
+    net.contract(loader, args.method, args.criterion, args.objective, args.seed)
+    net.stratify(loader, objective=args.objective, seed=args.seed)
     seconds = time.perf_counter() - started
     net.provenance["source"] = {
         "model": args.model,
         "weights": None if args.weights is None else Path(args.weights).name,
     }
-    net.save(args.out, args.overwrite)
+    net.save(args.out, args.overwrite, moments=not args.no_moments)
     assert net.strata is not None
     smallest = net.strata.spec(len(net.strata))
     result = {
@@ -78,10 +78,12 @@ def convert(args: Namespace) -> Outcome:
         "params": net.params(),
         "smallest_macs": net.macs(smallest),
         "entries": len(net.strata),
+        "moments_bytes": artifacts.moments_bytes(args.out),
     }
     text = (
         f"{args.model}: calibrated on {result['images']} images in {seconds:.0f} s; "
-        f"any size from {human(net.macs(smallest))} to {human(net.macs())} MACs is now a slice of {args.out}"
+        f"any size from {human(net.macs(smallest))} to {human(net.macs())} MACs is now a slice of {args.out} "
+        f"({result['moments_bytes'] / 2**20:.3g} MiB of it are moments)"
     )
     return result, [text]
 
@@ -181,6 +183,8 @@ def info(args: Namespace) -> Outcome:
         facts |= {
             "smallest_macs": smallest,
             "method": net.method,
+            "compensation": net.compensation,
+            "moments_bytes": artifacts.moments_bytes(args.target),
             "entries": 0 if net.strata is None else len(net.strata),
         }
         provenance, config = net.provenance, net.data_config

@@ -1,42 +1,97 @@
-"""Folds WPAC's change of coordinates into the weights of elastic modules. The function stays the same."""
+"""Folds a change of coordinates into the weights of elastic modules. The function stays the same."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from stratavit.compensation import factorise
 from stratavit.elastic import ElasticAttention, ElasticMlp, ElasticSite
+from stratavit.output_aware import elimination_order, output_axes
+from stratavit.progress import track
 from stratavit.statistics import SiteStatistics
-from stratavit.wpac import AttentionTransform, Criterion, attention_transform, fold_heads, mlp_order
+from stratavit.structure import layer_scale
+from stratavit.wpac import AttentionTransform, Criterion, attention_transform, fold_heads, mlp_order, principal_axes
 
 
 @torch.no_grad()
-def apply(
-    elastic: Mapping[str, ElasticSite], statistics: Mapping[str, SiteStatistics], criterion: Criterion, seed: int
-) -> None:
-    """Re-parameterises every site in place.
+def apply(model: nn.Module, statistics: Mapping[str, SiteStatistics], criterion: Criterion, seed: int) -> None:
+    """Re-parameterises every site of a model in place.
 
     Args:
-        elastic: Site name -> module.
-        statistics: Of each site, from one calibration pass.
+        model: Its sites are elastic modules.
+        statistics: Of each site, from one calibration pass; with covariances for ``output``.
         criterion: What channels are sorted by.
         seed: For the ``random`` criterion.
     """
     generator = torch.Generator().manual_seed(seed)
-    for name, module in elastic.items():
-        found = statistics[name]
-        if isinstance(module, ElasticAttention):
+    for name, found in track(statistics.items(), "sort channels"):
+        module = model.get_submodule(name)
+        assert isinstance(module, ElasticSite)
+        module.moments, module.crossed = None, ()
+        if criterion == "output":
+            _sort_by_output(module, found, layer_scale(model, name))
+        elif isinstance(module, ElasticAttention):
             transform = attention_transform(found, criterion, attention_norms(module), generator)
             fold_attention(module, transform)
-            mean = (transform.v.to(found.channel_mean) @ found.channel_mean.unsqueeze(-1)).squeeze(-1)  # [H, d]
+            set_mean(module, _turned_mean(found.channel_mean, transform.v.to(found.channel_mean)))
         else:
             assert isinstance(module, ElasticMlp)
             order = mlp_order(found, criterion, mlp_norms(module), generator)
             permute_mlp(module, order)
-            mean = found.channel_mean[:, order.to(found.channel_mean.device)]  # [1, m]
-        set_mean(module, mean)
+            set_mean(module, found.channel_mean[:, order.to(found.channel_mean.device)])  # [1, m]
+
+
+def _sort_by_output(module: ElasticSite, found: SiteStatistics, scale: Tensor | None) -> None:
+    """Output-aware coordinates of one site, and the moments of its channels in these coordinates."""
+    assert found.covariance is not None
+    assert found.crossed is not None
+    covariance, mean = found.covariance, found.channel_mean
+    scale = None if scale is None else scale.to(covariance)
+    if isinstance(module, ElasticAttention):
+        assert found.scatter is not None
+        qk = principal_axes(found.scatter.sum(dim=0)).transpose(-1, -2)
+        parts = module.out_by_head().to(covariance)  # [C, H, d]
+        parts = parts if scale is None else parts * scale[:, None, None]
+        blocks = covariance.unflatten(0, mean.shape).unflatten(2, mean.shape)  # [H, d, H, d]
+        axes = [output_axes(parts[:, h], blocks[h, :, h]) for h in range(module.heads)]
+        v, o = (torch.stack(side).to(mean) for side in zip(*axes, strict=True))
+        fold_attention(module, AttentionTransform(qk, qk, v, o))
+        change = partial(_turned, matrix=v)
+    else:
+        assert isinstance(module, ElasticMlp)
+        weight = module.out.weight.to(covariance)
+        order = elimination_order(weight if scale is None else weight * scale[:, None], covariance)
+        permute_mlp(module, order)
+        change = partial(_sorted, order=order)
+    weight = module.out_by_coordinate()
+    channels = []
+    for pair in ((mean, covariance), *found.crossed):
+        new_mean, new_covariance = change(*pair)
+        moments = factorise(new_covariance, weight).to(module.out.weight.device)
+        channels.append((new_mean.to(module.out.weight), moments))
+    (module.channel_mean, module.moments), *crossed = channels
+    module.crossed = tuple(crossed)
+
+
+def _turned(mean: Tensor, covariance: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments after ``[H, d, d]`` turned each head: mean ``[H, d]``, covariance coordinate-major ``[d*H, d*H]``."""
+    blocks = covariance.unflatten(0, mean.shape).unflatten(2, mean.shape)  # [H, d, H, d]
+    turned = torch.einsum("hij,hjgk,glk->ihlg", matrix, blocks, matrix)  # [d, H, d, H]
+    return _turned_mean(mean, matrix), turned.flatten(2).flatten(0, 1)
+
+
+def _turned_mean(mean: Tensor, matrix: Tensor) -> Tensor:
+    """Mean ``[H, d]`` after ``[H, d, d]`` turned each head."""
+    return (matrix @ mean.unsqueeze(-1)).squeeze(-1)
+
+
+def _sorted(mean: Tensor, covariance: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments of permuted channels: mean ``[1, m]``, covariance ``[m, m]``."""
+    return mean[:, order], covariance[order][:, order]
 
 
 def set_mean(module: ElasticSite, mean: Tensor) -> None:

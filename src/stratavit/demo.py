@@ -98,7 +98,12 @@ def run(out: Path, device: torch.device, epochs: int, overwrite: bool) -> tuple[
         outcome.update(result)
         view.extend(lines)
 
-    write_folder(out, write, overwrite)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the model is so small that threads would only wait for each other
+    try:
+        write_folder(out, write, overwrite)
+    finally:
+        torch.set_num_threads(threads)
     outcome["folder"] = str(out)
     view.append(f"everything is in {out}: super-network/, small/, curve.csv, curve.png")
     return outcome, view

@@ -9,14 +9,17 @@ Shape legend: B images, N tokens, C token width, H heads, d full head_dim, m ful
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 
-Compensation = Literal["none", "mean"]
+from stratavit.compensation import GAIN, Moments, compensate
+
+Compensation = Literal["none", "mean", "full"]
 
 
 class Weights(NamedTuple):
@@ -41,15 +44,29 @@ class Observer(Protocol):
         """What the module adds to the residual stream, ``[B, N, C]``, before any LayerScale."""
 
 
+class Probe(NamedTuple):
+    """Stands in for a module's weights while the effect of small changes of its width is measured."""
+
+    weights: Weights  # at some width p
+    gate: Tensor | None  # attention: factor of each coordinate of q, [p]
+
+
 class ElasticSite(nn.Module):
     """Common ground of the two elastic modules.
 
     Attributes:
         width: Kept width of the next forward pass, set by the super-network.
         bypassed: The module adds nothing at all; set while its sensitivity is measured.
-        compensation: ``mean`` replaces dropped channels by their mean, ``none`` by nothing.
+        compensation: ``full`` replaces dropped channels by what the kept ones predict, ``mean`` by their mean,
+            ``none`` by nothing. ``full`` without `moments` is ``mean``.
+        gain: Share of the output energy lost that ``full`` puts back, see `compensation.compensate`.
         channel_mean: Mean of the channels that `proj` / `fc2` reads, ``[H, d]`` or ``[1, m]``;
             empty before any calibration.
+        moments: Second moments of the same channels, coordinate-major (coordinate, then head), so that a
+            cut is a prefix of all heads at once.
+        crossed: `channel_mean` and `moments` without the images of fold 0, and without those of fold 1; after
+            calibration, for the list. Not saved.
+        probe: Weights that take the place of the module's own.
         observer: Set while statistics are collected.
     """
 
@@ -60,6 +77,11 @@ class ElasticSite(nn.Module):
         super().__init__()
         self.width = self.full_width
         self.compensation: Compensation = "none"
+        self.gain = GAIN
+        self.moments: Moments | None = None
+        self.crossed: tuple[tuple[Tensor, Moments], ...] = ()
+        self.probe: Probe | None = None
+        self._compensated: tuple[Moments | None, Any, tuple[Tensor, Tensor]] | None = None
         self.observer: Observer | None = None
         self.bypassed = False
         self.channel_mean: Tensor
@@ -78,13 +100,49 @@ class ElasticSite(nn.Module):
         """Weight of `out` as ``[C, H, d]`` (one head for an MLP)."""
         return self.out.weight.unflatten(1, (self.heads, self.full_width))
 
+    def out_by_coordinate(self) -> Tensor:
+        """Weight of `out` as ``[C, d*H]``, coordinate-major: coordinate, then head."""
+        return self.out_by_head().transpose(1, 2).flatten(1)
+
     def weights_at(self, width: int) -> Weights:
         """Weights of the prefix of `width` channels (per head), 0 < width <= full width."""
         in_weight, in_bias = self.in_weight(width)
         if width == self.full_width:
             return Weights(in_weight, in_bias, self.out.weight, self.out.bias)
+        if self.compensation == "full" and self.moments is not None:
+            return Weights(in_weight, in_bias, *self._remembered(width))
         kept = self.out_by_head()[:, :, :width].flatten(1)  # [C, H, w] -> [C, H*w]
         return Weights(in_weight, in_bias, kept, self.out_bias_at(width))
+
+    def _remembered(self, width: int) -> tuple[Tensor, Tensor]:
+        """`compensated_out`, computed once per width as long as what it rests on stays and no gradient is asked.
+
+        Changes in place are seen, except those that go around autograd's version counter (``weight.data``).
+        """
+        rests_on = [t for t in (self.out.weight, self.out.bias, self.channel_mean) if t is not None]
+        if any(t.is_inference() for t in rests_on) or (
+            torch.is_grad_enabled() and any(t.requires_grad for t in rests_on)
+        ):
+            return self.compensated_out(width, self.gain)
+        versions = [(t.data_ptr(), t._version, t.dtype, t.device) for t in rests_on]
+        key = (width, self.gain, versions)
+        known = self._compensated
+        if known is None or known[0] is not self.moments or known[1] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                known = self._compensated = (self.moments, key, self.compensated_out(width, self.gain))
+        return known[2]
+
+    def compensated_out(self, width: int, gain: float) -> tuple[Tensor, Tensor]:
+        """Weight ``[C, H*w]`` and bias ``[C]`` of `out` with what the dropped channels did folded in."""
+        assert self.moments is not None
+        if self.moments.factor.device != self.out.weight.device:
+            self.moments = self.moments.to(self.out.weight.device)
+        weight = self.out_by_coordinate().float()  # [C, d*H]
+        mean = self.channel_mean.T.flatten().float()  # [d*H]
+        kept, shift = compensate(weight, mean, self.moments, width * self.heads, gain)
+        kept = kept.unflatten(1, (width, self.heads)).transpose(1, 2).flatten(1)  # [C, w*H] -> [C, H*w]
+        bias = shift if self.out.bias is None else self.out.bias.float() + shift
+        return kept.to(self.out.weight.dtype), bias.to(self.out.weight.dtype)
 
     def out_bias_at(self, width: int) -> Tensor | None:
         """Bias of `out` at a width: ``bias + W[:, w:] mean[w:]``, what the dropped channels add on average.
@@ -139,12 +197,14 @@ class ElasticAttention(ElasticSite):
         """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; the arguments of timm's `Attention`."""
         if self.width == 0 or self.bypassed:
             return self.constant(x)
-        weights = self.weights_at(self.width)
+        weights = self.weights_at(self.width) if self.probe is None else self.probe.weights
         qkv = F.linear(x, weights.in_weight, weights.in_bias)
-        qkv = qkv.unflatten(-1, (3, self.heads, self.width))  # [B, N, 3, H, w]
+        qkv = qkv.unflatten(-1, (3, self.heads, -1))  # [B, N, 3, H, w]
         if self.observer is not None:
             self.observer.features(qkv)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, N, w]
+        if self.probe is not None and self.probe.gate is not None:
+            q = q * self.probe.gate
         p = self.attn_drop.p if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=p, is_causal=is_causal)
         mixed = mixed.transpose(1, 2).flatten(2)  # [B, H, N, w] -> [B, N, H*w]
@@ -178,7 +238,7 @@ class ElasticMlp(ElasticSite):
         """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``."""
         if self.width == 0 or self.bypassed:
             return self.constant(x)
-        weights = self.weights_at(self.width)
+        weights = self.weights_at(self.width) if self.probe is None else self.probe.weights
         hidden = self.drop1(self.act(F.linear(x, weights.in_weight, weights.in_bias)))  # [B, N, w]
         if self.observer is not None:
             self.observer.inputs_of_out(hidden)
@@ -186,3 +246,9 @@ class ElasticMlp(ElasticSite):
         if self.observer is not None:
             self.observer.outputs(out)
         return self.drop2(out)
+
+
+def set_widths(elastic: Mapping[str, ElasticSite], widths: Mapping[str, int] | None) -> None:
+    """Widths of the next pass; None is full width."""
+    for name, module in elastic.items():
+        module.width = module.full_width if widths is None else widths[name]

@@ -14,16 +14,20 @@ from torch import Tensor, nn
 
 from stratavit.architecture import build_site
 from stratavit.elastic import ElasticAttention, ElasticSite
-from stratavit.structure import Site
+from stratavit.final_mean import plain_norm
+from stratavit.structure import Site, last_norm
 
 
-def small_model(model: VisionTransformer, sites: tuple[Site, ...], widths: Mapping[str, int]) -> nn.Module:
+def small_model(
+    model: VisionTransformer, sites: tuple[Site, ...], widths: Mapping[str, int], shift: Tensor | None = None
+) -> nn.Module:
     """Copies a sub-network out of a super-network's model.
 
     Args:
         model: The model with elastic modules; unchanged.
         sites: Its sites.
         widths: Kept width of every site.
+        shift: Added to the bias of the last norm, ``[C]``.
 
     Returns:
         A timm `VisionTransformer` in eval mode that shares no storage with `model`.
@@ -34,6 +38,9 @@ def small_model(model: VisionTransformer, sites: tuple[Site, ...], widths: Mappi
         elastic = model.get_submodule(site.name)
         assert isinstance(elastic, ElasticSite)
         replaced[id(elastic)] = small_site(site, elastic, widths[site.name])
+    norm = last_norm(model)
+    if norm is not None:
+        replaced[id(norm)] = plain_norm(norm, shift)
     with torch.no_grad():
         small: nn.Module = copy.deepcopy(model, memo=replaced)
     return small.eval()

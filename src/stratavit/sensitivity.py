@@ -93,10 +93,7 @@ def _bypass_each(model: nn.Module, sites: Sequence[Site], images: Tensor, labels
         index = next(i for i, block in enumerate(parts.blocks) if any(m is module for m in block.modules()))
         module.bypassed = True
         try:
-            x = tokens[index]
-            for block in parts.blocks[index:]:
-                x = block(x)
-            logits = parts.tail(x).float()
+            logits = parts.tail(parts.through(tokens[index], index)).float()
         finally:
             module.bypassed = False
         correct = int((logits.argmax(dim=-1) == target).sum())

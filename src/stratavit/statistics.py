@@ -5,7 +5,7 @@ Shape legend: B images, N tokens, H heads, w head_dim (at the width in use), m M
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from stratavit.batches import check_labels, unpack
 from stratavit.elastic import ElasticAttention, ElasticSite
 from stratavit.errors import StrataViTError
-from stratavit.moments import RunningMean, RunningScatter
+from stratavit.moments import RunningCovariance, RunningMean, RunningScatter
 from stratavit.progress import track
-from stratavit.structure import eval_mode, model_device, model_dtype, stages
+from stratavit.structure import Stages, eval_mode, frozen, model_device, model_dtype, stages
 
-Objective = Literal["auto", "label", "cross_entropy", "prediction"]
-OBJECTIVES = ("auto", "label", "cross_entropy", "prediction")
+Objective = Literal["auto", "label", "cross_entropy", "prediction", "sampled", "feature"]
+OBJECTIVES: tuple[Objective, ...] = ("auto", "label", "cross_entropy", "prediction", "sampled", "feature")
 Scatter = Literal["weighted", "plain", "none"]
 
 
@@ -31,11 +31,15 @@ class SiteStatistics:
 
     Attributes:
         taylor: First-order Taylor importance ``mean |g*h|``: attention ``[3, H, w]`` (q, k, v), MLP
-            ``[1, 1, m]`` of the post-activation.
+            ``[1, 1, m]`` of the post-activation. Empty if covariances were asked for.
         hessian: Second-order term ``mean 1/2 (g*h)^2``, same shape.
-        channel_mean: Mean of what `proj` / `fc2` reads, ``[H, w]`` or ``[1, m]``.
+        channel_mean: Mean of what `proj` / `fc2` reads, ``[H, w]`` or ``[1, m]``, under the token weights of
+            `covariance` if there is one.
         scatter: Attention only: ``[3, H, w, w]``, scatter of q, k, v around their unweighted means,
-            every token weighted by its importance (method section 1) or by 1.
+            every token weighted by its importance (method section 1) or by 1. Of q and k alone, ``[2, H, w, w]``,
+            if covariances were asked for.
+        covariance: Of what `proj` / `fc2` reads, heads jointly and head after head, ``[H*w, H*w]`` or ``[m, m]``.
+        crossed: `channel_mean` and `covariance` without the images of fold 0, and without those of fold 1.
         images: Number of calibration images.
     """
 
@@ -43,54 +47,113 @@ class SiteStatistics:
     hessian: Tensor
     channel_mean: Tensor
     scatter: Tensor | None = None
+    covariance: Tensor | None = None
+    crossed: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     images: int = 0
 
 
-class SiteObserver:
-    """Turns the features of one site, and their gradients, into running moments."""
+def folds_of(start: int, count: int) -> Tensor:
+    """Fold, 0 or 1, of the images number `start` to `start + count - 1` of a loader: in turn.
 
-    def __init__(self, heads: int, attention: bool, scatter: Scatter) -> None:
+    Compensation fits the images that it was computed from better than others, so a list measured on these
+    would take cuts for cheaper than they are. Images of one fold are measured with the moments of the other.
+    """
+    return torch.arange(start, start + count) % 2
+
+
+class SiteObserver:
+    """Turns the features of one site, and their gradients, into running moments.
+
+    Args:
+        heads: Number of heads; 1 for an MLP.
+        attention: Whether it is an attention module.
+        scatter: Weighting of the q, k, v scatter.
+        token_weight: Gather covariances of what `proj` / `fc2` reads, this share of every token's weight
+            in proportion to the gradient norm at the module's output; None: gather Taylor terms instead.
+    """
+
+    def __init__(self, heads: int, attention: bool, scatter: Scatter, token_weight: float | None = None) -> None:
         self.heads, self.attention = heads, attention
         self.weighted = scatter == "weighted"
         self._scatter = RunningScatter() if attention and scatter != "none" else None
+        self._covariance = None if token_weight is None else RunningCovariance(token_weight)
         self._taylor, self._hessian, self._mean = RunningMean(), RunningMean(), RunningMean()
+        self._held: list[Tensor] = []
+        self._images = 0
 
     def features(self, features: Tensor) -> None:
         """qkv ``[B, N, 3, H, w]``: waits for the gradient."""
-        if features.requires_grad:
-            self._await_gradient(features, features.detach())
+        if not features.requires_grad:
+            return
+        if self._covariance is None:
+            self._await_gradient(features, self._taylor_terms)
+        elif self._scatter is not None:
+            self._await_gradient(features, self._scatter_of_qk)
 
     def inputs_of_out(self, features: Tensor) -> None:
         """Head outputs ``[B, N, H*w]`` or post-activations ``[B, N, m]``."""
-        x = features.detach().unflatten(-1, (self.heads, -1))  # [B, N, H, w]
-        self._mean.update(x.sum(dim=(0, 1), dtype=torch.float32), x.shape[0] * x.shape[1])
+        x = features.detach()
+        if self._covariance is not None:
+            self._held = [x]
+            return
+        sums = x.unflatten(-1, (self.heads, -1)).sum(dim=(0, 1), dtype=torch.float32)  # [H, w]
+        self._mean.update(sums, x.shape[0] * x.shape[1])
         if not self.attention and features.requires_grad:
-            self._await_gradient(features, features.detach()[:, :, None, None])
+            self._await_gradient(features, lambda x, g: self._taylor_terms(x[:, :, None, None], g[:, :, None, None]))
 
     def outputs(self, outputs: Tensor) -> None:
-        """Not needed by the paper's method."""
+        """What the module adds, ``[B, N, C]``: the norm of its gradient weighs the token."""
+        if self._covariance is not None:
+            x, start = self._held.pop(), self._images  # [B, N, H*w]
+            self._images += len(x)
+            outputs.register_hook(lambda gradient: self._covariance_of(x, gradient, start))
 
-    def _await_gradient(self, features: Tensor, seen_as: Tensor) -> None:
-        """Calls `_backward` once the gradient of `features` is there, then lets go of them."""
-        held = [seen_as]
-        features.register_hook(lambda gradient: self._backward(held.pop(), gradient))
+    def _await_gradient(self, features: Tensor, then: Callable[[Tensor, Tensor], None]) -> None:
+        """Calls `then` with features and gradient once that is there, then lets go of them."""
+        held = [features.detach()]
+        features.register_hook(lambda gradient: then(held.pop(), gradient))
 
-    def _backward(self, features: Tensor, gradient: Tensor) -> None:
+    def _taylor_terms(self, features: Tensor, gradient: Tensor) -> None:
         """`features` ``[B, N, G, H, w]`` (G = 3 for qkv, 1 for an MLP) with the gradient of the objective."""
-        product = (gradient.view_as(features) * features).flatten(0, 1)  # [T, G, H, w]
+        product = (gradient * features).flatten(0, 1)  # [T, G, H, w]
         tokens = product.shape[0]
         self._hessian.update(product.square().sum(dim=0) / 2, tokens)
         importance = product.abs_()
         self._taylor.update(importance.sum(dim=0), tokens)
         if self._scatter is not None:
-            x = features.flatten(0, 1).flatten(1, 2).transpose(0, 1)  # [3*H, T, w]
-            weight = importance.mean(dim=-1).flatten(1).T if self.weighted else None  # [3*H, T]
-            self._scatter.update(x, weight)
+            self._scatter_of(features, importance)
+
+    def _scatter_of_qk(self, features: Tensor, gradient: Tensor) -> None:
+        features, gradient = features[:, :, :2], gradient[:, :, :2]
+        self._scatter_of(features, (gradient * features).abs_().flatten(0, 1))
+
+    def _scatter_of(self, features: Tensor, importance: Tensor) -> None:
+        """`features` ``[B, N, G, H, w]``, `importance` ``[T, G, H, w]``."""
+        assert self._scatter is not None
+        x = features.flatten(0, 1).flatten(1, 2).transpose(0, 1)  # [G*H, T, w]
+        weight = importance.mean(dim=-1).flatten(1).T if self.weighted else None  # [G*H, T]
+        self._scatter.update(x, weight)
+
+    def _covariance_of(self, x: Tensor, gradient: Tensor, start: int) -> None:
+        """`x` ``[B, N, H*w]``, `gradient` ``[B, N, C]`` of images number `start` and on."""
+        assert self._covariance is not None
+        folds = folds_of(start, len(x)).to(x.device)
+        weight = gradient.norm(dim=-1)  # [B, N]
+        for fold in (0, 1):
+            chosen = folds == fold
+            if chosen.any():
+                self._covariance.update(x[chosen].flatten(0, 1), weight[chosen].flatten(), fold)
 
     def result(self) -> SiteStatistics:
         """The moments over everything seen."""
-        scatter = None if self._scatter is None else self._scatter.scatter.unflatten(0, (3, self.heads))
-        return SiteStatistics(self._taylor.mean, self._hessian.mean, self._mean.mean, scatter)
+        scatter = None if self._scatter is None else self._scatter.scatter.unflatten(0, (-1, self.heads))
+        if self._covariance is None:
+            return SiteStatistics(self._taylor.mean, self._hessian.mean, self._mean.mean, scatter)
+        mean, covariance = self._covariance.result()
+        empty, shape = mean.new_empty(0), (self.heads, -1)
+        (m1, c1), (m0, c0) = self._covariance.result(folds=(1,)), self._covariance.result(folds=(0,))
+        crossed = (m1.unflatten(0, shape), c1), (m0.unflatten(0, shape), c0)
+        return SiteStatistics(empty, empty, mean.unflatten(0, shape), scatter, covariance, crossed)
 
 
 def collect(
@@ -99,6 +162,8 @@ def collect(
     objective: Objective = "auto",
     scatter: Scatter = "weighted",
     description: str = "calibrate",
+    token_weight: float | None = None,
+    seed: int = 0,
 ) -> dict[str, SiteStatistics]:
     """Runs every batch forward and backward in eval mode and gathers each elastic site's statistics.
 
@@ -109,10 +174,15 @@ def collect(
         model: A model whose sites are elastic modules.
         loader: Yields images ``[B, 3, H, W]``, ``(images,)`` or ``(images, labels [B])``.
         objective: What is differentiated, summed over images: ``label`` the logit of the true class (the
-            reference implementation), ``cross_entropy``, ``prediction`` the logit of the predicted
-            class (no labels needed); ``auto`` is ``label`` where labels are there, else ``prediction``.
+            reference implementation), ``cross_entropy``, and without labels: ``prediction`` the logit of the
+            predicted class, ``sampled`` the cross-entropy of a class drawn from the prediction, ``feature`` half
+            the squared norm of the pooled features. ``auto`` is ``label`` where labels are there, else
+            ``prediction``; with `token_weight` ``cross_entropy``, else ``sampled``; for a model without a head
+            ``feature``.
         scatter: Weighting of the q, k, v scatter; ``none`` leaves it out.
         description: Title of the progress bar.
+        token_weight: Gather covariances in place of Taylor terms, see `SiteObserver`.
+        seed: For ``sampled``.
 
     Returns:
         Site name -> statistics.
@@ -123,27 +193,31 @@ def collect(
     if objective not in OBJECTIVES:
         raise StrataViTError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
     sites = {name: module for name, module in model.named_modules() if isinstance(module, ElasticSite)}
-    observers = {
-        name: SiteObserver(site.heads, isinstance(site, ElasticAttention), scatter) for name, site in sites.items()
+    if torch.is_inference_mode_enabled():
+        raise StrataViTError("calibration needs gradients: call it outside torch.inference_mode()")
+    if not model.num_classes and objective not in ("auto", "feature"):
+        raise StrataViTError(f"objective {objective!r} needs a head, but the model has none; use 'feature' or 'auto'")
+    if not model.num_classes:
+        objective = "feature"
+    score = Score(objective, token_weight is not None, torch.Generator().manual_seed(seed))
+    active = {
+        name: SiteObserver(site.heads, isinstance(site, ElasticAttention), scatter, token_weight)
+        for name, site in sites.items()
+        if site.width and not site.bypassed
     }
-    active = {name: observer for name, observer in observers.items() if sites[name].width and not sites[name].bypassed}
-    trainable = [p for p in model.parameters() if p.requires_grad]
     try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
         for name, observer in active.items():
             sites[name].observer = observer
-        with eval_mode(model):
-            images_seen = _run(model, loader, objective, description)
+        with eval_mode(model), frozen(model):
+            images_seen = _run(model, loader, score, description)
     finally:
         for site in sites.values():
             site.observer = None
-        for parameter in trainable:
-            parameter.requires_grad_(True)
     if images_seen == 0:
         raise StrataViTError("calibration: the loader gave no images; check the data folder or the loader")
-    results = {name: observer.result() for name, observer in active.items()}
-    for name, result in results.items():
+    results = {}
+    for name in list(active):
+        results[name] = result = active.pop(name).result()  # popped, so that no site's sums outlive its result
         result.images = images_seen
         if not all(t.isfinite().all() for t in vars(result).values() if isinstance(t, Tensor)):
             raise StrataViTError(
@@ -152,7 +226,7 @@ def collect(
     return results
 
 
-def _run(model: nn.Module, loader: Iterable[Any], objective: Objective, description: str) -> int:
+def _run(model: nn.Module, loader: Iterable[Any], score: Score, description: str) -> int:
     """Forward and backward over the loader with observers in place; returns the number of images."""
     parts = stages(model)
     device, dtype = model_device(model), model_dtype(model)
@@ -162,29 +236,55 @@ def _run(model: nn.Module, loader: Iterable[Any], objective: Objective, descript
         with torch.no_grad():
             tokens = parts.stem(images.to(device, dtype))
         tokens.requires_grad_(True)
-        x = tokens
         with torch.enable_grad():
-            for block in parts.blocks:
-                x = block(x)
-            value = objective_value(parts.tail(x), None if labels is None else labels.to(device), objective)
-            torch.autograd.grad(value, tokens)
+            torch.autograd.grad(score(parts, parts.through(tokens), labels), tokens)
         images_seen += len(images)
     return images_seen
 
 
+@dataclass
+class Score:
+    """The scalar that is differentiated.
+
+    Attributes:
+        objective: See `collect`.
+        likelihood: Whether ``auto`` means a log-likelihood rather than a logit.
+        generator: Draws the classes of ``sampled``.
+    """
+
+    objective: Objective
+    likelihood: bool
+    generator: torch.Generator
+
+    def __call__(self, parts: Stages, tokens: Tensor, labels: Tensor | None) -> Tensor:
+        """Summed over the images; `tokens` ``[B, N, C]`` leave the last block, `labels` ``[B]``."""
+        objective = self.objective
+        if objective == "auto":
+            choices: tuple[Objective, Objective] = ("label", "prediction")
+            choices = ("cross_entropy", "sampled") if self.likelihood else choices
+            objective = choices[labels is None]
+        if objective == "feature":
+            return parts.pool(tokens).float().square().sum() / 2
+        logits = parts.tail(tokens).float()
+        if labels is not None:
+            labels = labels.to(logits.device)
+        if objective == "sampled":
+            drawn = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=self.generator)
+            labels = drawn.squeeze(1).to(logits.device)
+            objective = "cross_entropy"
+        return objective_value(logits, labels, objective)
+
+
 def objective_value(logits: Tensor, labels: Tensor | None, objective: Objective) -> Tensor:
-    """The scalar that is differentiated: summed over the batch's logits ``[B, classes]``.
+    """``label``, ``cross_entropy`` or ``prediction`` of logits ``[B, classes]``, summed over the images.
 
     Raises:
         StrataViTError: The objective needs labels and there are none, or they are out of range.
     """
-    logits = logits.float()
-    if objective == "auto":
-        objective = "prediction" if labels is None else "label"
     if objective == "prediction":
         return logits.amax(dim=-1).sum()
     if labels is None:
-        raise StrataViTError(f"objective {objective!r} needs labels, but the loader gives none; use 'prediction'")
+        raise StrataViTError(f"objective {objective!r} needs labels, but the loader gives none; use 'sampled'")
     check_labels(labels, logits.shape[-1])
     if objective == "cross_entropy":
         return F.cross_entropy(logits, labels, reduction="sum")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from timm.layers import Attention, Mlp
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -75,6 +76,8 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
         )
     if model.attn_pool is not None:
         _refuse("attn_pool", "attention pooling is not supported yet; use a model with token or average pooling")
+    if not model.global_pool:
+        _refuse("global_pool", "a model that answers with all its tokens is not supported; pool them, e.g. 'token'")
     for method in ("forward", "forward_features"):
         if getattr(type(model), method) is not getattr(VisionTransformer, method):
             _refuse(method, f"{type(model).__name__} overrides the order of execution of timm's VisionTransformer")
@@ -142,11 +145,19 @@ class Stages:
         stem: Images ``[B, 3, H, W]`` to tokens ``[B, N, C]``.
         blocks: The residual blocks, each tokens to tokens.
         tail: Tokens ``[B, N, C]`` to logits ``[B, classes]``.
+        pool: Tokens ``[B, N, C]`` to what the head reads, ``[B, C]``.
     """
 
     stem: Callable[[Tensor], Tensor]
     blocks: tuple[nn.Module, ...]
     tail: Callable[[Tensor], Tensor]
+    pool: Callable[[Tensor], Tensor]
+
+    def through(self, tokens: Tensor, first: int = 0) -> Tensor:
+        """Tokens ``[B, N, C]`` that enter block `first` to tokens that leave the last one."""
+        for block in self.blocks[first:]:
+            tokens = block(tokens)
+        return tokens
 
 
 def stages(model: nn.Module) -> Stages:
@@ -160,7 +171,27 @@ def stages(model: nn.Module) -> Stages:
         logits: Tensor = model.forward_head(model.norm(tokens))
         return logits
 
-    return Stages(stem, tuple(model.blocks), tail)
+    def pool(tokens: Tensor) -> Tensor:
+        pooled: Tensor = model.forward_head(model.norm(tokens), pre_logits=True)
+        return pooled
+
+    return Stages(stem, tuple(model.blocks), tail, pool)
+
+
+def last_norm(model: nn.Module) -> nn.Module | None:
+    """The norm whose bias is added to what the head reads; None if there is none with a bias, or two heads."""
+    assert isinstance(model, VisionTransformer)
+    if isinstance(model, VisionTransformerDistilled):
+        return None
+    norm: nn.Module = model.norm if isinstance(model.fc_norm, nn.Identity) else model.fc_norm
+    return norm if getattr(norm, "bias", None) is not None else None
+
+
+def layer_scale(model: nn.Module, site: str) -> Tensor | None:
+    """LayerScale factors ``[C]`` of a site's output, or None."""
+    block, _, leaf = site.rpartition(".")
+    scale = getattr(model.get_submodule(block), "ls1" if leaf == "attn" else "ls2")
+    return getattr(scale, "gamma", None)
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:
@@ -195,3 +226,16 @@ def in_float32(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.to(dtype)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No weight asks for a gradient inside."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

@@ -6,27 +6,29 @@ import copy
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from stratavit import architecture, artifacts, contraction, sensitivity, strata
-from stratavit.budget import Amount, Budget, meet
+from stratavit import architecture, artifacts, contraction, listing, sensitivity, strata
+from stratavit.budget import Amount
 from stratavit.cost import cost_model
-from stratavit.elastic import ElasticAttention, ElasticMlp, ElasticSite
+from stratavit.elastic import ElasticAttention, ElasticMlp, ElasticSite, set_widths
 from stratavit.errors import BudgetError, StrataViTError
 from stratavit.extract import small_model
-from stratavit.spec import Spec
-from stratavit.statistics import Objective, collect
-from stratavit.structure import find_sites, in_float32
+from stratavit.final_mean import FinalMean, Shift
+from stratavit.sizes import Method, Sized, known_method
+from stratavit.statistics import Objective, SiteStatistics, collect
+from stratavit.structure import find_sites, in_float32, last_norm
+from stratavit.walk import Walk
 from stratavit.wpac import CRITERIA, Criterion, scatter_needed
 
-Method = Literal["default", "paper"]
+TOKEN_WEIGHT = 0.5
 
 
-class SuperNet(nn.Module):
+class SuperNet(Sized):
     """A pre-trained ViT made elastic: one set of weights, every size a prefix of it.
 
     Args:
@@ -39,7 +41,11 @@ class SuperNet(nn.Module):
         sites: The modules that can be cut.
         strata: The dropout list, once `stratify` has run.
         method: ``paper``: cut channels count as zero and whole groups leave; ``default``: cut channels
-            are replaced by their mean and units leave one by one.
+            are replaced by what the kept ones predict and units leave one by one.
+        compensation: ``full`` (default method): what cut channels did is predicted from the kept ones, in closed form;
+            ``mean``: only their mean is kept; ``none`` (paper).
+        final_mean: By how much the mean of what the head reads moves as the model shrinks along the list; put back
+            where compensation is ``full``, for any spec by its share of the MACs. None switches it off.
         data_config: How input images must be prepared.
         provenance: Plain facts about how this super-network was made.
 
@@ -64,7 +70,12 @@ class SuperNet(nn.Module):
             layer = getattr(self.model.get_submodule(block), leaf)
             elastic = ElasticAttention(layer) if site.kind == "attention" else ElasticMlp(layer)
             setattr(self.model.get_submodule(block), leaf, elastic)
+        self._shift = Shift()
+        norm = last_norm(self.model)
+        if norm is not None:
+            norm.register_forward_hook(self._shift)
         self.strata: strata.Strata | None = None
+        self.final_mean: FinalMean | None = None
         self.provenance: dict[str, Any] = {}
         self.method: Method = "default"
         self.train(model.training)
@@ -74,38 +85,31 @@ class SuperNet(nn.Module):
         """Site name -> elastic module."""
         return {site.name: self.model.get_submodule(site.name) for site in self.sites}
 
-    @property
-    def method(self) -> Method:
-        """How cut channels are treated, see the class attributes."""
-        return self._method
-
-    @method.setter
-    def method(self, method: Method) -> None:
-        self._method: Method = _known(method)
-        for site in self.elastic.values():
-            site.compensation = "none" if method == "paper" else "mean"
-
     # ---- conversion -------------------------------------------------------------------------------
 
     def contract(
         self,
         loader: Iterable[Any],
-        method: Method = "default",
+        method: Method | None = None,
         criterion: Criterion | None = None,
         objective: Objective = "auto",
         seed: int = 0,
+        token_weight: float = TOKEN_WEIGHT,
     ) -> SuperNet:
-        """WPAC: sorts the knowledge inside every module, in place, without changing the function.
+        """Sorts the knowledge inside every module, in place, without changing the function.
 
         One forward and one backward pass over the calibration images (the paper uses 1,024).
 
         Args:
             loader: Yields images ``[B, 3, H, W]``, ``(images,)`` or ``(images, labels [B])``.
-            method: ``paper`` is exactly the paper; ``default`` rotates the same and keeps the mean of what is cut.
-            criterion: What channels are sorted by, ``wpac`` unless given; the others are baselines
-                (``random``, ``magnitude``, ``taylor``, ``hessian``, ``pca``) and imply ``method="paper"``.
-            objective: ``label``, ``cross_entropy``, ``prediction`` or ``auto``, see `statistics.collect`.
-            seed: For ``random``.
+            method: ``paper`` is exactly the paper (WPAC); ``default`` sorts by what each module adds to the
+                residual stream and gathers what `compensation` needs. If None, what the criterion implies.
+            criterion: What channels are sorted by: ``output`` (default method), ``wpac`` (paper), or a baseline
+                (``random``, ``magnitude``, ``taylor``, ``hessian``, ``pca``); only ``output`` goes with ``default``.
+            objective: What is differentiated, see `statistics.collect`; ``auto`` suits the method and the labels.
+            seed: For ``random`` and for the objective ``sampled``.
+            token_weight: Share of a token's weight that follows the gradient norm at the module's output
+                (default method).
 
         Returns:
             self.
@@ -115,19 +119,28 @@ class SuperNet(nn.Module):
         """
         if criterion is not None and criterion not in CRITERIA:
             raise StrataViTError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion!r}")
-        method = _known(method) if criterion is None else "paper"
-        criterion = criterion or "wpac"
+        if not 0 <= token_weight <= 1:
+            raise StrataViTError(f"token_weight: expected a share from 0 to 1, got {token_weight!r}")
+        implied: Method = "default" if criterion in (None, "output") else "paper"
+        method = implied if method is None else known_method(method)
+        if criterion is not None and method != implied:
+            raise StrataViTError(f"criterion {criterion!r} belongs to method={implied!r}, got method={method!r}")
+        criterion = criterion or ("output" if method == "default" else "wpac")
         self.set_widths(None)
+        share = token_weight if criterion == "output" else None
         with in_float32(self.model):
-            statistics = collect(self.model, loader, objective, scatter_needed(criterion), "contract")
-        contraction.apply(self.elastic, statistics, criterion, seed)
-        self.strata, self.method = None, method
+            statistics = collect(
+                self.model, loader, objective, scatter_needed(criterion), "contract", token_weight=share, seed=seed
+            )
+        contraction.apply(self.model, statistics, criterion, seed)
+        self.strata, self.final_mean, self.method = None, None, method
         self.provenance["contract"] = {
             "method": method,
             "criterion": criterion,
             "objective": objective,
             "images": next(iter(statistics.values())).images,
             "seed": seed,
+            "token_weight": share,
         }
         return self
 
@@ -137,17 +150,21 @@ class SuperNet(nn.Module):
         method: Method | None = None,
         objective: Objective = "auto",
         measure: sensitivity.Measure = "auto",
+        plan: Walk | None = None,
+        seed: int = 0,
     ) -> SuperNet:
         """Makes the one-shot dropout list, down to the smallest size, in place; no training.
 
-        Unit importance as in the paper: sensitivity of the module times the Taylor importance of the
-        unit's channels, per MAC, with tails merged (method section 2).
-
         Args:
-            loader: The calibration images; it is run through several times.
-            method: ``paper`` or ``default``; as set by `contract` if None.
-            objective: For the Taylor importance, see `statistics.collect`.
-            measure: Of sensitivity: ``top1``, ``cost`` or ``auto``, see `sensitivity.bypass_sensitivity`.
+            loader: The calibration images, several times over. Best those of `contract`, in the same order (no
+                shuffling) and on the same object: each is then measured with moments that do not contain it.
+            method: ``default`` measures at cut networks what one more unit brings (`walk`); ``paper`` ranks units by
+                sensitivity of the module times Taylor importance, per MAC, with tails merged (method
+                section 2). As set by `contract` if None.
+            objective: ``paper``: for the Taylor importance, see `statistics.collect`.
+            measure: ``paper``: of sensitivity, ``top1``, ``cost`` or ``auto``, see `sensitivity.bypass_sensitivity`.
+            plan: ``default``: sizes and numbers of images.
+            seed: ``paper``: for the objective ``sampled``.
 
         Returns:
             self.
@@ -155,27 +172,36 @@ class SuperNet(nn.Module):
         Raises:
             StrataViTError: Bad images, labels or options.
         """
-        method = self.method if method is None else _known(method)
+        method = self.method if method is None else known_method(method)
         self.set_widths(None)
+        final_mean = None
         with in_float32(self.model):
-            statistics = collect(self.model, loader, objective, "none", "importance")
-            gamma = sensitivity.bypass_sensitivity(self.model, self.sites, loader, measure)
-        importance = {}
-        for site in self.sites:
-            alpha = statistics[site.name].taylor.sum(dim=0).mean(dim=0)  # [G, H, w] -> [w]
-            importance[site.name] = strata.unit_importance(site, alpha.tolist(), gamma[site.name])
-            if self.elastic[site.name].channel_mean.numel() == 0:
-                contraction.set_mean(self.elastic[site.name], statistics[site.name].channel_mean)
-        self.method = method
-        self.strata = strata.Strata(self.sites, strata.removal_order(self.sites, importance, self.cost.tokens))
-        self.provenance["stratify"] = {
-            "method": method,
-            "objective": objective,
-            "measure": measure,
-            "images": next(iter(statistics.values())).images,
-            "sensitivity": gamma,
-        }
+            if method == "paper":
+                entries, statistics, facts = listing.by_importance(
+                    self.model, self.sites, self.cost, loader, objective, measure, seed
+                )
+                self._fill_means(statistics)
+            else:
+                if any(module.channel_mean.numel() == 0 for module in self.elastic.values()):
+                    self._fill_means(collect(self.model, loader, objective, "none", "means"))
+                before, self.compensation = self.compensation, "full"
+                try:
+                    entries, final_mean, facts = listing.by_effects(
+                        self.model, self.sites, self.cost, loader, plan or Walk()
+                    )
+                finally:
+                    self.compensation = before
+        if method != self.method:
+            self.method = method
+        self.final_mean = final_mean
+        self.strata = strata.Strata(self.sites, entries)
+        self.provenance["stratify"] = {"method": method, **facts}
         return self
+
+    def _fill_means(self, statistics: Mapping[str, SiteStatistics]) -> None:
+        for name, module in self.elastic.items():
+            if module.channel_mean.numel() == 0:
+                contraction.set_mean(module, statistics[name].channel_mean)
 
     # ---- execution --------------------------------------------------------------------------------
 
@@ -196,72 +222,17 @@ class SuperNet(nn.Module):
     def set_widths(self, spec: Mapping[str, int] | None) -> None:
         """Sets the widths that the next pass through `model` runs at; None is full width."""
         widths = self.resolve(spec)
-        for name, module in self.elastic.items():
-            module.width = widths[name]
+        set_widths(self.elastic, widths)
+        self._shift.value = self.final_shift(widths)
 
-    def resolve(self, spec: Mapping[str, int] | None) -> Spec:
-        """The width of every site under a spec.
+    def final_shift(self, widths: Mapping[str, int]) -> Tensor | None:
+        """What is added to the last norm's bias at these widths, ``[C]``; None for nothing."""
+        if self.final_mean is None or self.compensation != "full":
+            return None
+        share = self.cost.macs(widths) / self.cost.macs()
+        return None if share >= 1 else self.final_mean.at(share)
 
-        Raises:
-            StrataViTError: The spec names an unknown site or a width above the full one.
-        """
-        full = {site.name: site.width for site in self.sites}
-        for name, width in Spec(spec or {}).items():
-            if name not in full:
-                raise StrataViTError(f"spec: unknown site {name!r}; the sites are {', '.join(list(full)[:2])}, ...")
-            if width > full[name]:
-                raise StrataViTError(f"spec: {name} can keep at most {full[name]} channels, got {width}")
-            full[name] = width
-        return Spec(full)
-
-    # ---- budgets ----------------------------------------------------------------------------------
-
-    def macs(self, spec: Mapping[str, int] | None = None, attention: bool = False) -> int:
-        """MACs per image, linear count; ``attention=True`` adds QK^T and AV. The dense model's without a spec."""
-        return self.cost.macs(self.resolve(spec), attention)
-
-    def params(self, spec: Mapping[str, int] | None = None) -> int:
-        """Parameters of the extracted model. The dense model's without a spec."""
-        biased = self.method != "paper"
-        calibrated = all(module.channel_mean.numel() for module in self.elastic.values())
-        return self.cost.params(self.resolve(spec), biased, corrected=biased and calibrated)
-
-    def budget(
-        self, *, macs: Amount | None = None, params: Amount | None = None, position: int | None = None
-    ) -> Budget:
-        """The largest sub-network of the dropout list within one budget, with asked, got and reachable range.
-
-        Args:
-            macs: A share in (0, 1] or ``"50%"`` of the dense model, or an absolute count (int, ``"2.1G"``).
-            params: Likewise.
-            position: Number of entries of the dropout list to drop; 0 is the full model.
-
-        Raises:
-            BudgetError: Not exactly one budget, unreadable, or outside the reachable range.
-            StrataViTError: There is no dropout list yet.
-        """
-        if self.strata is None:
-            raise StrataViTError("no dropout list yet: call stratify(loader) first, or give a spec")
-        given = [
-            kind for kind, value in (("macs", macs), ("params", params), ("position", position)) if value is not None
-        ]
-        if len(given) != 1:
-            raise BudgetError(f"give exactly one of macs, params, position; got {' and '.join(given) or 'none'}")
-        positions = range(len(self.strata) + 1) if self.method == "default" else self.strata.group_ends()
-        if position is not None:
-            if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position <= len(self.strata):
-                raise BudgetError(f"position: expected a whole number from 0 to {len(self.strata)}, got {position!r}")
-            spec = self.strata.spec(position)
-            low = self.macs(self.strata.spec(len(self.strata)))
-            return Budget("macs", self.macs(spec), self.macs(spec), low, self.macs(), position, spec)
-        if params is not None:
-            return meet("params", params, self.params, self.strata.spec, positions)
-        assert macs is not None
-        return meet("macs", macs, self.macs, self.strata.spec, positions)
-
-    def spec(self, *, macs: Amount | None = None, params: Amount | None = None, position: int | None = None) -> Spec:
-        """The widths of the sub-network that `budget` finds."""
-        return self.budget(macs=macs, params=params, position=position).spec
+    # ---- extraction -------------------------------------------------------------------------------
 
     def extract(
         self,
@@ -291,7 +262,7 @@ class SuperNet(nn.Module):
             widths = met.spec
             if verbose:
                 print(met, file=sys.stderr)
-        small = small_model(self.model, self.sites, widths)
+        small = small_model(self.model, self.sites, widths, self.final_shift(widths))
         small.provenance = {  # type: ignore[assignment]
             "super_network": self.provenance,
             "spec": dict(widths),
@@ -305,13 +276,19 @@ class SuperNet(nn.Module):
 
     # ---- files ------------------------------------------------------------------------------------
 
-    def save(self, path: str | Path, overwrite: bool = False) -> None:
+    def save(self, path: str | Path, overwrite: bool = False, moments: bool = True) -> None:
         """Writes a folder: ``model.safetensors`` (a timm checkpoint), ``moments.safetensors``, ``stratavit.json``.
+
+        Args:
+            path: Folder to write.
+            overwrite: Replace a folder that is not empty.
+            moments: Keep second moments and final mean, about two thirds of the size of the weights. Without them
+                cut channels are replaced by their mean, and extracted models are less accurate.
 
         Raises:
             ArtifactError: The folder exists and is not empty (unless `overwrite`), or cannot be written.
         """
-        artifacts.save_supernet(self, path, overwrite)
+        artifacts.save_supernet(self, path, overwrite, moments)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> SuperNet:
@@ -321,9 +298,3 @@ class SuperNet(nn.Module):
             ArtifactError: The folder is not a super-network's, or damaged.
         """
         return artifacts.load_supernet(cls, path, device)
-
-
-def _known(method: Method) -> Method:
-    if method not in ("default", "paper"):
-        raise StrataViTError(f"method: expected 'default' or 'paper', got {method!r}")
-    return method

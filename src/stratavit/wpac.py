@@ -1,4 +1,4 @@
-"""WPAC: weighted PCA for attention contraction. Pure maths from statistics to a change of coordinates.
+"""WPAC: weighted PCA for attention contraction, and baselines. Pure maths from statistics to a change of coordinates.
 
 Source: method section 1 (arXiv 2511.11683, WPAC). Everything is float64; nothing here touches a model.
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from stratavit.statistics import Scatter, SiteStatistics
 
-Criterion = Literal["wpac", "random", "magnitude", "taylor", "hessian", "pca"]
-CRITERIA: tuple[Criterion, ...] = ("wpac", "random", "magnitude", "taylor", "hessian", "pca")
+Criterion = Literal["output", "wpac", "random", "magnitude", "taylor", "hessian", "pca"]
+CRITERIA: tuple[Criterion, ...] = ("output", "wpac", "random", "magnitude", "taylor", "hessian", "pca")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class AttentionTransform:
 
 def scatter_needed(criterion: Criterion) -> Scatter:
     """Which q, k, v scatter a criterion asks of the calibration pass."""
-    scatters: dict[str, Scatter] = {"wpac": "weighted", "pca": "plain"}
+    scatters: dict[str, Scatter] = {"output": "weighted", "wpac": "weighted", "pca": "plain"}
     return scatters.get(criterion, "none")
 
 

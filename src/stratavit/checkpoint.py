@@ -1,0 +1,110 @@
+"""What a training run leaves on disk: its state in one file, its log, and the super-network at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from stratavit.artifacts import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
+from stratavit.errors import ArtifactError
+from stratavit.supernet import SuperNet
+
+FORMAT = "stratavit/training-state/1"
+STATE_FILE, LOG_FILE = "state.pt", "log.jsonl"
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Replaces the state of a run; killed at any moment, the old or the new one is there, whole.
+
+    Args:
+        folder: Of the run.
+        state: Tensors and plain values only.
+
+    Raises:
+        ArtifactError: It cannot be written; the old state is left.
+    """
+    temporary = folder / f".{STATE_FILE}.part"
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(folder / STATE_FILE)
+    except (OSError, RuntimeError) as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise ArtifactError(f"cannot write {folder / STATE_FILE}: {error}; the last state is left") from error
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Reads what `write_state` wrote; runs no code from the file.
+
+    Raises:
+        ArtifactError: There is none, it is damaged or of another version.
+    """
+    path = folder / STATE_FILE
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{folder} holds no interrupted training ({STATE_FILE}); start without resuming") from error
+    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+        raise ArtifactError(f"{path} is damaged; start the training anew in another folder") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ArtifactError(f"{path} is not a training state of this version of StrataViT ({FORMAT})")
+    return state
+
+
+def publish(net: SuperNet, folder: Path) -> None:
+    """Writes a super-network into a run's folder, beside its state and log; the file that makes it one comes last.
+
+    Raises:
+        ArtifactError: It cannot be written.
+    """
+    temporary = folder / ".super-network"
+    net.save(temporary, overwrite=True)
+    try:
+        for name in (WEIGHTS_FILE, MOMENTS_FILE, JSON_FILE):
+            (temporary / name).replace(folder / name)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {folder}: {error.strerror}; resume the training to try again") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class Journal:
+    """The log of a run, one JSON object per line; every row has the number of epochs that had ended.
+
+    Args:
+        path: Of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Adds a row."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows; a last line that was cut short is left out."""
+        found = []
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        for line in text.splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
+    def rewind(self, epoch: int) -> None:
+        """Forgets what was written after so many epochs: a run that is resumed there writes it again."""
+        kept = "".join(json.dumps(row) + "\n" for row in self.rows() if row["epoch"] <= epoch)
+        part = self.path.with_name(f".{self.path.name}.part")
+        part.write_text(kept, encoding="utf-8")
+        part.replace(self.path)

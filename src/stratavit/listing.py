@@ -1,0 +1,74 @@
+"""Two ways to the one-shot dropout list: the paper's unit importance, and effects measured at cut networks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from stratavit import sensitivity, strata
+from stratavit.allocation import ordered_list
+from stratavit.cost import CostModel
+from stratavit.elastic import ElasticSite
+from stratavit.errors import StrataViTError
+from stratavit.final_mean import FinalMean
+from stratavit.statistics import Objective, SiteStatistics, collect
+from stratavit.structure import Site
+from stratavit.walk import Walk, walk
+
+
+def by_importance(
+    model: nn.Module,
+    sites: Sequence[Site],
+    cost: CostModel,
+    loader: Iterable[Any],
+    objective: Objective,
+    measure: sensitivity.Measure,
+    seed: int = 0,
+) -> tuple[list[strata.Entry], dict[str, SiteStatistics], dict[str, Any]]:
+    """The paper's: sensitivity of the module times Taylor importance of the unit per MAC, tails merged (section 2).
+
+    Returns:
+        The entries, the statistics they rest on, and facts for the provenance.
+    """
+    statistics = collect(model, loader, objective, "none", "importance", seed=seed)
+    gamma = sensitivity.bypass_sensitivity(model, sites, loader, measure)
+    importance = {}
+    for site in sites:
+        alpha = statistics[site.name].taylor.sum(dim=0).mean(dim=0)  # [G, H, w] -> [w]
+        importance[site.name] = strata.unit_importance(site, alpha.tolist(), gamma[site.name])
+    facts = {
+        "objective": objective,
+        "measure": measure,
+        "images": next(iter(statistics.values())).images,
+        "sensitivity": gamma,
+    }
+    return strata.removal_order(sites, importance, cost.tokens), statistics, facts
+
+
+def by_effects(
+    model: nn.Module, sites: Sequence[Site], cost: CostModel, loader: Iterable[Any], plan: Walk
+) -> tuple[list[strata.Entry], FinalMean | None, dict[str, Any]]:
+    """The default's: keep ratios that follow what one more unit brings at networks already cut (`walk`).
+
+    Returns:
+        The entries, the shift of the final mean if it was measured, and facts for the provenance.
+
+    Raises:
+        StrataViTError: The model or the images give a distance that is not finite.
+    """
+    states, ratios, drifts = walk(model, sites, cost, loader, plan)
+    known = {cost.macs(state.widths) / cost.macs(): drift for state, drift in zip(states, drifts, strict=False)}
+    known = {share: drift for share, drift in known.items() if share < 1}  # shares that were got, not asked
+    mean = FinalMean(tuple(known), torch.stack(list(known.values())).float()) if known else None
+    if not all(torch.tensor(ratio).isfinite() for ratio in ratios.values()) or (
+        mean is not None and not mean.vectors.isfinite().all()
+    ):
+        raise StrataViTError("stratify: a cut network answered NaN or infinity; check the images and the weights")
+    walked = {**asdict(plan), "states": [list(state) for state in plan.states]}
+    crossed = all(module.crossed for module in model.modules() if isinstance(module, ElasticSite))
+    facts = {"cross_fitted": crossed, "walk": walked, "states": [[state.share, dict(state.widths)] for state in states]}
+    return ordered_list(sites, states, ratios), mean, facts

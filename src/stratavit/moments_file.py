@@ -1,0 +1,104 @@
+"""What a super-network knows about its channels, as tensors for a file, and back. No code is read or run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from stratavit.compensation import Moments
+from stratavit.errors import ArtifactError
+from stratavit.final_mean import FinalMean
+from stratavit.structure import Site
+
+if TYPE_CHECKING:
+    from stratavit.supernet import SuperNet
+
+SHARES, VECTORS = "final_mean.shares", "final_mean.vectors"
+
+
+def to_tensors(net: SuperNet, second: bool = True) -> dict[str, Tensor]:
+    """``SITE.mean``; ``SITE.factor`` (lower triangle, row by row) and ``SITE.scalars`` (ridge, energy); the final mean.
+
+    Args:
+        net: A super-network.
+        second: Include second moments (the factors), which are most of the file.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, module in net.elastic.items():
+        if module.channel_mean.numel():
+            tensors[f"{name}.mean"] = module.channel_mean
+        if second and module.moments is not None:
+            tensors[f"{name}.factor"] = packed(module.moments.factor)
+            tensors[f"{name}.scalars"] = torch.tensor(
+                [module.moments.ridge, module.moments.energy], dtype=torch.float64
+            )
+    if second and net.final_mean is not None:
+        tensors[SHARES] = torch.tensor(net.final_mean.shares, dtype=torch.float64)
+        tensors[VECTORS] = net.final_mean.vectors
+    return tensors
+
+
+def from_tensors(net: SuperNet, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Gives a super-network what `to_tensors` wrote.
+
+    Raises:
+        ArtifactError: A tensor does not fit the model or is not finite; it is named.
+    """
+    for site in net.sites:
+        module = net.elastic[site.name]
+        mean = tensors.get(f"{site.name}.mean")
+        if mean is not None:
+            if mean.shape != (site.heads, site.width) or not mean.isfinite().all():
+                raise ArtifactError(
+                    f"{source}: the mean of {site.name} should be {site.heads} x {site.width} finite numbers"
+                )
+            module.channel_mean = mean.to(module.out.weight)
+        if f"{site.name}.factor" in tensors:
+            module.moments = _moments(site, tensors, source).to(module.out.weight.device)
+    if VECTORS in tensors:
+        net.final_mean = _final_mean(net, tensors, source)
+
+
+def packed(factor: Tensor) -> Tensor:
+    """The lower triangle of ``[n, n]``, row by row, ``[n (n+1) / 2]``."""
+    rows, columns = torch.tril_indices(*factor.shape, device=factor.device)
+    return factor[rows, columns]
+
+
+def unpacked(triangle: Tensor, n: int) -> Tensor:
+    """``[n, n]`` from its lower triangle."""
+    factor = triangle.new_zeros(n, n)
+    rows, columns = torch.tril_indices(n, n)
+    factor[rows, columns] = triangle
+    return factor
+
+
+def _moments(site: Site, tensors: Mapping[str, Tensor], source: str) -> Moments:
+    triangle, scalars = tensors[f"{site.name}.factor"], tensors.get(f"{site.name}.scalars")
+    n = site.heads * site.width
+    fits = triangle.shape == (n * (n + 1) // 2,) and triangle.dtype == torch.float32 and triangle.isfinite().all()
+    factor = unpacked(triangle, n) if fits else None
+    if factor is None or not (factor.diagonal() > 0).all():
+        raise ArtifactError(
+            f"{source}: the factor of {site.name} should be the triangle of a {n} x {n} Cholesky factor, float32"
+        )
+    if scalars is None or scalars.shape != (2,) or not scalars.isfinite().all() or float(scalars.min()) < 0:
+        raise ArtifactError(f"{source}: the scalars of {site.name} should be two finite numbers of at least 0")
+    if f"{site.name}.mean" not in tensors:
+        raise ArtifactError(f"{source}: the mean of {site.name} is missing, its factor is there")
+    ridge, energy = scalars.tolist()
+    return Moments(factor, ridge, energy)
+
+
+def _final_mean(net: SuperNet, tensors: Mapping[str, Tensor], source: str) -> FinalMean:
+    vectors, shares = tensors[VECTORS], tensors.get(SHARES, torch.zeros(0)).flatten().tolist()
+    falling = shares == sorted(set(shares), reverse=True) and all(0 < share < 1 for share in shares)
+    if vectors.shape != (len(shares), net.sites[0].dim) or not shares or not vectors.isfinite().all() or not falling:
+        raise ArtifactError(
+            f"{source}: the final mean should be one vector of {net.sites[0].dim} finite numbers "
+            "for each share, shares falling and between 0 and 1"
+        )
+    return FinalMean(tuple(shares), vectors.float())

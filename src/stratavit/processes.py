@@ -1,0 +1,179 @@
+"""Training processes: one, or many under ``accelerate launch`` or ``torchrun``; what they agree on; how they stop."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from stratavit.errors import StrataViTError
+from stratavit.recipe import Recipe
+
+T = TypeVar("T")
+CHECK_EVERY = 8  # steps between agreements of several processes on whether to stop: an agreement waits for all
+
+
+def accelerator(recipe: Recipe, out: Path, cpu: bool) -> Any:
+    """Hugging Face's `Accelerator` for a recipe.
+
+    Args:
+        recipe: Precision and tracker.
+        out: Folder for the tracker's files.
+        cpu: Train on the CPU even where there is an accelerator.
+
+    Raises:
+        StrataViTError: Accelerate or the tracker is not installed, or the precision cannot be had here.
+    """
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+    except ImportError as error:
+        raise StrataViTError("training needs Hugging Face Accelerate: pip install 'stratavit[train]'") from error
+    if recipe.tracker == "tensorboard":
+        try:
+            import tensorboard  # noqa: F401
+        except ImportError as error:
+            raise StrataViTError(
+                "the tracker needs TensorBoard: pip install 'stratavit[train]', or set tracker to 'none'"
+            ) from error
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and not torch.cuda.is_available():
+        cpu = True  # Accelerate joins processes on CPUs only when told
+    # a prefix skips modules, so not every weight has a gradient; buffers are kept equal by `agree`
+    parallel = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+    try:
+        found = Accelerator(
+            mixed_precision=None if recipe.precision == "auto" else recipe.precision,
+            cpu=cpu,
+            log_with=None if recipe.tracker == "none" else recipe.tracker,
+            project_dir=str(out),
+            kwargs_handlers=[parallel],
+        )
+    except ValueError as error:
+        raise StrataViTError(f"train: Accelerate cannot start: {error}") from error
+    if found.num_processes < launched:
+        raise StrataViTError(
+            f"train: {launched} processes were launched, but Accelerate joined {found.num_processes}; use "
+            "`accelerate launch --multi_gpu`, or `torchrun` with --device cpu"
+        )
+    if found.num_processes > 1:
+        atexit.register(part)
+    return found
+
+
+def part() -> None:
+    """Takes the process out of its group: one that exits while its group's threads run may abort after a good run."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def prepare(accelerator: Any, *parts: Any) -> Any:
+    """Accelerate's `prepare`, without its warning on an argument that newer versions of torch call otherwise."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return accelerator.prepare(*parts)
+
+
+def release(accelerator: Any, model: Any) -> None:
+    """Closes trackers and takes Accelerate's wrappers off the model; the processes stay joined for what comes next."""
+    plain = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    for name in ("forward", "_original_forward"):  # bound to the object by Accelerate where precision is mixed
+        vars(plain).pop(name, None)
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
+def agree(accelerator: Any, value: Any) -> Any:
+    """The first process's value of a plain object, on all of them."""
+    if accelerator.num_processes == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    holder = [value]
+    broadcast_object_list(holder)
+    return holder[0]
+
+
+def agree_tensor(accelerator: Any, tensor: Tensor) -> Tensor:
+    """The first process's tensor on all of them; each gives one of the same shape."""
+    if accelerator.num_processes == 1:
+        return tensor
+    from accelerate.utils import broadcast
+
+    agreed: Tensor = broadcast(tensor.contiguous())
+    return agreed
+
+
+def gather(accelerator: Any, items: list[T]) -> list[T]:
+    """The items of all processes, one process after another, on all of them."""
+    if accelerator.num_processes == 1:
+        return items
+    from accelerate.utils import gather_object
+
+    return list(gather_object(items))
+
+
+def on_main(accelerator: Any, work: Callable[[], None]) -> None:
+    """Runs `work` on the first process; where it fails for a reason of the user's, all processes say so.
+
+    Raises:
+        StrataViTError: As `work` raised it.
+    """
+    failure: StrataViTError | None = None
+    if accelerator.is_main_process:
+        try:
+            work()
+        except StrataViTError as error:
+            failure = error
+    message = agree(accelerator, None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    if message is not None:
+        raise StrataViTError(message)
+
+
+class StopRequest:
+    """Whether the run was asked to stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def agreed(self, accelerator: Any, step: int) -> bool:
+        """Whether any process was asked; several processes look only every few steps, all at the same ones."""
+        if accelerator.num_processes == 1:
+            return self.asked
+        if step % CHECK_EVERY:
+            return False
+        flag = torch.tensor(float(self.asked), device=accelerator.device)
+        return bool(accelerator.reduce(flag, "sum"))
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Turns SIGTERM and the first Ctrl-C into a request to stop; the second Ctrl-C interrupts at once."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def handle(number: int, frame: Any) -> None:
+        request.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        for number in before:
+            signal.signal(number, handle)
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,117 @@
+"""The dropout list that grows while the network trains: least important units first, measured where the list ends.
+
+Source: method section 2 (arXiv 2511.11683, progressive list). What is listed never moves: later epochs only append.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from stratavit import strata
+from stratavit.cost import CostModel
+from stratavit.sensitivity import Measure, bypass_sensitivity
+from stratavit.statistics import Objective, collect
+from stratavit.strata import Entry, Strata
+from stratavit.supernet import SuperNet
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How the list grows.
+
+    Attributes:
+        reduction: r, share of the dense MACs that the finished list drops (paper: 0.875).
+        epochs: P_e, epochs until it is finished (paper: 50).
+        objective: What the Taylor importance differentiates, see `statistics.collect`.
+        measure: What a bypass costs, see `sensitivity.bypass_sensitivity` (paper: ``top1``).
+    """
+
+    reduction: float = 0.875
+    epochs: int = 50
+    objective: Objective = "auto"
+    measure: Measure = "auto"
+
+    def target(self, dense: int, epoch: int) -> float:
+        """MACs that the list must drop from epoch `epoch` (0 is the first) on: ``r * dense * (epoch + 1) / P_e``."""
+        return self.reduction * dense * min(epoch + 1, self.epochs) / self.epochs
+
+
+def extend(entries: Sequence[Entry], order: Sequence[Entry], cost: CostModel, target: float) -> list[Entry]:
+    """Appends merged tails of `order`, each as a whole, until the list drops `target` MACs; pure.
+
+    Args:
+        entries: The list so far; returned unchanged in front.
+        order: What is left, least important first (`strata.removal_order`).
+        cost: Of the model.
+        target: MACs to drop; missed only where nothing is left, exceeded by less than one merged tail.
+    """
+    grown = list(entries)
+    widths = {entry.site: entry.width for entry in entries}
+    for _, tail in groupby(order, key=lambda entry: entry.group):
+        if cost.macs() - cost.macs(widths) >= target:
+            break
+        for entry in tail:
+            grown.append(entry)
+            widths[entry.site] = entry.width
+    return grown
+
+
+def importance_at(
+    net: SuperNet, widths: Mapping[str, int], loader: Iterable[Any], growth: Growth
+) -> dict[str, list[float]]:
+    """Importance of the units that a sub-network still has, measured at that sub-network.
+
+    Args:
+        net: Measured on its own weights in eval mode; the widths it was set to are lost (full afterwards).
+        widths: Width of every site; sites at 0 have nothing left and are left out.
+        loader: The proxy images; run through twice.
+        growth: Objective and measure.
+
+    Returns:
+        Site name -> importance of each unit left (`strata.unit_importance`).
+
+    Raises:
+        StrataViTError: Bad images or labels, or a non-finite result.
+    """
+    left = [site for site in net.sites if widths[site.name] > 0]
+    try:
+        net.set_widths(widths)
+        gamma = bypass_sensitivity(net.model, left, loader, growth.measure)
+        statistics = collect(net.model, loader, growth.objective, "none", "importance")
+    finally:
+        net.set_widths(None)
+    alpha = {site.name: statistics[site.name].taylor.sum(dim=0).mean(dim=0) for site in left}  # [G, H, w] -> [w]
+    return {site.name: strata.unit_importance(site, alpha[site.name].tolist(), gamma[site.name]) for site in left}
+
+
+def grow(
+    net: SuperNet, loader: Iterable[Any], entries: Sequence[Entry], epoch: int, growth: Growth | None = None
+) -> list[Entry]:
+    """The list for an epoch: importance is measured anew at the smallest sub-network so far, then units are appended.
+
+    Args:
+        net: The super-network as it is being trained.
+        loader: The proxy images, in the evaluation transform; run through twice.
+        entries: The list of the epoch before.
+        epoch: 0 is the first; from `Growth.epochs` on the list stays as it is.
+        growth: How the list grows; the paper's if None.
+
+    Returns:
+        The entries, the given ones in front.
+
+    Raises:
+        StrataViTError: Bad images or labels, or a non-finite result.
+    """
+    growth = growth or Growth()
+    widths = Strata(net.sites, entries).spec(len(entries))
+    target = growth.target(net.macs(), epoch)
+    reached = net.macs() - net.macs(widths) >= target
+    if epoch >= growth.epochs or reached or not any(widths.values()):
+        return list(entries)
+    importance = importance_at(net, widths, loader, growth)
+    first_group = 1 + max((entry.group for entry in entries), default=-1)
+    order = strata.removal_order(net.sites, importance, net.cost.tokens, first_group)
+    return extend(entries, order, net.cost, target)

@@ -1,0 +1,157 @@
+"""The network in training: its raw and averaged weights, its growing list, and what is measured of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from typing import Any
+
+from timm.utils import ModelEmaV3
+
+from stratavit import contraction, processes, progressive, report
+from stratavit.errors import StrataViTError
+from stratavit.recipe import Recipe
+from stratavit.sampling import Drawn, Prefixes, draw, random_widths, without_layers
+from stratavit.spec import Spec
+from stratavit.statistics import collect
+from stratavit.strata import Entry, Strata
+from stratavit.supernet import SuperNet
+
+
+class Pupil:
+    """A super-network in training.
+
+    Args:
+        net: It is moved to the accelerator's device, in float32, and loses what training makes stale: second
+            moments and the final mean.
+        recipe: Averaging, the list, and which weights are kept.
+        decay: EMA decay per step; 0 is no average.
+        proxy: Images that importance and means are measured on.
+        accelerator: Of the run.
+
+    Attributes:
+        ema: The averaged copy, or None.
+        entries: The dropout list so far.
+        prefixes: Its prefixes.
+    """
+
+    def __init__(self, net: SuperNet, recipe: Recipe, decay: float, proxy: Iterable[Any], accelerator: Any) -> None:
+        self.net, self.recipe, self.proxy, self.accelerator = net, recipe, proxy, accelerator
+        forget_moments(net)
+        net.float().to(accelerator.device)
+        self.ema = ModelEmaV3(net, decay) if decay else None
+        self.set_list([])
+
+    @property
+    def judge(self) -> SuperNet:
+        """The network that is evaluated and kept: averaged or raw weights."""
+        return self.net if self.ema is None or self.recipe.keep == "raw" else self.ema.module
+
+    @property
+    def strata(self) -> Strata:
+        """The list so far."""
+        return Strata(self.net.sites, self.entries)
+
+    @property
+    def smallest(self) -> float:
+        """Share of the dense MACs that the smallest sub-network of the list costs."""
+        return self.net.macs(self.strata.spec(len(self.entries))) / self.net.macs()
+
+    def set_list(self, entries: list[Entry]) -> None:
+        """Takes a list, the first process's where there are several."""
+        rows = processes.agree(self.accelerator, Strata(self.net.sites, entries).to_json())
+        self.entries = [Entry(*row) for row in rows]
+        self.prefixes = Prefixes.of(self.strata, self.net.cost, whole_groups=self.net.method == "paper")
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Measures means and importance on the raw weights as they are, and lets the list grow."""
+        if self.recipe.mode == "plain":
+            return
+        self.refresh_means(self.net)
+        if self.recipe.mode != "channel":
+            self.set_list(progressive.grow(self.net, self.proxy, self.entries, epoch, self.recipe.growth))
+
+    def draw(self, generator: random.Random) -> list[Drawn]:
+        """Sub-networks that one batch runs, as the recipe's mode has it."""
+        mode, sites = self.recipe.mode, self.net.sites
+        if mode == "plain":
+            return [self._drawn(self.net.resolve(None))]
+        if mode == "channel":
+            return [self._drawn(random_widths(sites, generator))]
+        found = [self.prefixes[index] for index in draw(self.recipe.sampling, self.prefixes.macs, generator)]
+        if mode == "piad":
+            return found
+        rate = self.recipe.layer_drop if mode == "layerdrop" else 0.0
+        return [self._drawn(without_layers(one.spec, sites, rate, generator)) for one in found]
+
+    def _drawn(self, spec: Spec) -> Drawn:
+        return Drawn(spec, self.net.macs(spec))
+
+    def refresh_means(self, net: SuperNet) -> None:
+        """Measures the mean of every channel anew, where cut channels are replaced by it."""
+        if net.compensation != "mean":
+            return
+        net.set_widths(None)
+        statistics = collect(net.model, self.proxy, self.recipe.objective, "none", "means")
+        for name, module in net.elastic.items():
+            mean = statistics[name].channel_mean.to(module.out.weight)
+            contraction.set_mean(module, processes.agree_tensor(self.accelerator, mean))
+
+    def settle(self) -> SuperNet:
+        """The judge with its list and its own means; ``plain`` and ``channel`` make their list here, in one go."""
+        judge = self.judge
+        self.refresh_means(judge)
+        if self.recipe.mode in ("plain", "channel"):
+            self.set_list(progressive.grow(judge, self.proxy, [], 0, self.recipe.growth))
+        judge.strata = self.strata
+        return judge
+
+    def evaluate(self, loader: Iterable[Any]) -> list[report.Point]:
+        """The ladder of budgets, largest first, its rungs shared out among the processes."""
+        rungs = report.LADDER[self.accelerator.process_index :: self.accelerator.num_processes]
+        points = processes.gather(self.accelerator, report.curve(self.settle(), loader, rungs))
+        return sorted(points, key=lambda point: -point.macs)
+
+    def graduate(self) -> None:
+        """Gives `net` the weights to keep, their means and the list; eval mode."""
+        judge, net = self.settle(), self.net
+        if judge is not net:
+            net.model.load_state_dict(judge.model.state_dict())
+            for name, module in net.elastic.items():
+                contraction.set_mean(module, judge.elastic[name].channel_mean)
+        net.strata = judge.strata
+        net.set_widths(None)
+        net.eval()
+
+    def state(self) -> dict[str, Any]:
+        """Weights, averaged weights, means and list."""
+        return {
+            "strata": self.strata.to_json(),
+            "weights": self.net.model.state_dict(),
+            "means": {name: module.channel_mean for name, module in self.net.elastic.items()},
+            "ema": None if self.ema is None else self.ema.module.model.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes what `state` gave.
+
+        Raises:
+            StrataViTError: It is another model's.
+        """
+        try:
+            self.net.model.load_state_dict(state["weights"])
+            if self.ema is not None:
+                self.ema.module.model.load_state_dict(state["ema"])
+        except RuntimeError as error:
+            raise StrataViTError("this is the state of another model; resume with the one it began with") from error
+        for name, module in self.net.elastic.items():
+            contraction.set_mean(module, state["means"][name])
+        self.set_list(list(Strata.from_json(self.net.sites, state["strata"]).entries))
+
+
+def forget_moments(net: SuperNet) -> None:
+    """Drops what training makes stale: second moments and the final mean."""
+    net.final_mean = None
+    for module in net.elastic.values():
+        module.moments, module.crossed = None, ()
+    net.compensation = "none" if net.method == "paper" else "mean"

@@ -1,0 +1,126 @@
+"""What sizes a super-network has: widths of a spec, their cost, and budgets met along the dropout list."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import nn
+
+from stratavit.budget import Amount, Budget, meet
+from stratavit.cost import CostModel
+from stratavit.elastic import Compensation, ElasticSite
+from stratavit.errors import BudgetError, StrataViTError
+from stratavit.spec import Spec
+from stratavit.strata import Strata
+from stratavit.structure import Site
+
+Method = Literal["default", "paper"]
+
+
+class Sized(nn.Module):
+    """The sizes of a super-network; `SuperNet` gives it what it rests on."""
+
+    sites: tuple[Site, ...]
+    cost: CostModel
+    strata: Strata | None
+
+    @property
+    def elastic(self) -> dict[str, ElasticSite]:
+        """Site name -> elastic module."""
+        raise NotImplementedError
+
+    @property
+    def method(self) -> Method:
+        """How cut channels are treated, see the class attributes."""
+        return self._method
+
+    @method.setter
+    def method(self, method: Method) -> None:
+        self._method: Method = known_method(method)
+        self.compensation = "none" if method == "paper" else "full"
+
+    @property
+    def compensation(self) -> Compensation:
+        """What takes the place of cut channels."""
+        return next(iter(self.elastic.values())).compensation
+
+    @compensation.setter
+    def compensation(self, compensation: Compensation) -> None:
+        if compensation not in ("none", "mean", "full"):
+            raise StrataViTError(f"compensation: expected 'none', 'mean' or 'full', got {compensation!r}")
+        for site in self.elastic.values():
+            site.compensation = compensation
+
+    def resolve(self, spec: Mapping[str, int] | None) -> Spec:
+        """The width of every site under a spec.
+
+        Raises:
+            StrataViTError: The spec names an unknown site or a width above the full one.
+        """
+        full = {site.name: site.width for site in self.sites}
+        for name, width in Spec(spec or {}).items():
+            if name not in full:
+                raise StrataViTError(f"spec: unknown site {name!r}; the sites are {', '.join(list(full)[:2])}, ...")
+            if width > full[name]:
+                raise StrataViTError(f"spec: {name} can keep at most {full[name]} channels, got {width}")
+            full[name] = width
+        return Spec(full)
+
+    def macs(self, spec: Mapping[str, int] | None = None, attention: bool = False) -> int:
+        """MACs per image, linear count; ``attention=True`` adds QK^T and AV. The dense model's without a spec."""
+        return self.cost.macs(self.resolve(spec), attention)
+
+    def params(self, spec: Mapping[str, int] | None = None) -> int:
+        """Parameters of the extracted model. The dense model's without a spec."""
+        biased = self.compensation != "none"
+        calibrated = all(module.channel_mean.numel() for module in self.elastic.values())
+        return self.cost.params(self.resolve(spec), biased, corrected=biased and calibrated)
+
+    def budget(
+        self, *, macs: Amount | None = None, params: Amount | None = None, position: int | None = None
+    ) -> Budget:
+        """The largest sub-network of the dropout list within one budget, with asked, got and reachable range.
+
+        Args:
+            macs: A share in (0, 1] or ``"50%"`` of the dense model, or an absolute count (int, ``"2.1G"``).
+            params: Likewise.
+            position: Number of entries of the dropout list to drop; 0 is the full model.
+
+        Raises:
+            BudgetError: Not exactly one budget, unreadable, or outside the reachable range.
+            StrataViTError: There is no dropout list yet.
+        """
+        if self.strata is None:
+            raise StrataViTError("no dropout list yet: call stratify(loader) first, or give a spec")
+        given = [
+            kind for kind, value in (("macs", macs), ("params", params), ("position", position)) if value is not None
+        ]
+        if len(given) != 1:
+            raise BudgetError(f"give exactly one of macs, params, position; got {' and '.join(given) or 'none'}")
+        positions = range(len(self.strata) + 1) if self.method == "default" else self.strata.group_ends()
+        if position is not None:
+            if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position <= len(self.strata):
+                raise BudgetError(f"position: expected a whole number from 0 to {len(self.strata)}, got {position!r}")
+            spec = self.strata.spec(position)
+            low = self.macs(self.strata.spec(len(self.strata)))
+            return Budget("macs", self.macs(spec), self.macs(spec), low, self.macs(), position, spec)
+        if params is not None:
+            return meet("params", params, self.params, self.strata.spec, positions)
+        assert macs is not None
+        return meet("macs", macs, self.macs, self.strata.spec, positions)
+
+    def spec(self, *, macs: Amount | None = None, params: Amount | None = None, position: int | None = None) -> Spec:
+        """The widths of the sub-network that `budget` finds."""
+        return self.budget(macs=macs, params=params, position=position).spec
+
+
+def known_method(method: Method) -> Method:
+    """The method, if it is one.
+
+    Raises:
+        StrataViTError: It is not.
+    """
+    if method not in ("default", "paper"):
+        raise StrataViTError(f"method: expected 'default' or 'paper', got {method!r}")
+    return method

@@ -1,0 +1,100 @@
+"""The dropout list of the default method: keep ratios that follow effects measured at cut networks (`effects`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stratavit.allocation import State, allocate
+from stratavit.cost import CostModel
+from stratavit.effects import Reference, crossed
+from stratavit.errors import StrataViTError
+from stratavit.feed import Feed
+from stratavit.progress import track
+from stratavit.structure import Site, eval_mode, frozen, last_norm
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How the list is measured.
+
+    Attributes:
+        states: (share of the MACs, steps there), largest first.
+        images: Of each step.
+        rate: Largest change of the logarithm of a keep ratio in one step.
+    """
+
+    states: tuple[tuple[float, int], ...] = ((5 / 6, 3), (2 / 3, 3), (1 / 2, 4), (1 / 3, 5))
+    images: int = 150
+    rate: float = 0.3
+
+    def __post_init__(self) -> None:
+        shares = [share for share, _ in self.states]
+        falling = shares == sorted(set(shares), reverse=True) and all(0 < share < 1 for share in shares)
+        if not shares or not falling or any(steps < 1 for _, steps in self.states):
+            raise StrataViTError(
+                f"plan: expected states (share, steps) with falling shares between 0 and 1 and at least 1 step each, "
+                f"got {self.states!r}"
+            )
+        if self.images < 1 or not self.rate > 0:
+            raise StrataViTError(
+                f"plan: expected at least 1 image and a rate above 0, got {self.images!r} and {self.rate!r}"
+            )
+
+
+def walk(
+    model: nn.Module, sites: Sequence[Site], cost: CostModel, loader: Iterable[Any], plan: Walk
+) -> tuple[list[State], dict[str, float], list[Tensor]]:
+    """Measures keep ratios at one size after the other.
+
+    Args:
+        model: Its sites are elastic modules, calibrated.
+        sites: Its sites.
+        cost: Of the model.
+        loader: See `statistics.collect`; labels are not used.
+        plan: How.
+
+    Returns:
+        The states; the logarithm of the keep ratios at the last one; at each state by how much the mean of what
+        the head reads has moved from the dense model's, ``[C]``, dense minus small (empty if no norm can take it).
+    """
+    if torch.is_inference_mode_enabled():
+        raise StrataViTError("stratify needs gradients: call it outside torch.inference_mode()")
+    feed, fold = Feed(loader), 0
+    ratios = dict.fromkeys((site.name for site in sites), 0.0)
+    caps = {site.name: site.width for site in sites}
+    floor = cost.macs({site.name: site.steps[1] for site in sites}) / cost.macs()
+    steps = [(share, left) for share, count in plan.states if share > floor for left in reversed(range(count))]
+    states: list[State] = []
+    drifts: list[Tensor] = []
+    with eval_mode(model), frozen(model):
+        for share, left in track(steps, "measure the list"):
+            fold = 1 - fold
+            with crossed(model, fold):
+                reference = Reference(model, sites, feed.take(plan.images, fold))
+                found = reference.effects(cost, allocate(cost, ratios, share, caps))
+                ratios = moved(ratios, found.effects, plan.rate)
+                if left == 0:
+                    caps = allocate(cost, ratios, share, caps)
+                    states.append(State(share, caps))
+                    if last_norm(model) is not None:
+                        drifts.append(reference.forward(caps).drift)
+    return states, ratios, drifts
+
+
+def moved(ratios: Mapping[str, float], effects: Mapping[str, float], rate: float) -> dict[str, float]:
+    """Log ratios after one step: up where the effect is above the mean, by at most `rate`; their mean stays 0.
+
+    Sites without an effect only follow the shift of the mean.
+    """
+    mean = sum(effects.values()) / max(len(effects), 1)
+    if mean <= 0:
+        return dict(ratios)
+    new = {name: ratio + rate * math.tanh(effects.get(name, mean) / mean - 1) for name, ratio in ratios.items()}
+    centre = sum(new.values()) / len(new)
+    return {name: ratio - centre for name, ratio in new.items()}

@@ -1,0 +1,220 @@
+"""Widths at a share of the MACs, and the list through the states."""
+
+import math
+from itertools import pairwise
+
+import pytest
+from helpers import FAMILIES, make_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stratavit.allocation import State, allocate, ordered_list
+from stratavit.cost import cost_model, site_macs
+from stratavit.strata import Strata
+from stratavit.structure import find_sites
+
+COSTS = {name: cost_model(make_model(name), find_sites(make_model(name)), (3, 32, 32)) for name in FAMILIES}
+SHARES = st.floats(0.3, 1)
+
+
+def ratios_of(cost, spread=2.0):
+    return st.fixed_dictionaries({site.name: st.floats(-spread, spread) for site in cost.sites})
+
+
+def full(cost):
+    return {site.name: site.width for site in cost.sites}
+
+
+def floor(cost):
+    return {site.name: site.steps[1] for site in cost.sites}
+
+
+def unit_above(site, width):
+    """The next unit's end; the full width has none."""
+    return next((step for step in site.steps if step > width), None)
+
+
+def fitting(cost, widths, caps):
+    """MACs with one unit more, of every site that may have one."""
+    for site in cost.sites:
+        above = unit_above(site, widths[site.name])
+        if above is not None and above <= caps[site.name]:
+            yield cost.macs(widths | {site.name: above})
+
+
+@st.composite
+def tasks(draw, cost):
+    """Ratios, share and caps."""
+    caps = {site.name: draw(st.sampled_from(site.steps[1:])) for site in cost.sites}
+    return draw(ratios_of(cost)), draw(SHARES), caps
+
+
+@given(data=st.data())
+def test_widths_are_unit_ends_within_caps_and_budget(family, data):
+    cost = COSTS[family]
+    ratios, share, caps = data.draw(tasks(cost))
+    widths = allocate(cost, ratios, share, caps)
+    assert widths.keys() == caps.keys()
+    for site in cost.sites:
+        assert widths[site.name] in site.steps[1:]
+        assert widths[site.name] <= caps[site.name]
+    if cost.macs(floor(cost)) <= share * cost.macs():
+        assert cost.macs(widths) <= share * cost.macs()
+    else:
+        assert widths == floor(cost)
+
+
+@given(data=st.data())
+def test_no_unit_more_would_fit(family, data):
+    cost = COSTS[family]
+    ratios, share, caps = data.draw(tasks(cost))
+    widths = allocate(cost, ratios, share, caps)
+    assert all(macs > share * cost.macs() for macs in fitting(cost, widths, caps))
+
+
+@given(data=st.data())
+def test_a_smaller_share_nests_in_a_larger_one(family, data):
+    """With the widths of the state before as caps, whatever the ratios have become."""
+    cost, caps, states = COSTS[family], full(COSTS[family]), []
+    for share in sorted(data.draw(st.lists(SHARES, min_size=1, max_size=4)), reverse=True):
+        widths = allocate(cost, data.draw(ratios_of(cost)), share, caps)
+        assert all(widths[name] <= caps[name] for name in caps)
+        states.append(widths)
+        caps = widths
+
+
+@given(share=SHARES, level=st.floats(-3, 3))
+def test_equal_ratios_keep_alike_within_two_units(family, share, level):
+    """One unit is rounded down, one may come back; no site gives way but to its floor."""
+    cost = COSTS[family]
+    widths = allocate(cost, dict.fromkeys(full(cost), level), share, full(cost))
+    kept = [widths[site.name] / site.width for site in cost.sites]
+    unit = max(b - a for site in cost.sites for a, b in pairwise(site.steps)) and max(
+        max(b - a for a, b in pairwise(site.steps)) / site.width for site in cost.sites
+    )
+    assert max(kept) - min(kept) <= 2 * unit + 1e-9
+
+
+@given(share=SHARES, shift=st.floats(-3, 3), data=st.data())
+def test_a_constant_added_to_all_ratios_changes_nothing(share, shift, data):
+    cost = COSTS["plain"]
+    ratios = data.draw(ratios_of(cost))
+    moved = {name: ratio + shift for name, ratio in ratios.items()}
+    widths, other = (allocate(cost, r, share, full(cost)) for r in (ratios, moved))
+    unit = {site.name: site.steps[1] for site in cost.sites}
+    assert all(abs(widths[name] - other[name]) <= unit[name] for name in unit)  # rounding may tip a unit
+
+
+def test_a_larger_ratio_keeps_more(family):
+    cost = COSTS[family]
+    for site in cost.sites:
+        even = dict.fromkeys(full(cost), 0.0)
+        more, less = (allocate(cost, even | {site.name: tilt}, 0.85, full(cost)) for tilt in (3.0, -3.0))
+        assert more[site.name] > less[site.name]
+        assert sum(less.values()) - less[site.name] > sum(more.values()) - more[site.name]
+
+
+def test_everything_fits_the_whole_budget(family):
+    cost = COSTS[family]
+    assert allocate(cost, dict.fromkeys(full(cost), 0.0), 1.0, full(cost)) == full(cost)
+
+
+# ---- the list ------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def walks(draw, cost):
+    """Nested states and ratios, as a walk leaves them."""
+    states, caps = [], full(cost)
+    ratios = dict.fromkeys(caps, 0.0)
+    for share in sorted(draw(st.lists(SHARES, max_size=3, unique=True)), reverse=True):
+        ratios = draw(ratios_of(cost))
+        caps = allocate(cost, ratios, share, caps)
+        states.append(State(share, caps))
+    return states, ratios
+
+
+@given(data=st.data())
+def test_every_unit_leaves_once_and_each_site_descends_to_nothing(family, data):
+    cost = COSTS[family]
+    entries = ordered_list(cost.sites, *data.draw(walks(cost)))
+    for site in cost.sites:
+        assert [entry.width for entry in entries if entry.site == site.name] == list(reversed(site.steps[:-1]))
+    assert len(entries) == sum(len(site.steps) - 1 for site in cost.sites)
+    assert [entry.group for entry in entries] == list(range(len(entries)))
+    assert Strata(cost.sites, entries).spec(len(entries)) == dict.fromkeys(full(cost), 0)
+
+
+@given(data=st.data())
+def test_every_state_is_a_prefix_of_the_list(family, data):
+    cost = COSTS[family]
+    states, ratios = data.draw(walks(cost))
+    strata = Strata(cost.sites, ordered_list(cost.sites, states, ratios))
+    prefixes = [dict(strata.spec(position)) for position in range(len(strata) + 1)]
+    places = [prefixes.index(dict(state.widths)) for state in states]
+    assert places == sorted(places)
+    assert prefixes.index(floor(cost)) == len(strata) - len(cost.sites)
+
+
+@given(data=st.data())
+def test_last_units_leave_in_the_order_of_the_ratios(family, data):
+    cost = COSTS[family]
+    states, ratios = data.draw(walks(cost))
+    last = [entry.site for entry in ordered_list(cost.sites, states, ratios)][-len(cost.sites) :]
+    assert [ratios[name] for name in last] == sorted(ratios.values())
+
+
+@given(data=st.data())
+def test_between_two_states_every_site_is_as_far_on_its_way_as_the_others(family, data):
+    """In the logarithm of the width, to within the unit that leaves next."""
+    cost = COSTS[family]
+    states, ratios = data.draw(walks(cost))
+    strata = Strata(cost.sites, ordered_list(cost.sites, states, ratios))
+    ends = [full(cost), *(dict(state.widths) for state in states), floor(cost)]
+    prefixes = [dict(strata.spec(position)) for position in range(len(strata) + 1)]
+    for before, after in pairwise(ends):
+        moving = [site for site in cost.sites if before[site.name] > after[site.name]]
+        for widths in prefixes[prefixes.index(before) : prefixes.index(after) + 1]:
+            ways = []  # of the unit that left last and of the one that is next
+            for site in moving:
+                wide, narrow, width = before[site.name], after[site.name], widths[site.name]
+
+                def way(middle, wide=wide, narrow=narrow):
+                    return math.log(wide / middle) / math.log(wide / narrow)
+
+                index = site.steps.index(width)
+                left = way((width + site.steps[index + 1]) / 2) if width < wide else -math.inf
+                coming = way((width + site.steps[index - 1]) / 2) if width > narrow else math.inf
+                ways.append((left, coming))
+            assert not ways or max(left for left, _ in ways) <= min(coming for _, coming in ways) + 1e-12
+
+
+def test_order_solved_by_hand():
+    """No state: both sites fall to one unit each, the wider steps of the shorter site at their middles."""
+    cost = COSTS["plain"]
+    sites = [site for site in cost.sites if site.name.startswith("blocks.0")]
+    ratios = {"blocks.0.attn": 0.2, "blocks.0.mlp": 0.1}
+    entries = ordered_list(sites, [], ratios)
+    attention = [position for position, entry in enumerate(entries) if entry.site == "blocks.0.attn"]
+    # 16 -> 8 is one step, at log(16 / 12) / log(2) = 0.415 of the way; of the MLP's 31 steps from 64 to 2 those
+    # whose middle lies above 64 * 32 ** -0.415 = 15.2 come first: 63, 61, ..., 17
+    assert attention == [24, len(entries) - 1]
+    assert entries[-2].site == "blocks.0.mlp"
+
+
+def test_states_at_one_unit_leave_nothing_between(family):
+    cost = COSTS[family]
+    ratios = {site.name: float(number) for number, site in enumerate(cost.sites)}
+    entries = ordered_list(cost.sites, [State(0.4, floor(cost))], ratios)
+    assert [entry.site for entry in entries[-len(cost.sites) :]] == [site.name for site in cost.sites]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_macs_of_a_site_are_linear_in_its_width(name):
+    """What the search for the level of the ratios takes for granted."""
+    cost = COSTS[name]
+    for site in cost.sites:
+        per_channel = site_macs(site, 1, cost.tokens)
+        assert [site_macs(site, width, cost.tokens) for width in site.steps] == [
+            per_channel * width for width in site.steps
+        ]

@@ -1,0 +1,508 @@
+"""Compensation: what cut channels did is predicted from the kept ones, as least squares would on the same images."""
+
+import copy
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    FAMILIES,
+    cut_channels,
+    make_batches,
+    make_images,
+    make_model,
+    make_net,
+    masked,
+    measured_inputs,
+    relative_error,
+    spec_strategy,
+    stock_copy,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stratavit import SuperNet
+from stratavit.compensation import LARGEST_RATIO, Moments, cholesky, compensate, factorise
+from stratavit.data import image_loader
+
+IMAGES = make_images(2, seed=9)
+CALIBRATION = torch.cat([images for images, _ in make_batches()])
+
+
+def problem(seed, n=9, outputs=5, tokens=60):
+    """Correlated channels with a mean ``[tokens, n]`` and the map that reads them ``[outputs, n]``, float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return normal(tokens, n) @ normal(n, n) + 3 * normal(n), normal(outputs, n)
+
+
+def moments_of(x, weight, ridge=1e-3):
+    """Mean, covariance and moments of channels."""
+    mean = x.mean(dim=0)
+    covariance = (x - mean).T @ (x - mean) / len(x)
+    return mean, covariance, factorise(covariance, weight, ridge)
+
+
+def energy(weight, covariance):
+    return float((weight @ covariance @ weight.T).trace())
+
+
+def cut(weight, mean, moments, keep, gain):
+    """`compensate` as it is called: maps and means in float32. Map and bias in float64."""
+    kept, bias = compensate(weight.float(), mean.float(), moments, keep, gain)
+    assert kept.shape == (len(weight), keep)
+    assert bias.shape == (len(weight),)
+    return kept.double(), bias.double()
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.5, 1.0])
+@given(seed=st.integers(0, 999), n=st.integers(1, 12), outputs=st.integers(1, 7))
+def test_every_cut_equals_the_dense_computation(gain, seed, n, outputs):
+    x, weight = problem(seed, n, outputs)
+    mean, covariance, moments = moments_of(x, weight)
+    regularised = covariance + 1e-3 * covariance.trace() / n * torch.eye(n)
+    for keep in range(1, n + 1):
+        slope = covariance[keep:, :keep] @ torch.linalg.inv(regularised[:keep, :keep])
+        expected = weight[:, :keep] + weight[:, keep:] @ slope
+        left = energy(expected, covariance[:keep, :keep])
+        expected = expected * min(max(1.0, energy(weight, covariance) / left), LARGEST_RATIO) ** (gain / 2)
+        kept, bias = cut(weight, mean, moments, keep, gain)
+        assert relative_error(kept, expected) <= 1e-3
+        torch.testing.assert_close(bias, weight @ mean - kept @ mean[:keep], rtol=1e-4, atol=1e-4)
+
+
+@given(st.integers(0, 999), st.sampled_from([0.0, 0.5, 1.0]), st.floats(0.01, 1000))
+def test_the_mean_output_is_kept(seed, gain, size):
+    x, weight = problem(seed)
+    mean, _, moments = moments_of(x * size, weight)
+    for keep in range(1, 10):
+        kept, bias = cut(weight, mean, moments, keep, gain)
+        assert relative_error(kept @ mean[:keep] + bias, weight @ mean) <= 1e-4
+
+
+@given(st.integers(0, 999), st.sampled_from([0.0, 0.5, 1.0]))
+def test_with_everything_kept_the_map_stays(seed, gain):
+    x, weight = problem(seed)
+    mean, _, moments = moments_of(x, weight)
+    kept, bias = cut(weight, mean, moments, 9, gain)
+    assert relative_error(kept, weight) <= 1e-4
+    assert float(bias.abs().max()) <= 1e-3
+
+
+@given(st.integers(0, 999), st.integers(1, 8))
+def test_nothing_is_lost_where_cut_channels_are_linear_in_the_kept_ones(seed, keep):
+    x, weight = problem(seed)
+    generator = torch.Generator().manual_seed(seed)
+    x[:, keep:] = x[:, :keep] @ torch.randn(keep, 9 - keep, generator=generator, dtype=torch.float64) + 2
+    x[:, :keep] += 0.3 * torch.randn(len(x), keep, generator=generator, dtype=torch.float64)  # apart enough to tell
+    x[:, keep:] = x[:, :keep] @ torch.randn(keep, 9 - keep, generator=generator, dtype=torch.float64) + 2
+    mean, _, moments = moments_of(x, weight, ridge=1e-9)
+    kept, bias = cut(weight, mean, moments, keep, 0.0)
+    assert relative_error(x[:, :keep] @ kept.T + bias, x @ weight.T) <= 1e-4
+
+
+def squared_error(x, weight, kept, bias):
+    return float((x[:, : kept.shape[1]] @ kept.T + bias - x @ weight.T).square().sum())
+
+
+@given(st.integers(0, 999), st.integers(1, 8))
+def test_without_gain_it_is_the_least_squares_optimum(seed, keep):
+    x, weight = problem(seed)
+    mean, _, moments = moments_of(x, weight, ridge=1e-9)
+    kept, bias = cut(weight, mean, moments, keep, 0.0)
+    found = squared_error(x, weight, kept, bias)
+    design = torch.cat([x[:, :keep], torch.ones(len(x), 1)], dim=1).double()
+    best = torch.linalg.lstsq(design, x @ weight.T).solution
+    total = float((x @ weight.T).square().sum())
+    assert abs(found - squared_error(x, weight, best[:-1].T, best[-1])) <= 1e-6 * total
+    mean_only = squared_error(x, weight, weight[:, :keep], weight[:, keep:] @ mean[keep:])
+    assert found <= mean_only + 1e-6 * total
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(5):
+        other = kept + 0.1 * torch.randn(kept.shape, generator=generator, dtype=torch.float64)
+        assert found < squared_error(x, weight, other, weight @ mean - other @ mean[:keep])
+
+
+@given(st.integers(0, 999), st.integers(1, 8))
+def test_gain_is_the_share_of_the_energy_put_back(seed, keep):
+    x, weight = problem(seed)
+    mean, covariance, moments = moments_of(x, weight)
+    left, half, whole = (
+        energy(cut(weight, mean, moments, keep, gain)[0], covariance[:keep, :keep]) for gain in (0.0, 0.5, 1.0)
+    )
+    assert left < energy(weight, covariance)
+    assert whole == pytest.approx(min(energy(weight, covariance), LARGEST_RATIO * left), rel=1e-3)
+    assert half == pytest.approx((left * whole) ** 0.5, rel=1e-3)
+
+
+DEGENERATE = {
+    "all constant": lambda x: torch.ones_like(x) * 4,
+    "one constant": lambda x: torch.cat([torch.full_like(x[:, :1], 3), x[:, 1:]], dim=1),
+    "one that varies": lambda x: torch.cat([torch.full_like(x[:, 1:], 3), x[:, :1]], dim=1),
+    "all alike": lambda x: x[:, :1].expand_as(x),
+    "duplicates": lambda x: x[:, [0, 0, 1, 2, 2, 2, 3, 1, 4]],
+    "tiny": lambda x: x * 1e-18,
+    "huge": lambda x: x * 1e15,
+    "fewer tokens than channels": lambda x: x[:3],
+}
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("case", DEGENERATE)
+def test_degenerate_channels_give_finite_numbers(case, gain):
+    x, weight = problem(3)
+    x = DEGENERATE[case](x)
+    mean, _, moments = moments_of(x, weight)
+    for keep in range(1, 10):
+        kept, bias = cut(weight, mean, moments, keep, gain)
+        assert kept.isfinite().all()
+        assert bias.isfinite().all()
+        assert gain or float(kept.abs().max()) <= 10 * float(weight.abs().max())
+        rounding = 1e-5 * float((kept.abs() @ mean[:keep].abs() + weight.abs() @ mean.abs()).max())
+        assert float((kept @ mean[:keep] + bias - weight @ mean).abs().max()) <= rounding
+
+
+def test_maps_of_zeros_stay_zeros():
+    x, weight = problem(3)
+    mean, _, moments = moments_of(x, weight * 0)
+    kept, bias = cut(weight * 0, mean, moments, 4, 0.5)
+    assert not kept.any()
+    assert not bias.any()
+
+
+def test_all_of_a_duplicate_is_said_by_the_other():
+    x, weight = problem(5)
+    x[:, 8] = x[:, 0]
+    mean, _, moments = moments_of(x, weight, ridge=1e-8)
+    kept, _ = cut(weight, mean, moments, 8, 0.0)
+    assert relative_error(kept[:, 0], weight[:, 0] + weight[:, 8]) <= 1e-3
+    assert relative_error(kept[:, 1:], weight[:, 1:8]) <= 1e-3
+
+
+@cache
+def regressed(family):
+    """A network that regresses without gain, with the moments of all tokens alike: the stock model can be hooked so."""
+    net = copy.deepcopy(make_net(family, "mean"))
+    net.compensation = "full"
+    for module in net.elastic.values():
+        module.gain = 0.0
+    return net
+
+
+@cache
+def stock_inputs(family):
+    stock = stock_copy(make_model(family), regressed(family))
+    return stock, measured_inputs(stock, CALIBRATION)
+
+
+def hooked(family, spec):
+    """The stock model with the network's weights, cut channels replaced by their regression."""
+    stock, inputs = stock_inputs(family)
+    return masked(stock, spec, {name: tokens.mean(dim=0) for name, tokens in inputs.items()}, inputs)
+
+
+@given(data=st.data())
+def test_elastic_equals_the_stock_model_with_channels_predicted(family, data):
+    spec = data.draw(spec_strategy(family))
+    with torch.no_grad():
+        assert relative_error(regressed(family)(IMAGES, spec), hooked(family, spec)(IMAGES)) <= 1e-4
+
+
+@given(data=st.data())
+def test_gradients_equal_the_stock_models_with_channels_predicted(family, data):
+    """Of cut columns too; apart from how columns act on the mean of their channels, of which a part is held."""
+    spec = data.draw(spec_strategy(family))
+    net, stock = copy.deepcopy(regressed(family)), hooked(family, spec)
+    for model, arguments in ((net, (IMAGES, spec)), (stock, (IMAGES,))):
+        model(*arguments).square().sum().backward()
+    expected = dict(stock.named_parameters())
+    means = {name: tokens.mean(dim=0) for name, tokens in stock_inputs(family)[1].items()}
+    for name, parameter in net.model.named_parameters():
+        zeros = torch.zeros_like(parameter)
+        found, wanted = (zeros if p.grad is None else p.grad for p in (parameter, expected[name]))
+        site = name.replace(".proj.weight", "").replace(".fc2.weight", "")
+        if site in means:
+            width = spec.get(site, net.resolve(None)[site])
+            if width == 0:
+                assert not found.any()
+                continue
+            gone = cut_channels(net.elastic[site].heads, net.elastic[site].full_width, width)
+            for part in (gone, ~gone):
+                direction = F.normalize(means[site] * part, dim=0).to(found)
+                found, wanted = (g - torch.outer(g @ direction, direction) for g in (found, wanted))
+        scale = max(float(wanted.abs().max()), 1e-2)
+        assert float((found - wanted).abs().max()) <= 1e-3 * scale, name
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.5])
+def test_gradients_reach_the_columns_that_are_cut(gain):
+    net = copy.deepcopy(make_net("plain"))
+    for module in net.elastic.values():
+        module.gain = gain
+    net(IMAGES, {"blocks.0.attn": 5, "blocks.0.mlp": 40}).square().sum().backward()
+    assert net.elastic["blocks.0.attn"].proj.weight.grad.abs().amin() > 0
+    assert net.elastic["blocks.0.mlp"].fc2.weight.grad.abs().amin() > 0
+    assert not net.elastic["blocks.0.mlp"].fc1.weight.grad[40:].any()
+
+
+def test_a_training_step_lowers_the_loss_of_a_small_network():
+    net = copy.deepcopy(make_net("plain")).train()
+    spec = {site.name: site.width // 2 for site in net.sites}
+    optimiser = torch.optim.SGD(net.parameters(), lr=1e-3)
+    images, labels = make_batches((12,))[0]
+    losses = []
+    for _ in range(4):
+        loss = F.cross_entropy(net(images, spec), labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_gain_puts_back_energy_measured_on_the_calibration_images(family):
+    net, inputs = copy.deepcopy(regressed(family)), stock_inputs(family)[1]
+    for name, module in net.elastic.items():
+        width = module.full_width // 3
+        covariance = torch.cov(inputs[name].T, correction=0)
+        kept = ~cut_channels(module.heads, module.full_width, width)
+        plain = module.weights_at(width).out_weight.detach().double()
+        module.gain = 0.7
+        found = module.weights_at(width).out_weight.detach().double()
+        energies = energy(module.out.weight.detach().double(), covariance), energy(plain, covariance[kept][:, kept])
+        assert relative_error(found, plain * (energies[0] / energies[1]) ** 0.35) <= 1e-4
+
+
+def test_prediction_beats_the_mean_on_the_images_it_was_fitted_to(family):
+    """Of each module's own output, at every width; and the loss does not grow with the width."""
+    net, inputs = regressed(family), stock_inputs(family)[1]
+    for name, module in net.elastic.items():
+        x, weight = inputs[name], module.out.weight.detach().double()
+        bias = 0 if module.out.bias is None else module.out.bias.detach().double()
+        errors = []
+        for width in range(1, module.full_width + 1):
+            kept = ~cut_channels(module.heads, module.full_width, width)
+            out_weight, out_bias = (0 if t is None else t.detach().double() for t in module.weights_at(width)[2:])
+            errors.append(float((x @ weight.T + bias - x[:, kept] @ out_weight.T - out_bias).square().sum()))
+            mean_only = (x - x.mean(dim=0))[:, ~kept] @ weight[:, ~kept].T
+            assert errors[-1] <= float(mean_only.square().sum()) * (1 + 1e-4) + 1e-6
+        total = float((x @ weight.T).square().sum())
+        assert all(b <= a + 1e-5 * total for a, b in pairwise(errors))
+
+
+def test_a_map_without_bias_gains_one():
+    net = make_net("no_bias")
+    for module in net.elastic.values():
+        assert module.weights_at(module.full_width).out_bias is None
+        assert module.weights_at(3).out_bias.shape == (32,)
+    small = net.extract(spec={"blocks.0.attn": 3, "blocks.1.mlp": 3})
+    assert small.blocks[0].attn.proj.bias is not None
+    assert small.blocks[1].mlp.fc2.bias is not None
+    assert small.blocks[0].mlp.fc2.bias is None
+
+
+def test_without_moments_only_the_mean_is_kept(source, batches):
+    net = SuperNet(source).contract(batches, method="paper")
+    spec = {site.name: site.width // 2 for site in net.sites}
+    answers = []
+    for compensation in ("full", "mean"):
+        net.compensation = compensation
+        with torch.no_grad():
+            answers.append(net(IMAGES, spec))
+    assert torch.equal(*answers)
+
+
+# ---- weights are remembered per width, and made anew once anything they rest on has changed -----------------------
+
+CHANGES = {
+    "nothing": lambda net: None,
+    "training step": lambda net: step(net),
+    "state dict": lambda net: net.load_state_dict({name: t * 1.1 for name, t in net.state_dict().items()}),
+    "other weights": lambda net: replace_weights(net),
+    "in place": lambda net: scale_in_place(net),
+    "bias": lambda net: scale_bias(net),
+    "gain": lambda net: set_all(net, "gain", lambda module: 0.1),
+    "moments": lambda net: set_all(net, "moments", lambda module: replace(module.moments, energy=1e6)),
+    "moments at the old ones' place": lambda net: renew_moments(net),
+    "mean": lambda net: set_all(net, "channel_mean", lambda module: module.channel_mean * 2),
+    "mean in place": lambda net: [module.channel_mean.mul_(2) for module in net.elastic.values()],
+    "contract": lambda net: net.contract(make_batches((12,))[:1], token_weight=0.0, objective="feature"),
+    "type": lambda net: net.double(),
+}
+
+
+def set_all(net, attribute, value):
+    for module in net.elastic.values():
+        setattr(module, attribute, value(module))
+
+
+def renew_moments(net):
+    """Object after object: the new one may get the memory, and so the `id`, of the old one."""
+    for module in net.elastic.values():
+        factor, ridge, energy = module.moments.factor, module.moments.ridge, module.moments.energy
+        module.moments = None
+        module.moments = Moments(factor, ridge, energy * 100)
+
+
+def step(net):
+    spec = {site.name: site.width // 2 for site in net.sites}
+    net(IMAGES, spec).square().sum().backward()
+    torch.optim.SGD(net.parameters(), lr=0.01).step()
+
+
+def replace_weights(net):
+    for module in net.elastic.values():
+        module.out.weight = torch.nn.Parameter(module.out.weight.detach() * 1.2)
+
+
+@torch.no_grad()
+def scale_in_place(net):
+    for module in net.elastic.values():
+        module.out.weight.mul_(1.2)
+
+
+@torch.no_grad()
+def scale_bias(net):
+    for module in net.elastic.values():
+        module.out.bias.add_(0.3)
+
+
+def forgetful(net):
+    """A copy that remembers nothing."""
+    fresh = copy.deepcopy(net)
+    for module in fresh.elastic.values():
+        module._compensated = None
+    return fresh
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_remembered_weights_follow_what_they_rest_on(change):
+    net = copy.deepcopy(make_net("plain"))
+    spec = {site.name: site.width // 2 for site in net.sites}
+    with torch.no_grad():
+        before = net(IMAGES, spec)
+    CHANGES[change](net)
+    images = IMAGES.to(next(net.parameters()).dtype)
+    with torch.no_grad():
+        after = net(images, spec)
+        assert torch.equal(after, forgetful(net)(images, spec))
+    assert torch.equal(after.float(), before) == (change == "nothing")
+
+
+def test_every_width_has_its_own_weights():
+    module = copy.deepcopy(make_net("plain")).elastic["blocks.0.mlp"]
+    with torch.no_grad():
+        first, other = module.weights_at(20).out_weight, module.weights_at(21).out_weight
+        assert other.shape == (32, 21)
+        assert torch.equal(module.weights_at(20).out_weight, first)
+
+
+def test_weights_are_made_once_per_width_and_for_every_pass_that_trains(monkeypatch):
+    net, made = copy.deepcopy(make_net("plain")), []
+    for name, module in net.elastic.items():
+        whole = module.compensated_out
+        monkeypatch.setattr(module, "compensated_out", lambda *args, n=name, f=whole: made.append(n) or f(*args))
+    spec = {"blocks.0.attn": 8, "blocks.1.mlp": 30}
+    with torch.no_grad():
+        for _ in range(3):
+            net(IMAGES, spec)
+    assert sorted(made) == sorted(spec)
+    for _ in range(2):
+        net(IMAGES, spec)
+    assert sorted(made) == sorted([*spec] * 3)
+
+
+def test_remembered_weights_serve_inference_mode_and_gradients_of_images():
+    net, spec = copy.deepcopy(make_net("plain")).requires_grad_(False), {"blocks.0.attn": 8, "blocks.1.mlp": 30}
+    with torch.inference_mode():
+        expected = net(IMAGES, spec).clone()
+    images = IMAGES.clone().requires_grad_(True)
+    answer = net(images, spec)
+    assert torch.equal(answer.detach(), expected)
+    answer.sum().backward()
+    assert images.grad.any()
+
+
+def test_a_network_that_was_made_in_inference_mode_runs():
+    """Its tensors carry no version."""
+    spec = {"blocks.0.attn": 8, "blocks.1.mlp": 30}
+    with torch.inference_mode():
+        net = copy.deepcopy(make_net("plain"))
+        assert torch.equal(net(IMAGES, spec), make_net("plain")(IMAGES, spec))
+        assert torch.equal(net.extract(spec=spec)(IMAGES), make_net("plain").extract(spec=spec)(IMAGES))
+
+
+def test_remembered_weights_are_in_no_state_dict():
+    net = copy.deepcopy(make_net("plain"))
+    names = list(net.state_dict())
+    with torch.no_grad():
+        net(IMAGES, {"blocks.0.attn": 8, "blocks.1.mlp": 30})
+    assert list(net.state_dict()) == names
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.01)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_half_precision_weights_are_the_float32_result_rounded_once(name, dtype, tolerance):
+    half = copy.deepcopy(make_net(name)).to(dtype)
+    wide = copy.deepcopy(half).float()
+    for site, module in half.elastic.items():
+        for width in (1, module.full_width // 2, module.full_width - 1):
+            with torch.no_grad():
+                for found, expected in zip(module.weights_at(width), wide.elastic[site].weights_at(width), strict=True):
+                    assert (found is None) == (expected is None)
+                    if found is not None and expected is not None:
+                        assert found.dtype == dtype
+                        torch.testing.assert_close(found, expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
+    spec = {site.name: site.width // 2 for site in half.sites}
+    with torch.no_grad():
+        assert relative_error(half(IMAGES.to(dtype), spec).float(), wide(IMAGES, spec)) <= tolerance
+
+
+@pytest.mark.real_weights
+def test_real_deit_tiny_answers_closest_with_full_compensation(real_data, deit_tiny):
+    """Half of every width: the distance to the dense model's answers falls from none over mean to full."""
+    net = SuperNet(deit_tiny)
+    options = {"num_classes": 1000, "class_map": real_data / "imagenet" / "class_map.txt", "batch_size": 16}
+    net.contract(image_loader(real_data / "imagenet", net.data_config, "train", limit=64, **options))
+    spec = {site.name: site.width // 2 for site in net.sites}
+    loader = image_loader(real_data / "imagenet", net.data_config, "val", limit=32, **options)
+    images = torch.cat([images for images, _ in loader])
+    distances = []
+    with torch.no_grad():
+        dense = deit_tiny(images).log_softmax(dim=-1)
+        for compensation in ("full", "mean", "none"):
+            net.compensation = compensation
+            small = net(images, spec).log_softmax(dim=-1)
+            distances.append(float(F.kl_div(small, dense, reduction="batchmean", log_target=True)))
+    assert distances == sorted(distances)
+    assert distances[0] < 0.9 * distances[1]
+
+
+def test_a_module_whose_channels_hardly_vary_is_cut_saved_and_loaded(tmp_path):
+    """The energy of such channels can round to below 0."""
+    model = make_model("plain")
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.zero_()
+        model.blocks[0].attn.qkv.weight[64:] = 0
+    net = SuperNet(model).contract(make_batches())
+    for name in ("blocks.0.mlp", "blocks.0.attn"):
+        module = net.elastic[name]
+        assert module.moments.energy >= 0
+        for width in range(1, module.full_width):
+            assert all(t.dtype == torch.float32 and t.isfinite().all() for t in module.compensated_out(width, 0.5))
+    net.save(tmp_path / "run")
+    assert SuperNet.load(tmp_path / "run").elastic["blocks.0.mlp"].moments.energy >= 0
+
+
+def test_a_covariance_that_rounding_left_indefinite_is_regularised_until_it_can_be_factored():
+    covariance = torch.diag(torch.tensor([1.0, 1e-3, -1e-2, 0.5], dtype=torch.float64))
+    factor, added = cholesky(covariance)
+    assert added > 1e-2
+    torch.testing.assert_close(factor @ factor.T, covariance + added * torch.eye(4, dtype=torch.float64))
+    assert cholesky(covariance.abs())[1] == pytest.approx(1e-3 * float(covariance.abs().trace()) / 4)

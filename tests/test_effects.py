@@ -1,0 +1,208 @@
+"""Effects of a change of width against finite differences, and that probes leave nothing behind."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import make_batches, make_images, make_model, make_net, relative_error
+
+from stratavit import SuperNet, effects
+from stratavit.cost import site_macs
+from stratavit.elastic import ElasticAttention, ElasticMlp
+
+IMAGES = make_images(3, seed=9)
+
+
+def measured(net, cut, batches, differentiate=True):
+    """Distance, drift and effects at a cut network."""
+    reference = effects.Reference(net.model, net.sites, batches)
+    return reference.effects(net.cost, cut) if differentiate else reference.forward(cut)
+
+
+def wide_net(family="plain"):
+    """In float64 and eval mode, calibrated."""
+    net = SuperNet(make_model(family, dtype=torch.float64)).contract(make_batches(dtype=torch.float64)).eval()
+    return net.requires_grad_(False)
+
+
+CUT = {"blocks.0.attn": 8, "blocks.0.mlp": 30, "blocks.1.attn": 8, "blocks.1.mlp": 20}
+ODD_CUT = {"blocks.0.attn": 8, "blocks.0.mlp": 25, "blocks.1.attn": 8, "blocks.1.mlp": 14}
+
+
+class Interpolated(torch.nn.Module):
+    """A site between its cut weights and those one step away, padded with zeros, by a share `eps` of the way.
+
+    Written without probes: the stock layers' operations, at the larger of the two widths.
+    """
+
+    def __init__(self, module, width, other):
+        super().__init__()
+        self.module, self.width, self.other, self.eps = module, width, other, 0.0
+        self.padded = max(width, other)
+
+    def mixed(self, tensors):
+        here, there = tensors
+        return here + self.eps * (there - here)
+
+    def padded_out(self, width):
+        """Weight ``[C, H, padded]`` and bias ``[C]``."""
+        module = self.module
+        weight, bias = module.out.weight, module.out.bias
+        if width < module.full_width:
+            weight, bias = module.compensated_out(width, module.gain)
+        weight = weight.view(len(weight), module.heads, width)
+        return F.pad(weight, (0, self.padded - width)), torch.zeros_like(weight[:, 0, 0]) if bias is None else bias
+
+    def forward(self, x, **_):
+        module, padded = self.module, self.padded
+        outs = [self.padded_out(width) for width in (self.width, self.other)]
+        weight, bias = self.mixed([out[0] for out in outs]).flatten(1), self.mixed([out[1] for out in outs])
+        if isinstance(module, ElasticMlp):
+            hidden = module.act(F.linear(x, module.fc1.weight, module.fc1.bias))[..., :padded]
+            return F.linear(hidden, weight, bias)
+        qkv = F.linear(x, module.qkv.weight, module.qkv.bias).unflatten(-1, (3, module.heads, -1))[..., :padded]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        gate = self.mixed([(torch.arange(padded) < width).to(x) for width in (self.width, self.other)])
+        scores = (q * gate) @ k.transpose(-2, -1) * module.full_width**-0.5
+        return F.linear((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2), weight, bias)
+
+
+def directional(net, site, cut, other, images, eps=1e-4):
+    """d distance / d eps of moving one site towards another width, by central differences."""
+    dense = net(images)
+    net.set_widths(cut)
+    block, _, leaf = site.name.rpartition(".")
+    module = net.model.get_submodule(site.name)
+    moving = Interpolated(module, cut[site.name], other)
+    setattr(net.model.get_submodule(block), leaf, moving)
+    values = []
+    for moving.eps in (eps, -eps):
+        values.append(float(effects.distance(net.model(images).double(), dense, net.model.num_classes)))
+    setattr(net.model.get_submodule(block), leaf, module)
+    return (values[0] - values[1]) / (2 * eps)
+
+
+@pytest.mark.parametrize(("family_name", "cut"), [("plain", CUT), ("no_bias", CUT), ("odd_widths", ODD_CUT)])
+def test_effects_equal_finite_differences(family_name, cut, monkeypatch):
+    """In float64, at a cut network: the fall per image and MAC, mean of one step up and one down."""
+
+    def wide_distance(small, dense, classes):
+        return F.kl_div(small.log_softmax(-1), dense.log_softmax(-1), reduction="sum", log_target=True)
+
+    monkeypatch.setattr(effects, "distance", wide_distance)
+    net = wide_net(family_name)
+    images = IMAGES.double()
+    found = measured(net, cut, [images[:2], images[2:]]).effects
+    for site in net.sites:
+        width, falls = cut[site.name], []
+        for other in effects.neighbours(site, width, net.sites):
+            if other != width:
+                macs = site_macs(site, other, net.cost.tokens) - site_macs(site, width, net.cost.tokens)
+                falls.append(-directional(net, site, cut, other, images) / macs)
+        assert found[site.name] == pytest.approx(sum(falls) / len(falls) / len(images), rel=1e-4)
+
+
+def test_effects_do_not_depend_on_the_batch_size():
+    net = wide_net()
+    images = IMAGES.double()
+    whole, parts = (measured(net, CUT, batches) for batches in ([images], images.split(1)))
+    assert whole.effects == pytest.approx(parts.effects, rel=1e-3)  # the distance is taken in float32
+    assert whole.distance == pytest.approx(parts.distance, rel=1e-5)
+    torch.testing.assert_close(whole.drift, parts.drift)
+
+
+def test_a_probe_at_its_own_width_gives_exactly_the_networks_answer(family):
+    """However far it is padded."""
+    net = copy.deepcopy(make_net(family))
+    cut = {site.name: site.steps[len(site.steps) // 2] for site in net.sites}
+    with torch.no_grad():
+        expected = net(IMAGES, cut)
+        for stretch in (0, 1, 100):
+            probes = {}
+            for site in net.sites:
+                index = min(site.steps.index(cut[site.name]) + stretch, len(site.steps) - 1)
+                probes[site.name] = effects.make_probe(net.elastic[site.name], cut[site.name], site.steps[index])
+            with effects.probing(net.elastic, probes):
+                assert relative_error(net.model(IMAGES), expected) <= 1e-5
+
+
+def test_a_probe_at_full_width_gives_the_dense_answer(family):
+    net = copy.deepcopy(make_net(family))
+    probes = {name: effects.make_probe(m, m.full_width, m.full_width) for name, m in net.elastic.items()}
+    with torch.no_grad():
+        expected = net(IMAGES)
+        with effects.probing(net.elastic, probes):
+            assert relative_error(net.model(IMAGES), expected) <= 1e-6
+
+
+def test_neighbours_are_steps_that_cost_alike_and_stay_within_one_unit_and_full_width(family):
+    net = make_net(family)
+    dearest = max(site_macs(site, site.steps[1], 1) for site in net.sites)
+    for site in net.sites:
+        for width in site.steps[1:]:
+            below, above = effects.neighbours(site, width, net.sites)
+            assert site.steps[1] <= below <= width <= above <= site.width
+            assert below < width or width == site.steps[1]
+            assert above > width or width == site.width
+            if site.steps[1] < below and above < site.width:
+                for step in (width - below, above - width):
+                    assert site_macs(site, step, 1) == pytest.approx(dearest, rel=0.55)
+
+
+def test_distance_of_logits_and_of_features():
+    small, dense = torch.randn(2, 4, 7)
+    p, q = dense.softmax(-1), small.softmax(-1)
+    assert float(effects.distance(small, dense, 7)) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-4)
+    expected = ((small - dense).norm(dim=-1) / dense.norm(dim=-1)).square().sum()
+    assert float(effects.distance(small, dense, 0)) == pytest.approx(float(expected), rel=1e-4)
+    for classes in (0, 7):
+        assert float(effects.distance(dense, dense, classes)) == pytest.approx(0, abs=1e-6)
+        assert effects.distance(small.half(), dense.half(), classes).dtype == torch.float32
+
+
+def test_an_exception_inside_a_probed_pass_takes_the_probes_away():
+    net = copy.deepcopy(make_net("plain"))
+    probes = {name: effects.make_probe(m, 8, 16) for name, m in net.elastic.items()}
+
+    def run():
+        with effects.probing(net.elastic, probes):
+            assert all(module.probe is not None for module in net.elastic.values())
+            net.model(torch.zeros(1, 2, 32, 32))
+
+    with pytest.raises(RuntimeError):
+        run()
+    assert all(module.probe is None for module in net.elastic.values())
+
+
+@pytest.mark.parametrize("module", [ElasticAttention, ElasticMlp])
+def test_gradients_of_a_probe_stay_in_the_probe(module):
+    net = copy.deepcopy(make_net("plain")).requires_grad_(False)
+    sites = {name: m for name, m in net.elastic.items() if isinstance(m, module)}
+    probes = {name: effects.make_probe(m, 8, 16) for name, m in sites.items()}
+    with effects.probing(sites, probes):
+        net.model(IMAGES).square().sum().backward()
+    assert all(p.grad is None for p in net.parameters())
+    for probe in probes.values():
+        assert probe.weights.out_weight.grad.any()
+        assert probe.weights.out_bias.grad.any()
+        assert (probe.gate is not None) == (module is ElasticAttention)
+        assert probe.gate is None or probe.gate.grad[8:].any()  # a cut coordinate of q would be felt
+
+
+# ---- drift ---------------------------------------------------------------------------------------------------------
+
+
+def test_drift_is_the_difference_of_what_the_heads_of_extracted_models_read(family):
+    net = copy.deepcopy(make_net(family))
+    cut = {site.name: site.steps[len(site.steps) // 2] for site in net.sites}
+    small, dense = net.extract(spec=cut), net.extract(spec={})
+    with torch.no_grad():
+        means = [
+            model.forward_head(model.forward_features(IMAGES), pre_logits=True).double().mean(dim=0)
+            for model in (dense, small)
+        ]
+    found = measured(net, cut, IMAGES.split([1, 2]), differentiate=False).drift
+    assert found.dtype == torch.float64
+    assert relative_error(found, means[0] - means[1]) <= 1e-4
+    assert all(module.width == module.full_width for module in net.elastic.values())

@@ -1,0 +1,240 @@
+"""The mean of what the head reads, put back: interpolation, and that elastic, extracted and stock models agree."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import FAMILIES, PLAN, make_batches, make_images, make_model, make_net, relative_error, spec_strategy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stratavit import effects, walk
+from stratavit.final_mean import FinalMean
+from stratavit.structure import last_norm
+
+IMAGES = make_images(3, seed=9)
+SHIFTED = [name for name in FAMILIES if name != "distilled"]
+MEAN = FinalMean((0.7, 0.5, 0.2), torch.tensor([[1.0, -2.0], [3.0, 0.0], [-1.0, 4.0]]))
+
+
+def cut_of(net):
+    return {site.name: site.steps[len(site.steps) // 2] for site in net.sites}
+
+
+def without(net):
+    """A copy that puts nothing back."""
+    other = copy.deepcopy(net)
+    other.final_mean = None
+    return other
+
+
+def read_by_head(model, images):
+    return model.forward_head(model.forward_features(images), pre_logits=True)
+
+
+# ---- interpolation -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_at_a_knot_it_is_the_measured_vector(index):
+    torch.testing.assert_close(MEAN.at(MEAN.shares[index]), MEAN.vectors[index])
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [
+        (0.85, [0.5, -1.0]),
+        (0.6, [2.0, -1.0]),
+        (0.55, [2.5, -0.5]),
+        (0.35, [1.0, 2.0]),
+        (0.1, [-1, 4]),
+        (0.0, [-1, 4]),
+    ],
+)
+def test_between_knots_it_is_linear_and_below_the_last_constant(share, expected):
+    torch.testing.assert_close(MEAN.at(share), torch.tensor(expected, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("share", [1.0, 1.2])
+def test_the_full_model_is_not_shifted(share):
+    assert not MEAN.at(share).any()
+
+
+@given(st.lists(st.floats(0.01, 0.99), min_size=1, max_size=5, unique=True), st.floats(0, 1), st.integers(0, 99))
+def test_it_never_leaves_the_range_of_its_neighbours(shares, share, seed):
+    shares = tuple(sorted(shares, reverse=True))
+    vectors = torch.randn(len(shares), 4, generator=torch.Generator().manual_seed(seed))
+    found = FinalMean(shares, vectors).at(share)
+    knots, all_vectors = [1.0, *shares], torch.cat([torch.zeros(1, 4), vectors])
+    above = all_vectors[max(i for i, knot in enumerate(knots) if knot >= share)]
+    below = all_vectors[min((i for i, knot in enumerate(knots) if knot <= share), default=len(shares))]
+    assert (found >= torch.minimum(above, below) - 1e-5).all()
+    assert (found <= torch.maximum(above, below) + 1e-5).all()
+
+
+# ---- in a network --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+def test_hook_and_extracted_bias_agree(name):
+    net = make_net(name, stratified=True)
+    assert net.final_mean is not None
+    for spec in (cut_of(net), net.spec(macs=0.6), net.spec(macs=0.95), dict.fromkeys(cut_of(net), 0)):
+        with torch.no_grad():
+            assert relative_error(net.extract(spec=spec)(IMAGES), net(IMAGES, spec)) <= 1e-5
+            assert relative_error(net(IMAGES, spec), without(net)(IMAGES, spec)) > 1e-3
+
+
+@given(data=st.data())
+def test_extracted_equals_elastic_at_any_spec(family, data):
+    net, spec = make_net(family, stratified=True), data.draw(spec_strategy(family))
+    with torch.no_grad():
+        assert relative_error(net.extract(spec=spec)(IMAGES), net(IMAGES, spec)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+def test_what_the_head_reads_is_shifted_by_the_interpolated_vector_alone(name):
+    net = make_net(name, stratified=True)
+    spec = net.spec(macs=0.6)
+    expected = net.final_mean.at(net.macs(spec) / net.macs())
+    with torch.no_grad():
+        found = read_by_head(net.extract(spec=spec), IMAGES) - read_by_head(without(net).extract(spec=spec), IMAGES)
+    torch.testing.assert_close(found, expected.expand_as(found), rtol=1e-4, atol=1e-5)
+    norms = [last_norm(n.extract(spec=spec)).bias.detach() for n in (net, without(net))]
+    torch.testing.assert_close(norms[0] - norms[1], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+def test_measured_vectors_bring_the_mean_back_to_the_dense_models(name):
+    """On the images and with the moments it was measured with: the last step of each state has fold 1, then 0."""
+    net = copy.deepcopy(make_net(name))
+    images = torch.cat([images for images, _ in make_batches()])
+    states, _, vectors = walk.walk(net.model, net.sites, net.cost, make_batches(), PLAN)
+    for fold, state, vector in zip((1, 0)[: len(states)], states, vectors, strict=True):
+        assert net.cost.macs(state.widths) <= state.share * net.macs()
+        seen = images[fold::2]
+        with torch.no_grad(), effects.crossed(net.model, fold):
+            dense = read_by_head(net.extract(spec={}), seen).mean(dim=0)
+            plain = read_by_head(net.extract(spec=state.widths), seen).mean(dim=0)
+            assert relative_error(vector, dense - plain) <= 1e-3
+            net.final_mean = FinalMean((net.macs(state.widths) / net.macs(),), vector[None].float())
+            shifted = read_by_head(net.extract(spec=state.widths), seen).mean(dim=0)
+            net.final_mean = None
+        assert (shifted - dense).norm() <= 1e-3 * (plain - dense).norm()
+
+
+def test_knots_are_the_shares_that_were_got():
+    net = make_net("plain", stratified=True)
+    states = net.provenance["stratify"]["states"]
+    assert net.final_mean.shares == tuple(net.macs(widths) / net.macs() for _, widths in states)
+
+
+def test_full_width_is_untouched_also_after_a_cut(family):
+    net = copy.deepcopy(make_net(family, stratified=True))
+    with torch.no_grad():
+        expected = without(net)(IMAGES)
+        net(IMAGES, cut_of(net))
+        assert torch.equal(net(IMAGES), expected)
+        assert torch.equal(net.extract(spec={})(IMAGES), expected)
+        net(IMAGES, cut_of(net))
+        net.set_widths(None)
+        assert torch.equal(net.model(IMAGES), expected)
+
+
+def test_state_dict_stays_the_stock_one(family):
+    net = copy.deepcopy(make_net(family, stratified=True))
+    with torch.no_grad():
+        net(IMAGES, cut_of(net))
+    source = make_model(family)
+    assert list(net.model.state_dict()) == list(source.state_dict())
+    for name, norm in (("norm", source.norm), ("fc_norm", source.fc_norm)):
+        for leaf, tensor in norm.state_dict().items():
+            assert torch.equal(net.model.state_dict()[f"{name}.{leaf}"], tensor)
+
+
+def test_average_pooling_shifts_the_norm_behind_the_pooling():
+    net = make_net("avg_pool", stratified=True)
+    small = net.extract(spec=cut_of(net))
+    assert last_norm(small) is small.fc_norm
+    assert not torch.equal(small.fc_norm.bias, net.model.fc_norm.bias)
+    assert isinstance(small.norm, torch.nn.Identity)
+
+
+def test_two_heads_and_norms_without_bias_have_none():
+    assert make_net("distilled", stratified=True).final_mean is None
+    model = make_model("plain")
+    model.norm = torch.nn.LayerNorm(32, bias=False)
+    assert last_norm(model) is None
+
+
+@pytest.mark.parametrize("compensation", ["mean", "none"])
+def test_it_goes_with_full_compensation_only(family, compensation):
+    net = copy.deepcopy(make_net(family, stratified=True))
+    net.compensation = compensation
+    spec = cut_of(net)
+    assert net.final_shift(net.resolve(spec)) is None
+    with torch.no_grad():
+        assert torch.equal(net(IMAGES, spec), without(net)(IMAGES, spec))
+        assert torch.equal(net.extract(spec=spec)(IMAGES), without(net).extract(spec=spec)(IMAGES))
+
+
+def test_a_copy_of_a_network_has_a_shift_of_its_own():
+    net = copy.deepcopy(make_net("plain", stratified=True))
+    other, spec = copy.deepcopy(net), cut_of(net)
+    with torch.no_grad():
+        net(IMAGES, spec)
+        expected = net.model(IMAGES)
+        other.set_widths(None)
+        assert torch.equal(net.model(IMAGES), expected)  # as the first was set
+        assert torch.equal(other(IMAGES, spec), expected)
+        other.final_mean = replace(other.final_mean, vectors=other.final_mean.vectors * 3)
+        assert not torch.allclose(other(IMAGES, spec), expected)
+        assert torch.equal(net(IMAGES, spec), expected)
+
+
+def test_a_new_list_or_another_method_takes_it_away():
+    net = copy.deepcopy(make_net("plain", stratified=True))
+    spec = cut_of(net)
+    net.stratify(make_batches(), method="paper")
+    assert net.final_mean is None
+    with torch.no_grad():
+        assert torch.equal(net(IMAGES, spec), without(net)(IMAGES, spec))
+
+
+def test_extracted_models_carry_no_hook(family):
+    small = make_net(family, stratified=True).extract(macs=0.6, verbose=False)
+    for module in small.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_hooks_on_the_norm_of_a_small_model_do_not_reach_the_network():
+    net = copy.deepcopy(make_net("plain", stratified=True))
+    small, called = net.extract(macs=0.6, verbose=False), []
+    small.norm.register_forward_hook(lambda *_: called.append("after"))
+    small.norm.register_forward_pre_hook(lambda *_: called.append("before"))
+    small.norm.register_full_backward_hook(lambda *_: called.append("backward"))
+    net(IMAGES).sum().backward()
+    assert called == []
+    small(IMAGES).sum().backward()
+    assert called == ["before", "after", "backward"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_type_of_the_weights_is_kept(dtype):
+    net = copy.deepcopy(make_net("plain", stratified=True)).to(dtype)
+    spec = cut_of(net)
+    with torch.no_grad():
+        logits, small = net(IMAGES.to(dtype), spec), net.extract(spec=spec)
+        assert logits.dtype == small.norm.bias.dtype == dtype
+        assert relative_error(small(IMAGES.to(dtype)).double(), logits.double()) <= (
+            0.05 if dtype.itemsize == 2 else 1e-12
+        )
+
+
+def test_gradients_reach_the_norm_through_the_shift():
+    net = copy.deepcopy(make_net("plain", stratified=True))
+    net(IMAGES, cut_of(net)).square().sum().backward()
+    assert net.model.norm.weight.grad.all()
+    assert net.model.norm.bias.grad.all()

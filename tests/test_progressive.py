@@ -1,0 +1,142 @@
+"""The progressive list: what is listed never moves, targets are met, importance is measured at the smallest size."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from helpers import make_batches, make_net
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stratavit import StrataViTError, progressive, strata
+from stratavit.progressive import Growth, extend, grow
+from stratavit.strata import Strata
+
+FAST = Growth(reduction=0.7, epochs=4)
+
+
+@pytest.fixture(scope="module")
+def net():
+    return copy.deepcopy(make_net("plain", "paper"))
+
+
+@pytest.fixture(scope="module")
+def lists(net):
+    """The list after each of six epochs, the weights shaken in between as training would."""
+    net, found, entries = copy.deepcopy(net), [], []
+    generator = torch.Generator().manual_seed(0)
+    for epoch in range(6):
+        entries = grow(net, make_batches(), entries, epoch, FAST)
+        found.append(entries)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return found
+
+
+def dropped(net, entries):
+    return net.macs() - net.macs(Strata(net.sites, entries).spec(len(entries)))
+
+
+def test_listed_entries_never_move(lists):
+    for before, after in pairwise(lists):
+        assert after[: len(before)] == before
+
+
+def test_prefixes_nest(net, lists):
+    found = Strata(net.sites, lists[-1])
+    specs = [found.spec(position) for position in range(len(found) + 1)]
+    assert all(small <= large for large, small in pairwise(specs))
+
+
+def test_targets_are_met_by_less_than_one_group(net, lists):
+    for epoch, entries in enumerate(lists):
+        target = FAST.target(net.macs(), epoch)
+        last = [entry for entry in entries if entry.group != entries[-1].group]
+        assert dropped(net, last) < target <= dropped(net, entries)
+
+
+def test_nothing_is_added_after_the_last_growing_epoch(lists):
+    assert len(lists[3]) > len(lists[2])
+    assert lists[3] == lists[4] == lists[5]
+
+
+def test_groups_of_later_epochs_are_new_and_whole(lists):
+    groups = [entry.group for entry in lists[-1]]
+    assert groups == sorted(groups)
+    for before, after in pairwise(lists[:4]):
+        assert {e.group for e in before}.isdisjoint(e.group for e in after[len(before) :])
+
+
+def test_importance_is_measured_at_the_smallest_network(net, monkeypatch):
+    entries = grow(net, make_batches(), [], 0, FAST)
+    smallest = Strata(net.sites, entries).spec(len(entries))
+    seen = []
+
+    def remember(function):
+        def wrapped(model, *args, **kwargs):
+            seen.append({name: model.get_submodule(name).width for name in smallest})
+            return function(model, *args, **kwargs)
+
+        return wrapped
+
+    monkeypatch.setattr(progressive, "collect", remember(progressive.collect))
+    monkeypatch.setattr(progressive, "bypass_sensitivity", remember(progressive.bypass_sensitivity))
+    grow(net, make_batches(), entries, 1, FAST)
+    assert seen == [dict(smallest)] * 2
+    assert all(module.width == module.full_width for module in net.elastic.values())
+
+
+def test_sites_at_width_zero_are_skipped(net):
+    entries = [strata.Entry("blocks.0.attn", width, 0) for width in (8, 0)]
+    widths = Strata(net.sites, entries).spec(2)
+    importance = progressive.importance_at(net, widths, make_batches(), FAST)
+    assert list(importance) == ["blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"]
+    grown = grow(net, make_batches(), entries, 3, FAST)
+    assert grown[:2] == entries
+    assert all(entry.site != "blocks.0.attn" for entry in grown[2:])
+
+
+def test_one_epoch_is_the_one_shot_list(net):
+    """From the full network, the list is the paper's one-shot list up to the target."""
+    one_shot = copy.deepcopy(net).stratify(make_batches(), method="paper").strata
+    entries = grow(net, make_batches(), [], 0, Growth(reduction=0.5, epochs=1))
+    assert tuple(entries) == one_shot.entries[: len(entries)]
+
+
+def test_an_unreachable_target_takes_all_there_is(net):
+    entries = grow(net, make_batches(), [], 0, Growth(reduction=1.0, epochs=1))
+    assert set(Strata(net.sites, entries).spec(len(entries)).values()) == {0}
+    assert grow(net, make_batches(), entries, 0, Growth(reduction=1.0, epochs=1)) == entries
+
+
+def test_weights_and_flags_are_left_alone(net):
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    grow(net, make_batches(), [], 0, FAST)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in net.parameters())
+
+
+def test_no_images_is_an_error(net):
+    with pytest.raises(StrataViTError, match="no images"):
+        grow(net, [], [], 0, FAST)
+
+
+@given(
+    st.lists(st.sampled_from(["blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"]), max_size=8), st.data()
+)
+def test_extend_stops_at_the_first_group_that_reaches_the_target(names, data):
+    net = make_net("plain", "paper")
+    left = {site.name: list(site.steps[:-1]) for site in net.sites}
+    order = []
+    for group, name in enumerate(names):
+        count = data.draw(st.integers(0, len(left[name])))
+        order += [strata.Entry(name, left[name].pop(), group) for _ in range(count)]
+    target = data.draw(st.floats(0, net.macs()))
+    grown = extend([], order, net.cost, target)
+    assert grown == order[: len(grown)]
+    assert len(grown) in Strata(net.sites, order).group_ends()
+    assert dropped(net, grown) >= target or grown == order
+    whole = [entry for entry in grown if entry.group != grown[-1].group] if grown else []
+    assert not grown or dropped(net, whole) < target

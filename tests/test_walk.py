@@ -1,0 +1,203 @@
+"""The list's measurement as a whole: nested states within their shares, and nothing left behind."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from helpers import FAMILIES, PLAN, enliven, make_batches, make_images, make_model, make_net, relative_error
+from hypothesis import given
+from hypothesis import strategies as st
+from timm.models.vision_transformer import VisionTransformer
+
+from stratavit import StrataViTError, SuperNet, effects, walk
+from stratavit.walk import Walk
+
+IMAGES = make_images(3, seed=9)
+BATCHES = [images for images, _ in make_batches()]
+
+
+def walked(family, plan=PLAN, loader=BATCHES):
+    net = copy.deepcopy(make_net(family))
+    return net, *walk.walk(net.model, net.sites, net.cost, loader, plan)
+
+
+def test_states_nest_within_their_shares(family):
+    plan = Walk(states=((0.85, 1), (0.75, 2), (0.65, 1)), images=6)
+    net, states, ratios, drifts = walked(family, plan)
+    assert [state.share for state in states] == [0.85, 0.75, 0.65]
+    assert ratios.keys() == {site.name for site in net.sites}
+    assert sum(ratios.values()) == pytest.approx(0, abs=1e-9)
+    for state in states:
+        assert net.cost.macs(state.widths) <= state.share * net.cost.macs()
+        assert all(state.widths[site.name] in site.steps[1:] for site in net.sites)
+    for larger, smaller in pairwise(states):
+        assert all(smaller.widths[name] <= larger.widths[name] for name in ratios)
+    assert len(drifts) == (0 if family == "distilled" else 3)
+
+
+@given(st.dictionaries(st.text(min_size=1), st.tuples(st.floats(-2, 2), st.floats(-1, 9)), min_size=1, max_size=6))
+def test_ratios_move_along_the_effects_by_no_more_than_the_rate(values):
+    ratios, effects = ({name: pair[which] for name, pair in values.items()} for which in (0, 1))
+    found = walk.moved(ratios, effects, 0.3)
+    assert found.keys() == ratios.keys()
+    if sum(effects.values()) <= 0:
+        assert found == ratios
+        return
+    assert sum(found.values()) == pytest.approx(0, abs=1e-9)
+    moves = {name: found[name] - ratios[name] for name in ratios}
+    assert max(moves.values()) - min(moves.values()) <= 0.6 + 1e-9
+    in_order = [moves[name] for name in sorted(moves, key=effects.get)]
+    assert all(a <= b + 1e-9 for a, b in pairwise(in_order))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"states": ()},
+        {"states": ((0.5, 1), (0.6, 1))},
+        {"states": ((0.5, 1), (0.5, 1))},
+        {"states": ((1.0, 1),)},
+        {"states": ((0.5, 0),)},
+        {"images": 0},
+        {"rate": 0.0},
+        {"rate": float("nan")},
+    ],
+)
+def test_plans_that_cannot_be_walked_are_refused(options):
+    with pytest.raises(StrataViTError, match="plan: expected"):
+        Walk(**options)
+
+
+def test_sites_of_a_single_unit_are_neither_measured_nor_judged():
+    """head_dim 8 is one unit: it has no step, and its ratio only follows the mean."""
+    model = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, mlp_ratio=2.0, num_classes=7
+    )
+    net = SuperNet(enliven(model)).contract(make_batches())
+    found = effects.Reference(net.model, net.sites, BATCHES).effects(
+        net.cost, {site.name: site.steps[-1] if site.kind == "attention" else site.steps[8] for site in net.sites}
+    )
+    assert found.effects.keys() == {"blocks.0.mlp", "blocks.1.mlp"}
+    _, ratios, _ = walk.walk(net.model, net.sites, net.cost, BATCHES, PLAN)
+    assert ratios["blocks.0.attn"] == pytest.approx(ratios["blocks.1.attn"])
+    assert net.stratify(BATCHES, plan=PLAN).strata is not None
+
+
+def test_a_network_that_was_moved_between_contract_and_stratify_follows():
+    net = SuperNet(make_model("plain")).contract(make_batches()).double().stratify(make_batches(), plan=PLAN)
+    assert net.strata is not None
+    for module in net.elastic.values():
+        assert all(mean.dtype == torch.float64 for mean, _ in module.crossed)
+
+
+def test_whether_it_was_cross_fitted_is_told(tmp_path):
+    net = copy.deepcopy(make_net("plain")).stratify(BATCHES, plan=PLAN)
+    assert net.provenance["stratify"]["cross_fitted"]
+    net.save(tmp_path / "run")
+    again = SuperNet.load(tmp_path / "run").stratify(BATCHES, plan=PLAN)
+    assert not again.provenance["stratify"]["cross_fitted"]
+
+
+def test_a_chosen_compensation_outlives_stratify():
+    net = copy.deepcopy(make_net("plain"))
+    net.compensation = "mean"
+    assert net.stratify(BATCHES, plan=PLAN).compensation == "mean"
+
+
+def test_inference_mode_is_refused_in_words():
+    net = copy.deepcopy(make_net("plain"))
+    with torch.inference_mode():
+        for run in (net.contract, net.stratify):
+            with pytest.raises(StrataViTError, match=r"outside torch\.inference_mode"):
+                run(make_batches())
+
+
+def test_shares_out_of_reach_are_left_out():
+    net, states, _, drifts = walked("plain", Walk(states=((0.6, 1), (0.1, 2)), images=4))
+    assert [state.share for state in states] == [0.6]
+    assert len(drifts) == 1
+    states, ratios, drifts = walk.walk(net.model, net.sites, net.cost, BATCHES, Walk(states=((0.1, 1),)))
+    assert (states, drifts) == ([], [])
+    assert not any(ratios.values())
+
+
+def test_the_walk_is_deterministic():
+    (_, *first), (_, *again) = walked("plain"), walked("plain")
+    assert first[:2] == again[:2]
+    assert all(torch.equal(a, b) for a, b in zip(first[2], again[2], strict=True))
+
+
+def state_of(net):
+    return (
+        {name: (p.clone(), p.requires_grad, p.grad) for name, p in net.model.named_parameters()},
+        [module.training for module in net.model.modules()],
+        [(m.width, m.probe, m.observer, m.bypassed, m.gain, m.moments) for m in net.elastic.values()],
+    )
+
+
+def assert_same(before, after):
+    for name, (value, required, gradient) in before[0].items():
+        assert torch.equal(value, after[0][name][0])
+        assert required == after[0][name][1], name
+        assert gradient is after[0][name][2]
+    assert before[1:] == after[1:]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_walk_leaves_nothing_behind(training):
+    net = copy.deepcopy(make_net("plain")).train(training)
+    net.set_widths(None)
+    net.model.cls_token.requires_grad_(False)
+    net.model.blocks[0].eval()
+    before = state_of(net)
+    walk.walk(net.model, net.sites, net.cost, BATCHES, PLAN)
+    assert_same(before, state_of(net))
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(3), "broken", torch.zeros(2, 4, 32, 32)])
+def test_after_an_exception_weights_ask_for_gradients_and_no_probe_is_left(batch):
+    net = copy.deepcopy(make_net("plain"))
+    before = state_of(net)
+    with pytest.raises((StrataViTError, RuntimeError)):
+        walk.walk(net.model, net.sites, net.cost, [BATCHES[0], batch], PLAN)
+    after = state_of(net)
+    assert_same((before[0], before[1], []), (after[0], after[1], []))
+    assert all(module.probe is None for module in net.elastic.values())
+
+
+def test_a_failed_stratify_runs_at_full_width_afterwards():
+    net = copy.deepcopy(make_net("plain"))
+    with torch.no_grad():
+        expected = net(IMAGES)
+        with pytest.raises(RuntimeError):
+            net.stratify([BATCHES[0], torch.zeros(2, 4, 32, 32)], plan=PLAN)
+        assert torch.equal(net(IMAGES), expected)
+
+
+def test_works_where_gradients_are_switched_off():
+    with torch.no_grad():
+        _, states, ratios, _ = walked("plain")
+    assert (states, ratios) == walked("plain")[1:3]
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "distilled"])  # its two heads stay
+def test_a_model_without_a_head_has_effects(name):
+    model = make_model(name)
+    model.reset_classifier(0)
+    net = SuperNet(model).contract(BATCHES, objective="feature").stratify(BATCHES, plan=PLAN)
+    spec = net.spec(macs=0.6)
+    with torch.no_grad():
+        small = net.extract(spec=spec)(IMAGES)
+        assert small.shape == (3, model.embed_dim)
+        assert relative_error(small, net(IMAGES, spec)) <= 1e-5
+    assert any(net.provenance["stratify"]["states"])
+
+
+def test_half_precision_models_are_measured_in_float32_and_cast_back():
+    net = SuperNet(make_model("plain", dtype=torch.bfloat16)).contract(make_batches())
+    before = {name: t.clone() for name, t in net.model.state_dict().items()}
+    net.stratify(make_batches(), plan=PLAN)
+    assert all(torch.equal(t, before[name]) for name, t in net.model.state_dict().items())
+    assert net.strata is not None
+    assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
