@@ -62,7 +62,8 @@ def factorise(covariance: Tensor, weight: Tensor, ridge: float = RIDGE) -> Momen
     factor, added = cholesky(covariance, ridge)
     weight = weight.to(covariance)
     energy = max(float(((weight @ covariance) * weight).sum()), 0.0)  # rounding can leave a little below
-    return Moments(factor.float(), added, energy)
+    # row by row, as a file gives it back: the layout decides how products are rounded
+    return Moments(factor.float().contiguous(), added, energy)
 
 
 def compensate(weight: Tensor, mean: Tensor, moments: Moments, keep: int, gain: float = GAIN) -> tuple[Tensor, Tensor]:
