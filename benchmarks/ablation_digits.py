@@ -46,7 +46,7 @@ def main() -> None:
             net, started = copy.deepcopy(base), time.perf_counter()
             recipe = dataclasses.replace(Recipe.read(RECIPE), mode=arm, seed=seed)  # type: ignore[arg-type]
             with tempfile.TemporaryDirectory() as folder:
-                stratavit.train_piad(net, images, recipe, Path(folder) / "run", proxy, cpu=True)
+                stratavit.train_piad(net, images, None, recipe, Path(folder) / "run", proxy=proxy, cpu=True)
             seconds = time.perf_counter() - started
             found[arm].append(measure(net, held_out) | {"seconds": seconds})
             print(arm, seed, found[arm][-1], flush=True)

@@ -40,7 +40,7 @@ def main() -> None:
             before = measure(copy.deepcopy(net).stratify(proxy), held_out)
             recipe = dataclasses.replace(Recipe.read(RECIPE), seed=seed)
             with tempfile.TemporaryDirectory() as folder:
-                stratavit.train_piad(net, images, recipe, Path(folder) / "run", proxy, cpu=True)
+                stratavit.train_piad(net, images, None, recipe, Path(folder) / "run", proxy=proxy, cpu=True)
             for name, values in ((f"{start}, one-shot", before), (f"{start}, PIAD", measure(net, held_out))):
                 found.setdefault(name, []).append(values)
                 print(name, seed, values, flush=True)

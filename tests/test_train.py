@@ -19,10 +19,12 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import stratavit
 from stratavit import StrataViTError, SuperNet, augment, checkpoint, demo, order, processes
+from stratavit.loop import Trainer
+from stratavit.piad import train_piad
 from stratavit.processes import StopRequest
+from stratavit.pupil import Pupil
 from stratavit.recipe import Recipe
 from stratavit.sampling import Drawn, stream
-from stratavit.train import Trainer, train_piad
 
 TINY = Recipe(
     epochs=3,
@@ -76,15 +78,19 @@ def fresh(method="default"):
 
 
 def run(out, method="default", data=None, recipe=TINY, resume=False, evaluation=None):
+    held_out = evaluation or make_batches()
     return train_piad(
-        fresh(method), data or Images(), recipe, out, make_batches(), evaluation or make_batches(), resume, cpu=True
+        fresh(method), data or Images(), held_out, recipe, out, proxy=make_batches(), resume=resume, cpu=True
     )
 
 
 def trainer(tmp_path, recipe=TINY, method="default", data=None, net=None):
     accelerator = processes.accelerator(recipe, tmp_path, cpu=True)
-    net = net or fresh(method)
-    return Trainer(net, data or Images(), recipe, tmp_path, make_batches(), None, accelerator, StopRequest())
+    data = data or Images()
+    places = order.of(data, recipe, 1)
+    decay = recipe.decay(places.steps * recipe.epochs)
+    pupil = Pupil(net or fresh(method), recipe, decay, make_batches(), accelerator)
+    return Trainer(pupil, data, places, recipe, tmp_path, None, accelerator, StopRequest())
 
 
 def outcome(folder):
@@ -185,7 +191,7 @@ def test_generators_handlers_and_drop_path_are_put_back(tmp_path):
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     with pytest.raises(CrashError):
-        train_piad(net, Images(10, crash), TINY, tmp_path / "run", make_batches(), cpu=True)
+        train_piad(net, Images(10, crash), None, TINY, tmp_path / "run", proxy=make_batches(), cpu=True)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert random.getstate() == states[0]
     assert np.random.get_state()[1].tolist() == states[1]
@@ -256,14 +262,14 @@ def test_options_run(tmp_path, changes):
 def test_what_the_arms_draw(tmp_path, mode):
     found = trainer(tmp_path, dataclasses.replace(TINY, mode=mode, list_epochs=1))
     found.begin_epoch(0)
-    specs = [one.spec for seed in range(300) for one in found.pupil.draw(stream(seed))]
+    specs = [one.spec for seed in range(300) for one in found.learner.draw(stream(seed))]
     full = {site.name: site.width for site in found.net.sites}
-    listed = {found.pupil.strata.spec(position) for position in range(len(found.pupil.entries) + 1)}
+    listed = {found.learner.strata.spec(position) for position in range(len(found.learner.entries) + 1)}
     assert any(0 in spec.values() for spec in specs) == (mode in ("layerdrop", "piad"))
     assert (set(specs) == {stratavit.Spec(full)}) == (mode == "plain")
     assert set(specs) <= listed if mode == "piad" else len(set(specs)) > 40 or mode == "plain"
     assert all(width in site.steps for spec in specs for site in found.net.sites for width in [spec[site.name]])
-    assert bool(found.pupil.entries) == (mode not in ("plain", "channel"))
+    assert bool(found.learner.entries) == (mode not in ("plain", "channel"))
 
 
 def test_the_full_network_teaches():
@@ -294,7 +300,7 @@ def test_training_raises_the_half_size_network(tmp_path):
     top1 = {}
     for mode in ("piad", "plain"):
         net = copy.deepcopy(base)
-        train_piad(net, images, dataclasses.replace(recipe, mode=mode), tmp_path / mode, proxy, cpu=True)
+        train_piad(net, images, None, dataclasses.replace(recipe, mode=mode), tmp_path / mode, proxy=proxy, cpu=True)
         top1[mode] = stratavit.evaluate(net, DataLoader(test, 360), net.spec(macs=0.5)).top1
     error = 100 * (0.1 * 0.9 / 360) ** 0.5
     assert top1["piad"] > top1["plain"] + 2 * error, top1
@@ -427,13 +433,13 @@ def test_a_resumed_run_keeps_its_recipe_model_and_data(finished, tmp_path):
     folder = finished["default"][0]
     with pytest.raises(StrataViTError, match=r"trained with lr = 0.05; a resumed run cannot make it 1.0"):
         run(folder, recipe=dataclasses.replace(TINY, lr=1.0), resume=True)
-    with pytest.raises(StrataViTError, match="method = default; now it is paper"):
+    with pytest.raises(StrataViTError, match="kind = default; now it is paper"):
         run(folder, "paper", resume=True)
     with pytest.raises(StrataViTError, match="images = 24; now it is 16"):
         run(folder, data=Subset(Images(), range(16)), resume=True)
     other = copy.deepcopy(make_net("odd_widths"))
     with pytest.raises(StrataViTError, match="state of another model"):
-        train_piad(other, Images(), None, folder, make_batches(), resume=True, cpu=True)
+        train_piad(other, Images(), None, None, folder, proxy=make_batches(), resume=True, cpu=True)
 
 
 def test_too_few_images_or_no_labels(tmp_path):
@@ -516,7 +522,9 @@ def alike(out):
     off = {"drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0, "batch_size": batch}
     before, Trainer.draw = (
         Trainer.draw,
-        lambda self, number: [self.pupil.prefixes[(7 * self.step + (50, 0)[number]) % len(self.pupil.prefixes.macs)]],
+        lambda self, number: [
+            self.learner.prefixes[(7 * self.step + (50, 0)[number]) % len(self.learner.prefixes.macs)]
+        ],
     )
     try:
         return run(out, recipe=dataclasses.replace(TINY, **off))

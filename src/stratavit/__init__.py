@@ -4,10 +4,11 @@ from stratavit.artifacts import load, save
 from stratavit.budget import Budget
 from stratavit.errors import ArtifactError, BudgetError, StrataViTError, UnsupportedModelError
 from stratavit.evaluate import Metrics, evaluate
+from stratavit.finetune import finetune
+from stratavit.piad import train_piad
 from stratavit.recipe import Recipe
 from stratavit.spec import Spec
 from stratavit.supernet import SuperNet
-from stratavit.train import train_piad
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "SuperNet",
     "UnsupportedModelError",
     "evaluate",
+    "finetune",
     "load",
     "save",
     "train_piad",

@@ -15,6 +15,7 @@ from stratavit import architecture, moments_file
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.folders import read_json, read_tensors, write_folder, write_json
 from stratavit.strata import Strata
+from stratavit.structure import HEAD_DIM_UNIT, MLP_UNITS
 
 if TYPE_CHECKING:
     from stratavit.supernet import SuperNet
@@ -99,6 +100,7 @@ def save_supernet(net: SuperNet, path: str | Path, overwrite: bool, moments: boo
         "compensation": net.compensation if moments or net.compensation != "full" else "mean",
         "model": net.description,
         "data_config": net.data_config,
+        "units": list(net.units),
         "strata": None if net.strata is None else net.strata.to_json(),
         "provenance": net.provenance,
     }
@@ -122,12 +124,20 @@ def load_supernet(cls: type[SuperNet], path: str | Path, device: torch.device | 
         net.compensation = content.get("compensation", net.compensation)
     except StrataViTError as error:
         raise ArtifactError(f"{folder / JSON_FILE}: {error}") from error
+    net.set_units(*_units(content, folder))
     net.description = content["model"]
     net.provenance = dict(content.get("provenance", {}))
     moments_file.from_tensors(net, read_tensors(folder / MOMENTS_FILE), str(folder / MOMENTS_FILE))
     if content.get("strata") is not None:
         net.strata = Strata.from_json(net.sites, content["strata"])
     return net
+
+
+def _units(content: Mapping[str, Any], folder: Path) -> list[int]:
+    units = content.get("units", [HEAD_DIM_UNIT, MLP_UNITS])
+    if not isinstance(units, list) or [type(n) for n in units] != [int, int] or min(units) < 1:
+        raise ArtifactError(f"{folder / JSON_FILE}: units should be two whole numbers above 0, got {units!r}")
+    return units
 
 
 def _header(kind: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,10 +15,10 @@ import torch
 
 from stratavit.artifacts import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
 from stratavit.errors import ArtifactError
-from stratavit.supernet import SuperNet
 
 FORMAT = "stratavit/training-state/1"
 STATE_FILE, LOG_FILE = "state.pt", "log.jsonl"
+SUPER_FILES, SMALL_FILES = (WEIGHTS_FILE, MOMENTS_FILE, JSON_FILE), (WEIGHTS_FILE, JSON_FILE)
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
@@ -61,16 +62,21 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def publish(net: SuperNet, folder: Path) -> None:
-    """Writes a super-network into a run's folder, beside its state and log; the file that makes it one comes last.
+def publish(save: Callable[[Path], None], names: Sequence[str], folder: Path) -> None:
+    """Puts files into a run's folder, beside its state and log.
+
+    Args:
+        save: Writes them to a folder of their own.
+        names: Of the files; the one that makes them a result comes last.
+        folder: Of the run.
 
     Raises:
-        ArtifactError: It cannot be written.
+        ArtifactError: They cannot be written.
     """
-    temporary = folder / ".super-network"
-    net.save(temporary, overwrite=True)
+    temporary = folder / ".result"
+    save(temporary)
     try:
-        for name in (WEIGHTS_FILE, MOMENTS_FILE, JSON_FILE):
+        for name in names:
             (temporary / name).replace(folder / name)
     except OSError as error:
         raise ArtifactError(f"cannot write {folder}: {error.strerror}; resume the training to try again") from error

@@ -22,7 +22,8 @@ _EXAMPLES = """examples:
   stratavit curve run --data IMAGENET                                   accuracy at every size
   stratavit extract run --macs 50% --out small                          a plain timm model
   stratavit train run --data IMAGENET --out run2                        PIAD: every size trained
-  stratavit evaluate small --data IMAGENET
+  stratavit finetune small --data IMAGENET --out tuned                  train that one further
+  stratavit evaluate tuned --data IMAGENET
 """
 
 
@@ -38,7 +39,9 @@ def parser() -> argparse.ArgumentParser:
     commands_ = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     convert = _command(commands_, "convert", commands.convert, "make a super-network from a pre-trained model")
-    convert.add_argument("model", metavar="MODEL", help="timm model name, for example deit_tiny_patch16_224")
+    convert.add_argument(
+        "model", metavar="MODEL|SMALL", help="timm model name, for example deit_tiny_patch16_224, or a saved folder"
+    )
     _model_options(convert)
     _data_options(convert, "images to calibrate on: a folder with train/, or the class folders themselves")
     _out_options(convert, "RUN", "folder to write the super-network to")
@@ -73,7 +76,11 @@ def parser() -> argparse.ArgumentParser:
         commands_, "train", train_command.train, "train a super-network, so that every size is good without fine-tuning"
     )
     train.add_argument("run", metavar="RUN", help="folder of a super-network, made by convert")
-    train_command.add_options(train)
+    train_command.add_train_options(train)
+
+    finetune = _command(commands_, "finetune", train_command.finetune, "train one small model further")
+    finetune.add_argument("small", metavar="SMALL", help="folder of a small model, made by extract")
+    train_command.add_finetune_options(finetune)
 
     extract = _command(commands_, "extract", commands.extract, "slice a plain small model out of a super-network")
     extract.add_argument("run", metavar="RUN", help="folder of a super-network")

@@ -21,7 +21,7 @@ from stratavit.evaluate import evaluate as evaluate_model
 from stratavit.folders import check_free, write_folder
 from stratavit.spec import Spec
 from stratavit.supernet import SuperNet
-from stratavit.zoo import dense_model
+from stratavit.zoo import model_at
 
 Outcome = tuple[dict[str, Any], list[Any]]
 
@@ -56,7 +56,7 @@ def convert(args: Namespace) -> Outcome:
     """MODEL and calibration images to a super-network folder."""
     check_free(args.out, args.overwrite)
     device = pick_device(args.device)
-    net = SuperNet(dense_model(args.model, args.weights, args.num_classes).to(device))
+    net = SuperNet(model_at(args.model, args.weights, args.num_classes, device))
     loader = _loader(args, net.data_config, "train", net.model.num_classes, args.images)
     started = time.perf_counter()
     net.contract(loader, args.method, args.criterion, args.objective, args.seed)
@@ -119,18 +119,14 @@ def evaluate(args: Namespace) -> Outcome:
     spec: Spec | None = None
     view: list[Any] = []
     model: nn.Module
-    if Path(args.target).is_dir():
-        if artifacts.kind(args.target) == artifacts.SUPER:
-            model = net = SuperNet.load(args.target, device)
-            if budgeted:
-                met = net.budget(macs=args.macs, params=args.params, position=args.position)
-                spec, view = met.spec, [str(met)]
-            config, classes = net.data_config, net.model.num_classes
-        else:
-            model = artifacts.load(args.target, device)
-            config, classes = resolve_data_config(model), model.num_classes
+    if Path(args.target).is_dir() and artifacts.kind(args.target) == artifacts.SUPER:
+        model = net = SuperNet.load(args.target, device)
+        if budgeted:
+            met = net.budget(macs=args.macs, params=args.params, position=args.position)
+            spec, view = met.spec, [str(met)]
+        config, classes = net.data_config, net.model.num_classes
     else:
-        model = dense_model(args.target, args.weights, args.num_classes).to(device)
+        model = model_at(args.target, args.weights, args.num_classes, device)
         config, classes = resolve_data_config(model), model.num_classes
     if budgeted and spec is None:
         raise BudgetError(f"{args.target} has one size only; budgets are for super-networks")

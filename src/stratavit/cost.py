@@ -80,28 +80,47 @@ def cost_model(model: nn.Module, sites: tuple[Site, ...], image_size: tuple[int,
         sites: Its sites.
         image_size: Channels, height, width of an input image.
     """
-    macs = {"all": 0, "tokens": 0}
-
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        assert isinstance(module, nn.Linear | nn.Conv2d)
-        macs["all"] += output.numel() * module.weight[0].numel()
+    tokens = 0
 
     def tokens_of(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        macs["tokens"] = inputs[0].shape[1]
+        nonlocal tokens
+        tokens = inputs[0].shape[1]
 
     inside = tuple(site.name + "." for site in sites)
-    outside = [
+    handle = model.get_submodule(sites[0].name).register_forward_pre_hook(tokens_of)
+    try:
+        fixed_macs = linear_macs(model, image_size, without=inside)
+    finally:
+        handle.remove()
+    fixed_params = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(inside))
+    return CostModel(sites, tokens, fixed_macs, fixed_params)
+
+
+def linear_macs(model: nn.Module, image_size: tuple[int, int, int], without: tuple[str, ...] = ()) -> int:
+    """MACs per image of the linear maps and convolutions, counted in a pass over a blank image.
+
+    Args:
+        model: Any model from images.
+        image_size: Channels, height, width of an input image.
+        without: Beginnings of the names of modules that do not count.
+    """
+    total = 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        assert isinstance(module, nn.Linear | nn.Conv2d)
+        total += output.numel() * module.weight[0].numel()
+
+    counted = [
         module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and not name.startswith(inside)
+        if isinstance(module, nn.Linear | nn.Conv2d) and not (without and name.startswith(without))
     ]
-    handles = [module.register_forward_hook(count) for module in outside]
-    handles.append(model.get_submodule(sites[0].name).register_forward_pre_hook(tokens_of))
+    handles = [module.register_forward_hook(count) for module in counted]
     try:
         with eval_mode(model), torch.inference_mode():
             model(torch.zeros(1, *image_size, device=model_device(model), dtype=model_dtype(model)))
     finally:
         for handle in handles:
             handle.remove()
-    fixed_params = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(inside))
-    return CostModel(sites, macs["tokens"], macs["all"], fixed_params)
+    return total

@@ -87,6 +87,12 @@ class ImageLoader:
         self.loader = DataLoader(subset, batch_size, num_workers=workers, collate_fn=_collate)
         self.unreadable: list[str] = []
 
+    @property
+    def classes(self) -> int:
+        """Number of classes: those of the class map, or the folders."""
+        index = self.dataset.class_index
+        return self.dataset.classes if index is None else len(index)
+
     def __len__(self) -> int:
         return len(self.loader)
 
@@ -127,7 +133,7 @@ def image_loader(
     data: str | Path,
     data_config: Mapping[str, Any],
     split: str,
-    num_classes: int,
+    num_classes: int | None,
     class_map: str | Path | None = None,
     batch_size: int = 64,
     workers: int = 0,
@@ -139,7 +145,7 @@ def image_loader(
         data: A folder with ``train/`` and ``val/`` (or either), or the class folders themselves.
         data_config: timm's data configuration of the model.
         split: ``train`` or ``val``.
-        num_classes: Classes of the model's head.
+        num_classes: Classes of the model's head; None: not checked.
         class_map: See `ImageFolder`.
         batch_size, workers: Of torch's DataLoader.
         limit: At most this many images, spread evenly over the folder.
@@ -156,11 +162,12 @@ def image_loader(
     if folder == root and any((root / name).is_dir() for names in _SPLITS.values() for name in names):
         raise StrataViTError(f"data: {root} has no {split}/ folder, which is needed here")
     dataset = ImageFolder(folder, data_config, class_map)
-    found = dataset.classes if dataset.class_index is None else len(dataset.class_index)
-    if found != num_classes:
+    loader = ImageLoader(dataset, batch_size, workers, limit)
+    found = loader.classes
+    if num_classes is not None and found != num_classes:
         what = "class folders" if dataset.class_index is None else "classes in the class map"
         raise StrataViTError(
             f"data: {folder} has {found} {what}, but the model's head has {num_classes} classes; "
             "give --class-map FILE (one class folder name per line) or a model with --num-classes to match"
         )
-    return ImageLoader(dataset, batch_size, workers, limit)
+    return loader

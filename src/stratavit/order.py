@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from stratavit.errors import StrataViTError
+from stratavit.recipe import Recipe
 from stratavit.sampling import stream
 
 Key = tuple[int, int, int]  # epoch, place in the epoch, index of the image
@@ -75,6 +76,16 @@ class Order:
             places = range(start, start + self.batch_size * self.processes, self.processes)
             found.append([(epoch, place, order[place]) for place in places])
         return found
+
+
+def of(data: Dataset[Any], recipe: Recipe, processes: int) -> Order:
+    """The order that a recipe gives the images of a data set of known length.
+
+    Raises:
+        StrataViTError: There are fewer images than one step takes.
+    """
+    count = len(data)  # type: ignore[arg-type]
+    return Order(count, recipe.batch_size, processes, recipe.accumulate, recipe.repeats, recipe.seed)
 
 
 class Seeded(Dataset[Any]):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from timm.utils import ModelEmaV3
 
 from stratavit import contraction, processes, progressive, report
+from stratavit.checkpoint import SUPER_FILES, publish
 from stratavit.errors import StrataViTError
 from stratavit.recipe import Recipe
 from stratavit.sampling import Drawn, Prefixes, draw, random_widths, without_layers
@@ -30,14 +32,19 @@ class Pupil:
         accelerator: Of the run.
 
     Attributes:
+        kind: The method, so that a state of one is not resumed with the other.
         ema: The averaged copy, or None.
+        full_macs: MACs per image of the full network.
         entries: The dropout list so far.
         prefixes: Its prefixes.
     """
 
     def __init__(self, net: SuperNet, recipe: Recipe, decay: float, proxy: Iterable[Any], accelerator: Any) -> None:
         self.net, self.recipe, self.proxy, self.accelerator = net, recipe, proxy, accelerator
+        self.kind: str = net.method
+        self.full_macs = net.macs()
         forget_moments(net)
+        net.set_units(recipe.head_dim_unit, recipe.mlp_units)
         net.float().to(accelerator.device)
         self.ema = ModelEmaV3(net, decay) if decay else None
         self.set_list([])
@@ -56,6 +63,10 @@ class Pupil:
     def smallest(self) -> float:
         """Share of the dense MACs that the smallest sub-network of the list costs."""
         return self.net.macs(self.strata.spec(len(self.entries))) / self.net.macs()
+
+    def facts(self) -> dict[str, Any]:
+        """Length of the list and its smallest network, for the log."""
+        return {"entries": len(self.entries), "smallest": self.smallest}
 
     def set_list(self, entries: list[Entry]) -> None:
         """Takes a list, the first process's where there are several."""
@@ -112,8 +123,8 @@ class Pupil:
         points = processes.gather(self.accelerator, report.curve(self.settle(), loader, rungs))
         return sorted(points, key=lambda point: -point.macs)
 
-    def graduate(self) -> None:
-        """Gives `net` the weights to keep, their means and the list; eval mode."""
+    def graduate(self, facts: dict[str, Any]) -> None:
+        """Gives `net` the weights to keep, their means and the list; eval mode. `facts` go into its provenance."""
         judge, net = self.settle(), self.net
         if judge is not net:
             net.model.load_state_dict(judge.model.state_dict())
@@ -122,6 +133,15 @@ class Pupil:
         net.strata = judge.strata
         net.set_widths(None)
         net.eval()
+        net.provenance.pop("stratify", None)
+        net.provenance["train"] = facts
+
+    def publish(self, folder: Path, points: list[report.Point]) -> None:
+        """Writes the super-network into the run's folder, and the curve of the last evaluation if there was one."""
+        publish(lambda path: self.net.save(path, overwrite=True), SUPER_FILES, folder)
+        if points:
+            report.write_csv(points, folder / "curve.csv")
+            report.plot(points, folder / "curve.png", f"{self.net.description['architecture']}, {self.recipe.mode}")
 
     def state(self) -> dict[str, Any]:
         """Weights, averaged weights, means and list."""

@@ -38,8 +38,8 @@ class Recipe:
             draws from a list that is made once, before training, and leaves every site a unit; ``layerdrop`` is
             ``weighted`` with whole sites skipped at random. ``plain`` and ``channel`` make their list at the end.
         layer_drop: Probability that ``layerdrop`` skips a site (S: 0.2, as LayerDrop, arXiv 1909.11556).
-        distil: Share of a smaller prefix's target that is the full network's answer to the same batch, one forward pass
-            more; 0 is none (P: none).
+        distil: Share of the target that is the teacher's answer to the same batch, one forward pass more; without a
+            teacher of its own the full network teaches smaller prefixes; 0 is none (P: none).
         epochs: Passes over the training images; 150 for DeiT-B (P).
         batch_size: Images per process and pass; times `accumulate` times processes it is the global batch (D: 1,024).
         accumulate: Batches whose gradients are added up for one step, each with its own draw (S).
@@ -62,6 +62,8 @@ class Recipe:
         keep: Which weights are evaluated and saved: ``ema``, or ``raw`` (S).
         reduction: r, share of the dense MACs that the finished list drops (P).
         list_epochs: P_e, epochs in which the list grows (P).
+        head_dim_unit: Coordinates of the head width that are dropped together (P).
+        mlp_units: Groups that the MLP hidden width is dropped in (P).
         objective: What Taylor importance differentiates, see `statistics.collect`; ``auto``: the true logit (P).
         measure: Of sensitivity, see `sensitivity.bypass_sensitivity`; ``auto`` is top-1 (P) except near chance.
         sampling: See `sampling.draw`; ``uniform`` (P).
@@ -101,6 +103,8 @@ class Recipe:
     keep: Keep = "ema"
     reduction: float = 0.875
     list_epochs: int = 50
+    head_dim_unit: int = 8
+    mlp_units: int = 32
     objective: Objective = "auto"
     measure: Measure = "auto"
     sampling: Sampling = "uniform"
@@ -189,21 +193,37 @@ class Recipe:
             raise StrataViTError(f"{source}: {error}") from error
 
     @classmethod
-    def read(cls, path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    def read(
+        cls,
+        path: str | Path | None,
+        overrides: Mapping[str, Any] | None = None,
+        base: Mapping[str, Any] | None = None,
+    ) -> Recipe:
         """A recipe from a TOML file (None: the defaults), some keys overridden.
+
+        Args:
+            path: Of the file.
+            overrides: Win over the file.
+            base: Take the place of the defaults.
 
         Raises:
             StrataViTError: The file cannot be read, or see `from_dict`.
         """
         values = {} if path is None else read_toml(Path(path))
         source = "recipe" if path is None else str(path)
-        return cls.from_dict(values | dict(overrides or {}), source)
+        return cls.from_dict(dict(base or {}) | values | dict(overrides or {}), source)
 
 
+# of one small model: the paper's 30 epochs (P); keys of the dropout list have no effect
+FINETUNING: dict[str, Any] = {"mode": "plain", "epochs": 30, "lr": 5e-5, "min_lr": 1e-6}
+LIST_KEYS = (
+    *("mode", "layer_drop", "reduction", "list_epochs", "head_dim_unit", "mlp_units"),
+    *("objective", "measure", "sampling", "proxy_images"),
+)
 _WITHOUT_EFFECT = ("workers", "eval_every", "save_every", "save_steps", "log_steps", "tracker")
 _AT_LEAST_ONE = (
     *("epochs", "batch_size", "accumulate", "repeats", "list_epochs"),
-    *("proxy_images", "eval_every", "save_every", "log_steps"),
+    *("proxy_images", "eval_every", "save_every", "log_steps", "head_dim_unit", "mlp_units"),
 )
 _NOT_NEGATIVE = (
     *("lr", "min_lr", "warmup_epochs", "weight_decay", "clip", "mixup", "cutmix"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 from torch import nn
@@ -11,9 +12,10 @@ from stratavit.budget import Amount, Budget, meet
 from stratavit.cost import CostModel
 from stratavit.elastic import Compensation, ElasticSite
 from stratavit.errors import BudgetError, StrataViTError
+from stratavit.final_mean import FinalMean
 from stratavit.spec import Spec
 from stratavit.strata import Strata
-from stratavit.structure import Site
+from stratavit.structure import HEAD_DIM_UNIT, MLP_UNITS, Site, with_units
 
 Method = Literal["default", "paper"]
 
@@ -22,8 +24,10 @@ class Sized(nn.Module):
     """The sizes of a super-network; `SuperNet` gives it what it rests on."""
 
     sites: tuple[Site, ...]
+    units: tuple[int, int]
     cost: CostModel
     strata: Strata | None
+    final_mean: FinalMean | None
 
     @property
     def elastic(self) -> dict[str, ElasticSite]:
@@ -51,6 +55,23 @@ class Sized(nn.Module):
             raise StrataViTError(f"compensation: expected 'none', 'mean' or 'full', got {compensation!r}")
         for site in self.elastic.values():
             site.compensation = compensation
+
+    def set_units(self, head_dim_unit: int = HEAD_DIM_UNIT, mlp_units: int = MLP_UNITS) -> None:
+        """Sets the units that a dropout list cuts sites in; a list made in others is dropped.
+
+        Args:
+            head_dim_unit: Coordinates of the head width that leave together (paper: 8).
+            mlp_units: Groups that the MLP hidden width is cut into (paper: 32).
+        """
+        for name, value in (("head_dim_unit", head_dim_unit), ("mlp_units", mlp_units)):
+            if type(value) is not int or value < 1:
+                raise StrataViTError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        if (head_dim_unit, mlp_units) == self.units:
+            return
+        self.units = head_dim_unit, mlp_units
+        self.sites = with_units(self.sites, head_dim_unit, mlp_units)
+        self.cost = replace(self.cost, sites=self.sites)
+        self.strata = self.final_mean = None
 
     def resolve(self, spec: Mapping[str, int] | None) -> Spec:
         """The width of every site under a spec.

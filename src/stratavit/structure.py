@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -89,6 +89,12 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
             _refuse(name, reason)
         sites += [_attention_site(f"{name}.attn", block.attn), _mlp_site(f"{name}.mlp", block.mlp)]
     return tuple(sites)
+
+
+def with_units(sites: tuple[Site, ...], head_dim_unit: int, mlp_units: int) -> tuple[Site, ...]:
+    """The same sites, cut in other units: groups of `head_dim_unit` coordinates, `mlp_units` groups of hidden ones."""
+    steps = {"attention": lambda w: attention_steps(w, head_dim_unit), "mlp": lambda w: mlp_steps(w, mlp_units)}
+    return tuple(replace(site, steps=steps[site.kind](site.width)) for site in sites)
 
 
 def _attention_site(name: str, attn: Any) -> Site:

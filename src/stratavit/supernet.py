@@ -21,7 +21,7 @@ from stratavit.extract import small_model
 from stratavit.final_mean import FinalMean, Shift
 from stratavit.sizes import Method, Sized, known_method
 from stratavit.statistics import Objective, SiteStatistics, collect
-from stratavit.structure import find_sites, in_float32, last_norm
+from stratavit.structure import HEAD_DIM_UNIT, MLP_UNITS, find_sites, in_float32, last_norm
 from stratavit.walk import Walk
 from stratavit.wpac import CRITERIA, Criterion, scatter_needed
 
@@ -39,6 +39,7 @@ class SuperNet(Sized):
     Attributes:
         model: The timm model, its attention and MLP modules elastic; its state dict is the stock one.
         sites: The modules that can be cut.
+        units: What a dropout list cuts them in, see `set_units`.
         strata: The dropout list, once `stratify` has run.
         method: ``paper``: cut channels count as zero and whole groups leave; ``default``: cut channels
             are replaced by what the kept ones predict and units leave one by one.
@@ -56,7 +57,7 @@ class SuperNet(Sized):
 
     def __init__(self, model: nn.Module, data_config: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self.sites = find_sites(model)
+        self.sites, self.units = find_sites(model), (HEAD_DIM_UNIT, MLP_UNITS)
         assert isinstance(model, VisionTransformer)
         for name, parameter in model.named_parameters():
             if not parameter.detach().isfinite().all():

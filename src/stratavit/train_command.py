@@ -1,42 +1,69 @@
-"""The command ``stratavit train``: every key of the recipe is an option too."""
+"""The commands ``stratavit train`` and ``stratavit finetune``: every key of the recipe is an option too."""
 
 from __future__ import annotations
 
 import os
 from argparse import SUPPRESS, ArgumentParser, Namespace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-from stratavit import report
+import torch
+from torch import nn
+
+from stratavit import artifacts, report
+from stratavit.architecture import resolve_data_config
 from stratavit.augment import TrainingFolder, training_transform
 from stratavit.budget import human
 from stratavit.checkpoint import LOG_FILE, Journal, read_state
 from stratavit.commands import default_workers
-from stratavit.data import image_loader
+from stratavit.data import ImageLoader, image_loader
 from stratavit.errors import StrataViTError
+from stratavit.finetune import finetune as finetune_model
+from stratavit.piad import train_piad
 from stratavit.processes import part
-from stratavit.recipe import Recipe, field_types
+from stratavit.recipe import FINETUNING, LIST_KEYS, Recipe, field_types
 from stratavit.supernet import SuperNet
-from stratavit.train import train_piad
+from stratavit.zoo import model_at
 
 _PREFIX = "recipe_"
 _EVALUATION = ("val", "validation", "test")
+_PIAD: dict[str, Any] = {}
 
 
-def add_options(command: ArgumentParser) -> None:
-    """Data, folder, recipe and one option per key of the recipe."""
+def add_train_options(command: ArgumentParser) -> None:
+    """Options of ``stratavit train``."""
+    command.set_defaults(base=_PIAD)
+    _add_options(command, "RUN2", "default: the paper's for DeiT-S", ())
+
+
+def add_finetune_options(command: ArgumentParser) -> None:
+    """Options of ``stratavit finetune``."""
+    command.set_defaults(base=FINETUNING)
+    command.add_argument(
+        "--new-head", action="store_true", help="replace the head by a new one with as many classes as the data has"
+    )
+    _add_options(command, "TUNED", "default: the paper's fine-tuning", LIST_KEYS)
+
+
+def _add_options(command: ArgumentParser, out: str, default: str, without: tuple[str, ...]) -> None:
+    """Data, folder, recipe, teacher and one option per key of the recipe."""
     command.add_argument(
         "--data", required=True, metavar="DIR", help="a folder with train/, and val/ to evaluate on if there is one"
     )
     command.add_argument(
         "--class-map", metavar="FILE", help="text file, one class folder name per line in the order of the head"
     )
-    command.add_argument("--out", required=True, metavar="RUN2", help="folder of the run; with --resume, to go on in")
-    command.add_argument("--recipe", metavar="FILE", help="TOML file of a recipe (default: the paper's for DeiT-S)")
-    command.add_argument("--resume", action="store_true", help="go on with the interrupted run in RUN2")
+    command.add_argument("--out", required=True, metavar=out, help="folder of the run; with --resume, to go on in")
+    command.add_argument("--recipe", metavar="FILE", help=f"TOML file of a recipe ({default})")
+    command.add_argument("--resume", action="store_true", help=f"go on with the interrupted run in {out}")
+    command.add_argument("--teacher", metavar="SMALL|MODEL", help="a model whose answers are --distil of every target")
+    command.add_argument("--teacher-weights", metavar="FILE", help="local checkpoint of a teacher named by timm's name")
     group = command.add_argument_group("recipe", "any key of the recipe, over what the file says")
-    defaults = Recipe().to_dict()
+    defaults = Recipe.from_dict(command.get_default("base")).to_dict()
     for key, kind in field_types().items():
+        if key in without:
+            continue
         choices = get_args(kind) if get_origin(kind) is Literal else None
         group.add_argument(
             f"--{key.replace('_', '-')}",
@@ -52,58 +79,128 @@ def add_options(command: ArgumentParser) -> None:
 def recipe_of(args: Namespace) -> Recipe | None:
     """The recipe that was asked for; None for the interrupted run's own."""
     overrides = {key.removeprefix(_PREFIX): value for key, value in vars(args).items() if key.startswith(_PREFIX)}
-    if args.resume:
-        if args.recipe is None and not overrides:
-            return None
-        begun = read_state(Path(args.out))["recipe"] if args.recipe is None else {}
-        return Recipe.from_dict(begun | overrides) if begun else Recipe.read(args.recipe, overrides)
-    return Recipe.read(args.recipe, overrides)
+    if args.resume and args.recipe is None:
+        return Recipe.from_dict(read_state(Path(args.out))["recipe"] | overrides) if overrides else None
+    return Recipe.read(args.recipe, overrides, args.base)
 
 
-def train(args: Namespace) -> tuple[dict[str, Any], list[Any]]:
-    """RUN and training images to a trained super-network's folder."""
+class Images(NamedTuple):
+    """Loaders over a folder: to train on, to measure on, and to evaluate on if there are images for it."""
+
+    train: TrainingFolder
+    proxy: ImageLoader
+    evaluation: ImageLoader | None
+
+
+def images_of(args: Namespace, config: Mapping[str, Any], classes: int | None, recipe: Recipe) -> Images:
+    """The images of ``--data``, checked against a head of so many classes."""
+    options = (classes, args.class_map, recipe.batch_size, min(recipe.workers, default_workers()))
+    train = image_loader(args.data, config, "train", *options)
+    proxy = image_loader(args.data, config, "train", *options, limit=recipe.proxy_images)
+    held_out = any((Path(args.data) / name).is_dir() for name in _EVALUATION)
+    evaluation = image_loader(args.data, config, "val", *options) if held_out else None
+    return Images(TrainingFolder(train.dataset, training_transform(config, recipe)), proxy, evaluation)
+
+
+def teacher_of(args: Namespace) -> nn.Module | None:
+    """The teacher that was asked for."""
+    if args.teacher is None:
+        if args.teacher_weights is not None:
+            raise StrataViTError("--teacher-weights needs --teacher MODEL")
+        return None
+    return model_at(args.teacher, args.teacher_weights)
+
+
+def _begin(args: Namespace) -> tuple[Recipe | None, Recipe]:
+    """The recipe to train by (None: the interrupted run's), and the one that sizes loaders."""
     if args.device not in ("auto", "cpu", "cuda"):
         raise StrataViTError(
             f"device {args.device!r}: training takes auto, cpu or cuda; choose among several by CUDA_VISIBLE_DEVICES"
         )
     asked = recipe_of(args)
-    recipe = asked or Recipe.from_dict(read_state(Path(args.out))["recipe"], args.out)
-    net = SuperNet.load(args.run)
-    config, classes = net.data_config, net.model.num_classes
-    options = (classes, args.class_map, recipe.batch_size, min(recipe.workers, default_workers()))
-    images = TrainingFolder(
-        image_loader(args.data, config, "train", *options).dataset, training_transform(config, recipe)
-    )
-    proxy = image_loader(args.data, config, "train", *options, limit=recipe.proxy_images)
-    held_out = any((Path(args.data) / name).is_dir() for name in _EVALUATION)
-    evaluation = image_loader(args.data, config, "val", *options) if held_out else None
-    train_piad(net, images, asked, args.out, proxy, evaluation, args.resume, cpu=args.device == "cpu")
+    return asked, asked or Recipe.from_dict(read_state(Path(args.out))["recipe"], args.out)
+
+
+def _follower(args: Namespace) -> bool:
+    """Parts from the other processes; whether this one is not the first, and has nothing to say."""
     part()
-    if int(os.environ.get("RANK", "0")) > 0:
-        args.json = False
+    if int(os.environ.get("RANK", "0")) == 0:
+        return False
+    args.json = False
+    return True
+
+
+def train(args: Namespace) -> tuple[dict[str, Any], list[Any]]:
+    """RUN and training images to a trained super-network's folder."""
+    asked, recipe = _begin(args)
+    net = SuperNet.load(args.run)
+    images = images_of(args, net.data_config, net.model.num_classes, recipe)
+    train_piad(
+        net,
+        images.train,
+        images.evaluation,
+        asked,
+        args.out,
+        proxy=images.proxy,
+        resume=args.resume,
+        cpu=args.device == "cpu",
+        teacher=teacher_of(args),
+    )
+    if _follower(args):
         return {}, []
-    return _outcome(args, net, len(images))
-
-
-def _outcome(args: Namespace, net: SuperNet, images: int) -> tuple[dict[str, Any], list[Any]]:
     assert net.strata is not None
     smallest = net.macs(net.strata.spec(len(net.strata)))
-    log = Journal(Path(args.out) / LOG_FILE).rows()
-    measured = [row["points"] for row in log if row["kind"] == "eval"]
-    points = [report.Point(**point) for point in measured[-1]] if measured else []
-    trained = net.provenance["train"]
-    result = {
-        "run": str(args.out),
-        "images": images,
-        "steps": trained["steps"],
-        "seconds": sum(row["seconds"] for row in log if row["kind"] == "epoch"),
-        "macs": net.macs(),
-        "smallest_macs": smallest,
-        "entries": len(net.strata),
-        "points": [vars(point) for point in points],
-    }
+    result = _outcome(args, net.provenance["train"], len(images.train))
+    result |= {"run": str(args.out), "macs": net.macs(), "smallest_macs": smallest, "entries": len(net.strata)}
     text = (
-        f"trained {trained['steps']} steps on {images} images: any size from {human(smallest)} to "
+        f"trained {result['steps']} steps on {result['images']} images: any size from {human(smallest)} to "
         f"{human(net.macs())} MACs is now a slice of {args.out}"
     )
+    points = [report.Point(**point) for point in result["points"]]
     return result, [report.table(points), text] if points else [text]
+
+
+def finetune(args: Namespace) -> tuple[dict[str, Any], list[Any]]:
+    """SMALL and training images to a fine-tuned small model's folder."""
+    asked, recipe = _begin(args)
+    model: Any = artifacts.load(args.small)
+    config = resolve_data_config(model)
+    images = images_of(args, config, None if args.new_head else model.num_classes, recipe)
+    if args.new_head:
+        new_head(model, images.proxy.classes, recipe.seed)
+    finetune_model(
+        model,
+        images.train,
+        images.evaluation,
+        asked,
+        args.out,
+        resume=args.resume,
+        cpu=args.device == "cpu",
+        teacher=teacher_of(args),
+    )
+    if _follower(args):
+        return {}, []
+    result = {"small": str(args.out), **_outcome(args, model.provenance["finetune"], len(images.train))}
+    text = f"fine-tuned {result['steps']} steps on {result['images']} images; wrote {args.out}"
+    measured = [f"top-1 {point['top1']:.2f} % over {point['n']} images" for point in result["points"]]
+    return result, [*measured, text]
+
+
+def new_head(model: Any, classes: int, seed: int) -> None:
+    """Replaces the head, its weights drawn by the seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.reset_classifier(classes)
+    for key in ("macs", "params", "dense_macs", "dense_params"):  # counted with the old head
+        getattr(model, "provenance", {}).pop(key, None)
+
+
+def _outcome(args: Namespace, facts: Mapping[str, Any], images: int) -> dict[str, Any]:
+    log = Journal(Path(args.out) / LOG_FILE).rows()
+    measured = [row["points"] for row in log if row["kind"] == "eval"]
+    return {
+        "images": images,
+        "steps": facts["steps"],
+        "seconds": sum(row["seconds"] for row in log if row["kind"] == "epoch"),
+        "points": measured[-1] if measured else [],
+    }

@@ -11,6 +11,7 @@ import torch
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from stratavit import artifacts
 from stratavit.artifacts import load_weights
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.folders import read_tensors
@@ -45,6 +46,31 @@ def dense_model(name: str, weights: str | Path | None = None, num_classes: int |
             f"cannot fetch pretrained weights of {name}: {reason[:200]}; give a local checkpoint with --weights FILE"
         ) from error
     return model.eval()
+
+
+def model_at(
+    target: str,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """A model by timm's name, or one that `stratavit.save` wrote to a folder.
+
+    Args:
+        target: Name or folder.
+        weights, num_classes: See `dense_model`; for names only.
+        device: To load to.
+
+    Raises:
+        StrataViTError: See `dense_model` and `stratavit.load`; options that a folder does not take.
+    """
+    if not Path(target).is_dir():
+        return dense_model(target, weights, num_classes).to(device)
+    if weights is not None or num_classes is not None:
+        raise StrataViTError(
+            f"{target} is a folder with weights and head of its own: leave out --weights, --num-classes"
+        )
+    return artifacts.load(target, device)
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:

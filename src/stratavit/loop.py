@@ -1,128 +1,112 @@
-"""Progressive Importance-Aware Dropout (PIAD): draw a prefix of a growing list, run it, train the full weights.
+"""The training loop, shared by PIAD and fine-tuning: steps, epochs, evaluation, and a state that survives any kill.
 
-Source: method section 2 (arXiv 2511.11683). Distribution, precision and trackers are Hugging Face Accelerate's;
-optimiser, schedule, mixup and weight averaging are timm's.
+Distribution, precision and trackers are Hugging Face Accelerate's; optimiser, schedule, mixup and weight averaging are
+timm's.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from stratavit import checkpoint, order, processes, report
 from stratavit.augment import Target, drop_path
 from stratavit.batches import check_labels, unpack
-from stratavit.checkpoint import Journal, publish, read_state, write_state
+from stratavit.checkpoint import Journal, read_state, write_state
 from stratavit.errors import StrataViTError
 from stratavit.folders import check_free
+from stratavit.learner import Learner
 from stratavit.optimising import Losses, optimiser_and_schedule
-from stratavit.pupil import Pupil
 from stratavit.recipe import Recipe
 from stratavit.sampling import Drawn, stream
-from stratavit.supernet import SuperNet
+from stratavit.teacher import Teacher
 
 
-def train_piad(
-    net: SuperNet,
-    train_data: Dataset[Any],
+def train(
+    learner: Callable[[Recipe, int, Any], Learner],
+    model: nn.Module,
+    data: Dataset[Any],
     recipe: Recipe | None,
-    out: str | Path,
-    proxy_loader: Iterable[Any],
-    eval_loader: Iterable[Any] | None = None,
-    resume: bool = False,
-    cpu: bool = False,
-) -> SuperNet:
-    """Trains a super-network in place, so that every prefix of its dropout list is a good network.
-
-    Runs in one process, or in many under ``accelerate launch``; each draws its own prefixes. SIGTERM and Ctrl-C
-    save the state and stop. `out` gets ``state.pt``, ``log.jsonl``, the trained super-network (`SuperNet.load`) and,
-    with `eval_loader`, ``curve.csv`` and ``curve.png``.
-
-    Second moments and the final mean of an untrained network are dropped. While training, cut channels count as zero
-    (``method="paper"``) or are replaced by their mean, measured at the start of every epoch (default).
+    default: Recipe,
+    out: Path,
+    evaluation: Iterable[Any] | None,
+    resume: bool,
+    cpu: bool,
+    teacher: Teacher | None,
+) -> None:
+    """Trains in `out`, from the start or from where an interrupted run stood.
 
     Args:
-        net: A super-network, best contracted (`SuperNet.contract`).
-        train_data: Of known length, gives ``(image [C, H, W], label)``, augmented by itself if at all.
-        recipe: Every number. None takes the interrupted run's, or the paper's for DeiT-S. A resumed run may change only
-            what has no effect on the weights, such as ``workers``.
-        out: Folder of the run; must be empty or absent, unless `resume`.
-        proxy_loader: Images that importance and means are measured on, in the evaluation transform; run
-            through several times per epoch while the list grows.
-        eval_loader: Labelled images to evaluate the ladder of budgets on.
-        resume: Go on with the interrupted run in `out`; on the CPU the result is bit-identical to that of a run that
-            was not interrupted.
-        cpu: Train on the CPU even where there is an accelerator.
-
-    Returns:
-        `net`, in eval mode, with the weights that `Recipe.keep` names and the finished list.
-
-    Raises:
-        StrataViTError: Bad data or recipe, a loss that is not finite (the last state stays), Accelerate is missing.
-        ArtifactError: `out` is not free, holds no state to resume, or cannot be written.
-        KeyboardInterrupt: Stopped on request; the state is saved.
+        learner: Makes it from recipe, number of steps and accelerator.
+        model: The timm model that it trains.
+        data, evaluation, resume, cpu, teacher: See `piad.train_piad`.
+        recipe: None takes the interrupted run's, or `default`.
+        default: For a new run without a recipe.
+        out: Folder of the run.
     """
-    folder = Path(out)
-    state = read_state(folder) if resume else None
-    begun = None if state is None else Recipe.from_dict(state["recipe"], str(folder))
-    recipe = begun.resumed(recipe, str(folder)) if begun else recipe or Recipe()
-    accelerator = processes.accelerator(recipe, folder, cpu)
+    state = read_state(out) if resume else None
+    begun = None if state is None else Recipe.from_dict(state["recipe"], str(out))
+    recipe = begun.resumed(recipe, str(out)) if begun else recipe or default
+    if bool(recipe.distil) is False and teacher is not None:
+        raise StrataViTError("train: a teacher is given, but distil is 0; set distil to the share that it teaches")
+    accelerator = processes.accelerator(recipe, out, cpu)
     if state is None:
-        processes.on_main(accelerator, lambda: check_free(folder, False).mkdir(parents=True, exist_ok=True))
+        processes.on_main(accelerator, lambda: check_free(out, False).mkdir(parents=True, exist_ok=True))
     with ExitStack() as stack:
         stack.enter_context(order.kept_generators())
-        stack.enter_context(drop_path(net.model, recipe.drop_path))
+        stack.enter_context(drop_path(model, recipe.drop_path))
         stop = stack.enter_context(processes.stop_on_signal())
-        trainer = Trainer(net, train_data, recipe, folder, proxy_loader, eval_loader, accelerator, stop)
+        places = order.of(data, recipe, accelerator.num_processes)
+        made = learner(recipe, places.steps * recipe.epochs, accelerator)
+        trainer = Trainer(made, data, places, recipe, out, evaluation, accelerator, stop, teacher)
         stack.callback(processes.release, accelerator, trainer.model)
         if state is not None:
             trainer.restore(state)
         trainer.run()
-    return net
 
 
 class Trainer:
-    """One training run; see `train_piad` for the arguments.
+    """One training run; see `train` for the arguments.
 
     Attributes:
         step: Steps of the optimiser done.
         begun, ended: Epochs begun (list grown, means measured) and ended (evaluated, logged).
-        pupil: The network, its averaged copy and its list.
+        learner: The network, its averaged copy, and what it draws from.
     """
 
     def __init__(
         self,
-        net: SuperNet,
+        learner: Learner,
         data: Dataset[Any],
+        places: order.Order,
         recipe: Recipe,
         out: Path,
-        proxy: Iterable[Any],
         evaluation: Iterable[Any] | None,
         accelerator: Any,
         stop: processes.StopRequest,
+        teacher: Teacher | None = None,
     ) -> None:
-        self.net, self.data, self.recipe, self.out = net, data, recipe, out
+        self.learner, self.net = learner, learner.net
+        self.data, self.order, self.recipe, self.out = data, places, recipe, out
         self.evaluation, self.accelerator, self.stop = evaluation, accelerator, stop
-        self.rank, world = accelerator.process_index, accelerator.num_processes
-        count = len(data)  # type: ignore[arg-type]
-        self.order = order.Order(count, recipe.batch_size, world, recipe.accumulate, recipe.repeats, recipe.seed)
+        self.rank = accelerator.process_index
         self.total = self.order.steps * recipe.epochs
         self.step = self.begun = self.ended = 0
         self.losses = Losses()
         self.journal = Journal(out / checkpoint.LOG_FILE)
-        self.target = Target(recipe, net.model.num_classes)
-        self.pupil = Pupil(net, recipe, recipe.decay(self.total), proxy, accelerator)
-        images = recipe.batch_size * recipe.accumulate * world
-        optimiser, self.schedule = optimiser_and_schedule(net.model, recipe, images, self.order.steps)
-        self.model, self.optimiser = processes.prepare(accelerator, net, optimiser)
+        self.target = Target(recipe, self.net.model.num_classes)
+        self.teacher = None if teacher is None else teacher.to(accelerator.device, self.net.model.num_classes)
+        images = recipe.batch_size * recipe.accumulate * accelerator.num_processes
+        optimiser, self.schedule = optimiser_and_schedule(self.net.model, recipe, images, self.order.steps)
+        self.model, self.optimiser = processes.prepare(accelerator, self.net, optimiser)
         if recipe.tracker != "none":
             accelerator.init_trackers("stratavit")
 
@@ -142,7 +126,7 @@ class Trainer:
         """Measures means and importance on the weights as they are, and lets the list grow."""
         if self.begun > epoch:
             return  # resumed in its midst
-        self.pupil.begin_epoch(epoch)
+        self.learner.begin_epoch(epoch)
         self.begun = epoch + 1
 
     def train_epoch(self, epoch: int) -> None:
@@ -168,29 +152,30 @@ class Trainer:
             order.seed_all(self.recipe.seed, "step", self.step, number, self.rank)
             images, target = self.prepare(batch)
             drawn = self.draw(number)
-            answer = self.full_answer(images) if any(one.macs < self.net.macs() for one in drawn) else None
-            for turn, one in enumerate(drawn, start=1):
+            taught = [self.teacher is not None or one.macs < self.learner.full_macs for one in drawn]
+            answer = self.answer(images) if any(taught) else None
+            for turn, (one, learns) in enumerate(zip(drawn, taught, strict=True), start=1):
                 last = number + 1 == len(batches) and turn == len(drawn)
                 soft = target
-                if answer is not None and one.macs < self.net.macs():
+                if answer is not None and learns:
                     soft = self.target.taught(target, answer, self.recipe.distil)
                 self.learn(images, soft, one, 1 / (len(drawn) * len(batches)), last)
         if self.recipe.clip:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.optimiser.step()
         self.optimiser.zero_grad()
-        if self.pupil.ema is not None:
-            self.pupil.ema.update(self.net)
+        if self.learner.ema is not None:
+            self.learner.ema.update(self.net)
         self.step += 1
         if self.step % self.recipe.log_steps == 0:
             self.look()
 
     @torch.no_grad()
-    def full_answer(self, images: Tensor) -> Tensor | None:
-        """Logits of the full network, which teaches smaller prefixes; None if it does not."""
+    def answer(self, images: Tensor) -> Tensor | None:
+        """Logits of the teacher, or of the full network, which then teaches smaller ones; None if nothing does."""
         if not self.recipe.distil:
             return None
-        logits: Tensor = self.net(images)
+        logits: Tensor = self.net(images) if self.teacher is None else self.teacher(images)
         return logits
 
     def learn(self, images: Tensor, target: Tensor, drawn: Drawn, share: float, last: bool) -> None:
@@ -202,7 +187,7 @@ class Trainer:
 
     def draw(self, number: int) -> list[Drawn]:
         """Sub-networks that batch `number` of this step runs on this process."""
-        return self.pupil.draw(stream(self.recipe.seed, "draw", self.step, number, self.rank))
+        return self.learner.draw(stream(self.recipe.seed, "draw", self.step, number, self.rank))
 
     def prepare(self, batch: Any) -> tuple[Tensor, Tensor]:
         """A batch on the device, mixed."""
@@ -220,13 +205,12 @@ class Trainer:
         row = {
             "loss": self.losses.take_mean(),
             "lr": self.rate,
-            "entries": len(self.pupil.entries),
-            "smallest": self.pupil.smallest,
+            **self.learner.facts(),
             "seconds": round(self.seconds, 3),
         }
         self.log("epoch", row, row)
         if self.evaluation is not None and (last or self.ended % self.recipe.eval_every == 0):
-            points = self.pupil.evaluate(self.evaluation)
+            points = self.learner.evaluate(self.evaluation)
             self.log("eval", {"points": [asdict(p) for p in points]}, {f"top1 at {p.asked}": p.top1 for p in points})
         if last or self.ended % self.recipe.save_every == 0:
             self.save()
@@ -255,7 +239,7 @@ class Trainer:
         self.schedule.step_update(step)
         name = "sub-network" if drawn.position is None else f"prefix {drawn.position}"
         raise StrataViTError(
-            f"train: the loss is {loss:g} at step {step} ({name}, {drawn.macs / self.net.macs():.0%} of MACs, "
+            f"train: the loss is {loss:g} at step {step} ({name}, {drawn.macs / self.learner.full_macs:.0%} of MACs, "
             f"learning rate {self.rate:.3g}) or not finite on another process; the last state in {self.out} "
             "is sound: train anew with a lower lr or with clip"
         )
@@ -268,30 +252,36 @@ class Trainer:
         scaler = self.accelerator.scaler
         state = {
             "recipe": self.recipe.to_dict(),
-            "processes": self.accelerator.num_processes,
-            "images": self.order.count,
-            "method": self.net.method,
+            **self.identity(),
             "step": self.step,
             "begun": self.begun,
             "ended": self.ended,
             "loss": [self.losses.sum, self.losses.count],
-            **self.pupil.state(),
+            **self.learner.state(),
             "optimiser": self.optimiser.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
         processes.on_main(self.accelerator, lambda: write_state(self.out, state))
 
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one that wrote the state."""
+        return {
+            "kind": self.learner.kind,
+            "processes": self.accelerator.num_processes,
+            "images": self.order.count,
+            "teacher": None if self.teacher is None else self.teacher.name,
+        }
+
     def restore(self, state: dict[str, Any]) -> None:
         """Goes back to a state.
 
         Raises:
-            StrataViTError: It belongs to another model, data set, method or number of processes.
+            StrataViTError: It belongs to another model, data set, method, teacher or number of processes.
         """
-        now = {"processes": self.accelerator.num_processes, "images": self.order.count, "method": self.net.method}
-        for key, value in now.items():
+        for key, value in self.identity().items():
             if state[key] != value:
                 raise StrataViTError(f"{self.out} was trained with {key} = {state[key]}; now it is {value}")
-        self.pupil.restore(state)
+        self.learner.restore(state)
         self.optimiser.load_state_dict(state["optimiser"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -300,22 +290,9 @@ class Trainer:
         processes.on_main(self.accelerator, lambda: self.journal.rewind(self.ended))
 
     def finish(self) -> None:
-        """Gives the network the weights to keep and its list, and writes it."""
-        self.pupil.graduate()
-        self.net.provenance.pop("stratify", None)
-        self.net.provenance["train"] = {
-            "recipe": self.recipe.to_dict(),
-            "steps": self.step,
-            "images": self.order.count,
-            "processes": self.accelerator.num_processes,
-        }
-        processes.on_main(self.accelerator, self.write_results)
-
-    def write_results(self) -> None:
-        """The super-network, and the curve of the last evaluation."""
-        publish(self.net, self.out)
+        """Gives the network the weights to keep, and writes it with the last evaluation."""
+        facts = {"recipe": self.recipe.to_dict(), "steps": self.step, **self.identity()}
+        self.learner.graduate(facts)
         measured = [row["points"] for row in self.journal.rows() if row["kind"] == "eval"]
         points = [report.Point(**point) for point in measured[-1]] if measured else []
-        if points:
-            report.write_csv(points, self.out / "curve.csv")
-            report.plot(points, self.out / "curve.png", f"{self.net.description['architecture']}, {self.recipe.mode}")
+        processes.on_main(self.accelerator, lambda: self.learner.publish(self.out, points))

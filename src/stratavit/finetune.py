@@ -1,0 +1,165 @@
+"""Fine-tuning of one small model: the training loop of PIAD, without a list.
+
+Source: method section 2 (arXiv 2511.11683): 30 epochs, learning rate 5e-5 to 1e-6, no warm-up; the
+rest is the DeiT recipe.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from stratavit import architecture, artifacts, report
+from stratavit.architecture import resolve_data_config
+from stratavit.checkpoint import SMALL_FILES, publish
+from stratavit.cost import linear_macs
+from stratavit.errors import StrataViTError
+from stratavit.evaluate import evaluate
+from stratavit.loop import train
+from stratavit.piad import as_recipe, batches, folder_of
+from stratavit.recipe import FINETUNING, Recipe
+from stratavit.sampling import Drawn
+from stratavit.spec import Spec
+from stratavit.supernet import SuperNet
+from stratavit.teacher import Teacher
+
+
+def finetune(
+    model: nn.Module,
+    train_data: Dataset[Any],
+    val_data: Dataset[Any] | Iterable[Any] | None = None,
+    config: Recipe | Mapping[str, Any] | str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    cpu: bool = False,
+    teacher: nn.Module | None = None,
+) -> nn.Module:
+    """Fine-tunes a small model (or any timm `VisionTransformer`) in place.
+
+    Interruptions, processes, precision and files are those of `train_piad`; `out` holds a sub-network at the end
+    (`stratavit.load`).
+
+    Args:
+        model: What `SuperNet.extract` returned. For another data set give it a new head first
+            (``model.reset_classifier(classes)``).
+        train_data: Of known length, gives ``(image [C, H, W], label)``, augmented by itself if at all.
+        val_data: Labelled images to evaluate on: a data set, or a loader.
+        config: A `Recipe`, some of its keys (the others as `recipe.FINETUNING`), or a recipe's file. None takes the
+            interrupted run's, or `recipe.FINETUNING`. Keys of the dropout list have no effect.
+        out: Folder of the run; must be empty or absent, unless `resume`. None keeps nothing but `model`.
+        resume, cpu: See `train_piad`.
+        teacher: A model with the same classes whose answers are ``config.distil`` of every target.
+
+    Returns:
+        `model`, in eval mode, with the weights that `Recipe.keep` names.
+
+    Raises:
+        StrataViTError: Bad data or recipe, a loss that is not finite (the last state stays), Accelerate is missing.
+        ArtifactError: `out` is not free, holds no state to resume, or cannot be written; the model cannot be saved.
+        KeyboardInterrupt: Stopped on request; the state is saved.
+    """
+    if isinstance(model, SuperNet):
+        raise StrataViTError("finetune: this is a super-network: train it with train_piad, or extract a model first")
+    recipe = as_recipe(FINETUNING | dict(config) if isinstance(config, Mapping) else config)
+    architecture.describe(model)  # refused before any work if it could not be saved
+    data_config = resolve_data_config(model)
+
+    def learner(recipe: Recipe, steps: int, accelerator: Any) -> Student:
+        return Student(model, data_config, recipe, recipe.decay(steps), accelerator)
+
+    default = Recipe.from_dict(FINETUNING)
+    taught = None if teacher is None else Teacher.of(teacher, data_config)
+    with folder_of(out) as folder:
+        evaluation = None if val_data is None else batches(val_data, (recipe or default).batch_size)
+        train(learner, model, train_data, recipe, default, folder, evaluation, resume, cpu, taught)
+    return model
+
+
+class Plain(nn.Module):
+    """A model of one size in the place of a super-network."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, spec: Mapping[str, int] | None = None) -> Tensor:
+        """Images ``[B, C, H, W]`` to logits ``[B, classes]``."""
+        logits: Tensor = self.model(images)
+        return logits
+
+
+class Student:
+    """One small model in training, see `loop.Learner`."""
+
+    kind = "small model"
+
+    def __init__(
+        self, model: nn.Module, data_config: Mapping[str, Any], recipe: Recipe, decay: float, accelerator: Any
+    ) -> None:
+        self.net = Plain(model.float().to(accelerator.device))
+        self.recipe, self.accelerator = recipe, accelerator
+        self.full_macs = linear_macs(model, data_config["input_size"])
+        self.ema = ModelEmaV3(self.net, decay) if decay else None
+
+    @property
+    def judge(self) -> nn.Module:
+        """The model that is evaluated and kept: averaged or raw weights."""
+        net = self.net if self.ema is None or self.recipe.keep == "raw" else self.ema.module
+        judge: nn.Module = net.model
+        return judge
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Nothing is measured."""
+
+    def draw(self, generator: random.Random) -> list[Drawn]:
+        """The model as it is."""
+        return [Drawn(Spec({}), self.full_macs)]
+
+    def facts(self) -> dict[str, Any]:
+        """Nothing to log beyond the loss."""
+        return {}
+
+    def evaluate(self, loader: Iterable[Any]) -> list[report.Point]:
+        """Its accuracy, one point."""
+        params = sum(p.numel() for p in self.net.model.parameters())
+        metrics = evaluate(self.judge, loader).to_dict()
+        return [report.Point("12/12", 1.0, self.full_macs, params, **metrics)]  # type: ignore[arg-type]
+
+    def graduate(self, facts: dict[str, Any]) -> None:
+        """Gives the model the weights to keep; eval mode. `facts` go into its provenance."""
+        model = self.net.model
+        if self.judge is not model:
+            with torch.no_grad():
+                model.load_state_dict(self.judge.state_dict())
+        model.provenance = {**getattr(model, "provenance", {}), "finetune": facts}  # type: ignore[assignment]
+        model.eval()
+
+    def publish(self, folder: Path, points: list[report.Point]) -> None:
+        """Writes the model into the run's folder."""
+        publish(lambda path: artifacts.save(self.net.model, path, overwrite=True), SMALL_FILES, folder)
+
+    def state(self) -> dict[str, Any]:
+        """Weights and averaged weights."""
+        ema = None if self.ema is None else self.ema.module.model.state_dict()
+        return {"weights": self.net.model.state_dict(), "ema": ema}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes what `state` gave.
+
+        Raises:
+            StrataViTError: It is another model's.
+        """
+        try:
+            self.net.model.load_state_dict(state["weights"])
+            if self.ema is not None:
+                self.ema.module.model.load_state_dict(state["ema"])
+        except RuntimeError as error:
+            raise StrataViTError("this is the state of another model; resume with the one it began with") from error

@@ -1,0 +1,51 @@
+"""What the training loop asks of that which it trains."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from stratavit import report
+from stratavit.sampling import Drawn
+
+
+class Learner(Protocol):
+    """What is trained: `pupil.Pupil` (a super-network) or `finetune.Student` (one small model).
+
+    Attributes:
+        kind: A word for the state, so that none is resumed as something else.
+        net: Called with images and a spec; its `model` is the timm model whose weights are trained.
+        ema: timm's averaged copy, or None.
+        full_macs: MACs per image at full size.
+    """
+
+    kind: str
+    net: Any
+    ema: Any
+    full_macs: int
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Whatever is measured on the weights before an epoch."""
+
+    def draw(self, generator: random.Random) -> list[Drawn]:
+        """Networks that one batch runs."""
+
+    def facts(self) -> dict[str, Any]:
+        """Numbers for the log, at the end of an epoch."""
+
+    def evaluate(self, loader: Iterable[Any]) -> list[report.Point]:
+        """Accuracy, largest network first."""
+
+    def graduate(self, facts: dict[str, Any]) -> None:
+        """Takes the weights to keep, and notes how they were made."""
+
+    def publish(self, folder: Path, points: list[report.Point]) -> None:
+        """Writes the result, and the last evaluation."""
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes what `state` gave."""
