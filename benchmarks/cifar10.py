@@ -109,7 +109,7 @@ def images_to_train_on(work: Path) -> Path:
 
 
 def start_of(work: Path, start: str) -> Path:
-    """The super-network that an arm starts from; ``wpac``: the paper's coordinates, trained as by default."""
+    """The super-network that an arm starts from; ``wpac``: the coordinates of the paper, trained as by default."""
     if start != "wpac":
         return work / f"run-{start or 'default'}"
     out = work / "run-wpac"
@@ -135,7 +135,7 @@ def table(work: Path, seeds: int) -> None:
             rows.append(summary(name, found))
             print(rows[-1], flush=True)
     note = (
-        "Top-1 on the 10,000 test images (standard error at 85 %: 0.36) at shares of the linear MACs: mean of the seeds "
+        "Top-1 on the 10,000 test images (standard error about 0.36) at shares of the linear MACs: mean of the seeds "
         "+- half their range. Hours: training on one core, evaluation not counted."
     )
     write_results("cifar10", rows, note)

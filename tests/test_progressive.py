@@ -13,7 +13,7 @@ from stratavit import StrataViTError, progressive, strata
 from stratavit.progressive import Growth, extend, grow
 from stratavit.strata import Strata
 
-FAST = Growth(reduction=0.7, epochs=4)
+FAST = Growth(reduction=0.7, stages=4)
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +101,14 @@ def test_sites_at_width_zero_are_skipped(net):
 def test_one_epoch_is_the_one_shot_list(net):
     """From the full network, the list is the paper's one-shot list up to the target."""
     one_shot = copy.deepcopy(net).stratify(make_batches(), method="paper").strata
-    entries = grow(net, make_batches(), [], 0, Growth(reduction=0.5, epochs=1))
+    entries = grow(net, make_batches(), [], 0, Growth(reduction=0.5, stages=1))
     assert tuple(entries) == one_shot.entries[: len(entries)]
 
 
 def test_an_unreachable_target_takes_all_there_is(net):
-    entries = grow(net, make_batches(), [], 0, Growth(reduction=1.0, epochs=1))
+    entries = grow(net, make_batches(), [], 0, Growth(reduction=1.0, stages=1))
     assert set(Strata(net.sites, entries).spec(len(entries)).values()) == {0}
-    assert grow(net, make_batches(), entries, 0, Growth(reduction=1.0, epochs=1)) == entries
+    assert grow(net, make_batches(), entries, 0, Growth(reduction=1.0, stages=1)) == entries
 
 
 def test_weights_and_flags_are_left_alone(net):

@@ -36,6 +36,30 @@ def test_main_job_end_to_end(source, batches, images):
         torch.testing.assert_close(net(images), source(images), rtol=1e-4, atol=1e-4)
 
 
+def test_units_set_what_a_list_cuts(tmp_path):
+    net = SuperNet(make_model("plain")).contract(make_batches())
+    net.stratify(make_batches(), plan=PLAN).set_units(4, 8)
+    assert net.strata is None
+    net.stratify(make_batches(), plan=PLAN)
+    assert {entry.width % 4 for entry in net.strata.entries if entry.site.endswith("attn")} == {0}
+    assert {entry.width % 8 for entry in net.strata.entries if entry.site.endswith("mlp")} == {0}
+    assert 4 in {entry.width for entry in net.strata.entries}
+    net.save(tmp_path / "run")
+    read = SuperNet.load(tmp_path / "run")
+    assert (read.units, read.sites, read.strata.entries) == (net.units, net.sites, net.strata.entries)
+    entries = net.strata.entries
+    net.set_units(4, 8)
+    assert net.strata.entries == entries
+    for wrong in ((0, 8), (4, 1.5), (True, 8)):
+        with pytest.raises(StrataViTError, match="whole number of at least 1"):
+            net.set_units(*wrong)
+    content = json.loads((tmp_path / "run" / "stratavit.json").read_text())
+    content["units"] = [0, 8]
+    (tmp_path / "run" / "stratavit.json").write_text(json.dumps(content))
+    with pytest.raises(stratavit.ArtifactError, match="units should be two whole numbers"):
+        SuperNet.load(tmp_path / "run")
+
+
 def test_stratify_without_contract_leaves_the_weights_alone(source, batches):
     net = SuperNet(source).stratify(batches)
     assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in net.model.state_dict().items())

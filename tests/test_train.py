@@ -134,6 +134,25 @@ def test_stopped_in_the_midst_of_an_epoch_and_resumed(tmp_path, finished, method
     assert_same(outcome(tmp_path / "run"), outcome(finished[method][0]))
 
 
+def test_a_list_that_grows_within_epochs(tmp_path):
+    """Three steps an epoch, three growths; an interruption between two changes nothing."""
+    recipe = dataclasses.replace(TINY, growths=3)
+    found, lengths = trainer(tmp_path / "watched", recipe), []
+    for step in range(9):
+        found.step = step
+        found.begin_stage()
+        lengths.append(len(found.learner.entries))
+        assert 1 - found.learner.smallest >= recipe.reduction * min(step + 1, 6) / 6 or found.learner.smallest < 0.2
+    assert lengths[0] < lengths[2] < lengths[5] == lengths[8]
+    found.begin_stage()
+    assert len(found.learner.entries) == lengths[8]
+    run(tmp_path / "whole", recipe=recipe)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 5 of 9"):
+        run(tmp_path / "run", data=Images(24 + 14, terminate), recipe=recipe)
+    run(tmp_path / "run", recipe=recipe, resume=True)
+    assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
+
+
 def test_crashed_at_random_moments_and_resumed(tmp_path, finished):
     """Nothing is saved at the moment of a crash; each time the run goes back to the last state."""
     recipe = dataclasses.replace(TINY, save_steps=2)
@@ -261,7 +280,7 @@ def test_options_run(tmp_path, changes):
 @pytest.mark.parametrize("mode", ["plain", "channel", "weighted", "layerdrop", "piad"])
 def test_what_the_arms_draw(tmp_path, mode):
     found = trainer(tmp_path, dataclasses.replace(TINY, mode=mode, list_epochs=1))
-    found.begin_epoch(0)
+    found.begin_stage()
     specs = [one.spec for seed in range(300) for one in found.learner.draw(stream(seed))]
     full = {site.name: site.width for site in found.net.sites}
     listed = {found.learner.strata.spec(position) for position in range(len(found.learner.entries) + 1)}
@@ -270,6 +289,36 @@ def test_what_the_arms_draw(tmp_path, mode):
     assert set(specs) <= listed if mode == "piad" else len(set(specs)) > 40 or mode == "plain"
     assert all(width in site.steps for spec in specs for site in found.net.sites for width in [spec[site.name]])
     assert bool(found.learner.entries) == (mode not in ("plain", "channel"))
+
+
+def test_units_of_the_recipe(tmp_path):
+    net = run(tmp_path / "run", recipe=dataclasses.replace(TINY, head_dim_unit=4, mlp_units=8))
+    loaded = SuperNet.load(tmp_path / "run")
+    assert net.units == loaded.units == (4, 8)
+    assert loaded.strata.entries == net.strata.entries
+    ends = {site.name: set(site.steps) for site in net.sites}
+    assert ends["blocks.0.attn"] == {0, 4, 8, 12, 16}
+    assert ends["blocks.0.mlp"] == set(range(0, 65, 8))
+    assert all(entry.width in ends[entry.site] for entry in net.strata.entries)
+
+
+def test_proxy_images_are_taken_from_the_training_data():
+    net = fresh()
+    recipe = dataclasses.replace(TINY, epochs=1, list_epochs=1, proxy_images=8)
+    stratavit.train_piad(net, Images(), None, recipe, cpu=True)
+    assert len(net.strata) > 0
+
+
+@pytest.mark.parametrize("form", ["recipe", "mapping", "file"])
+def test_forms_of_a_recipe_and_of_held_out_images(tmp_path, form):
+    values = {k: v for k, v in TINY.to_dict().items() if v != getattr(Recipe(), k)} | {"epochs": 1, "list_epochs": 1}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    (tmp_path / "recipe.toml").write_text("\n".join(lines))
+    config = {"recipe": Recipe(**values), "mapping": values, "file": tmp_path / "recipe.toml"}[form]
+    held_out = TensorDataset(*(torch.cat(side) for side in zip(*make_batches(), strict=True)))
+    stratavit.train_piad(fresh(), Images(), held_out, config, tmp_path / "run", proxy=make_batches(), cpu=True)
+    rows = checkpoint.Journal(tmp_path / "run" / "log.jsonl").rows()
+    assert rows[-1]["points"][0]["n"] == 12
 
 
 def test_the_full_network_teaches():

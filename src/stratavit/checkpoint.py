@@ -74,6 +74,8 @@ def publish(save: Callable[[Path], None], names: Sequence[str], folder: Path) ->
         ArtifactError: They cannot be written.
     """
     temporary = folder / ".result"
+    for left in folder.glob(f".{temporary.name}.*"):  # of a run that was killed while it saved
+        shutil.rmtree(left, ignore_errors=True)
     save(temporary)
     try:
         for name in names:

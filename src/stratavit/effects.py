@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stratavit.answers import Answers
 from stratavit.cost import CostModel, site_macs
 from stratavit.elastic import ElasticAttention, ElasticSite, Probe, Weights, set_widths
 from stratavit.structure import Site, model_device, model_dtype, stages
@@ -80,11 +81,15 @@ class Reference:
         model: In eval mode, its weights frozen.
         sites: Its sites.
         batches: Images ``[B, 3, H, W]``.
+        answers: What is known of the dense model's answers; new ones are added.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], batches: Iterable[Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, sites: Sequence[Site], batches: Iterable[Tensor], answers: Answers | None = None
+    ) -> None:
         self.model, self.sites = model, sites
         self.elastic: dict[str, Any] = {site.name: model.get_submodule(site.name) for site in sites}
+        answers = answers or Answers()
         self._batches = [batch.to(model_device(model), model_dtype(model)) for batch in batches]
         self.count = sum(len(batch) for batch in self._batches)
         self._dense: list[Tensor] = []
@@ -92,16 +97,16 @@ class Reference:
         set_widths(self.elastic, None)
         with torch.no_grad():
             for batch in self._batches:
-                logits, features = self._pass(batch)
+                logits, features = answers.of(batch, self._pass)
                 self._dense.append(logits)
-                pooled.append(features)
+                pooled.append(_sum(features))
         self._pooled = torch.stack(pooled).sum(dim=0)
 
     def _pass(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits ``[B, classes]`` and the sum of what the head reads, ``[C]`` float64."""
+        """Logits ``[B, classes]`` and what the head reads, ``[B, C]``, without gradient."""
         parts = stages(self.model)
         x = parts.through(parts.stem(batch))
-        return parts.tail(x), parts.pool(x.detach()).double().sum(dim=0).cpu()
+        return parts.tail(x), parts.pool(x.detach())
 
     def forward(self, widths: Mapping[str, int], differentiate: bool = False) -> Found:
         """Distance and drift of the network at `widths`."""
@@ -115,7 +120,7 @@ class Reference:
                     value = distance(logits, dense, classes)
                 if differentiate:
                     value.backward()
-                total, pooled = total + float(value.detach()), pooled + features
+                total, pooled = total + float(value.detach()), pooled + _sum(features)
         finally:
             set_widths(self.elastic, None)
         return Found(total / self.count, (self._pooled - pooled) / self.count, {})
@@ -142,6 +147,11 @@ class Reference:
             if falls:
                 found.effects[site.name] = sum(falls) / len(falls) / self.count
         return found
+
+
+def _sum(features: Tensor) -> Tensor:
+    """Over the images, ``[B, C]`` to ``[C]`` float64 on the CPU."""
+    return features.double().sum(dim=0).cpu()
 
 
 def neighbours(site: Site, width: int, sites: Sequence[Site]) -> tuple[int, int]:

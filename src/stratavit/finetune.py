@@ -116,7 +116,7 @@ class Student:
         judge: nn.Module = net.model
         return judge
 
-    def begin_epoch(self, epoch: int) -> None:
+    def begin_stage(self, stage: int) -> None:
         """Nothing is measured."""
 
     def draw(self, generator: random.Random) -> list[Drawn]:

@@ -26,8 +26,8 @@ class Learner(Protocol):
     ema: Any
     full_macs: int
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Whatever is measured on the weights before an epoch."""
+    def begin_stage(self, stage: int) -> None:
+        """Whatever is measured on the weights now and then, `Recipe.growths` times per epoch."""
 
     def draw(self, generator: random.Random) -> list[Drawn]:
         """Networks that one batch runs."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from stratavit import sensitivity, strata
 from stratavit.allocation import ordered_list
+from stratavit.answers import Answers
 from stratavit.cost import CostModel
 from stratavit.elastic import ElasticSite
 from stratavit.errors import StrataViTError
@@ -50,7 +51,12 @@ def by_importance(
 
 
 def by_effects(
-    model: nn.Module, sites: Sequence[Site], cost: CostModel, loader: Iterable[Any], plan: Walk
+    model: nn.Module,
+    sites: Sequence[Site],
+    cost: CostModel,
+    loader: Iterable[Any],
+    plan: Walk,
+    answers: Answers | None = None,
 ) -> tuple[list[strata.Entry], FinalMean | None, dict[str, Any]]:
     """The default's: keep ratios that follow what one more unit brings at networks already cut (`walk`).
 
@@ -60,7 +66,7 @@ def by_effects(
     Raises:
         StrataViTError: The model or the images give a distance that is not finite.
     """
-    states, ratios, drifts = walk(model, sites, cost, loader, plan)
+    states, ratios, drifts = walk(model, sites, cost, loader, plan, answers)
     known = {cost.macs(state.widths) / cost.macs(): drift for state, drift in zip(states, drifts, strict=False)}
     known = {share: drift for share, drift in known.items() if share < 1}  # shares that were got, not asked
     mean = FinalMean(tuple(known), torch.stack(list(known.values())).float()) if known else None

@@ -78,7 +78,8 @@ class Trainer:
 
     Attributes:
         step: Steps of the optimiser done.
-        begun, ended: Epochs begun (list grown, means measured) and ended (evaluated, logged).
+        begun: Stages begun (list grown, means measured); a stage is an epoch, or a part of one (`Recipe.growths`).
+        ended: Epochs ended (evaluated, logged).
         learner: The network, its averaged copy, and what it draws from.
     """
 
@@ -117,17 +118,17 @@ class Trainer:
         if self.step == 0:
             self.save()
         while self.ended < self.recipe.epochs:
-            self.begin_epoch(self.ended)
             self.train_epoch(self.ended)
             self.end_epoch()
         self.finish()
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Measures means and importance on the weights as they are, and lets the list grow."""
-        if self.begun > epoch:
-            return  # resumed in its midst
-        self.learner.begin_epoch(epoch)
-        self.begun = epoch + 1
+    def begin_stage(self) -> None:
+        """Where a stage begins, measures means and importance on the weights as they are, and lets the list grow."""
+        stage = self.step * self.recipe.growths // self.order.steps
+        if self.begun > stage:
+            return
+        self.learner.begin_stage(stage)
+        self.begun = stage + 1
 
     def train_epoch(self, epoch: int) -> None:
         """Takes the steps of an epoch that are left."""
@@ -136,6 +137,7 @@ class Trainer:
         batches = iter(order.loader(self.data, self.order, epoch, self.rank, first, self.recipe.workers, pin))
         self.model.train()
         while self.step < (epoch + 1) * self.order.steps:
+            self.begin_stage()
             self.update([next(batches) for _ in range(self.recipe.accumulate)])
             stop = self.stop.agreed(self.accelerator, self.step)
             if stop or (self.recipe.save_steps and self.step % self.recipe.save_steps == 0):

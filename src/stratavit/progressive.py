@@ -24,19 +24,19 @@ class Growth:
 
     Attributes:
         reduction: r, share of the dense MACs that the finished list drops (paper: 0.875).
-        epochs: P_e, epochs until it is finished (paper: 50).
+        stages: P_e, times that it grows until it is finished (paper: 50, once per epoch).
         objective: What the Taylor importance differentiates, see `statistics.collect`.
         measure: What a bypass costs, see `sensitivity.bypass_sensitivity` (paper: ``top1``).
     """
 
     reduction: float = 0.875
-    epochs: int = 50
+    stages: int = 50
     objective: Objective = "auto"
     measure: Measure = "auto"
 
-    def target(self, dense: int, epoch: int) -> float:
-        """MACs that the list must drop from epoch `epoch` (0 is the first) on: ``r * dense * (epoch + 1) / P_e``."""
-        return self.reduction * dense * min(epoch + 1, self.epochs) / self.epochs
+    def target(self, dense: int, stage: int) -> float:
+        """MACs that the list must drop from stage `stage` (0 is the first) on: ``r * dense * (stage + 1) / P_e``."""
+        return self.reduction * dense * min(stage + 1, self.stages) / self.stages
 
 
 def extend(entries: Sequence[Entry], order: Sequence[Entry], cost: CostModel, target: float) -> list[Entry]:
@@ -88,15 +88,15 @@ def importance_at(
 
 
 def grow(
-    net: SuperNet, loader: Iterable[Any], entries: Sequence[Entry], epoch: int, growth: Growth | None = None
+    net: SuperNet, loader: Iterable[Any], entries: Sequence[Entry], stage: int, growth: Growth | None = None
 ) -> list[Entry]:
-    """The list for an epoch: importance is measured anew at the smallest sub-network so far, then units are appended.
+    """The list for a stage: importance is measured anew at the smallest sub-network so far, then units are appended.
 
     Args:
         net: The super-network as it is being trained.
         loader: The proxy images, in the evaluation transform; run through twice.
-        entries: The list of the epoch before.
-        epoch: 0 is the first; from `Growth.epochs` on the list stays as it is.
+        entries: The list of the stage before.
+        stage: 0 is the first; from `Growth.stages` on the list stays as it is.
         growth: How the list grows; the paper's if None.
 
     Returns:
@@ -107,9 +107,9 @@ def grow(
     """
     growth = growth or Growth()
     widths = Strata(net.sites, entries).spec(len(entries))
-    target = growth.target(net.macs(), epoch)
+    target = growth.target(net.macs(), stage)
     reached = net.macs() - net.macs(widths) >= target
-    if epoch >= growth.epochs or reached or not any(widths.values()):
+    if stage >= growth.stages or reached or not any(widths.values()):
         return list(entries)
     importance = importance_at(net, widths, loader, growth)
     first_group = 1 + max((entry.group for entry in entries), default=-1)

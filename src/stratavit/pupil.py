@@ -74,13 +74,13 @@ class Pupil:
         self.entries = [Entry(*row) for row in rows]
         self.prefixes = Prefixes.of(self.strata, self.net.cost, whole_groups=self.net.method == "paper")
 
-    def begin_epoch(self, epoch: int) -> None:
+    def begin_stage(self, stage: int) -> None:
         """Measures means and importance on the raw weights as they are, and lets the list grow."""
         if self.recipe.mode == "plain":
             return
         self.refresh_means(self.net)
         if self.recipe.mode != "channel":
-            self.set_list(progressive.grow(self.net, self.proxy, self.entries, epoch, self.recipe.growth))
+            self.set_list(progressive.grow(self.net, self.proxy, self.entries, stage, self.recipe.growth))
 
     def draw(self, generator: random.Random) -> list[Drawn]:
         """Sub-networks that one batch runs, as the recipe's mode has it."""

@@ -62,6 +62,7 @@ class Recipe:
         keep: Which weights are evaluated and saved: ``ema``, or ``raw`` (S).
         reduction: r, share of the dense MACs that the finished list drops (P).
         list_epochs: P_e, epochs in which the list grows (P).
+        growths: Times per epoch that the list grows and means are measured (P: 1); more for runs of few epochs (S).
         head_dim_unit: Coordinates of the head width that are dropped together (P).
         mlp_units: Groups that the MLP hidden width is dropped in (P).
         objective: What Taylor importance differentiates, see `statistics.collect`; ``auto``: the true logit (P).
@@ -103,6 +104,7 @@ class Recipe:
     keep: Keep = "ema"
     reduction: float = 0.875
     list_epochs: int = 50
+    growths: int = 1
     head_dim_unit: int = 8
     mlp_units: int = 32
     objective: Objective = "auto"
@@ -146,8 +148,8 @@ class Recipe:
     @property
     def growth(self) -> Growth:
         """How the list grows: over `list_epochs`, or in one go except for ``piad``."""
-        epochs = self.list_epochs if self.mode == "piad" else 1
-        return Growth(self.reduction, epochs, self.objective, self.measure)
+        stages = self.list_epochs * self.growths if self.mode == "piad" else 1
+        return Growth(self.reduction, stages, self.objective, self.measure)
 
     def resumed(self, asked: Recipe | None, source: str) -> Recipe:
         """The recipe of a run that was begun with this one and goes on.
@@ -217,13 +219,13 @@ class Recipe:
 # of one small model: the paper's 30 epochs (P); keys of the dropout list have no effect
 FINETUNING: dict[str, Any] = {"mode": "plain", "epochs": 30, "lr": 5e-5, "min_lr": 1e-6}
 LIST_KEYS = (
-    *("mode", "layer_drop", "reduction", "list_epochs", "head_dim_unit", "mlp_units"),
+    *("mode", "layer_drop", "reduction", "list_epochs", "growths", "head_dim_unit", "mlp_units"),
     *("objective", "measure", "sampling", "proxy_images"),
 )
 _WITHOUT_EFFECT = ("workers", "eval_every", "save_every", "save_steps", "log_steps", "tracker")
 _AT_LEAST_ONE = (
     *("epochs", "batch_size", "accumulate", "repeats", "list_epochs"),
-    *("proxy_images", "eval_every", "save_every", "log_steps", "head_dim_unit", "mlp_units"),
+    *("proxy_images", "eval_every", "save_every", "log_steps", "growths", "head_dim_unit", "mlp_units"),
 )
 _NOT_NEGATIVE = (
     *("lr", "min_lr", "warmup_epochs", "weight_decay", "clip", "mixup", "cutmix"),

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stratavit.answers import Answers
 from stratavit.batches import check_labels, unpack
 from stratavit.elastic import ElasticAttention, ElasticSite
 from stratavit.errors import StrataViTError
@@ -164,6 +165,7 @@ def collect(
     description: str = "calibrate",
     token_weight: float | None = None,
     seed: int = 0,
+    answers: Answers | None = None,
 ) -> dict[str, SiteStatistics]:
     """Runs every batch forward and backward in eval mode and gathers each elastic site's statistics.
 
@@ -183,6 +185,7 @@ def collect(
         description: Title of the progress bar.
         token_weight: Gather covariances in place of Taylor terms, see `SiteObserver`.
         seed: For ``sampled``.
+        answers: Takes the model's answers, which the pass has anyway.
 
     Returns:
         Site name -> statistics.
@@ -209,7 +212,7 @@ def collect(
         for name, observer in active.items():
             sites[name].observer = observer
         with eval_mode(model), frozen(model):
-            images_seen = _run(model, loader, score, description)
+            images_seen = _run(model, loader, score, description, answers)
     finally:
         for site in sites.values():
             site.observer = None
@@ -226,7 +229,9 @@ def collect(
     return results
 
 
-def _run(model: nn.Module, loader: Iterable[Any], score: Score, description: str) -> int:
+def _run(
+    model: nn.Module, loader: Iterable[Any], score: Score, description: str, answers: Answers | None = None
+) -> int:
     """Forward and backward over the loader with observers in place; returns the number of images."""
     parts = stages(model)
     device, dtype = model_device(model), model_dtype(model)
@@ -237,7 +242,11 @@ def _run(model: nn.Module, loader: Iterable[Any], score: Score, description: str
             tokens = parts.stem(images.to(device, dtype))
         tokens.requires_grad_(True)
         with torch.enable_grad():
-            torch.autograd.grad(score(parts, parts.through(tokens), labels), tokens)
+            left = parts.through(tokens)
+            torch.autograd.grad(score(parts, left, labels), tokens)
+        if answers is not None:
+            with torch.no_grad():
+                answers.add(images, parts.tail(left), parts.pool(left))
         images_seen += len(images)
     return images_seen
 

@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from stratavit import architecture, artifacts, contraction, listing, sensitivity, strata
+from stratavit.answers import Answers
 from stratavit.budget import Amount
 from stratavit.cost import cost_model
 from stratavit.elastic import ElasticAttention, ElasticMlp, ElasticSite, set_widths
@@ -72,6 +73,7 @@ class SuperNet(Sized):
             elastic = ElasticAttention(layer) if site.kind == "attention" else ElasticMlp(layer)
             setattr(self.model.get_submodule(block), leaf, elastic)
         self._shift = Shift()
+        self._answers: Answers | None = None
         norm = last_norm(self.model)
         if norm is not None:
             norm.register_forward_hook(self._shift)
@@ -129,11 +131,14 @@ class SuperNet(Sized):
         criterion = criterion or ("output" if method == "default" else "wpac")
         self.set_widths(None)
         share = token_weight if criterion == "output" else None
+        answers = None if share is None else Answers()
         with in_float32(self.model):
-            statistics = collect(
-                self.model, loader, objective, scatter_needed(criterion), "contract", token_weight=share, seed=seed
-            )
+            scatter = scatter_needed(criterion)
+            statistics = collect(self.model, loader, objective, scatter, "contract", share, seed, answers)
         contraction.apply(self.model, statistics, criterion, seed)
+        if answers is not None:
+            answers.seal(self.model)  # contraction keeps the function
+        self._answers = answers
         self.strata, self.final_mean, self.method = None, None, method
         self.provenance["contract"] = {
             "method": method,
@@ -185,13 +190,14 @@ class SuperNet(Sized):
             else:
                 if any(module.channel_mean.numel() == 0 for module in self.elastic.values()):
                     self._fill_means(collect(self.model, loader, objective, "none", "means"))
+                known = self._answers if self._answers is not None and self._answers.belong_to(self.model) else None
                 before, self.compensation = self.compensation, "full"
                 try:
                     entries, final_mean, facts = listing.by_effects(
-                        self.model, self.sites, self.cost, loader, plan or Walk()
+                        self.model, self.sites, self.cost, loader, plan or Walk(), known
                     )
                 finally:
-                    self.compensation = before
+                    self.compensation, self._answers = before, None
         if method != self.method:
             self.method = method
         self.final_mean = final_mean

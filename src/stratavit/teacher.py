@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from stratavit.architecture import resolve_data_config
 from stratavit.errors import StrataViTError
 
 
@@ -43,19 +43,15 @@ class Teacher:
             model: The teacher.
             student: The student's data configuration.
         """
-        config = dict(student)
-        known = hasattr(model, "data_config") or getattr(model, "pretrained_cfg", None)
-        if known and hasattr(model, "patch_embed"):
-            config = resolve_data_config(model)
-        elif known:
-            from timm.data import resolve_model_data_config
-
-            config = resolve_model_data_config(model)
-        size = tuple(config["input_size"][1:])
+        own = getattr(model, "data_config", None)
+        if own is None:
+            own = resolve_model_data_config(model) if getattr(model, "pretrained_cfg", None) else student
+        fixed = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        size = tuple(own["input_size"][1:] if fixed is None else fixed)
         same = size == tuple(student["input_size"][1:])
         cfg = getattr(model, "pretrained_cfg", None) or {}
         name = f"{type(model).__name__} {cfg.get('architecture', '')}".strip()
-        return cls(model, name, None if same else (size[0], size[1]), _normal(config), _normal(student))
+        return cls(model, name, None if same else (size[0], size[1]), _normal(own), _normal(student))
 
     def to(self, device: torch.device, classes: int) -> Teacher:
         """Moved to a device, and checked against the number of classes.

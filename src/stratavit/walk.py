@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stratavit.allocation import State, allocate
+from stratavit.answers import Answers
 from stratavit.cost import CostModel
 from stratavit.effects import Reference, crossed
 from stratavit.errors import StrataViTError
@@ -48,7 +49,12 @@ class Walk:
 
 
 def walk(
-    model: nn.Module, sites: Sequence[Site], cost: CostModel, loader: Iterable[Any], plan: Walk
+    model: nn.Module,
+    sites: Sequence[Site],
+    cost: CostModel,
+    loader: Iterable[Any],
+    plan: Walk,
+    answers: Answers | None = None,
 ) -> tuple[list[State], dict[str, float], list[Tensor]]:
     """Measures keep ratios at one size after the other.
 
@@ -58,6 +64,7 @@ def walk(
         cost: Of the model.
         loader: See `statistics.collect`; labels are not used.
         plan: How.
+        answers: Of the dense model, as far as they are known.
 
     Returns:
         The states; the logarithm of the keep ratios at the last one; at each state by how much the mean of what
@@ -65,7 +72,7 @@ def walk(
     """
     if torch.is_inference_mode_enabled():
         raise StrataViTError("stratify needs gradients: call it outside torch.inference_mode()")
-    feed, fold = Feed(loader), 0
+    feed, fold, answers = Feed(loader), 0, answers or Answers()
     ratios = dict.fromkeys((site.name for site in sites), 0.0)
     caps = {site.name: site.width for site in sites}
     floor = cost.macs({site.name: site.steps[1] for site in sites}) / cost.macs()
@@ -76,7 +83,7 @@ def walk(
         for share, left in track(steps, "measure the list"):
             fold = 1 - fold
             with crossed(model, fold):
-                reference = Reference(model, sites, feed.take(plan.images, fold))
+                reference = Reference(model, sites, feed.take(plan.images, fold), answers)
                 found = reference.effects(cost, allocate(cost, ratios, share, caps))
                 ratios = moved(ratios, found.effects, plan.rate)
                 if left == 0:

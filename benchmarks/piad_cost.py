@@ -1,0 +1,169 @@
+"""What a training step of PIAD costs: time against MACs along a dropout list, DeiT-Tiny at 224 pixels.
+
+    python benchmarks/piad_cost.py [--batch 64] [--repeat 5]
+
+Forward + backward of a prefix against the full network's next to it, both in training mode with means for what is cut
+(the default method). The list cuts every site in the same ratio, none as a whole, and ends where the paper's does, at
+1.5/12 of the MACs. Weights and images are random: the time does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from common import write_results
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from stratavit import Recipe, SuperNet, contraction
+from stratavit.allocation import State, allocate, ordered_list
+from stratavit.optimising import optimiser_and_schedule
+from stratavit.spec import Spec
+from stratavit.strata import Strata
+
+SHARES = (*(1 - step / 15 for step in range(1, 11)), 2 / 12, 1.5 / 12)  # ten from 14/15 down to 4/12, and two below
+HALF, TARGET, TARGET_FROM = 6 / 12, 1.15, 4 / 12
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--batch", type=int, default=64)
+    arguments.add_argument("--repeat", type=int, default=5)
+    args = arguments.parse_args()
+    torch.manual_seed(0)
+    net = in_training()
+    batch = torch.randn(args.batch, 3, 224, 224), torch.randint(0, 1000, (args.batch,))
+    specs = [net.spec(macs=share) for share in SHARES]
+    rows = prefix_rows(net, batch, specs, args.repeat)
+    worst = max(row["time / linear MACs"] for spec, row in zip(specs, rows, strict=True) if asked_for(net, spec))
+    rows.append(epoch_row(net, specs, [row["time"] for row in rows]))
+    rows += step_rows(net, batch, args.repeat)
+    note = (
+        f"Batches of {args.batch}; medians of {args.repeat} pairs, each run next to its dense partner; `time` is the "
+        "ratio to that partner, MACs are shares of the dense model's. Largest time / linear MACs from 4/12 up: "
+        f"{worst:.3f} (target: at most {TARGET}). A PIAD epoch: mean over all {len(net.strata) + 1} positions of the "
+        "list, time interpolated between the prefixes; optimiser, averaging, and measuring list and means are not in "
+        "it. A whole step: forward, backward, AdamW, averaged weights."
+    )
+    write_results("piad-cost", rows, note)
+
+
+def in_training() -> SuperNet:
+    """DeiT-Tiny as the default method trains it, with a list that cuts every site in the same ratio."""
+    net = SuperNet(timm.create_model("deit_tiny_patch16_224"))
+    for module in net.elastic.values():
+        contraction.set_mean(module, torch.zeros(module.heads, module.full_width))
+    net.compensation = "mean"
+    ratios = {site.name: 0.0 for site in net.sites}
+    states = [State(1.0, net.resolve(None))]
+    for share in (*(n / 12 for n in range(11, 1, -1)), SHARES[-1]):
+        states.append(State(share, allocate(net.cost, ratios, share, states[-1].widths)))
+    entries = ordered_list(net.sites, states, ratios)
+    whole = Strata(net.sites, entries)
+    end = next(p for p in range(len(whole)) if net.macs(whole.spec(p)) <= SHARES[-1] * net.macs())
+    net.strata = Strata(net.sites, entries[:end])
+    return net.train()
+
+
+def shares(net: SuperNet, spec: Spec) -> tuple[float, float]:
+    """Share of the dense MACs: linear, and with the products of attention counted."""
+    return net.macs(spec) / net.macs(), net.macs(spec, attention=True) / net.macs(attention=True)
+
+
+def asked_for(net: SuperNet, spec: Spec) -> bool:
+    """Whether the target holds for a prefix; a budget is missed by less than one unit."""
+    return shares(net, spec)[0] > TARGET_FROM - 0.01
+
+
+def row(what: str, linear: float, attention: float, seconds: float | str, ratio: float) -> dict[str, Any]:
+    return {
+        "what": what,
+        "linear MACs": linear,
+        "MACs with attention": attention,
+        "seconds": seconds,
+        "time": ratio,
+        "time / linear MACs": ratio / linear,
+    }
+
+
+def prefix_rows(net: SuperNet, batch: tuple[Tensor, Tensor], specs: list[Spec], repeat: int) -> list[dict[str, Any]]:
+    """Forward + backward of every prefix."""
+    full = net.resolve(None)
+    for spec in (full, specs[-1]):
+        passes(net, batch, spec)  # warm up
+    found: list[list[tuple[float, float]]] = [[] for _ in specs]
+    for turn in range(repeat):
+        for spec, pairs in zip(specs, found, strict=True):
+            pairs.append(pair(lambda which: passes(net, batch, which), full, spec, turn))
+    return [
+        row("forward + backward", *shares(net, spec), statistics.median(p for _, p in pairs), median_ratio(pairs))
+        for spec, pairs in zip(specs, found, strict=True)
+    ]
+
+
+def pair(run: Callable[[Spec], float], full: Spec, spec: Spec, turn: int) -> tuple[float, float]:
+    """Seconds of the dense network and of a prefix right after each other; who is first changes every turn."""
+    if turn % 2:
+        prefix, dense = run(spec), run(full)
+    else:
+        dense, prefix = run(full), run(spec)
+    return dense, prefix
+
+
+def median_ratio(pairs: list[tuple[float, float]]) -> float:
+    return statistics.median(prefix / dense for dense, prefix in pairs)
+
+
+def passes(net: SuperNet, batch: tuple[Tensor, Tensor], spec: Spec) -> float:
+    """Seconds of forward + backward; gradients are zeroed outside the timing."""
+    net.zero_grad(set_to_none=True)
+    start = time.perf_counter()
+    F.cross_entropy(net(batch[0], spec), batch[1]).backward()
+    return time.perf_counter() - start
+
+
+def epoch_row(net: SuperNet, specs: list[Spec], ratios: list[float]) -> dict[str, Any]:
+    """Forward + backward of an epoch of PIAD over those of a dense one: every position of the list as often."""
+    assert net.strata is not None
+    places = [shares(net, net.strata.spec(position)) for position in range(len(net.strata) + 1)]
+    linear, attention = (float(values) for values in np.mean(places, axis=0))
+    known = sorted([*zip((shares(net, spec)[0] for spec in specs), ratios, strict=True), (1.0, 1.0)])
+    times = np.interp([place for place, _ in places], *zip(*known, strict=True))
+    return row("a PIAD epoch over a dense one", linear, attention, "", float(times.mean()))
+
+
+def step_rows(net: SuperNet, batch: tuple[Tensor, Tensor], repeat: int) -> list[dict[str, Any]]:
+    """The whole step, dense and at half the MACs."""
+    full, half, recipe = net.resolve(None), net.spec(macs=HALF), Recipe()
+    optimiser, schedule = optimiser_and_schedule(net.model, recipe, len(batch[0]), 1000)
+    average = ModelEmaV3(net, recipe.ema_decay)
+
+    def step(spec: Spec) -> float:
+        start = time.perf_counter()
+        schedule.step_update(0)
+        F.cross_entropy(net(batch[0], spec), batch[1]).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        average.update(net)
+        return time.perf_counter() - start
+
+    net.zero_grad(set_to_none=True)
+    step(full)  # warm up: the first step makes the moments of AdamW
+    pairs = [pair(step, full, half, turn) for turn in range(repeat)]
+    dense, prefix = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+    return [
+        row("whole step, dense", 1.0, 1.0, dense, 1.0),
+        row("whole step, 6/12", *shares(net, half), prefix, median_ratio(pairs)),
+    ]
+
+
+if __name__ == "__main__":
+    main()

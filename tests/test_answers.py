@@ -1,0 +1,95 @@
+"""Answers of the dense model are computed once per image, found by pixels, and dropped when the weights change."""
+
+import copy
+
+import pytest
+import torch
+from helpers import PLAN, make_batches, make_images, make_model
+
+from stratavit import SuperNet, effects
+from stratavit.answers import Answers
+from stratavit.walk import Walk
+
+IMAGES = make_images(6)
+
+
+class Counted:
+    """Answers an image by its sum and its first pixels; counts the images that it was asked for."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def __call__(self, images):
+        self.asked += len(images)
+        return images.sum(dim=(1, 2, 3))[:, None].repeat(1, 7), images[:, 0, 0, :4]
+
+
+def test_an_image_is_computed_once_in_whatever_order_it_comes():
+    answers, compute = Answers(), Counted()
+    answers.of(IMAGES[:4], compute)
+    logits, features = answers.of(IMAGES[[5, 2, 2, 0]], compute)
+    assert compute.asked == 5
+    expected = Counted()(IMAGES[[5, 2, 2, 0]])
+    assert torch.equal(logits, expected[0])
+    assert torch.equal(features, expected[1])
+
+
+def test_given_answers_are_found():
+    answers, compute = Answers(), Counted()
+    answers.add(IMAGES, *Counted()(IMAGES))
+    logits, _ = answers.of(IMAGES.flip(0), compute)
+    assert compute.asked == 0
+    assert torch.equal(logits, Counted()(IMAGES.flip(0))[0])
+
+
+def test_memory_is_bounded_and_what_does_not_fit_is_right():
+    row = 4 * (7 + 4)
+    answers, compute = Answers(limit=2 * row + 1), Counted()
+    for _ in range(2):
+        logits, _ = answers.of(IMAGES, compute)
+        assert torch.equal(logits, Counted()(IMAGES)[0])
+    assert len(answers) == 2
+    assert compute.asked == 6 + 4
+
+
+@pytest.mark.parametrize("change", [lambda m: m.load_state_dict(m.state_dict()), lambda m: m.double()])
+def test_a_change_of_weights_is_noticed(change):
+    model, answers = make_model("plain"), Answers()
+    answers.seal(model)
+    assert answers.belong_to(model)
+    change(model)
+    assert not answers.belong_to(model)
+
+
+def passes_at_full_width(monkeypatch, net):
+    """Images that the dense model runs on while the list is made."""
+    seen, original = [], effects.Reference._pass
+
+    def watched(self, batch):
+        if all(module.width == module.full_width and module.probe is None for module in self.elastic.values()):
+            seen.append(len(batch))
+        return original(self, batch)
+
+    monkeypatch.setattr(effects.Reference, "_pass", watched)
+    net.stratify(make_batches(dtype=torch.float64), plan=PLAN)
+    monkeypatch.undo()
+    return sum(seen)
+
+
+def test_stratify_takes_the_answers_of_contract(monkeypatch):
+    net = SuperNet(make_model("plain", dtype=torch.float64)).contract(make_batches(dtype=torch.float64))
+    forgetful, changed = copy.deepcopy(net), copy.deepcopy(net)
+    forgetful._answers = None
+    changed.model.load_state_dict(net.model.state_dict())
+    assert passes_at_full_width(monkeypatch, net) == 0
+    assert passes_at_full_width(monkeypatch, forgetful) == sum(len(images) for images, _ in make_batches())
+    assert passes_at_full_width(monkeypatch, changed) == sum(len(images) for images, _ in make_batches())
+    assert net.strata.entries == forgetful.strata.entries == changed.strata.entries
+    assert torch.allclose(net.final_mean.vectors, forgetful.final_mean.vectors, atol=1e-5)
+    assert net._answers is None
+
+
+def test_images_that_contract_did_not_see_are_computed(monkeypatch):
+    net = SuperNet(make_model("plain")).contract(make_batches())
+    net.stratify([make_images(8, seed=3)], plan=Walk(states=((0.5, 1),), images=4))
+    assert net.strata is not None
