@@ -16,7 +16,7 @@ demo: $(VENV)/installed  ## the main job on embedded images, no network at run t
 	$(BIN)/stratavit demo --out stratavit-demo --overwrite
 
 test: $(VENV)/installed lint  ## everything that CI checks
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
