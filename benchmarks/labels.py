@@ -45,8 +45,8 @@ def main() -> None:
     rows = [summary(name, right) for name in OBJECTIVES]
     note = (
         "1,000 training images held out once each, 433 validation images, answers of both folds averaged. Without "
-        "labels `sampled` is the default, with them `cross_entropy`; differences to the latter, points. The same widths "
-        "for all, no final mean. Intervals are over images; the draw of the calibration images is not in them."
+        "labels `sampled` is the default, with them `cross_entropy`; differences to the latter, points. All at the "
+        "same widths, no final mean. Intervals are over images; the draw of the calibration images is not in them."
     )
     write_results(f"labels-{args.model}", rows, note)
 
