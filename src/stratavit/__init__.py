@@ -4,6 +4,7 @@ from stratavit.artifacts import load, save
 from stratavit.budget import Budget
 from stratavit.errors import ArtifactError, BudgetError, StrataViTError, UnsupportedModelError
 from stratavit.evaluate import Metrics, evaluate
+from stratavit.export import Parity, export
 from stratavit.finetune import finetune
 from stratavit.piad import train_piad
 from stratavit.recipe import Recipe
@@ -17,12 +18,14 @@ __all__ = [
     "Budget",
     "BudgetError",
     "Metrics",
+    "Parity",
     "Recipe",
     "Spec",
     "StrataViTError",
     "SuperNet",
     "UnsupportedModelError",
     "evaluate",
+    "export",
     "finetune",
     "load",
     "save",

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from stratavit import __version__, commands, train_command
 from stratavit.errors import StrataViTError
+from stratavit.export import SUFFIXES
 from stratavit.report import LADDER
 from stratavit.statistics import OBJECTIVES
 from stratavit.wpac import CRITERIA
@@ -23,6 +24,7 @@ _EXAMPLES = """examples:
   stratavit extract run --macs 50% --out small                          a plain timm model
   stratavit train run --data IMAGENET --out run2                        PIAD: every size trained
   stratavit finetune small --data IMAGENET --out tuned                  train that one further
+  stratavit export small                                                small.onnx
   stratavit evaluate tuned --data IMAGENET
 """
 
@@ -105,6 +107,15 @@ def parser() -> argparse.ArgumentParser:
     )
     _out_options(curve, "DIR", "folder for curve.csv and curve.png (default: RUN-curve)", required=False)
 
+    export = _command(
+        commands_, "export", commands.export, "write a small model as an ONNX file or torch.export program"
+    )
+    export.add_argument("small", metavar="SMALL", help="folder of a small model")
+    export.add_argument("--format", choices=tuple(SUFFIXES), default="onnx", help="(default: %(default)s)")
+    export.add_argument("--images", type=_positive, default=32, help="images to compare on (default: %(default)s)")
+    _data_options(export, "images to compare on, a folder with val/ or the class folders (default: noise)", False)
+    _out_options(export, "FILE", "file to write (default: SMALL.onnx or SMALL.pt2)", required=False)
+
     info = _command(
         commands_, "info", commands.info, "sites, widths, MACs, parameters and provenance of a saved folder"
     )
@@ -137,8 +148,8 @@ def _model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--num-classes", type=_positive, help="size of the head, if not the architecture's own")
 
 
-def _data_options(command: argparse.ArgumentParser, what: str) -> None:
-    command.add_argument("--data", required=True, metavar="DIR", help=what)
+def _data_options(command: argparse.ArgumentParser, what: str, required: bool = True) -> None:
+    command.add_argument("--data", required=required, metavar="DIR", help=what)
     command.add_argument(
         "--class-map", metavar="FILE", help="text file, one class folder name per line in the order of the head"
     )
@@ -157,7 +168,7 @@ def _budget_options(command: argparse.ArgumentParser, required: bool) -> None:
 
 def _out_options(command: argparse.ArgumentParser, name: str, what: str, required: bool = True) -> None:
     command.add_argument("--out", required=required, metavar=name, help=what)
-    command.add_argument("--overwrite", action="store_true", help="replace the folder if it is not empty")
+    command.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
 def _positive(text: str) -> int:

@@ -18,6 +18,8 @@ from stratavit.budget import human
 from stratavit.data import image_loader
 from stratavit.errors import BudgetError, StrataViTError
 from stratavit.evaluate import evaluate as evaluate_model
+from stratavit.export import SUFFIXES
+from stratavit.export import export as export_model
 from stratavit.folders import check_free, write_folder
 from stratavit.spec import Spec
 from stratavit.supernet import SuperNet
@@ -152,6 +154,18 @@ def curve(args: Namespace) -> Outcome:
         report.table(points),
         f"wrote {out}/curve.csv and curve.png",
     ]
+
+
+def export(args: Namespace) -> Outcome:
+    """SMALL to one ONNX file or torch.export program."""
+    file = Path(args.out or f"{str(args.small).rstrip('/')}{SUFFIXES[args.format]}")
+    model: Any = artifacts.load(args.small)
+    images = None
+    if args.data is not None:
+        loader = _loader(args, resolve_data_config(model), "val", model.num_classes, args.images)
+        images = torch.cat([batch for batch, _ in loader])
+    parity = export_model(model, file, args.format, images, args.overwrite)
+    return parity.to_dict(), [str(parity)]
 
 
 def write_curve(points: list[report.Point], out: str | Path, title: str, overwrite: bool) -> None:

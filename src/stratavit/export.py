@@ -1,0 +1,181 @@
+"""Small models as ONNX files and as torch.export programs, checked against eager before they are kept."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stratavit.architecture import resolve_data_config
+from stratavit.errors import ArtifactError, StrataViTError
+from stratavit.structure import eval_mode, model_dtype
+from stratavit.supernet import SuperNet
+
+Format = Literal["onnx", "torch"]
+SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
+TOLERANCE = 1e-4
+NOISE_IMAGES = 8
+INPUT, OUTPUT = "images", "logits"
+Runner = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How an exported file compares with the model it came from.
+
+    Attributes:
+        file: The file.
+        format: ``onnx`` or ``torch``.
+        size: Of the file, bytes.
+        images: Number of images compared.
+        difference: Largest absolute difference of a logit.
+        largest: Largest absolute logit.
+    """
+
+    file: str
+    format: Format
+    size: int
+    images: int
+    difference: float
+    largest: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"wrote {self.file} ({self.size / 2**20:.3g} MiB); largest logit difference to eager {self.difference:.1e} "
+            f"over {self.images} images (largest logit {self.largest:.3g})"
+        )
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    format: Format = "onnx",
+    images: Tensor | None = None,
+    overwrite: bool = False,
+    tolerance: float = TOLERANCE,
+) -> Parity:
+    """Writes a model to one file that needs neither this library nor timm; the batch size is free.
+
+    The file is read back and run (ONNX Runtime, or `torch.export.load`) on the images, one batch and one image alone,
+    and kept only if it answers as the model does.
+
+    Args:
+        model: What `SuperNet.extract` or `load` returned, in float32; exported as in eval mode, on the CPU.
+        path: File to write.
+        format: ``onnx``, by torch's own exporter (torch.export), or ``torch``, a program for `torch.export.load`.
+        images: To compare on, ``[B, C, H, W]``, prepared for the model; noise if None.
+        overwrite: Replace the file if it is there.
+        tolerance: Largest difference of a logit that passes.
+
+    Raises:
+        StrataViTError: Not a small model in float32, an unknown format, packages are missing, or the file answers
+            otherwise than the model; then nothing is left.
+        ArtifactError: The file exists or cannot be written.
+    """
+    if format not in SUFFIXES:
+        raise StrataViTError(f"export: expected format 'onnx' or 'torch', got {format!r}")
+    if isinstance(model, SuperNet):
+        raise StrataViTError("export: a super-network has many sizes; extract one first")
+    if model_dtype(model) is not torch.float32:
+        raise StrataViTError(f"export: the model is in {model_dtype(model)}; call model.float() first")
+    path = Path(path)
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise ArtifactError(f"{path} exists; give another file or ask to overwrite (--overwrite)")
+    if images is None:
+        size = resolve_data_config(model)["input_size"]
+        images = torch.randn(NOISE_IMAGES, *size, generator=torch.Generator().manual_seed(0))
+    device = next(model.parameters()).device
+    try:
+        with eval_mode(model), torch.no_grad():
+            return _checked(model.cpu(), path, format, images.float().cpu(), tolerance)
+    finally:
+        model.to(device)
+
+
+def _checked(model: nn.Module, path: Path, format: Format, images: Tensor, tolerance: float) -> Parity:
+    """Writes beside `path`, compares, renames."""
+    write, run = (_to_onnx, _run_onnx) if format == "onnx" else (_to_program, _run_program)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=SUFFIXES[format], dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        write(model, images[:2] if len(images) > 1 else images.repeat(2, 1, 1, 1), temporary)
+        expected, answer = model(images), run(temporary)
+        found = torch.cat([answer(images), answer(images[:1])])
+        difference = float((found - torch.cat([expected, expected[:1]])).abs().max())
+        if not difference <= tolerance:  # NaN does not pass either
+            raise StrataViTError(
+                f"export: the {format} file answers otherwise than the model: a logit differs by {difference:.2e}, "
+                f"more than {tolerance:.0e} (largest logit {float(expected.abs().max()):.3g}); nothing was written"
+            )
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        size = temporary.stat().st_size
+        temporary.replace(path)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error
+    finally:
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+    return Parity(str(path), format, size, len(images), difference, float(expected.abs().max()))
+
+
+def _free_batch() -> tuple[dict[int, Any]]:
+    return ({0: torch.export.Dim("batch", min=1)},)
+
+
+def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise StrataViTError("export to ONNX needs more packages: pip install 'stratavit[export]'") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, on its own parts
+        torch.onnx.export(
+            model,
+            (example,),
+            str(path),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=_free_batch(),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+
+
+def _run_onnx(path: Path) -> Runner:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
+
+
+def _to_program(model: nn.Module, example: Tensor, path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(model, (example,), dynamic_shapes=_free_batch())
+        torch.export.save(program, path)
+
+
+def _run_program(path: Path) -> Runner:
+    program = torch.export.load(path).module()
+    return lambda images: program(images)
