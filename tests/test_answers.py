@@ -89,6 +89,18 @@ def test_stratify_takes_the_answers_of_contract(monkeypatch):
     assert net._answers is None
 
 
+def test_a_list_made_alone_asks_once_per_image(monkeypatch):
+    net, asked, original = SuperNet(make_model("plain")).contract(make_batches()), [], effects.Answers.of
+
+    def watched(self, images, compute):
+        return original(self, images, lambda unknown: (asked.append(len(unknown)), compute(unknown))[1])
+
+    monkeypatch.setattr(effects.Answers, "of", watched)
+    net._answers = None
+    net.stratify(make_batches(), plan=Walk(states=((0.7, 3), (0.5, 3)), images=6))
+    assert sum(asked) == 12
+
+
 def test_images_that_contract_did_not_see_are_computed(monkeypatch):
     net = SuperNet(make_model("plain")).contract(make_batches())
     net.stratify([make_images(8, seed=3)], plan=Walk(states=((0.5, 1),), images=4))

@@ -105,7 +105,25 @@ def test_the_default_is_the_papers_fine_tuning():
     assert Recipe.read(None, {"lr": 1e-3}, FINETUNING) == dataclasses.replace(recipe, lr=1e-3)
 
 
+def test_keys_and_files_fill_up_with_the_papers_fine_tuning(tmp_path):
+    off = {"workers": 0, "tracker": "none", "batch_size": 4, "repeats": 1, "epochs": 1}
+    (tmp_path / "recipe.toml").write_text("\n".join(f"{key} = {json.dumps(value)}" for key, value in off.items()))
+    for config in (off, tmp_path / "recipe.toml"):
+        model = stratavit.finetune(small(), Images(), None, config, cpu=True)
+        assert model.provenance["finetune"]["recipe"] == Recipe.from_dict(FINETUNING | off).to_dict()
+
+
+def test_drop_path_of_the_models_own_rests_afterwards():
+    model = timm.create_model("test_vit", num_classes=CLASSES, img_size=32, drop_path_rate=0.5)
+    stratavit.finetune(model, Images(), None, dataclasses.replace(PLAIN, epochs=1, list_epochs=1), cpu=True)
+    assert not any(module.training for module in model.modules())
+
+
 def test_mistakes(tmp_path, finished):
+    with pytest.raises(StrataViTError, match="distil needs a teacher here"):
+        run(tmp_path / "run", recipe=dataclasses.replace(PLAIN, distil=0.5))
+    with pytest.raises(StrataViTError, match="give the folder of the interrupted run"):
+        run(None, resume=True)
     with pytest.raises(StrataViTError, match="super-network: train it with train_piad"):
         run(tmp_path / "run", model=make_net("plain"))
     with pytest.raises(StrataViTError, match="images = 24; now it is 12"):
@@ -134,6 +152,11 @@ def test_a_teacher_sees_images_as_it_was_trained():
         assert torch.allclose(Teacher.of(model, student)(normal(student)), model(normal(model.data_config)), atol=1e-4)
 
 
+def test_a_teacher_in_half_precision():
+    teacher = Teacher.of(make_model("plain").bfloat16(), {"input_size": (3, 32, 32), "mean": (0,) * 3, "std": (1,) * 3})
+    assert teacher(make_images(2)).shape == (2, CLASSES)
+
+
 def test_a_teacher_of_another_input_size():
     teacher = Teacher.of(make_model("plain"), {"input_size": (3, 48, 40), "mean": (0.5,) * 3, "std": (0.5,) * 3})
     assert teacher.size == (32, 32)
@@ -152,7 +175,7 @@ def test_a_teacher_alone_sets_the_targets(tmp_path):
 
 
 def test_a_teacher_teaches_the_full_network_of_piad_too():
-    calm = dataclasses.replace(PLAIN, epochs=1, list_epochs=1, distil=1.0)
+    calm = dataclasses.replace(TINY, epochs=1, list_epochs=1, distil=1.0)
     nets = [copy.deepcopy(make_net("plain")) for _ in range(2)]
     teachers = (make_model("registers"), None)
     for net, teacher in zip(nets, teachers, strict=True):
@@ -173,8 +196,11 @@ def test_a_resumed_run_keeps_its_teacher(tmp_path):
     recipe = dataclasses.replace(PLAIN, distil=0.5)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", Images(20, terminate), recipe=recipe, teacher=make_model("registers"))
-    with pytest.raises(StrataViTError, match="teacher = VisionTransformer; now it is None"):
+    with pytest.raises(StrataViTError, match="distil needs a teacher here"):
         run(tmp_path / "run", recipe=recipe, resume=True)
+    with pytest.raises(StrataViTError, match=r"teacher = VisionTransformer \w{8}; now it is VisionTransformer \w{8}"):
+        run(tmp_path / "run", recipe=recipe, resume=True, teacher=make_model("registers", seed=1))
+    run(tmp_path / "run", recipe=None, resume=True, teacher=make_model("registers"))
 
 
 # ---- the command line ---------------------------------------------------------------------------
@@ -251,7 +277,7 @@ def test_a_teacher_by_folder(work, tmp_path, capsys):
     assert main(command(work, tmp_path / "tuned", "--new-head")) == 0
     teacher[1] = str(tmp_path / "tuned")
     assert main(command(work, tmp_path / "again", "--new-head", *teacher)) == 0
-    assert stratavit.load(tmp_path / "again").provenance["finetune"]["teacher"].startswith("VisionTransformer")
+    assert stratavit.load(tmp_path / "again").provenance["finetune"]["teacher"].startswith("vit_tiny_patch16_224 ")
     capsys.readouterr()
     assert main(command(work, tmp_path / "no", "--new-head", "--teacher-weights", "x.pth")) == 2
     assert "needs --teacher" in capsys.readouterr().err
@@ -268,5 +294,7 @@ def test_only_keys_with_an_effect_are_flags(work, tmp_path, capsys):
 
 def test_classes_that_do_not_fit_name_the_way_out(work, tmp_path, capsys):
     assert main(command(work, tmp_path / "tuned")) == 2
-    assert "7 classes" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "7 classes" in error
+    assert "--new-head" in error
     assert not (tmp_path / "tuned").exists()

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from helpers import CLASSES, make_batches, make_images, make_net, relative_error
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
@@ -59,6 +60,13 @@ class Images(Dataset):
             self.happens()
         noise = random.random() + np.random.rand() + torch.rand(())
         return self.images[index] + 0.1 * noise, int(self.labels[index])
+
+
+@pytest.fixture(autouse=True)
+def _accelerate_anew():
+    """Accelerate keeps a state per process; `trainer` below leaves one."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class CrashError(Exception):
@@ -304,11 +312,75 @@ def test_units_of_the_recipe(tmp_path):
     assert all(entry.width in ends[entry.site] for entry in net.strata.entries)
 
 
-def test_proxy_images_are_taken_from_the_training_data():
-    net = fresh()
-    recipe = dataclasses.replace(TINY, epochs=1, list_epochs=1, proxy_images=8)
-    stratavit.train_piad(net, Images(), None, recipe, cpu=True)
-    assert len(net.strata) > 0
+def test_proxy_images_are_taken_from_the_training_data(tmp_path):
+    """They are augmented; yet a run depends on its seed alone, and one that is resumed takes its own recipe."""
+    recipe, held_out = dataclasses.replace(TINY, proxy_images=8), make_batches()
+    torch.manual_seed(1)
+    stratavit.train_piad(fresh(), Images(), held_out, recipe, tmp_path / "whole", cpu=True)
+    torch.manual_seed(2)
+    with pytest.raises(KeyboardInterrupt):
+        stratavit.train_piad(fresh(), Images(60, terminate), held_out, recipe, tmp_path / "run", cpu=True)
+    torch.manual_seed(3)
+    stratavit.train_piad(fresh(), Images(), held_out, {"workers": 1}, tmp_path / "run", resume=True, cpu=True)
+    assert_same(outcome(tmp_path / "run")[1:], outcome(tmp_path / "whole")[1:])
+
+
+def test_mixed_precision_with_everything_on_and_resumed(tmp_path):
+    changes = {"precision": "bf16", "distil": 0.5, "sampling": "sandwich", "clip": 1.0}
+    recipe = dataclasses.replace(TINY, **changes)
+    run(tmp_path / "whole", recipe=recipe)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", recipe=recipe, data=Images(30, terminate))
+    run(tmp_path / "run", recipe=recipe, resume=True)
+    assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
+    net = run(tmp_path / "other", recipe=dataclasses.replace(TINY, precision="no"))  # chosen anew in one process
+    assert all(p.dtype is torch.float32 for p in net.parameters())
+
+
+def test_smaller_prefixes_learn_from_the_full_network(tmp_path):
+    found = trainer(tmp_path, dataclasses.replace(TINY, distil=1.0, accumulate=1, drop_path=0.0, mixup=0.0, cutmix=0.0))
+    small, full = found.net.resolve(WIDTHS), found.net.resolve(None)
+    found.draw = lambda number: [Drawn(spec, found.net.macs(spec)) for spec in (full, small)]
+    targets, learn = [], found.learn
+    found.learn = lambda images, target, *rest: (targets.append(target), learn(images, target, *rest))
+    images, labels = make_batches()[1]
+    with torch.no_grad():
+        answer = found.net(images).softmax(dim=1)
+    found.update([(images, labels)])
+    assert torch.equal(targets[0], labels)
+    assert torch.allclose(targets[1], answer, atol=1e-6)
+
+
+def test_terminated_with_all_its_workers(tmp_path):
+    """A scheduler signals the whole group: the workers must not die before the state is saved."""
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import dataclasses, os, signal, threading, test_train as t\n"
+        "os.setpgrp()\n"
+        "before = t.Trainer.update\n"
+        "def update(self, batches):\n"
+        "    if self.step == 3:\n"
+        "        os.killpg(0, signal.SIGTERM)\n"
+        "    before(self, batches)\n"
+        "t.Trainer.update = update\n"
+        f"t.run({str(tmp_path / 'run')!r}, recipe=dataclasses.replace(t.TINY, workers=2, accumulate=1))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert "stopped after step 4 of 18" in done.stderr, done.stderr[-2000:]
+    assert checkpoint.read_state(tmp_path / "run")["step"] == 4
+
+
+def test_a_stop_before_an_evaluation_is_not_lost(tmp_path):
+    """Asked in the last step of an epoch that is evaluated: nothing is evaluated, and all steps are there."""
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 6 of 9"):
+        run(tmp_path / "run", data=Images(48, terminate))
+    state = checkpoint.read_state(tmp_path / "run")
+    assert (state["step"], state["ended"]) == (6, 1)
+
+
+def test_more_growths_than_steps_are_refused(tmp_path):
+    with pytest.raises(StrataViTError, match=r"growths \(4\) must not exceed the 3 steps"):
+        run(tmp_path / "run", recipe=dataclasses.replace(TINY, growths=4))
 
 
 @pytest.mark.parametrize("form", ["recipe", "mapping", "file"])
@@ -324,9 +396,13 @@ def test_forms_of_a_recipe_and_of_held_out_images(tmp_path, form):
 
 
 def test_the_full_network_teaches():
-    target = augment.Target(dataclasses.replace(TINY, mixup=0.0, cutmix=0.0), 3)
+    """The labels' part of the target is smoothed, the answer's is not; the loss smooths neither again."""
+    target = augment.Target(dataclasses.replace(TINY, mixup=0.0, cutmix=0.0, smoothing=0.3), 3)
     labels, answer = torch.tensor([0, 2]), torch.randn(2, 3)
-    assert torch.equal(target.taught(labels, answer, 0.0), torch.eye(3)[labels])
+    assert torch.allclose(target.taught(labels, answer, 0.0), 0.7 * torch.eye(3)[labels] + 0.1)
+    logits, soft = torch.randn(2, 3), target.taught(labels, answer, 1.0)
+    assert torch.allclose(target.loss(logits, soft), -(soft * logits.log_softmax(dim=1)).sum(dim=1).mean())
+    assert torch.allclose(target.loss(logits, labels), target.loss(logits, target.taught(labels, answer, 0.0)))
     assert torch.allclose(target.taught(labels, answer, 1.0), answer.softmax(dim=1))
     assert torch.allclose(target.taught(labels, answer, 0.25).sum(dim=1), torch.ones(2))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,12 +125,36 @@ def test_help_tells_defaults(capsys):
         (["--list-epochs", "3"], r"list_epochs (3) must not exceed epochs (2)"),
         (["--batch-size", "40"], "28 images are fewer than the 40 of one step"),
         (["--resume"], "holds no interrupted training"),
+        (["--resume", "elsewhere"], "leave out --out"),
+        (["--resume", "--overwrite"], "give one of them"),
+        (["--tracker", "comet_ml"], "tracker 'comet_ml' is not installed"),
         (["--device", "cuda:3"], "CUDA_VISIBLE_DEVICES"),
     ],
 )
 def test_mistakes(work, tmp_path, capsys, more, message):
     assert message in complaint(capsys, command(work, tmp_path / "out", *more))
     assert not (tmp_path / "out" / "state.pt").exists()
+
+
+def test_the_folder_of_a_run(work, tmp_path, capsys):
+    arguments = command(work, tmp_path / "out", "--epochs", "1")
+    assert main(arguments) == 0
+    assert "is not empty" in complaint(capsys, arguments)
+    (tmp_path / "out" / "mine.txt").touch()
+    assert main([*arguments, "--overwrite"]) == 0
+    assert not (tmp_path / "out" / "mine.txt").exists()
+    at = arguments.index("--out")
+    without = [*arguments[:at], *arguments[at + 2 :]]
+    assert main([*without, "--resume", str(tmp_path / "out")]) == 0
+    assert "give the folder of the run" in complaint(capsys, without)
+
+
+def test_class_folders_must_be_the_same(work, tmp_path, capsys):
+    shutil.copytree(work / "data", tmp_path / "data")
+    (tmp_path / "data" / "val" / "3").rename(tmp_path / "data" / "val" / "three")
+    arguments = command(work, tmp_path / "out")
+    arguments[arguments.index("--data") + 1] = str(tmp_path / "data")
+    assert "class folders differ, '3'" in complaint(capsys, arguments)
 
 
 def test_a_resumed_run_refuses_another_recipe(work, tmp_path, capsys):

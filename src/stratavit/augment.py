@@ -86,12 +86,12 @@ class Target:
     def taught(self, target: Tensor, answer: Tensor, share: float) -> Tensor:
         """The target of a smaller prefix: `share` of it the full network's answer, logits ``[B, classes]``."""
         if self.mixup is None:
-            target = F.one_hot(target, self.classes).float()
+            target = F.one_hot(target, self.classes).float() * (1 - self.smoothing) + self.smoothing / self.classes
         return (1 - share) * target + share * answer.float().softmax(dim=-1)
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Mean cross-entropy against soft targets (of `mix`, smoothed already) or labels, in float32."""
-        smoothing = self.smoothing if self.mixup is None else 0.0
+        """Mean cross-entropy against soft targets (smoothed already) or labels, in float32."""
+        smoothing = 0.0 if target.is_floating_point() else self.smoothing
         return F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
 
 
@@ -100,7 +100,7 @@ def drop_path(model: nn.Module, rate: float) -> Iterator[None]:
     """Runs the body with drop-path rates rising linearly over the blocks to `rate`; puts the model's own back."""
     blocks = stages(model).blocks
     rates = torch.linspace(0, rate, len(blocks)).tolist()
-    before = [(block.drop_path1, block.drop_path2) for block in blocks]
+    before: list[tuple[Any, Any]] = [(block.drop_path1, block.drop_path2) for block in blocks]
     try:
         for block, share in zip(blocks, rates, strict=True):
             block.drop_path1 = DropPath(share) if share else nn.Identity()
@@ -109,3 +109,5 @@ def drop_path(model: nn.Module, rate: float) -> Iterator[None]:
     finally:
         for block, (first, second) in zip(blocks, before, strict=True):
             block.drop_path1, block.drop_path2 = first, second
+            first.train(block.training)
+            second.train(block.training)

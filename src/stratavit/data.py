@@ -168,6 +168,7 @@ def image_loader(
         what = "class folders" if dataset.class_index is None else "classes in the class map"
         raise StrataViTError(
             f"data: {folder} has {found} {what}, but the model's head has {num_classes} classes; "
-            "give --class-map FILE (one class folder name per line) or a model with --num-classes to match"
+            "give --class-map FILE (one class folder name per line), or a model whose head matches (--num-classes, "
+            "when fine-tuning --new-head)"
         )
     return loader

@@ -89,7 +89,7 @@ class Reference:
     ) -> None:
         self.model, self.sites = model, sites
         self.elastic: dict[str, Any] = {site.name: model.get_submodule(site.name) for site in sites}
-        answers = answers or Answers()
+        answers = Answers() if answers is None else answers  # an empty one is falsy
         self._batches = [batch.to(model_device(model), model_dtype(model)) for batch in batches]
         self.count = sum(len(batch) for batch in self._batches)
         self._dense: list[Tensor] = []

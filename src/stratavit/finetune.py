@@ -6,6 +6,7 @@ rest is the DeiT recipe.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,8 +23,7 @@ from stratavit.checkpoint import SMALL_FILES, publish
 from stratavit.cost import linear_macs
 from stratavit.errors import StrataViTError
 from stratavit.evaluate import evaluate
-from stratavit.loop import train
-from stratavit.piad import as_recipe, batches, folder_of
+from stratavit.launch import Config, batches, folder_of, recipe_for, train
 from stratavit.recipe import FINETUNING, Recipe
 from stratavit.sampling import Drawn
 from stratavit.spec import Spec
@@ -35,10 +35,11 @@ def finetune(
     model: nn.Module,
     train_data: Dataset[Any],
     val_data: Dataset[Any] | Iterable[Any] | None = None,
-    config: Recipe | Mapping[str, Any] | str | Path | None = None,
+    config: Config = None,
     out: str | Path | None = None,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     cpu: bool = False,
     teacher: nn.Module | None = None,
 ) -> nn.Module:
@@ -52,10 +53,10 @@ def finetune(
             (``model.reset_classifier(classes)``).
         train_data: Of known length, gives ``(image [C, H, W], label)``, augmented by itself if at all.
         val_data: Labelled images to evaluate on: a data set, or a loader.
-        config: A `Recipe`, some of its keys (the others as `recipe.FINETUNING`), or a recipe's file. None takes the
-            interrupted run's, or `recipe.FINETUNING`. Keys of the dropout list have no effect.
+        config: A `Recipe`; or some of its keys, or a recipe's file, the other keys as in the interrupted run, or as
+            `recipe.FINETUNING` has them. Keys of the dropout list have no effect.
         out: Folder of the run; must be empty or absent, unless `resume`. None keeps nothing but `model`.
-        resume, cpu: See `train_piad`.
+        resume, overwrite, cpu: See `train_piad`.
         teacher: A model with the same classes whose answers are ``config.distil`` of every target.
 
     Returns:
@@ -68,18 +69,19 @@ def finetune(
     """
     if isinstance(model, SuperNet):
         raise StrataViTError("finetune: this is a super-network: train it with train_piad, or extract a model first")
-    recipe = as_recipe(FINETUNING | dict(config) if isinstance(config, Mapping) else config)
+    if isinstance(config, Recipe):
+        config = dataclasses.replace(config, mode="plain")
+    recipe = recipe_for(config, out, resume, FINETUNING)
     architecture.describe(model)  # refused before any work if it could not be saved
     data_config = resolve_data_config(model)
 
-    def learner(recipe: Recipe, steps: int, accelerator: Any) -> Student:
+    def learner(steps: int, accelerator: Any) -> Student:
         return Student(model, data_config, recipe, recipe.decay(steps), accelerator)
 
-    default = Recipe.from_dict(FINETUNING)
+    evaluation = None if val_data is None else batches(val_data, recipe.batch_size)
     taught = None if teacher is None else Teacher.of(teacher, data_config)
     with folder_of(out) as folder:
-        evaluation = None if val_data is None else batches(val_data, (recipe or default).batch_size)
-        train(learner, model, train_data, recipe, default, folder, evaluation, resume, cpu, taught)
+        train(learner, model, train_data, recipe, folder, evaluation, resume, overwrite, cpu, taught)
     return model
 
 

@@ -6,75 +6,33 @@ timm's.
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from stratavit import checkpoint, order, processes, report
-from stratavit.augment import Target, drop_path
+from stratavit.augment import Target
 from stratavit.batches import check_labels, unpack
-from stratavit.checkpoint import Journal, read_state, write_state
+from stratavit.checkpoint import Journal, write_state
 from stratavit.errors import StrataViTError
-from stratavit.folders import check_free
 from stratavit.learner import Learner
 from stratavit.optimising import Losses, optimiser_and_schedule
+from stratavit.progress import track
 from stratavit.recipe import Recipe
 from stratavit.sampling import Drawn, stream
 from stratavit.teacher import Teacher
 
 
-def train(
-    learner: Callable[[Recipe, int, Any], Learner],
-    model: nn.Module,
-    data: Dataset[Any],
-    recipe: Recipe | None,
-    default: Recipe,
-    out: Path,
-    evaluation: Iterable[Any] | None,
-    resume: bool,
-    cpu: bool,
-    teacher: Teacher | None,
-) -> None:
-    """Trains in `out`, from the start or from where an interrupted run stood.
-
-    Args:
-        learner: Makes it from recipe, number of steps and accelerator.
-        model: The timm model that it trains.
-        data, evaluation, resume, cpu, teacher: See `piad.train_piad`.
-        recipe: None takes the interrupted run's, or `default`.
-        default: For a new run without a recipe.
-        out: Folder of the run.
-    """
-    state = read_state(out) if resume else None
-    begun = None if state is None else Recipe.from_dict(state["recipe"], str(out))
-    recipe = begun.resumed(recipe, str(out)) if begun else recipe or default
-    if bool(recipe.distil) is False and teacher is not None:
-        raise StrataViTError("train: a teacher is given, but distil is 0; set distil to the share that it teaches")
-    accelerator = processes.accelerator(recipe, out, cpu)
-    if state is None:
-        processes.on_main(accelerator, lambda: check_free(out, False).mkdir(parents=True, exist_ok=True))
-    with ExitStack() as stack:
-        stack.enter_context(order.kept_generators())
-        stack.enter_context(drop_path(model, recipe.drop_path))
-        stop = stack.enter_context(processes.stop_on_signal())
-        places = order.of(data, recipe, accelerator.num_processes)
-        made = learner(recipe, places.steps * recipe.epochs, accelerator)
-        trainer = Trainer(made, data, places, recipe, out, evaluation, accelerator, stop, teacher)
-        stack.callback(processes.release, accelerator, trainer.model)
-        if state is not None:
-            trainer.restore(state)
-        trainer.run()
-
-
 class Trainer:
-    """One training run; see `train` for the arguments.
+    """One training run; see `launch.train` for the arguments.
 
     Attributes:
         step: Steps of the optimiser done.
@@ -98,6 +56,10 @@ class Trainer:
         self.learner, self.net = learner, learner.net
         self.data, self.order, self.recipe, self.out = data, places, recipe, out
         self.evaluation, self.accelerator, self.stop = evaluation, accelerator, stop
+        if recipe.growths > places.steps:
+            raise StrataViTError(
+                f"train: growths ({recipe.growths}) must not exceed the {places.steps} steps of an epoch"
+            )
         self.rank = accelerator.process_index
         self.total = self.order.steps * recipe.epochs
         self.step = self.begun = self.ended = 0
@@ -119,6 +81,9 @@ class Trainer:
             self.save()
         while self.ended < self.recipe.epochs:
             self.train_epoch(self.ended)
+            if self.to_evaluate():  # which takes long
+                self.save()
+                self.pause(at_once=True)
             self.end_epoch()
         self.finish()
 
@@ -127,6 +92,7 @@ class Trainer:
         stage = self.step * self.recipe.growths // self.order.steps
         if self.begun > stage:
             return
+        order.seed_all(self.recipe.seed, "stage", stage)  # proxy images may be augmented
         self.learner.begin_stage(stage)
         self.begun = stage + 1
 
@@ -136,16 +102,29 @@ class Trainer:
         pin = self.accelerator.device.type == "cuda"
         batches = iter(order.loader(self.data, self.order, epoch, self.rank, first, self.recipe.workers, pin))
         self.model.train()
-        while self.step < (epoch + 1) * self.order.steps:
-            self.begin_stage()
-            self.update([next(batches) for _ in range(self.recipe.accumulate)])
-            stop = self.stop.agreed(self.accelerator, self.step)
-            if stop or (self.recipe.save_steps and self.step % self.recipe.save_steps == 0):
-                self.save()
-            if stop:
-                raise KeyboardInterrupt(f"stopped after step {self.step} of {self.total}; resume {self.out} to go on")
+        steps = range(first, self.order.steps)
+        shown = track(steps, f"epoch {epoch + 1} of {self.recipe.epochs}") if self.rank == 0 else steps
+        try:
+            for _ in shown:
+                self.begin_stage()
+                self.update([next(batches) for _ in range(self.recipe.accumulate)])
+                if self.recipe.save_steps and self.step % self.recipe.save_steps == 0:
+                    self.save()
+                self.pause()
+        finally:
+            order.close(batches)
         self.look()
         self.seconds = time.perf_counter() - started
+
+    def pause(self, at_once: bool = False) -> None:
+        """Saves and stops if that was asked for; several processes look together, every few steps or `at_once`.
+
+        Raises:
+            KeyboardInterrupt: It was.
+        """
+        if self.stop.agreed(self.accelerator, self.step, at_once):
+            self.save()
+            raise KeyboardInterrupt(f"stopped after step {self.step} of {self.total}; resume {self.out} to go on")
 
     def update(self, batches: list[Any]) -> None:
         """One step of the optimiser: every batch draws its own prefixes, gradients are averaged."""
@@ -177,8 +156,11 @@ class Trainer:
         """Logits of the teacher, or of the full network, which then teaches smaller ones; None if nothing does."""
         if not self.recipe.distil:
             return None
-        logits: Tensor = self.net(images) if self.teacher is None else self.teacher(images)
-        return logits
+        if self.teacher is None:
+            logits: Tensor = self.net(images)
+            return logits
+        with self.accelerator.autocast():
+            return self.teacher(images)
 
     def learn(self, images: Tensor, target: Tensor, drawn: Drawn, share: float, last: bool) -> None:
         """Forward and backward at a sub-network; processes exchange gradients in the last pass of a step."""
@@ -200,10 +182,16 @@ class Trainer:
         device = self.accelerator.device
         return self.target.mix(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
 
+    def to_evaluate(self) -> bool:
+        """Whether the ladder of budgets is evaluated at the end of this epoch."""
+        epoch = self.ended + 1
+        due = epoch == self.recipe.epochs or epoch % self.recipe.eval_every == 0
+        return self.evaluation is not None and due
+
     def end_epoch(self) -> None:
         """Evaluates if it is time, writes the log and the state."""
+        evaluates = self.to_evaluate()
         self.ended += 1
-        last = self.ended == self.recipe.epochs
         row = {
             "loss": self.losses.take_mean(),
             "lr": self.rate,
@@ -211,16 +199,20 @@ class Trainer:
             "seconds": round(self.seconds, 3),
         }
         self.log("epoch", row, row)
-        if self.evaluation is not None and (last or self.ended % self.recipe.eval_every == 0):
+        if evaluates:
+            order.seed_all(self.recipe.seed, "evaluation", self.ended)
+            assert self.evaluation is not None
             points = self.learner.evaluate(self.evaluation)
             self.log("eval", {"points": [asdict(p) for p in points]}, {f"top1 at {p.asked}": p.top1 for p in points})
-        if last or self.ended % self.recipe.save_every == 0:
+        if self.ended == self.recipe.epochs or self.ended % self.recipe.save_every == 0:
             self.save()
 
     def log(self, kind: str, row: dict[str, Any], values: dict[str, float]) -> None:
         """Writes a row of the log, and values for the tracker."""
         if self.accelerator.is_main_process:
             self.journal.append({"kind": kind, "epoch": self.ended, "step": self.step, **row})
+            shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+            print(f"epoch {self.ended} of {self.recipe.epochs}: {shown}", file=sys.stderr)
         self.accelerator.log(values, step=self.step)
 
     @property
@@ -293,6 +285,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Gives the network the weights to keep, and writes it with the last evaluation."""
+        order.seed_all(self.recipe.seed, "end")
         facts = {"recipe": self.recipe.to_dict(), "steps": self.step, **self.identity()}
         self.learner.graduate(facts)
         measured = [row["points"] for row in self.journal.rows() if row["kind"] == "eval"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,7 +107,23 @@ def loader(
     """Batches of one process in an epoch, from a step on; at most one worker per core."""
     workers = min(workers, os.cpu_count() or 1)
     keys = order.batches(epoch, process, first_step)
-    return DataLoader(Seeded(dataset, order.seed), batch_sampler=keys, num_workers=workers, pin_memory=pin)
+    seeded = Seeded(dataset, order.seed)
+    return DataLoader(
+        seeded, batch_sampler=keys, num_workers=workers, pin_memory=pin, worker_init_fn=_leave_signals_to_the_parent
+    )
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A scheduler's SIGTERM to all processes must not take the images from a run that is about to save its state."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def close(batches: Iterator[Any]) -> None:
+    """Ends the workers of a loader that is iterated over; as they ignore signals, they must not wait for one."""
+    shut = getattr(batches, "_shutdown_workers", None)
+    if shut is not None:
+        shut()
 
 
 def seed_all(*numbers: int | str) -> None:

@@ -35,6 +35,7 @@ def accelerator(recipe: Recipe, out: Path, cpu: bool) -> Any:
     """
     try:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
         from accelerate.utils import DistributedDataParallelKwargs
     except ImportError as error:
         raise StrataViTError("training needs Hugging Face Accelerate: pip install 'stratavit[train]'") from error
@@ -50,6 +51,7 @@ def accelerator(recipe: Recipe, out: Path, cpu: bool) -> Any:
         cpu = True  # Accelerate joins processes on CPUs only when told
     # a prefix skips modules, so not every weight has a gradient; buffers are kept equal by `agree`
     parallel = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+    fresh = not getattr(AcceleratorState, "_shared_state", None)
     try:
         found = Accelerator(
             mixed_precision=None if recipe.precision == "auto" else recipe.precision,
@@ -65,9 +67,21 @@ def accelerator(recipe: Recipe, out: Path, cpu: bool) -> Any:
             f"train: {launched} processes were launched, but Accelerate joined {found.num_processes}; use "
             "`accelerate launch --multi_gpu`, or `torchrun` with --device cpu"
         )
+    found.is_ours = fresh and found.num_processes == 1
+    if recipe.tracker != "none" and not found.log_with:
+        forget(found)
+        raise StrataViTError(f"train: the tracker {recipe.tracker!r} is not installed; install it, or set it to 'none'")
     if found.num_processes > 1:
         atexit.register(part)
     return found
+
+
+def forget(accelerator: Any) -> None:
+    """Lets the next run in this process choose its precision and device anew, unless others use Accelerate's state."""
+    if accelerator.is_ours:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def part() -> None:
@@ -147,11 +161,11 @@ class StopRequest:
     def __init__(self) -> None:
         self.asked = False
 
-    def agreed(self, accelerator: Any, step: int) -> bool:
-        """Whether any process was asked; several processes look only every few steps, all at the same ones."""
+    def agreed(self, accelerator: Any, step: int, at_once: bool = False) -> bool:
+        """Whether any process was asked; several look every few steps only, all at the same ones, or `at_once`."""
         if accelerator.num_processes == 1:
             return self.asked
-        if step % CHECK_EVERY:
+        if step % CHECK_EVERY and not at_once:
             return False
         flag = torch.tensor(float(self.asked), device=accelerator.device)
         return bool(accelerator.reduce(flag, "sum"))

@@ -171,7 +171,7 @@ class Pupil:
 
 def forget_moments(net: SuperNet) -> None:
     """Drops what training makes stale: second moments and the final mean."""
-    net.final_mean = None
+    net.final_mean = net._answers = None
     for module in net.elastic.values():
         module.moments, module.crossed = None, ()
     net.compensation = "none" if net.method == "paper" else "mean"

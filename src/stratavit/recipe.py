@@ -68,7 +68,7 @@ class Recipe:
         objective: What Taylor importance differentiates, see `statistics.collect`; ``auto``: the true logit (P).
         measure: Of sensitivity, see `sensitivity.bypass_sensitivity`; ``auto`` is top-1 (P) except near chance.
         sampling: See `sampling.draw`; ``uniform`` (P).
-        proxy_images: Images that importance and means are measured on, command line only (P: 1,024).
+        proxy_images: Images that importance and means are measured on (P: 1,024).
         precision: ``no``, ``fp16``, ``bf16``, or ``auto``, what `accelerate launch` was told (S).
         seed: Of order, augmentation, draws and drop-path (S).
         workers: Image-loading processes per training process (S).

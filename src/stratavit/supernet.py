@@ -197,7 +197,8 @@ class SuperNet(Sized):
                         self.model, self.sites, self.cost, loader, plan or Walk(), known
                     )
                 finally:
-                    self.compensation, self._answers = before, None
+                    self.compensation = before
+        self._answers = None
         if method != self.method:
             self.method = method
         self.final_mean = final_mean

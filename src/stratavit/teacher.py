@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from stratavit.errors import StrataViTError
+from stratavit.structure import model_dtype
 
 
 class Teacher:
@@ -50,7 +52,7 @@ class Teacher:
         size = tuple(own["input_size"][1:] if fixed is None else fixed)
         same = size == tuple(student["input_size"][1:])
         cfg = getattr(model, "pretrained_cfg", None) or {}
-        name = f"{type(model).__name__} {cfg.get('architecture', '')}".strip()
+        name = f"{cfg.get('architecture') or type(model).__name__} {_digest(model)}"
         return cls(model, name, None if same else (size[0], size[1]), _normal(own), _normal(student))
 
     def to(self, device: torch.device, classes: int) -> Teacher:
@@ -71,11 +73,19 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Logits ``[B, classes]`` for images ``[B, C, H, W]`` in the student's normalisation."""
-        images = images * self.factor + self.shift
+        images = (images * self.factor + self.shift).to(model_dtype(self.model))
         if self.size is not None:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
         logits: Tensor = self.model(images)
         return logits
+
+
+def _digest(model: nn.Module) -> str:
+    """Eight digits that tell one set of weights from another."""
+    digest = hashlib.blake2b(digest_size=4)
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _normal(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from stratavit.architecture import resolve_data_config
 from stratavit.augment import TrainingFolder, training_transform
 from stratavit.budget import human
 from stratavit.checkpoint import LOG_FILE, Journal, read_state
-from stratavit.commands import default_workers
+from stratavit.commands import default_workers, pick_device
 from stratavit.data import ImageLoader, image_loader
 from stratavit.errors import StrataViTError
 from stratavit.finetune import finetune as finetune_model
@@ -54,9 +54,17 @@ def _add_options(command: ArgumentParser, out: str, default: str, without: tuple
     command.add_argument(
         "--class-map", metavar="FILE", help="text file, one class folder name per line in the order of the head"
     )
-    command.add_argument("--out", required=True, metavar=out, help="folder of the run; with --resume, to go on in")
-    command.add_argument("--recipe", metavar="FILE", help=f"TOML file of a recipe ({default})")
-    command.add_argument("--resume", action="store_true", help=f"go on with the interrupted run in {out}")
+    command.add_argument("--out", metavar=out, help="folder of the run")
+    command.add_argument("--overwrite", action="store_true", help=f"empty {out} first")
+    command.add_argument("--recipe", "--config", metavar="FILE", help=f"TOML file of a recipe ({default})")
+    command.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar=out,
+        help="go on with the interrupted run in this folder",
+    )
     command.add_argument("--teacher", metavar="SMALL|MODEL", help="a model whose answers are --distil of every target")
     command.add_argument("--teacher-weights", metavar="FILE", help="local checkpoint of a teacher named by timm's name")
     group = command.add_argument_group("recipe", "any key of the recipe, over what the file says")
@@ -76,12 +84,11 @@ def _add_options(command: ArgumentParser, out: str, default: str, without: tuple
         )
 
 
-def recipe_of(args: Namespace) -> Recipe | None:
-    """The recipe that was asked for; None for the interrupted run's own."""
+def recipe_of(args: Namespace) -> Recipe:
+    """The recipe that was asked for: flags win over the file, that over the interrupted run's or the defaults."""
     overrides = {key.removeprefix(_PREFIX): value for key, value in vars(args).items() if key.startswith(_PREFIX)}
-    if args.resume and args.recipe is None:
-        return Recipe.from_dict(read_state(Path(args.out))["recipe"] | overrides) if overrides else None
-    return Recipe.read(args.recipe, overrides, args.base)
+    begun = read_state(Path(args.out))["recipe"] if args.resume else {}
+    return Recipe.read(args.recipe, overrides, args.base | begun)
 
 
 class Images(NamedTuple):
@@ -93,32 +100,52 @@ class Images(NamedTuple):
 
 
 def images_of(args: Namespace, config: Mapping[str, Any], classes: int | None, recipe: Recipe) -> Images:
-    """The images of ``--data``, checked against a head of so many classes."""
-    options = (classes, args.class_map, recipe.batch_size, min(recipe.workers, default_workers()))
-    train = image_loader(args.data, config, "train", *options)
-    proxy = image_loader(args.data, config, "train", *options, limit=recipe.proxy_images)
-    held_out = any((Path(args.data) / name).is_dir() for name in _EVALUATION)
-    evaluation = image_loader(args.data, config, "val", *options) if held_out else None
+    """The images of ``--data``, checked against a head of so many classes (None: as many as there are).
+
+    Raises:
+        StrataViTError: See `image_loader`; or the folders to evaluate on are others than those to train on.
+    """
+    workers = min(recipe.workers, default_workers())
+    options = (args.class_map, recipe.batch_size, workers)
+    train = image_loader(args.data, config, "train", classes, *options)
+    proxy = image_loader(args.data, config, "train", classes, *options, limit=recipe.proxy_images)
+    evaluation = None
+    if any((Path(args.data) / name).is_dir() for name in _EVALUATION):
+        evaluation = image_loader(args.data, config, "val", classes, *options)
+        ours, theirs = (set(loader.dataset.reader.class_to_idx) for loader in (train, evaluation))
+        if args.class_map is None and ours != theirs:
+            raise StrataViTError(
+                f"data: class folders differ, {min(ours ^ theirs)!r} is there to train on or to evaluate on only, so "
+                "their numbers would too; give --class-map FILE (one class folder name per line)"
+            )
     return Images(TrainingFolder(train.dataset, training_transform(config, recipe)), proxy, evaluation)
 
 
-def teacher_of(args: Namespace) -> nn.Module | None:
-    """The teacher that was asked for."""
+def teacher_of(args: Namespace, classes: int) -> nn.Module | None:
+    """The teacher that was asked for, for a student of so many classes."""
     if args.teacher is None:
         if args.teacher_weights is not None:
             raise StrataViTError("--teacher-weights needs --teacher MODEL")
         return None
-    return model_at(args.teacher, args.teacher_weights)
+    return model_at(args.teacher, args.teacher_weights, None if Path(args.teacher).is_dir() else classes)
 
 
-def _begin(args: Namespace) -> tuple[Recipe | None, Recipe]:
-    """The recipe to train by (None: the interrupted run's), and the one that sizes loaders."""
+def _begin(args: Namespace) -> Recipe:
+    """The recipe to train by; checks folder and device."""
     if args.device not in ("auto", "cpu", "cuda"):
         raise StrataViTError(
             f"device {args.device!r}: training takes auto, cpu or cuda; choose among several by CUDA_VISIBLE_DEVICES"
         )
-    asked = recipe_of(args)
-    return asked, asked or Recipe.from_dict(read_state(Path(args.out))["recipe"], args.out)
+    pick_device(args.device)
+    if isinstance(args.resume, str):
+        if args.out not in (None, args.resume):
+            raise StrataViTError(f"--resume {args.resume} goes on in that folder; leave out --out {args.out}")
+        args.out, args.resume = args.resume, True
+    if args.out is None:
+        raise StrataViTError("give the folder of the run: --out, or --resume to go on with an interrupted one")
+    if args.resume and args.overwrite:
+        raise StrataViTError("--resume goes on with what --overwrite would delete; give one of them")
+    return recipe_of(args)
 
 
 def _follower(args: Namespace) -> bool:
@@ -132,19 +159,20 @@ def _follower(args: Namespace) -> bool:
 
 def train(args: Namespace) -> tuple[dict[str, Any], list[Any]]:
     """RUN and training images to a trained super-network's folder."""
-    asked, recipe = _begin(args)
+    recipe = _begin(args)
     net = SuperNet.load(args.run)
     images = images_of(args, net.data_config, net.model.num_classes, recipe)
     train_piad(
         net,
         images.train,
         images.evaluation,
-        asked,
+        recipe,
         args.out,
         proxy=images.proxy,
         resume=args.resume,
+        overwrite=args.overwrite,
         cpu=args.device == "cpu",
-        teacher=teacher_of(args),
+        teacher=teacher_of(args, net.model.num_classes),
     )
     if _follower(args):
         return {}, []
@@ -162,7 +190,7 @@ def train(args: Namespace) -> tuple[dict[str, Any], list[Any]]:
 
 def finetune(args: Namespace) -> tuple[dict[str, Any], list[Any]]:
     """SMALL and training images to a fine-tuned small model's folder."""
-    asked, recipe = _begin(args)
+    recipe = _begin(args)
     model: Any = artifacts.load(args.small)
     config = resolve_data_config(model)
     images = images_of(args, config, None if args.new_head else model.num_classes, recipe)
@@ -172,11 +200,12 @@ def finetune(args: Namespace) -> tuple[dict[str, Any], list[Any]]:
         model,
         images.train,
         images.evaluation,
-        asked,
+        recipe,
         args.out,
         resume=args.resume,
+        overwrite=args.overwrite,
         cpu=args.device == "cpu",
-        teacher=teacher_of(args),
+        teacher=teacher_of(args, model.num_classes),
     )
     if _follower(args):
         return {}, []

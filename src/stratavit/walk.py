@@ -72,7 +72,8 @@ def walk(
     """
     if torch.is_inference_mode_enabled():
         raise StrataViTError("stratify needs gradients: call it outside torch.inference_mode()")
-    feed, fold, answers = Feed(loader), 0, answers or Answers()
+    feed, fold = Feed(loader), 0
+    answers = Answers() if answers is None else answers
     ratios = dict.fromkeys((site.name for site in sites), 0.0)
     caps = {site.name: site.width for site in sites}
     floor = cost.macs({site.name: site.steps[1] for site in sites}) / cost.macs()

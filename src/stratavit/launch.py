@@ -1,0 +1,130 @@
+"""What a training run needs before its first step: its recipe, its folder, its data, its processes."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from stratavit import order, processes
+from stratavit.augment import drop_path
+from stratavit.checkpoint import read_state
+from stratavit.errors import StrataViTError
+from stratavit.folders import check_free
+from stratavit.learner import Learner
+from stratavit.loop import Trainer
+from stratavit.recipe import Recipe
+from stratavit.teacher import Teacher
+
+Config = Recipe | Mapping[str, Any] | str | Path | None
+
+
+def recipe_for(config: Config, out: str | Path | None, resume: bool, base: Mapping[str, Any]) -> Recipe:
+    """The recipe of a run from what a user may give in its place.
+
+    Args:
+        config: A recipe; or some of its keys, or a file of them, the others as in the interrupted run, or `base`.
+        out: Folder of the run.
+        resume: Whether an interrupted run is there.
+        base: Keys in place of the defaults of `Recipe`, for a new run.
+
+    Raises:
+        StrataViTError: See `Recipe.read` and `Recipe.resumed`; there is no run to resume.
+    """
+    begun = None
+    if resume:
+        if out is None:
+            raise StrataViTError("resume: give the folder of the interrupted run")
+        begun = Recipe.from_dict(read_state(Path(out))["recipe"], str(out))
+    if not isinstance(config, Recipe):
+        filled = base if begun is None else begun.to_dict()
+        config = Recipe.read(None, config, filled) if isinstance(config, Mapping) else Recipe.read(config, None, filled)
+    return config if begun is None else begun.resumed(config, str(out))
+
+
+def train(
+    learner: Callable[[int, Any], Learner],
+    model: nn.Module,
+    data: Dataset[Any],
+    recipe: Recipe,
+    out: Path,
+    evaluation: Iterable[Any] | None,
+    resume: bool,
+    overwrite: bool,
+    cpu: bool,
+    teacher: Teacher | None,
+) -> None:
+    """Trains in `out`, from the start or from where an interrupted run stood.
+
+    Args:
+        learner: Makes it from number of steps and accelerator.
+        model: The timm model that it trains.
+        recipe: See `recipe_for`.
+        out: Folder of the run.
+        data, evaluation, resume, overwrite, cpu, teacher: See `piad.train_piad`.
+    """
+    check_teaching(recipe, teacher)
+    state = read_state(out) if resume else None
+    accelerator = processes.accelerator(recipe, out, cpu)
+    with ExitStack() as stack:
+        stack.callback(processes.forget, accelerator)
+        if state is None:
+            processes.on_main(accelerator, lambda: make_folder(out, overwrite))
+        stack.enter_context(order.kept_generators())
+        stack.enter_context(drop_path(model, recipe.drop_path))
+        stop = stack.enter_context(processes.stop_on_signal())
+        places = order.of(data, recipe, accelerator.num_processes)
+        made = learner(places.steps * recipe.epochs, accelerator)
+        trainer = Trainer(made, data, places, recipe, out, evaluation, accelerator, stop, teacher)
+        stack.callback(processes.release, accelerator, trainer.model)
+        if state is not None:
+            trainer.restore(state)
+        trainer.run()
+
+
+def check_teaching(recipe: Recipe, teacher: Teacher | None) -> None:
+    """Whether there is something to teach with, if and only if something is to be taught.
+
+    Raises:
+        StrataViTError: There is a teacher and `distil` is 0, or the reverse where no network could teach itself.
+    """
+    if teacher is not None and not recipe.distil:
+        raise StrataViTError("train: a teacher is given, but distil is 0; set distil to the share that it teaches")
+    if teacher is None and recipe.distil and recipe.mode == "plain":
+        raise StrataViTError("train: distil needs a teacher here: there is no larger network that could teach")
+
+
+def make_folder(out: Path, overwrite: bool) -> None:
+    """An empty folder for a run; what was there goes, if that was asked for."""
+    check_free(out, overwrite)
+    if out.is_dir():
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+
+
+def spread(data: Dataset[Any], count: int) -> Dataset[Any]:
+    """At most `count` items, evenly spread."""
+    size = len(data)  # type: ignore[arg-type]
+    count = min(count, size)
+    return Subset(data, [index * size // count for index in range(count)])
+
+
+def batches(data: Dataset[Any] | Iterable[Any], batch_size: int) -> Iterable[Any]:
+    """A loader as it is, or batches of a data set in order."""
+    return DataLoader(data, batch_size) if isinstance(data, Dataset) else data
+
+
+@contextmanager
+def folder_of(out: str | Path | None) -> Iterator[Path]:
+    """The folder of a run, or one that is gone afterwards."""
+    if out is not None:
+        yield Path(out)
+        return
+    with tempfile.TemporaryDirectory(prefix="stratavit-") as temporary:
+        yield Path(temporary) / "run"
