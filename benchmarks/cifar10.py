@@ -30,7 +30,7 @@ from stratavit.cli import main as run_cli
 from stratavit.data import image_loader
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-ARMS = ("plain", "channel", "weighted", "layerdrop", "piad", "piad-wpac", "piad-paper")
+ARMS = ("plain", "channel", "weighted", "layerdrop", "piad", "piad-wpac", "piad-full")
 TWELFTHS = (12, 10, 8, 6, 4)
 NORMAL = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -94,10 +94,10 @@ def call(*words: Any) -> None:
 
 def arm(work: Path, name: str, seed: int) -> None:
     """One run of `train`, by the command line."""
-    mode, _, start = name.partition("-")
-    run = start_of(work, start)
-    out = work / f"{name}-{seed}"
-    command = ["--data", images_to_train_on(work), "--recipe", RECIPES / "cifar10_piad.toml", "--device", "cpu"]
+    mode, _, variant = name.partition("-")
+    run, out = start_of(work, variant), work / f"{name}-{seed}"
+    recipe = RECIPES / ("cifar10_piad_full.toml" if variant == "full" else "cifar10_piad.toml")
+    command = ["--data", images_to_train_on(work), "--recipe", recipe, "--device", "cpu"]
     resume = ["--resume"] if (out / checkpoint.STATE_FILE).exists() else []
     call("train", run, *command, "--mode", mode, "--seed", seed, "--out", out, *resume)
     (out / checkpoint.STATE_FILE).unlink()
@@ -108,10 +108,10 @@ def images_to_train_on(work: Path) -> Path:
     return work / "images" / "train"
 
 
-def start_of(work: Path, start: str) -> Path:
+def start_of(work: Path, variant: str) -> Path:
     """The super-network that an arm starts from; ``wpac``: the coordinates of the paper, trained as by default."""
-    if start != "wpac":
-        return work / f"run-{start or 'default'}"
+    if variant != "wpac":
+        return work / "run-default"
     out = work / "run-wpac"
     if not out.exists():
         net = SuperNet.load(work / "run-paper")

@@ -337,6 +337,44 @@ def test_mixed_precision_with_everything_on_and_resumed(tmp_path):
     assert all(p.dtype is torch.float32 for p in net.parameters())
 
 
+def test_full_compensation_in_training(tmp_path):
+    """Moments are measured anew, serve while training, survive interruptions, and are saved with the result."""
+    recipe = dataclasses.replace(TINY, compensation="full", precision="bf16")
+    net = run(tmp_path / "whole", recipe=recipe)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", recipe=recipe, data=Images(30, terminate))
+    run(tmp_path / "run", recipe=recipe, resume=True)
+    assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
+    loaded = SuperNet.load(tmp_path / "run")
+    assert loaded.compensation == "full"
+    images, spec = make_images(2, seed=9), loaded.spec(macs=0.5)
+    with torch.no_grad():
+        assert torch.allclose(loaded.extract(spec=spec, verbose=False)(images), net(images, spec), atol=1e-5)
+    net.set_widths(None)
+    for name, module in loaded.elastic.items():
+        assert torch.equal(module.moments.factor, net.elastic[name].moments.factor)
+        found = stratavit.statistics.collect(net.model, make_batches(), "auto", "none", token_weight=0.5)[name]
+        _, moments = stratavit.contraction.moments_of(net.elastic[name], found)
+        assert relative_error(module.moments.factor, moments.factor) < 1e-5
+    with pytest.raises(StrataViTError, match="not 'paper'"):
+        run(tmp_path / "paper", "paper", recipe=recipe)
+
+
+def test_moments_of_channels_as_they_are():
+    """Measured again right after contraction they are those that contraction computed."""
+    for family in ("plain", "layer_scale", "odd_widths"):
+        net = make_net(family)
+        found = stratavit.statistics.collect(net.model, make_batches(), "auto", "none", token_weight=0.5)
+        for name, module in net.elastic.items():
+            mean, moments = stratavit.contraction.moments_of(module, found[name])
+            assert relative_error(mean.float(), module.channel_mean) < 1e-4
+            assert (
+                relative_error(moments.factor @ moments.factor.T, module.moments.factor @ module.moments.factor.T)
+                < 1e-3
+            )
+            assert moments.energy == pytest.approx(module.moments.energy, rel=1e-3)
+
+
 def test_smaller_prefixes_learn_from_the_full_network(tmp_path):
     found = trainer(tmp_path, dataclasses.replace(TINY, distil=1.0, accumulate=1, drop_path=0.0, mixup=0.0, cutmix=0.0))
     small, full = found.net.resolve(WIDTHS), found.net.resolve(None)

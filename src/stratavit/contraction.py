@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from stratavit.compensation import factorise
+from stratavit.compensation import Moments, factorise
 from stratavit.elastic import ElasticAttention, ElasticMlp, ElasticSite
 from stratavit.output_aware import elimination_order, output_axes
 from stratavit.progress import track
@@ -75,6 +75,20 @@ def _sort_by_output(module: ElasticSite, found: SiteStatistics, scale: Tensor | 
         channels.append((new_mean.to(module.out.weight), moments))
     (module.channel_mean, module.moments), *crossed = channels
     module.crossed = tuple(crossed)
+
+
+def moments_of(module: ElasticSite, found: SiteStatistics) -> tuple[Tensor, Moments]:
+    """Mean ``[H, d]`` and moments of a site's channels as they are, nothing turned or sorted.
+
+    Args:
+        module: The site.
+        found: Its statistics, with a covariance.
+    """
+    assert found.covariance is not None
+    shape = found.channel_mean.shape
+    covariance = found.covariance.unflatten(0, shape).unflatten(2, shape).permute(1, 0, 3, 2)  # [d, H, d, H]
+    moments = factorise(covariance.flatten(2).flatten(0, 1), module.out_by_coordinate().detach())
+    return found.channel_mean, moments.to(module.out.weight.device)
 
 
 def _turned(mean: Tensor, covariance: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:

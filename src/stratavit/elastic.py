@@ -134,6 +134,10 @@ class ElasticSite(nn.Module):
 
     def compensated_out(self, width: int, gain: float) -> tuple[Tensor, Tensor]:
         """Weight ``[C, H*w]`` and bias ``[C]`` of `out` with what the dropped channels did folded in."""
+        with torch.autocast(self.out.weight.device.type, enabled=False):
+            return self._solved(width, gain)
+
+    def _solved(self, width: int, gain: float) -> tuple[Tensor, Tensor]:
         assert self.moments is not None
         if self.moments.factor.device != self.out.weight.device:
             self.moments = self.moments.to(self.out.weight.device)

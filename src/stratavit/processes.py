@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from stratavit.compensation import Moments
 from stratavit.errors import StrataViTError
 from stratavit.recipe import Recipe
 
@@ -125,6 +126,12 @@ def agree_tensor(accelerator: Any, tensor: Tensor) -> Tensor:
 
     agreed: Tensor = broadcast(tensor.contiguous())
     return agreed
+
+
+def agree_moments(accelerator: Any, moments: Moments) -> Moments:
+    """The first process's moments on all of them."""
+    scalars = agree(accelerator, (moments.ridge, moments.energy))
+    return Moments(agree_tensor(accelerator, moments.factor), *scalars)
 
 
 def gather(accelerator: Any, items: list[T]) -> list[T]:

@@ -11,21 +11,22 @@ from timm.utils import ModelEmaV3
 
 from stratavit import contraction, processes, progressive, report
 from stratavit.checkpoint import SUPER_FILES, publish
+from stratavit.compensation import Moments
 from stratavit.errors import StrataViTError
 from stratavit.recipe import Recipe
 from stratavit.sampling import Drawn, Prefixes, draw, random_widths, without_layers
 from stratavit.spec import Spec
-from stratavit.statistics import collect
+from stratavit.statistics import Objective, collect
 from stratavit.strata import Entry, Strata
-from stratavit.supernet import SuperNet
+from stratavit.supernet import TOKEN_WEIGHT, SuperNet
 
 
 class Pupil:
     """A super-network in training.
 
     Args:
-        net: It is moved to the accelerator's device, in float32, and loses what training makes stale: second
-            moments and the final mean.
+        net: It is moved to the accelerator's device, in float32, and loses what training makes stale: moments and the
+            final mean.
         recipe: Averaging, the list, and which weights are kept.
         decay: EMA decay per step; 0 is no average.
         proxy: Images that importance and means are measured on.
@@ -43,7 +44,7 @@ class Pupil:
         self.net, self.recipe, self.proxy, self.accelerator = net, recipe, proxy, accelerator
         self.kind: str = net.method
         self.full_macs = net.macs()
-        forget_moments(net)
+        forget_moments(net, recipe)
         net.set_units(recipe.head_dim_unit, recipe.mlp_units)
         net.float().to(accelerator.device)
         self.ema = ModelEmaV3(net, decay) if decay else None
@@ -99,14 +100,20 @@ class Pupil:
         return Drawn(spec, self.net.macs(spec))
 
     def refresh_means(self, net: SuperNet) -> None:
-        """Measures the mean of every channel anew, where cut channels are replaced by it."""
-        if net.compensation != "mean":
+        """Measures anew what takes the place of cut channels: the mean of every channel, and moments if they serve."""
+        if net.compensation == "none":
             return
+        full = net.compensation == "full"
         net.set_widths(None)
-        statistics = collect(net.model, self.proxy, self.recipe.objective, "none", "means")
+        objective: Objective = "auto" if full else self.recipe.objective
+        statistics = collect(net.model, self.proxy, objective, "none", "means", TOKEN_WEIGHT if full else None)
         for name, module in net.elastic.items():
-            mean = statistics[name].channel_mean.to(module.out.weight)
-            contraction.set_mean(module, processes.agree_tensor(self.accelerator, mean))
+            mean = statistics[name].channel_mean
+            if full:
+                mean, moments = contraction.moments_of(module, statistics[name])
+                module.moments = processes.agree_moments(self.accelerator, moments)
+            mean = processes.agree_tensor(self.accelerator, mean.to(module.out.weight))
+            contraction.set_mean(module, mean)
 
     def settle(self) -> SuperNet:
         """The judge with its list and its own means; ``plain`` and ``channel`` make their list here, in one go."""
@@ -130,6 +137,7 @@ class Pupil:
             net.model.load_state_dict(judge.model.state_dict())
             for name, module in net.elastic.items():
                 contraction.set_mean(module, judge.elastic[name].channel_mean)
+                module.moments = judge.elastic[name].moments
         net.strata = judge.strata
         net.set_widths(None)
         net.eval()
@@ -149,6 +157,7 @@ class Pupil:
             "strata": self.strata.to_json(),
             "weights": self.net.model.state_dict(),
             "means": {name: module.channel_mean for name, module in self.net.elastic.items()},
+            "moments": {name: None if m.moments is None else vars(m.moments) for name, m in self.net.elastic.items()},
             "ema": None if self.ema is None else self.ema.module.model.state_dict(),
         }
 
@@ -166,12 +175,20 @@ class Pupil:
             raise StrataViTError("this is the state of another model; resume with the one it began with") from error
         for name, module in self.net.elastic.items():
             contraction.set_mean(module, state["means"][name])
+            moments = state["moments"][name]
+            module.moments = None if moments is None else Moments(**moments).to(module.out.weight.device)
         self.set_list(list(Strata.from_json(self.net.sites, state["strata"]).entries))
 
 
-def forget_moments(net: SuperNet) -> None:
-    """Drops what training makes stale: second moments and the final mean."""
+def forget_moments(net: SuperNet, recipe: Recipe) -> None:
+    """Drops what training makes stale, and sets what takes the place of cut channels.
+
+    Raises:
+        StrataViTError: The recipe compensates in full, and the network was contracted as in the paper.
+    """
+    if net.method == "paper" and recipe.compensation == "full":
+        raise StrataViTError("train: compensation 'full' needs a network contracted by the default method, not 'paper'")
     net.final_mean = net._answers = None
     for module in net.elastic.values():
         module.moments, module.crossed = None, ()
-    net.compensation = "none" if net.method == "paper" else "mean"
+    net.compensation = "none" if net.method == "paper" else recipe.compensation

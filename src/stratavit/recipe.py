@@ -38,6 +38,9 @@ class Recipe:
             draws from a list that is made once, before training, and leaves every site a unit; ``layerdrop`` is
             ``weighted`` with whole sites skipped at random. ``plain`` and ``channel`` make their list at the end.
         layer_drop: Probability that ``layerdrop`` skips a site (S: 0.2, as LayerDrop, arXiv 1909.11556).
+        compensation: What takes the place of cut channels while training, where the method is not the paper's: their
+            ``mean``, or ``full``, what the kept ones predict (S). ``full`` starts from the one-shot networks, and keeps
+            second moments.
         distil: Share of the target that is the teacher's answer to the same batch, one forward pass more; without a
             teacher of its own the full network teaches smaller prefixes; 0 is none (P: none).
         epochs: Passes over the training images; 150 for DeiT-B (P).
@@ -81,6 +84,7 @@ class Recipe:
 
     mode: Mode = "piad"
     layer_drop: float = 0.2
+    compensation: Literal["mean", "full"] = "mean"
     distil: float = 0.0
     epochs: int = 300
     batch_size: int = 128
@@ -219,7 +223,7 @@ class Recipe:
 # of one small model: the paper's 30 epochs (P); keys of the dropout list have no effect
 FINETUNING: dict[str, Any] = {"mode": "plain", "epochs": 30, "lr": 5e-5, "min_lr": 1e-6}
 LIST_KEYS = (
-    *("mode", "layer_drop", "reduction", "list_epochs", "growths", "head_dim_unit", "mlp_units"),
+    *("mode", "layer_drop", "compensation", "reduction", "list_epochs", "growths", "head_dim_unit", "mlp_units"),
     *("objective", "measure", "sampling", "proxy_images"),
 )
 _WITHOUT_EFFECT = ("workers", "eval_every", "save_every", "save_steps", "log_steps", "tracker")
