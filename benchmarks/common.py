@@ -13,6 +13,8 @@ from typing import Any
 
 import timm
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import stratavit
@@ -42,6 +44,13 @@ def real_batches(model: nn.Module, split: str, limit: int | None = None, batch_s
     return list(image_loader(folder, config, split, 1000, folder / "class_map.txt", batch_size, limit=limit))
 
 
+@torch.inference_mode()
+def correct(net: stratavit.SuperNet, spec: stratavit.Spec, batches: Batches) -> Tensor:
+    """1 for each image whose class is the first answer, else 0."""
+    net.eval()
+    return torch.cat([(net(images, spec).argmax(dim=-1) == labels).float() for images, labels in batches])
+
+
 def write_results(name: str, rows: Sequence[Mapping[str, Any]], note: str = "") -> None:
     """Prints a table and writes it, dated, as CSV and Markdown with command, versions and hardware."""
     stem = f"{datetime.date.today().isoformat()}-{name}"
@@ -61,6 +70,35 @@ def write_results(name: str, rows: Sequence[Mapping[str, Any]], note: str = "") 
     text = "\n".join([f"# {name}, {datetime.date.today().isoformat()}", "", *lines, "", note, "", facts, ""])
     (RESULTS / f"{stem}.md").write_text(text, encoding="utf-8")
     print(text)
+
+
+def draw_lines(
+    lines: Mapping[str, Sequence[tuple[float, float]]], path: str | Path, title: str, best: str = "", first: str = "-"
+) -> None:
+    """Top-1 against the share of the MACs, a line each.
+
+    Args:
+        lines: Label -> points (share, top-1), largest first.
+        path: PNG to write.
+        title: Of the picture.
+        best: Label of the line that stands out; the last one if empty.
+        first: Style of the first line, in grey.
+    """
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for number, (label, points) in enumerate(lines.items()):
+        shades = {next(iter(lines)): ("#9ca3af", first), best or list(lines)[-1]: ("#2563eb", "-")}
+        colour, style = shades.get(label, (f"C{number}", "-"))
+        width = 2.2 if label in shades else 1.1
+        axes.plot(
+            *zip(*points, strict=True), style, marker="o", markersize=4, color=colour, linewidth=width, label=label
+        )
+    axes.set(xlabel="share of the dense model's MACs", ylabel="top-1, %", title=title, ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=150)
 
 
 def _cell(value: Any) -> str:

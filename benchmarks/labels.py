@@ -13,7 +13,7 @@ import argparse
 from typing import Any
 
 import torch
-from common import MODELS, Batches, real_batches, real_model, write_results
+from common import MODELS, correct, real_batches, real_model, write_results
 from torch import Tensor
 
 import stratavit
@@ -49,13 +49,6 @@ def main() -> None:
         "same widths, no final mean. Intervals are over images; the draw of the calibration images is not in them."
     )
     write_results(f"labels-{args.model}", rows, note)
-
-
-@torch.inference_mode()
-def correct(net: stratavit.SuperNet, spec: stratavit.Spec, batches: Batches) -> Tensor:
-    """1 for each image whose class is the first answer, else 0."""
-    net.eval()
-    return torch.cat([(net(images, spec).argmax(dim=-1) == labels).float() for images, labels in batches])
 
 
 def summary(name: str, right: dict[str, dict[int, list[Tensor]]]) -> dict[str, Any]:

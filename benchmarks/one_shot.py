@@ -12,9 +12,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from common import MODELS, Batches, real_batches, real_model, write_results
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from common import MODELS, Batches, draw_lines, real_batches, real_model, write_results
 
 import stratavit
 from stratavit.allocation import allocate
@@ -85,28 +83,8 @@ def uniform(net: stratavit.SuperNet) -> dict[int, stratavit.Spec]:
 
 def draw(rows: list[Row], dense: float, path: str, title: str) -> None:
     """Top-1 against share of MACs, a line a row."""
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for number, row in enumerate(rows):
-        shades = {0: ("#9ca3af", "--"), len(rows) - 1: ("#2563eb", "-")}
-        colour, style = shades.get(number, (f"C{number}", "-"))
-        shares = [1.0, *(row[f"share {n}/12"] for n in TWELFTHS)]
-        axes.plot(
-            shares,
-            [dense, *(row[f"{n}/12"] for n in TWELFTHS)],
-            style,
-            marker="o",
-            markersize=4,
-            color=colour,
-            linewidth=2.2 if number in shades else 1.1,
-            label=row["what"],
-        )
-    axes.set(xlabel="share of the dense model's MACs", ylabel="top-1, %", title=title, ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7, frameon=False)
-    figure.savefig(path, dpi=150)
+    lines = {row["what"]: [(1.0, dense), *((row[f"share {n}/12"], row[f"{n}/12"]) for n in TWELFTHS)] for row in rows}
+    draw_lines(lines, path, title, first="--")
 
 
 if __name__ == "__main__":
