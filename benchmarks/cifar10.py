@@ -136,11 +136,7 @@ def table(work: Path, seeds: int, picture: str | None) -> None:
         finished = [folder for folder in folders if (folder / JSON_FILE).exists()]
         if finished:
             found[name] = [measure(folder, loader) for folder in finished]
-            print(
-                name,
-                [[round(100 * float(run[f"{n}/12"].mean()), 2) for n in TWELFTHS] for run in found[name]],
-                flush=True,
-            )
+            print(name, [top1([run]) for run in found[name]], flush=True)
     rows = [summary(name, measured, found["piad"]) for name, measured in found.items()]
     note = (
         "Top-1 on the 10,000 test images at shares of the linear MACs, mean of the seeds +- half their range. `piad -`: "

@@ -12,9 +12,10 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from torch import nn
 
 from stratavit.artifacts import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
-from stratavit.errors import ArtifactError
+from stratavit.errors import ArtifactError, StrataViTError
 
 FORMAT = "stratavit/training-state/1"
 STATE_FILE, LOG_FILE = "state.pt", "log.jsonl"
@@ -60,6 +61,25 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ArtifactError(f"{path} is not a training state of this version of StrataViT ({FORMAT})")
     return state
+
+
+def weights_of(model: nn.Module, averaged: nn.Module | None) -> dict[str, Any]:
+    """Weights and averaged weights, for a state."""
+    return {"weights": model.state_dict(), "ema": None if averaged is None else averaged.state_dict()}
+
+
+def put_weights(state: dict[str, Any], model: nn.Module, averaged: nn.Module | None) -> None:
+    """Gives models the weights of a state.
+
+    Raises:
+        StrataViTError: They are another model's.
+    """
+    try:
+        model.load_state_dict(state["weights"])
+        if averaged is not None:
+            averaged.load_state_dict(state["ema"])
+    except RuntimeError as error:
+        raise StrataViTError("this is the state of another model; resume with the one it began with") from error
 
 
 def publish(save: Callable[[Path], None], names: Sequence[str], folder: Path) -> None:

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from stratavit import architecture, artifacts, report
 from stratavit.architecture import resolve_data_config
-from stratavit.checkpoint import SMALL_FILES, publish
+from stratavit.checkpoint import SMALL_FILES, publish, put_weights, weights_of
 from stratavit.cost import linear_macs
 from stratavit.errors import StrataViTError
 from stratavit.evaluate import evaluate
@@ -150,8 +150,7 @@ class Student:
 
     def state(self) -> dict[str, Any]:
         """Weights and averaged weights."""
-        ema = None if self.ema is None else self.ema.module.model.state_dict()
-        return {"weights": self.net.model.state_dict(), "ema": ema}
+        return weights_of(self.net.model, None if self.ema is None else self.ema.module.model)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes what `state` gave.
@@ -159,9 +158,4 @@ class Student:
         Raises:
             StrataViTError: It is another model's.
         """
-        try:
-            self.net.model.load_state_dict(state["weights"])
-            if self.ema is not None:
-                self.ema.module.model.load_state_dict(state["ema"])
-        except RuntimeError as error:
-            raise StrataViTError("this is the state of another model; resume with the one it began with") from error
+        put_weights(state, self.net.model, None if self.ema is None else self.ema.module.model)

@@ -10,7 +10,7 @@ from typing import Any
 from timm.utils import ModelEmaV3
 
 from stratavit import contraction, processes, progressive, report
-from stratavit.checkpoint import SUPER_FILES, publish
+from stratavit.checkpoint import SUPER_FILES, publish, put_weights, weights_of
 from stratavit.compensation import Moments
 from stratavit.errors import StrataViTError
 from stratavit.recipe import Recipe
@@ -155,10 +155,9 @@ class Pupil:
         """Weights, averaged weights, means and list."""
         return {
             "strata": self.strata.to_json(),
-            "weights": self.net.model.state_dict(),
+            **weights_of(self.net.model, None if self.ema is None else self.ema.module.model),
             "means": {name: module.channel_mean for name, module in self.net.elastic.items()},
             "moments": {name: None if m.moments is None else vars(m.moments) for name, m in self.net.elastic.items()},
-            "ema": None if self.ema is None else self.ema.module.model.state_dict(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -167,12 +166,7 @@ class Pupil:
         Raises:
             StrataViTError: It is another model's.
         """
-        try:
-            self.net.model.load_state_dict(state["weights"])
-            if self.ema is not None:
-                self.ema.module.model.load_state_dict(state["ema"])
-        except RuntimeError as error:
-            raise StrataViTError("this is the state of another model; resume with the one it began with") from error
+        put_weights(state, self.net.model, None if self.ema is None else self.ema.module.model)
         for name, module in self.net.elastic.items():
             contraction.set_mean(module, state["means"][name])
             moments = state["moments"][name]
