@@ -140,8 +140,8 @@ def table(work: Path, seeds: int, picture: str | None) -> None:
     rows = [summary(name, measured, found["piad"]) for name, measured in found.items()]
     note = (
         "Top-1 on the 10,000 test images at shares of the linear MACs, mean of the seeds +- half their range. "
-        "`piad -`: paired difference to the arm, points, +- one standard error over images. Hours: training on one core, "
-        "evaluation not counted; the runs shared the machine with other work."
+        "`piad -`: paired difference to the arm, points, +- one standard error over images. Hours: training on one "
+        "core, evaluation not counted; the runs shared the machine with other work."
     )
     write_results("cifar10", rows, note)
     if picture is not None:
