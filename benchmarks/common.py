@@ -62,7 +62,8 @@ def write_results(name: str, rows: Sequence[Mapping[str, Any]], note: str = "") 
         writer.writerows(rows)
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(_cell(row[column]) for column in columns) + " |" for row in rows]
-    command = " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    words = [Path(word).name.upper() if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    command = " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *words])
     facts = (
         f"`{command}`; stratavit {stratavit.__version__}, timm {timm.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}, {torch.get_num_threads()} threads, {_processor()}"
