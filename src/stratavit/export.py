@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from stratavit.architecture import resolve_data_config
 from stratavit.errors import ArtifactError, StrataViTError
+from stratavit.folders import open_to_others
 from stratavit.structure import eval_mode, model_dtype
 from stratavit.supernet import SuperNet
 
@@ -122,9 +123,7 @@ def _checked(model: nn.Module, path: Path, format: Format, images: Tensor, toler
                 f"export: the {format} file answers otherwise than the model: a logit differs by {difference:.2e}, "
                 f"more than {tolerance:.0e} (largest logit {float(expected.abs().max()):.3g}); nothing was written"
             )
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        open_to_others(temporary)
         size = temporary.stat().st_size
         temporary.replace(path)
     except OSError as error:

@@ -38,7 +38,7 @@ def write_folder(path: str | Path, write: Callable[[Path], None], overwrite: boo
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         write(temporary)
-        _open_to_others(temporary)
+        open_to_others(temporary)
         _replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"cannot write {path}: {_reason(error)}; nothing was left there") from error
@@ -69,14 +69,15 @@ def check_free(path: str | Path, overwrite: bool) -> Path:
     return path
 
 
-def _open_to_others(folder: Path) -> None:
-    """Gives a private temporary folder and its files the permissions that the user's umask asks for."""
+def open_to_others(path: Path) -> None:
+    """Gives a private temporary file, or a folder and its files, the permissions that the user's umask asks for."""
     umask = os.umask(0)
     os.umask(umask)
-    folder.chmod(0o777 & ~umask)
-    for file in folder.iterdir():
-        if file.is_file():
-            file.chmod(0o666 & ~umask)
+    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
+    for file in files:
+        file.chmod(0o666 & ~umask)
+    if path.is_dir():
+        path.chmod(0o777 & ~umask)
 
 
 def _replace(temporary: Path, path: Path) -> None:
