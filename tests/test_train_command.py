@@ -147,6 +147,9 @@ def test_the_folder_of_a_run(work, tmp_path, capsys):
     without = [*arguments[:at], *arguments[at + 2 :]]
     assert main([*without, "--resume", str(tmp_path / "out")]) == 0
     assert "give the folder of the run" in complaint(capsys, without)
+    onto_itself = [*without, "--out", str(work / "run"), "--overwrite"]
+    assert "is what the run starts from" in complaint(capsys, onto_itself)
+    assert stratavit.SuperNet.load(work / "run").sites
 
 
 def test_class_folders_must_be_the_same(work, tmp_path, capsys):

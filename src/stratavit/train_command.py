@@ -130,7 +130,7 @@ def teacher_of(args: Namespace, classes: int) -> nn.Module | None:
     return model_at(args.teacher, args.teacher_weights, None if Path(args.teacher).is_dir() else classes)
 
 
-def _begin(args: Namespace) -> Recipe:
+def _begin(args: Namespace, source: str) -> Recipe:
     """The recipe to train by; checks folder and device."""
     if args.device not in ("auto", "cpu", "cuda"):
         raise StrataViTError(
@@ -143,6 +143,8 @@ def _begin(args: Namespace) -> Recipe:
         args.out, args.resume = args.resume, True
     if args.out is None:
         raise StrataViTError("give the folder of the run: --out, or --resume to go on with an interrupted one")
+    if Path(args.out).resolve() == Path(source).resolve():
+        raise StrataViTError(f"{source} is what the run starts from; give it another folder with --out")
     if args.resume and args.overwrite:
         raise StrataViTError("--resume goes on with what --overwrite would delete; give one of them")
     return recipe_of(args)
@@ -159,7 +161,7 @@ def _follower(args: Namespace) -> bool:
 
 def train(args: Namespace) -> tuple[dict[str, Any], list[Any]]:
     """RUN and training images to a trained super-network's folder."""
-    recipe = _begin(args)
+    recipe = _begin(args, args.run)
     net = SuperNet.load(args.run)
     images = images_of(args, net.data_config, net.model.num_classes, recipe)
     train_piad(
@@ -190,7 +192,7 @@ def train(args: Namespace) -> tuple[dict[str, Any], list[Any]]:
 
 def finetune(args: Namespace) -> tuple[dict[str, Any], list[Any]]:
     """SMALL and training images to a fine-tuned small model's folder."""
-    recipe = _begin(args)
+    recipe = _begin(args, args.small)
     model: Any = artifacts.load(args.small)
     config = resolve_data_config(model)
     images = images_of(args, config, None if args.new_head else model.num_classes, recipe)
