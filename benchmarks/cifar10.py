@@ -32,7 +32,14 @@ from stratavit.cli import main as run_cli
 from stratavit.data import image_loader
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-ARMS = ("plain", "channel", "weighted", "layerdrop", "piad", "piad-wpac", "piad-full")
+MODES = ("plain", "channel", "weighted", "layerdrop", "piad")
+VARIANTS = {  # what follows the mode in an arm's name, and how it is trained
+    "": "cifar10_piad.toml",
+    "wpac": "cifar10_piad.toml",  # from the coordinates of the paper
+    "full": "cifar10_piad_full.toml",  # compensated in full while training, at a lower rate
+    "given": "cifar10_piad_given.toml",  # the same, along the list of the one-shot networks
+}
+ARMS = tuple(f"{mode}-{variant}".removesuffix("-") for variant in VARIANTS for mode in MODES)
 TWELFTHS = (12, 10, 8, 6, 4)
 NORMAL = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -99,7 +106,7 @@ def arm(work: Path, name: str, seed: int) -> None:
     """One run of `train`, by the command line."""
     mode, _, variant = name.partition("-")
     run, out = start_of(work, variant), work / f"{name}-{seed}"
-    recipe = RECIPES / ("cifar10_piad_full.toml" if variant == "full" else "cifar10_piad.toml")
+    recipe = RECIPES / VARIANTS[variant]
     command = ["--data", images_to_train_on(work), "--recipe", recipe, "--device", "cpu"]
     resume = ["--resume"] if (out / checkpoint.STATE_FILE).exists() else []
     call("train", run, *command, "--mode", mode, "--seed", seed, "--out", out, *resume)

@@ -26,6 +26,7 @@ from stratavit.processes import StopRequest
 from stratavit.pupil import Pupil
 from stratavit.recipe import Recipe
 from stratavit.sampling import Drawn, stream
+from stratavit.strata import Strata
 
 TINY = Recipe(
     epochs=3,
@@ -81,15 +82,14 @@ def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def fresh(method="default"):
-    return copy.deepcopy(make_net("plain", method))
+def fresh(method="default", stratified=False):
+    return copy.deepcopy(make_net("plain", method, stratified))
 
 
 def run(out, method="default", data=None, recipe=TINY, resume=False, evaluation=None):
     held_out = evaluation or make_batches()
-    return train_piad(
-        fresh(method), data or Images(), held_out, recipe, out, proxy=make_batches(), resume=resume, cpu=True
-    )
+    net = fresh(method, stratified=recipe.list_source == "given")
+    return train_piad(net, data or Images(), held_out, recipe, out, proxy=make_batches(), resume=resume, cpu=True)
 
 
 def trainer(tmp_path, recipe=TINY, method="default", data=None, net=None):
@@ -161,6 +161,42 @@ def test_a_list_that_grows_within_epochs(tmp_path):
         run(tmp_path / "run", data=Images(24 + 14, terminate), recipe=recipe)
     run(tmp_path / "run", recipe=recipe, resume=True)
     assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("mode", ["piad", "weighted", "plain"])
+def test_training_along_the_list_that_the_network_came_with(tmp_path, mode):
+    recipe = dataclasses.replace(TINY, list_source="given", mode=mode, reduction=0.6)
+    came_with = fresh(stratified=True).strata.entries
+    net = run(tmp_path / "given", recipe=recipe)
+    assert net.strata.entries == came_with[: len(net.strata)]
+    dropped = 1 - net.macs(net.strata.spec(len(net.strata))) / net.macs()
+    assert recipe.reduction <= dropped < 1
+
+
+def test_a_given_list_is_released_by_stages_and_kept_when_resumed(tmp_path):
+    recipe = dataclasses.replace(TINY, list_source="given")
+    run(tmp_path / "alone", recipe=recipe)
+    lengths = [row["entries"] for row in outcome(tmp_path / "alone")[1] if row["kind"] == "epoch"]
+    assert 0 < lengths[0] < lengths[1] == lengths[2]
+    with pytest.raises(CrashError):
+        run(tmp_path / "again", data=Images(40, crash), recipe=recipe)
+    run(tmp_path / "again", recipe=recipe, resume=True)
+    assert_same(outcome(tmp_path / "again"), outcome(tmp_path / "alone"))
+
+
+def test_what_a_given_list_lacks_is_measured(tmp_path):
+    net, recipe = fresh(stratified=True), dataclasses.replace(TINY, list_source="given", reduction=0.6)
+    short = net.strata.entries[:3]
+    net.strata = Strata(net.sites, short)
+    train_piad(net, Images(), None, recipe, None, proxy=make_batches(), cpu=True)
+    assert net.strata.entries[:3] == short
+    assert net.macs(net.strata.spec(len(net.strata))) <= (1 - recipe.reduction) * net.macs()
+
+
+def test_no_list_to_go_by():
+    net = fresh()
+    with pytest.raises(StrataViTError, match=r"list_source 'given' needs a network with a dropout list .* stratify"):
+        train_piad(net, Images(), None, dataclasses.replace(TINY, list_source="given"), proxy=make_batches(), cpu=True)
 
 
 def test_crashed_at_random_moments_and_resumed(tmp_path, finished):

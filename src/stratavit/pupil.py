@@ -36,6 +36,7 @@ class Pupil:
         kind: The method, so that a state of one is not resumed with the other.
         ema: The averaged copy, or None.
         full_macs: MACs per image of the full network.
+        given: The list that the network came with, if the recipe goes by it; else empty.
         entries: The dropout list so far.
         prefixes: Its prefixes.
     """
@@ -46,6 +47,7 @@ class Pupil:
         self.full_macs = net.macs()
         forget_moments(net, recipe)
         net.set_units(recipe.head_dim_unit, recipe.mlp_units)
+        self.given = given_list(net, recipe)
         net.float().to(accelerator.device)
         self.ema = ModelEmaV3(net, decay) if decay else None
         self.set_list([])
@@ -81,7 +83,14 @@ class Pupil:
             return
         self.refresh_means(self.net)
         if self.recipe.mode != "channel":
-            self.set_list(progressive.grow(self.net, self.proxy, self.entries, stage, self.recipe.growth))
+            self.set_list(self.grown(self.net, self.entries, stage))
+
+    def grown(self, net: SuperNet, entries: list[Entry], stage: int) -> list[Entry]:
+        """The list for a stage: on along the given one, and measured at `net` where that does not suffice."""
+        growth = self.recipe.growth
+        target = growth.target(self.full_macs, stage)
+        entries = progressive.extend(entries, self.given[len(entries) :], net.cost, target)
+        return progressive.grow(net, self.proxy, entries, stage, growth)
 
     def draw(self, generator: random.Random) -> list[Drawn]:
         """Sub-networks that one batch runs, as the recipe's mode has it."""
@@ -120,7 +129,7 @@ class Pupil:
         judge = self.judge
         self.refresh_means(judge)
         if self.recipe.mode in ("plain", "channel"):
-            self.set_list(progressive.grow(judge, self.proxy, [], 0, self.recipe.growth))
+            self.set_list(self.grown(judge, [], 0))
         judge.strata = self.strata
         return judge
 
@@ -155,6 +164,7 @@ class Pupil:
         """Weights, averaged weights, means and list."""
         return {
             "strata": self.strata.to_json(),
+            "given": Strata(self.net.sites, self.given).to_json(),
             **weights_of(self.net.model, None if self.ema is None else self.ema.module.model),
             "means": {name: module.channel_mean for name, module in self.net.elastic.items()},
             "moments": {name: None if m.moments is None else vars(m.moments) for name, m in self.net.elastic.items()},
@@ -171,6 +181,7 @@ class Pupil:
             contraction.set_mean(module, state["means"][name])
             moments = state["moments"][name]
             module.moments = None if moments is None else Moments(**moments).to(module.out.weight.device)
+        self.given = list(Strata.from_json(self.net.sites, state["given"]).entries)
         self.set_list(list(Strata.from_json(self.net.sites, state["strata"]).entries))
 
 
@@ -186,3 +197,19 @@ def forget_moments(net: SuperNet, recipe: Recipe) -> None:
     for module in net.elastic.values():
         module.moments, module.crossed = None, ()
     net.compensation = "none" if net.method == "paper" else recipe.compensation
+
+
+def given_list(net: SuperNet, recipe: Recipe) -> list[Entry]:
+    """The list that a network came with, if the recipe goes by it.
+
+    Raises:
+        StrataViTError: It has none in the recipe's units.
+    """
+    if recipe.list_source == "progressive":
+        return []
+    if net.strata is None:
+        raise StrataViTError(
+            "train: list_source 'given' needs a network with a dropout list in units of "
+            f"{recipe.head_dim_unit} (head_dim_unit) and 1/{recipe.mlp_units} (mlp_units); call stratify first"
+        )
+    return list(net.strata.entries)

@@ -22,6 +22,7 @@ else:
 
 Mode = Literal["piad", "plain", "channel", "weighted", "layerdrop"]
 Keep = Literal["ema", "raw"]
+ListSource = Literal["progressive", "given"]
 Precision = Literal["auto", "no", "fp16", "bf16"]
 
 
@@ -64,6 +65,8 @@ class Recipe:
             short runs, which 0.99996 would leave near their start (S).
         keep: Which weights are evaluated and saved: ``ema``, or ``raw`` (S).
         reduction: r, share of the dense MACs that the finished list drops (P).
+        list_source: ``progressive`` measures what to append whenever the list grows (P); ``given`` takes it from the
+            list that the network came with, and measures only what that list lacks (S).
         list_epochs: P_e, epochs in which the list grows (P).
         growths: Times per epoch that the list grows and means are measured (P: 1); more for runs of few epochs (S).
         head_dim_unit: Coordinates of the head width that are dropped together (P).
@@ -107,6 +110,7 @@ class Recipe:
     ema_horizon: float = 0.0
     keep: Keep = "ema"
     reduction: float = 0.875
+    list_source: ListSource = "progressive"
     list_epochs: int = 50
     growths: int = 1
     head_dim_unit: int = 8
