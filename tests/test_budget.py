@@ -7,8 +7,8 @@ from helpers import make_batches, make_model, make_net
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stratavit import BudgetError, StrataViTError, SuperNet
-from stratavit.budget import human, meet, parse_amount
+from stratavit import BudgetError, Setting, StrataViTError, SuperNet
+from stratavit.budget import human, parse_amount, parse_measure, parse_points
 
 DENSE = 1_074_925_056  # MACs of DeiT-Tiny
 SHARES = [(index + 1) / 50 for index in range(50)]
@@ -107,21 +107,34 @@ def test_any_text_is_read_or_refused(text):
     assert isinstance(found, int)
 
 
+def test_measured_amounts():
+    assert [parse_measure(amount, 80, "latency_ms") for amount in (12, 12.5, "12.5", " 50 % ", 100)] == [
+        12,
+        12.5,
+        12.5,
+        40,
+        100,
+    ]
+    assert [parse_points(amount, "top1") for amount in (75, 75.5, "75%", "0.5")] == [75, 75.5, 75, 0.5]
+    assert parse_points(0.5, "max_drop") == 0.5
+
+
+@pytest.mark.parametrize("amount", [0, -1, float("nan"), float("inf"), "fast", "12ms", "", True, None, "0%", "101%"])
+def test_measured_amounts_that_make_no_sense(amount):
+    with pytest.raises(BudgetError, match="latency_ms: "):
+        parse_measure(amount, 80, "latency_ms")
+
+
+@pytest.mark.parametrize("amount", [-1, 100.5, float("nan"), 0.75, "high", None, True])
+def test_accuracies_that_make_no_sense(amount):
+    with pytest.raises(BudgetError, match=r"top1: .*percent of images"):
+        parse_points(amount, "top1")
+
+
 @pytest.mark.parametrize("amount", [True, None, [0.5], 1j])
 def test_other_types_are_refused(amount):
     with pytest.raises(BudgetError, match="macs: expected a share, a count or a text"):
         parse_amount(amount, DENSE, "macs")
-
-
-def test_unreachable_budget_names_the_range():
-    sentence = r"params: asked 100 = 100, but the reachable range is 1K to 4K \(25\.0% to 100%\)"
-    with pytest.raises(BudgetError, match=sentence):
-        meet("params", 100, lambda spec: spec["a"], lambda position: {"a": 4000 - 1000 * position}, range(4))
-
-
-def test_budget_prints_asked_got_and_range():
-    met = meet("macs", 2500, lambda spec: spec["a"], lambda position: {"a": 4000 - 1000 * position}, range(4))
-    assert str(met) == "macs: asked 2.5K, got 2K (50.0% of the dense model); reachable 1K to 4K"
 
 
 def test_human_counts():
@@ -129,14 +142,47 @@ def test_human_counts():
     assert {count: human(count) for count in counts} == counts
 
 
-def test_exactly_one_budget_must_be_given():
+def test_what_is_asked_must_make_sense():
     net = make_net("plain", stratified=True)
-    with pytest.raises(BudgetError, match=r"exactly one.*got none"):
+    with pytest.raises(BudgetError, match="at least one budget of macs, params, memory_mb, latency_ms, top1, max_drop"):
         net.spec()
-    with pytest.raises(BudgetError, match=r"exactly one.*got macs and params"):
-        net.budget(macs=0.5, params=0.5)
+    with pytest.raises(BudgetError, match="position: goes with no other budget, got macs and position"):
+        net.budget(macs=0.5, position=3)
+    with pytest.raises(BudgetError, match=r"unknown budget 'flops'; expected macs, params"):
+        net.budget(flops=0.5)
     with pytest.raises(BudgetError, match="either a spec or a budget"):
         net.extract(macs=0.5, spec={})
+    for kind in ("top1", "max_drop"):
+        with pytest.raises(BudgetError, match=f"{kind}: is measured on labelled images; give data"):
+            net.budget(**{kind: 50})
+
+
+def test_several_budgets_all_hold(family):
+    net = make_net(family, stratified=True)
+    for macs, params in ((0.6, 0.9), (0.9, 0.6)):
+        met = net.budget(macs=macs, params=params)
+        singles = net.budget(macs=macs), net.budget(params=params)
+        assert met.position == max(single.position for single in singles)
+        assert [bound.kind for bound in met.bounds] == ["macs", "params"]
+        assert all(bound.got <= bound.asked for bound in met.bounds)
+        assert [bound.got for bound in met.bounds] == [net.macs(met.spec), net.params(met.spec)]
+        assert str(met).count("\n") == 1
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(None, 4), ("float32", 4), ("bfloat16", 2), ("float16", 2)])
+def test_memory_is_that_of_the_weights_that_are_saved(dtype, size):
+    net = make_net("plain", stratified=True)
+    setting = Setting(dtype=dtype)
+    for amount in ("50%", 0.5 * net.params() * size / 1e6, str(0.5 * net.params() * size / 1e6)):
+        met = net.budget(memory_mb=amount, setting=setting)
+        small = net.extract(spec=met.spec)
+        weights = sum(p.numel() for p in small.parameters()) * size / 1e6
+        assert met.got == pytest.approx(weights)
+        assert met.got <= met.asked
+        assert met.position == net.budget(params=0.5).position
+    assert net.budget(memory_mb=1e6).position == 0
+    with pytest.raises(BudgetError, match=r"memory_mb: asked 1e-06 = 1e-06, but the reachable range is .* to .*%"):
+        net.budget(memory_mb=1e-6)
 
 
 @pytest.mark.parametrize("position", [-1, 10**6, 1.0, True, "1"])

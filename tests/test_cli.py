@@ -99,6 +99,28 @@ def test_extract_prints_asked_got_and_reachable(run, tmp_path, capsys):
     assert "reachable " in text
 
 
+def test_extract_keeps_several_budgets(work, run, tmp_path, capsys):
+    costs = ["--macs", "60%", "--memory", "8", "--dtype", "float16"]
+    told = answer(capsys, ["extract", run, *costs, "--out", tmp_path / "one"])
+    assert [bound["kind"] for bound in told["bounds"]] == ["macs", "memory_mb"]
+    assert all(bound["got"] <= bound["asked"] for bound in told["bounds"])
+    assert told["bounds"][1]["got"] == pytest.approx(2e-6 * told["params"])
+
+    goals = ["--max-drop", "34", "--data", work / "data", *FAST]
+    told = answer(capsys, ["extract", run, *costs, *goals, "--out", tmp_path / "two"])
+    drop = told["bounds"][2]
+    assert (drop["kind"], drop["asked"]) == ("max_drop", 34)
+    dense = answer(capsys, ["evaluate", run, "--data", work / "data", *FAST])
+    small = answer(capsys, ["evaluate", tmp_path / "two", "--data", work / "data", *FAST])
+    assert dense["top1"] - small["top1"] == pytest.approx(drop["got"])
+    assert drop["got"] <= 34
+
+
+def test_extract_within_a_latency(run, tmp_path, capsys):
+    told = answer(capsys, ["extract", run, "--latency", "1000", "--latency-batch", "2", "--out", tmp_path / "small"])
+    assert (told["kind"], told["asked"], told["position"]) == ("latency_ms", 1000, 0)
+
+
 def test_small_and_elastic_evaluate_alike(work, run, tmp_path, capsys):
     answer(capsys, ["extract", run, "--macs", "0.4", "--out", tmp_path / "small"])
     data = ["--data", work / "data", *FAST]
@@ -288,6 +310,11 @@ def test_bad_class_maps(work, tmp_path, capsys, names, expected):
         (["--macs", "half"], "cannot read 'half'"),
         (["--params", "150%"], "at most 1"),
         (["--position", "-1"], "whole number from 0"),
+        ([], "give at least one budget"),
+        (["--position", "3", "--macs", "0.5"], "goes with no other budget"),
+        (["--memory", "0.001"], "memory_mb: asked '0.001' = 0.001, but the reachable range is"),
+        (["--latency", "fast"], "cannot read 'fast'"),
+        (["--max-drop", "1"], "is measured on labelled images; give data"),
     ],
 )
 def test_bad_budgets(run, tmp_path, capsys, budget, expected):
@@ -297,8 +324,10 @@ def test_bad_budgets(run, tmp_path, capsys, budget, expected):
 
 def test_usage_errors_exit_with_2(run, tmp_path, capsys):
     for arguments in (
-        ["extract", str(run)],
-        ["extract", str(run), "--macs", "1G", "--params", "1M", "--out", "x"],
+        ["extract", str(run), "--macs", "1G"],
+        ["extract", str(run), "--macs", "1G", "--runtime", "slow", "--out", "x"],
+        ["bench", str(run), "--runtimes", "eager,slow"],
+        ["bench", str(run), "--batches", "0"],
         ["fly"],
     ):
         with pytest.raises(SystemExit) as stop:
@@ -357,7 +386,7 @@ def test_module_runs():
     assert "convert" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["convert", "train", "extract", "evaluate", "curve", "info", "demo"])
+@pytest.mark.parametrize("command", ["convert", "train", "extract", "evaluate", "curve", "bench", "info", "demo"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         parser().parse_args([command, "--help"])

@@ -1,7 +1,8 @@
 """StrataViT: turn one pre-trained Vision Transformer into a super-network; slice any size out of it."""
 
 from stratavit.artifacts import load, save
-from stratavit.budget import Budget
+from stratavit.bench import bench
+from stratavit.budget import Bound, Budget
 from stratavit.errors import ArtifactError, BudgetError, StrataViTError, UnsupportedModelError
 from stratavit.evaluate import Metrics, evaluate
 from stratavit.export import Parity, export
@@ -10,24 +11,30 @@ from stratavit.piad import train_piad
 from stratavit.recipe import Recipe
 from stratavit.spec import Spec
 from stratavit.supernet import SuperNet
+from stratavit.timing import Setting, Timing, time_model
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ArtifactError",
+    "Bound",
     "Budget",
     "BudgetError",
     "Metrics",
     "Parity",
     "Recipe",
+    "Setting",
     "Spec",
     "StrataViTError",
     "SuperNet",
+    "Timing",
     "UnsupportedModelError",
+    "bench",
     "evaluate",
     "export",
     "finetune",
     "load",
     "save",
+    "time_model",
     "train_piad",
 ]

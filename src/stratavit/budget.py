@@ -1,10 +1,8 @@
-"""From a budget to a position in the dropout list: got <= asked, always, and by less than one unit."""
+"""Budgets: what was asked for, read from a number or a text, and what was got."""
 
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import SupportsFloat, SupportsIndex
@@ -14,35 +12,78 @@ from stratavit.spec import Spec
 
 Amount = float | int | str
 _SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+COUNTS = ("macs", "params")  # whole numbers, where a share is a float; the rest are absolute
+_DENSE_IS_HIGHEST = (*COUNTS, "memory_mb", "latency_ms")
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One budget that is kept.
+
+    Attributes:
+        kind: ``macs``, ``params``, ``memory_mb``, ``latency_ms`` (got is at most asked), ``top1`` (at least) or
+            ``max_drop`` (at most).
+        asked: What was asked for, in absolute units.
+        got: What the sub-network costs or reaches.
+        low, high: The reachable range.
+    """
+
+    kind: str
+    asked: float
+    got: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        share = f" ({self.got / self.high:.1%} of the dense model)" if self.kind in _DENSE_IS_HIGHEST else ""
+        low, high = amount_text(self.kind, self.low), amount_text(self.kind, self.high)
+        return (
+            f"{self.kind}: asked {amount_text(self.kind, self.asked)}, got {amount_text(self.kind, self.got)}{share}; "
+            f"reachable {low} to {high}"
+        )
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A budget that was met.
+    """A budget that was met, or several.
 
     Attributes:
-        kind: ``macs`` or ``params``.
-        asked: What was asked for, in absolute units.
-        got: What the sub-network costs; never more than `asked`.
-        low, high: The reachable range.
+        bounds: Each of them.
         position: Entries of the dropout list that are dropped.
         spec: The sub-network.
     """
 
-    kind: str
-    asked: int
-    got: int
-    low: int
-    high: int
+    bounds: tuple[Bound, ...]
     position: int
     spec: Spec
 
+    @property
+    def kind(self) -> str:
+        """Of the first bound."""
+        return self.bounds[0].kind
+
+    @property
+    def asked(self) -> float:
+        """Of the first bound, in absolute units."""
+        return self.bounds[0].asked
+
+    @property
+    def got(self) -> float:
+        """Of the first bound."""
+        return self.bounds[0].got
+
+    @property
+    def low(self) -> float:
+        """End of the first bound's reachable range."""
+        return self.bounds[0].low
+
+    @property
+    def high(self) -> float:
+        """End of the first bound's reachable range."""
+        return self.bounds[0].high
+
     def __str__(self) -> str:
-        share = f"{self.got / self.high:.1%} of the dense model"
-        return (
-            f"{self.kind}: asked {human(self.asked)}, got {human(self.got)} ({share}); "
-            f"reachable {human(self.low)} to {human(self.high)}"
-        )
+        return "\n".join(str(bound) for bound in self.bounds)
 
 
 def human(count: float) -> str:
@@ -53,8 +94,13 @@ def human(count: float) -> str:
     return f"{count:g}"
 
 
+def amount_text(kind: str, amount: float) -> str:
+    """An amount as it is printed: counts with a unit, measured values with four digits."""
+    return human(amount) if kind in COUNTS else f"{amount:.4g}"
+
+
 def parse_amount(amount: Amount, dense: int, name: str) -> int:
-    """An absolute amount from a share (``0.5``, ``"50%"``) or an absolute value (an int, ``"2.1G"``).
+    """An absolute count from a share (``0.5``, ``"50%"``) or an absolute value (an int, ``"2.1G"``).
 
     Raises:
         BudgetError: The amount is none of these, or a share outside (0, 1].
@@ -78,39 +124,55 @@ def parse_amount(amount: Amount, dense: int, name: str) -> int:
         return index(amount)
     else:
         share = float(amount)
+    return _whole(_checked_share(share, amount, name) * dense)
+
+
+def parse_measure(amount: Amount, dense: float, name: str) -> float:
+    """An absolute amount of milliseconds or megabytes from a number (``12``, ``"12.5"``) or a share (``"50%"``).
+
+    Raises:
+        BudgetError: The amount is none of these, or not above 0.
+    """
+    value, percent = _number(amount, name, "a number above 0, or a share such as '50%'")
+    if percent:
+        return _checked_share(value / 100, amount, name) * dense
+    if not 0 < value < float("inf"):
+        raise BudgetError(f"{name}: expected a number above 0, got {amount!r}")
+    return value
+
+
+def parse_points(amount: Amount, name: str) -> float:
+    """Percent of images: ``75``, ``"75"`` and ``"75%"`` are the same.
+
+    Raises:
+        BudgetError: The amount is none of these, or not from 0 to 100.
+    """
+    value, _ = _number(amount, name, "percent of images, such as 75 or '75%'")
+    if not 0 <= value <= 100:
+        raise BudgetError(f"{name}: expected percent of images from 0 to 100, got {amount!r}")
+    if name == "top1" and 0 < value < 1 and not isinstance(amount, str):
+        raise BudgetError(f"{name}: expected percent of images such as 75, got the share {amount!r}")
+    return value
+
+
+def _number(amount: Amount, name: str, expected: str) -> tuple[float, bool]:
+    """The number, and whether a percent sign followed."""
+    if isinstance(amount, str):
+        match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%?)", amount.strip())
+        if match is None:
+            raise BudgetError(f"{name}: cannot read {amount!r}; give {expected}")
+        return float(match[1]), match[2] == "%"
+    if isinstance(amount, bool) or not isinstance(amount, SupportsFloat):
+        raise BudgetError(f"{name}: expected {expected}, got {amount!r}")
+    return float(amount), False
+
+
+def _checked_share(share: float, amount: Amount, name: str) -> float:
     if not 0 < share <= 1:
         raise BudgetError(f"{name}: a share must be above 0 and at most 1 (100%), got {amount!r}")
-    return _whole(share * dense)
+    return share
 
 
 def _whole(count: float) -> int:
     """Rounded down, but forgiving what binary fractions lose: 1.005K is 1,005, and count / dense of dense is count."""
     return int(round(count, 3))
-
-
-def meet(
-    kind: str, amount: Amount, cost: Callable[[Spec], int], spec_at: Callable[[int], Spec], positions: Sequence[int]
-) -> Budget:
-    """The largest allowed prefix network whose cost does not exceed the budget, by bisection.
-
-    Args:
-        kind: For messages: ``macs`` or ``params``.
-        amount: The budget, see `parse_amount`.
-        cost: Cost of a spec; falls along the dropout list.
-        spec_at: Spec at a position of the dropout list.
-        positions: Positions that may be chosen, ascending; the first is 0.
-
-    Raises:
-        BudgetError: The budget cannot be read or is outside the reachable range.
-    """
-    high, low = cost(spec_at(positions[0])), cost(spec_at(positions[-1]))
-    asked = parse_amount(amount, high, kind)
-    if not low <= asked <= high:
-        hint = "; a share is written 1.0 or 100%" if amount in (1, "1") else ""
-        raise BudgetError(
-            f"{kind}: asked {amount!r} = {human(asked)}, but the reachable range is {human(low)} to {human(high)} "
-            f"({low / high:.1%} to 100%){hint}"
-        )
-    index = bisect_left(positions, True, key=lambda position: cost(spec_at(position)) <= asked)
-    spec = spec_at(positions[index])
-    return Budget(kind, asked, cost(spec), low, high, positions[index], spec)

@@ -6,15 +6,16 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 
-from stratavit import __version__, commands, train_command
+from stratavit import __version__, bench_command, commands, train_command
 from stratavit.errors import StrataViTError
 from stratavit.export import SUFFIXES
 from stratavit.report import LADDER
 from stratavit.statistics import OBJECTIVES
+from stratavit.timing import Precision, Runtime
 from stratavit.wpac import CRITERIA
 
 _EXAMPLES = """examples:
@@ -22,9 +23,11 @@ _EXAMPLES = """examples:
   stratavit convert deit_tiny_patch16_224 --data IMAGENET --out run     once: sort the knowledge
   stratavit curve run --data IMAGENET                                   accuracy at every size
   stratavit extract run --macs 50% --out small                          a plain timm model
+  stratavit extract run --latency 8 --max-drop 2 --data IMAGENET --out small    any budgets at once
   stratavit train run --data IMAGENET --out run2                        PIAD: every size trained
   stratavit finetune small --data IMAGENET --out tuned                  train that one further
   stratavit export small                                                small.onnx
+  stratavit bench small                                                 how fast it is
   stratavit evaluate tuned --data IMAGENET
 """
 
@@ -86,14 +89,18 @@ def parser() -> argparse.ArgumentParser:
 
     extract = _command(commands_, "extract", commands.extract, "slice a plain small model out of a super-network")
     extract.add_argument("run", metavar="RUN", help="folder of a super-network")
-    _budget_options(extract, required=True)
+    _budget_options(extract)
+    goals = extract.add_argument_group("budgets of accuracy: the smallest sub-network that keeps them")
+    goals.add_argument("--top1", metavar="PERCENT", help="at least so many percent of the images in --data right")
+    goals.add_argument("--max-drop", metavar="POINTS", help="at most so many points of top-1 lost on --data")
+    _data_options(extract, "labelled images for --top1 and --max-drop: a folder with val/, or class folders", False)
     _out_options(extract, "SMALL", "folder to write the small model to")
 
     evaluate = _command(commands_, "evaluate", commands.evaluate, "measure accuracy on labelled images")
     evaluate.add_argument("target", metavar="SMALL|RUN|MODEL", help="a saved folder, or a timm model name")
     _model_options(evaluate)
     _data_options(evaluate, "labelled images: a folder with val/, or the class folders themselves")
-    _budget_options(evaluate, required=False)
+    _budget_options(evaluate)
 
     curve = _command(commands_, "curve", commands.curve, "accuracy at a ladder of budgets: table, CSV, PNG")
     curve.add_argument("run", metavar="RUN", help="folder of a super-network")
@@ -115,6 +122,26 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--images", type=_positive, default=32, help="images to compare on (default: %(default)s)")
     _data_options(export, "images to compare on, a folder with val/ or the class folders (default: noise)", False)
     _out_options(export, "FILE", "file to write (default: SMALL.onnx or SMALL.pt2)", required=False)
+
+    bench = _command(commands_, "bench", bench_command.run, "latency and throughput beside the dense model's")
+    bench.add_argument("target", metavar="SMALL|RUN", help="a saved folder; of a super-network several sizes are timed")
+    bench.add_argument(
+        "--shares",
+        type=_shares,
+        default=("10/12", "8/12", "6/12", "4/12"),
+        metavar="LIST",
+        help="of a super-network: shares of the dense MACs (default: 10/12 to 4/12)",
+    )
+    bench.add_argument(
+        "--batches", type=_counts, default=bench_command.BATCHES, metavar="LIST", help="batch sizes (default: 1,64)"
+    )
+    bench.add_argument(
+        "--runtimes", type=_runtimes, metavar="LIST", help="of eager, compiled, onnx (default: eager, and onnx if here)"
+    )
+    bench.add_argument(
+        "--seconds", type=float, default=2.0, help="shortest time per model and setting (default: %(default)s)"
+    )
+    _cost_options(bench)
 
     info = _command(
         commands_, "info", commands.info, "sites, widths, MACs, parameters and provenance of a saved folder"
@@ -159,11 +186,30 @@ def _data_options(command: argparse.ArgumentParser, what: str, required: bool = 
     )
 
 
-def _budget_options(command: argparse.ArgumentParser, required: bool) -> None:
-    group = command.add_mutually_exclusive_group(required=required)
+def _budget_options(command: argparse.ArgumentParser) -> None:
+    group = _cost_options(command)
+    group.add_argument(
+        "--latency", metavar="MS", dest="latency_ms", help="milliseconds per batch on this device (8.5), or a share"
+    )
+    group.add_argument(
+        "--latency-batch", type=_positive, default=1, metavar="N", help="images per timed batch (default: %(default)s)"
+    )
+    group.add_argument(
+        "--runtime", choices=get_args(Runtime), default="eager", help="of --latency (default: %(default)s)"
+    )
+
+
+def _cost_options(command: argparse.ArgumentParser) -> Any:
+    group = command.add_argument_group("budgets: the largest sub-network that keeps all that are given")
     group.add_argument("--macs", metavar="BUDGET", help="a share of the dense model (50%%, 0.5) or a count (2.1G)")
     group.add_argument("--params", metavar="BUDGET", help="likewise (50%%, 12M)")
+    group.add_argument("--memory", metavar="MB", dest="memory_mb", help="megabytes of weights, or a share (50%%)")
     group.add_argument("--position", type=int, metavar="N", help="drop the first N entries of the dropout list")
+    group.add_argument(
+        "--dtype", choices=get_args(Precision), help="of weights, in --memory and timings (default: as saved)"
+    )
+    group.add_argument("--threads", type=_positive, default=0, help="CPU threads of timings (default: torch's own)")
+    return group
 
 
 def _out_options(command: argparse.ArgumentParser, name: str, what: str, required: bool = True) -> None:
@@ -186,6 +232,17 @@ def _shares(text: str) -> tuple[str, ...]:
             parse_share(part)
         except (ValueError, ZeroDivisionError) as error:
             raise argparse.ArgumentTypeError(f"cannot read {part!r} as a share above 0 and at most 1") from error
+    return tuple(text.split(","))
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split(","))
+
+
+def _runtimes(text: str) -> tuple[str, ...]:
+    for part in text.split(","):
+        if part not in get_args(Runtime):
+            raise argparse.ArgumentTypeError(f"expected one or more of {', '.join(get_args(Runtime))}, got {part!r}")
     return tuple(text.split(","))
 
 

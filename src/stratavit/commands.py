@@ -6,7 +6,7 @@ import os
 import time
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.table import Table
@@ -23,6 +23,7 @@ from stratavit.export import export as export_model
 from stratavit.folders import check_free, write_folder
 from stratavit.spec import Spec
 from stratavit.supernet import SuperNet
+from stratavit.timing import Runtime, Setting
 from stratavit.zoo import model_at
 
 Outcome = tuple[dict[str, Any], list[Any]]
@@ -52,6 +53,14 @@ def pick_device(name: str) -> torch.device:
 def _loader(args: Namespace, data_config: dict[str, Any], split: str, classes: int, limit: int | None = None) -> Any:
     workers = max(args.workers, 0)
     return image_loader(args.data, data_config, split, classes, args.class_map, args.batch_size, workers, limit)
+
+
+def budgets(args: Namespace) -> Any:
+    """The budgets that the command line takes, and how latency is timed."""
+    kinds = ("macs", "params", "memory_mb", "latency_ms", "position", "top1", "max_drop")
+    batch, runtime = getattr(args, "latency_batch", 1), getattr(args, "runtime", "eager")
+    setting = Setting(batch_size=batch, runtime=cast(Runtime, runtime), dtype=args.dtype, threads=args.threads)
+    return {kind: getattr(args, kind, None) for kind in kinds} | {"setting": setting}
 
 
 def convert(args: Namespace) -> Outcome:
@@ -93,8 +102,10 @@ def convert(args: Namespace) -> Outcome:
 def extract(args: Namespace) -> Outcome:
     """RUN and a budget to a small model's folder."""
     check_free(args.out, args.overwrite)
-    net = SuperNet.load(args.run)
-    met = net.budget(macs=args.macs, params=args.params, position=args.position)
+    measured = args.latency_ms is not None or args.top1 is not None or args.max_drop is not None
+    net = SuperNet.load(args.run, pick_device(args.device) if measured else "cpu")
+    data = None if args.data is None else _loader(args, net.data_config, "val", net.model.num_classes)
+    met = net.budget(**budgets(args), data=data)
     started = time.perf_counter()
     small = net.extract(spec=met.spec)
     seconds = time.perf_counter() - started
@@ -106,6 +117,7 @@ def extract(args: Namespace) -> Outcome:
         "asked": met.asked,
         "got": met.got,
         "reachable": [met.low, met.high],
+        "bounds": [vars(bound) for bound in met.bounds],
     }
     result |= size | {"position": met.position, "spec": dict(met.spec), "seconds": seconds}
     text = (
@@ -117,14 +129,15 @@ def extract(args: Namespace) -> Outcome:
 def evaluate(args: Namespace) -> Outcome:
     """Accuracy of a saved folder or a timm model."""
     device = pick_device(args.device)
-    budgeted = any(value is not None for value in (args.macs, args.params, args.position))
+    asked = budgets(args)
+    budgeted = any(value is not None for kind, value in asked.items() if kind != "setting")
     spec: Spec | None = None
     view: list[Any] = []
     model: nn.Module
     if Path(args.target).is_dir() and artifacts.kind(args.target) == artifacts.SUPER:
         model = net = SuperNet.load(args.target, device)
         if budgeted:
-            met = net.budget(macs=args.macs, params=args.params, position=args.position)
+            met = net.budget(**asked)
             spec, view = met.spec, [str(met)]
         config, classes = net.data_config, net.model.num_classes
     else:

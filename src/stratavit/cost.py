@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from timm.layers import Attention
 from torch import Tensor, nn
 
 from stratavit.structure import Site, eval_mode, model_device, model_dtype
@@ -96,13 +97,16 @@ def cost_model(model: nn.Module, sites: tuple[Site, ...], image_size: tuple[int,
     return CostModel(sites, tokens, fixed_macs, fixed_params)
 
 
-def linear_macs(model: nn.Module, image_size: tuple[int, int, int], without: tuple[str, ...] = ()) -> int:
+def linear_macs(
+    model: nn.Module, image_size: tuple[int, int, int], without: tuple[str, ...] = (), attention: bool = False
+) -> int:
     """MACs per image of the linear maps and convolutions, counted in a pass over a blank image.
 
     Args:
         model: Any model from images.
         image_size: Channels, height, width of an input image.
         without: Beginnings of the names of modules that do not count.
+        attention: Add the products QK^T and AV.
     """
     total = 0
 
@@ -111,12 +115,21 @@ def linear_macs(model: nn.Module, image_size: tuple[int, int, int], without: tup
         assert isinstance(module, nn.Linear | nn.Conv2d)
         total += output.numel() * module.weight[0].numel()
 
+    def count_products(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        assert isinstance(module, Attention)
+        tokens = inputs[0].shape[1]
+        total += 2 * tokens * tokens * module.num_heads * module.head_dim
+
     counted = [
         module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d) and not (without and name.startswith(without))
     ]
     handles = [module.register_forward_hook(count) for module in counted]
+    if attention:
+        modules = [module for module in model.modules() if isinstance(module, Attention)]
+        handles += [module.register_forward_hook(count_products) for module in modules]
     try:
         with eval_mode(model), torch.inference_mode():
             model(torch.zeros(1, *image_size, device=model_device(model), dtype=model_dtype(model)))

@@ -18,7 +18,6 @@ from stratavit.architecture import resolve_data_config
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.folders import open_to_others
 from stratavit.structure import eval_mode, model_dtype
-from stratavit.supernet import SuperNet
 
 Format = Literal["onnx", "torch"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
@@ -85,6 +84,8 @@ def export(
             otherwise than the model; then nothing is left.
         ArtifactError: The file exists or cannot be written.
     """
+    from stratavit.supernet import SuperNet
+
     if format not in SUFFIXES:
         raise StrataViTError(f"export: expected format 'onnx' or 'torch', got {format!r}")
     if isinstance(model, SuperNet):
@@ -161,10 +162,17 @@ def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
         )
 
 
-def _run_onnx(path: Path) -> Runner:
+def onnx_session(path: Path, threads: int = 0) -> Any:
+    """An ONNX Runtime session on the CPU; 0 threads is what it chooses itself."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _run_onnx(path: Path) -> Runner:
+    session = onnx_session(path)
     return lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
+from typing_extensions import Unpack
 
-from stratavit.budget import Amount, Budget, meet
+from stratavit.budget import Bound, Budget
 from stratavit.cost import CostModel
 from stratavit.elastic import Compensation, ElasticSite
 from stratavit.errors import BudgetError, StrataViTError
 from stratavit.final_mean import FinalMean
+from stratavit.limits import Asked, given, limits_of
+from stratavit.search import meet
 from stratavit.spec import Spec
 from stratavit.strata import Strata
 from stratavit.structure import HEAD_DIM_UNIT, MLP_UNITS, Site, with_units
@@ -28,6 +31,7 @@ class Sized(nn.Module):
     cost: CostModel
     strata: Strata | None
     final_mean: FinalMean | None
+    data_config: dict[str, Any]
 
     @property
     def elastic(self) -> dict[str, ElasticSite]:
@@ -98,42 +102,53 @@ class Sized(nn.Module):
         calibrated = all(module.channel_mean.numel() for module in self.elastic.values())
         return self.cost.params(self.resolve(spec), biased, corrected=biased and calibrated)
 
-    def budget(
-        self, *, macs: Amount | None = None, params: Amount | None = None, position: int | None = None
-    ) -> Budget:
-        """The largest sub-network of the dropout list within one budget, with asked, got and reachable range.
+    def small_at(self, widths: Mapping[str, int]) -> nn.Module:
+        """The plain small model of a spec."""
+        raise NotImplementedError
+
+    def budget(self, **asked: Unpack[Asked]) -> Budget:
+        """The sub-network of the dropout list that keeps one budget or several, with asked, got and reachable range.
+
+        The largest that keeps all costs; with `top1` or `max_drop` the smallest that keeps those, too.
 
         Args:
             macs: A share in (0, 1] or ``"50%"`` of the dense model, or an absolute count (int, ``"2.1G"``).
             params: Likewise.
-            position: Number of entries of the dropout list to drop; 0 is the full model.
+            memory_mb: Megabytes (10**6 bytes) of the weights in the setting's dtype, or ``"50%"``.
+            latency_ms: Median milliseconds per batch in the setting, on the device that the weights are on, or
+                ``"50%"``. Timed: at about ten sizes, and once more at the one that is returned. As accurate as the
+                machine is quiet.
+            top1: Percent of the images in `data` that must be right.
+            max_drop: Points of top-1 on `data` that may be lost.
+            position: Number of entries of the dropout list to drop; 0 is the full model. Alone only.
+            data: Labelled images, run through about ten times, for `top1` and `max_drop`.
+            setting: `Setting` for `memory_mb` and `latency_ms`; one image, eager, the model's dtype if left out.
 
         Raises:
-            BudgetError: Not exactly one budget, unreadable, or outside the reachable range.
+            BudgetError: No budget, an unreadable one, one outside the reachable range, or budgets that exclude
+                each other.
             StrataViTError: There is no dropout list yet.
         """
         if self.strata is None:
             raise StrataViTError("no dropout list yet: call stratify(loader) first, or give a spec")
-        given = [
-            kind for kind, value in (("macs", macs), ("params", params), ("position", position)) if value is not None
-        ]
-        if len(given) != 1:
-            raise BudgetError(f"give exactly one of macs, params, position; got {' and '.join(given) or 'none'}")
+        amounts = given(asked)
         positions = range(len(self.strata) + 1) if self.method == "default" else self.strata.group_ends()
-        if position is not None:
-            if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position <= len(self.strata):
-                raise BudgetError(f"position: expected a whole number from 0 to {len(self.strata)}, got {position!r}")
-            spec = self.strata.spec(position)
-            low = self.macs(self.strata.spec(len(self.strata)))
-            return Budget("macs", self.macs(spec), self.macs(spec), low, self.macs(), position, spec)
-        if params is not None:
-            return meet("params", params, self.params, self.strata.spec, positions)
-        assert macs is not None
-        return meet("macs", macs, self.macs, self.strata.spec, positions)
+        if "position" in amounts:
+            return self._at(amounts["position"])
+        found = limits_of(self, amounts, asked.get("data"), asked.get("setting"))
+        return meet(found, self.strata.spec, positions)
 
-    def spec(self, *, macs: Amount | None = None, params: Amount | None = None, position: int | None = None) -> Spec:
+    def _at(self, position: Any) -> Budget:
+        assert self.strata is not None
+        if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position <= len(self.strata):
+            raise BudgetError(f"position: expected a whole number from 0 to {len(self.strata)}, got {position!r}")
+        spec = self.strata.spec(position)
+        low = self.macs(self.strata.spec(len(self.strata)))
+        return Budget((Bound("macs", self.macs(spec), self.macs(spec), low, self.macs()),), position, spec)
+
+    def spec(self, **asked: Unpack[Asked]) -> Spec:
         """The widths of the sub-network that `budget` finds."""
-        return self.budget(macs=macs, params=params, position=position).spec
+        return self.budget(**asked).spec
 
 
 def known_method(method: Method) -> Method:

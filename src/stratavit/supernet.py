@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from stratavit import architecture, artifacts, contraction, listing, sensitivity, strata
 from stratavit.answers import Answers
-from stratavit.budget import Amount
 from stratavit.cost import cost_model
 from stratavit.elastic import ElasticAttention, ElasticMlp, ElasticSite, set_widths
 from stratavit.errors import BudgetError, StrataViTError
 from stratavit.extract import small_model
 from stratavit.final_mean import FinalMean, Shift
+from stratavit.limits import Asked
 from stratavit.sizes import Method, Sized, known_method
 from stratavit.statistics import Objective, SiteStatistics, collect
 from stratavit.structure import HEAD_DIM_UNIT, MLP_UNITS, find_sites, in_float32, last_norm
@@ -243,33 +244,30 @@ class SuperNet(Sized):
     # ---- extraction -------------------------------------------------------------------------------
 
     def extract(
-        self,
-        *,
-        macs: Amount | None = None,
-        params: Amount | None = None,
-        position: int | None = None,
-        spec: Mapping[str, int] | None = None,
-        verbose: bool = True,
+        self, *, spec: Mapping[str, int] | None = None, verbose: bool = True, **asked: Unpack[Asked]
     ) -> nn.Module:
-        """A plain small model for a budget or a spec: stock timm layers, no dependence on this object.
+        """A plain small model for budgets or a spec: stock timm layers, no dependence on this object.
 
         Args:
-            macs, params, position: See `budget`.
             spec: Widths, in place of a budget.
             verbose: Print asked, got and reachable range to standard error.
+            **asked: Budgets, see `budget`.
 
         Raises:
             BudgetError, StrataViTError: See `budget` and `resolve`.
         """
-        if spec is not None:
-            if any(value is not None for value in (macs, params, position)):
-                raise BudgetError("give either a spec or a budget, not both")
-            widths = self.resolve(spec)
-        else:
-            met = self.budget(macs=macs, params=params, position=position)
-            widths = met.spec
+        if spec is None:
+            met = self.budget(**asked)
+            spec = met.spec
             if verbose:
                 print(met, file=sys.stderr)
+        elif any(value is not None for value in asked.values()):
+            raise BudgetError("give either a spec or a budget, not both")
+        return self.small_at(spec)
+
+    def small_at(self, widths: Mapping[str, int]) -> nn.Module:
+        """The plain small model of a spec, see `extract`."""
+        widths = self.resolve(widths)
         small = small_model(self.model, self.sites, widths, self.final_shift(widths))
         small.provenance = {  # type: ignore[assignment]
             "super_network": self.provenance,
@@ -278,6 +276,7 @@ class SuperNet(Sized):
             "params": self.params(widths),
             "dense_macs": self.macs(),
             "dense_params": self.params(),
+            "dense_spec": dict(self.resolve(None)),
         }
         small.data_config = dict(self.data_config)  # type: ignore[assignment]
         return small

@@ -1,0 +1,107 @@
+"""Latency and throughput of small models beside the dense one, each as a ratio in one run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+from torch import nn
+
+from stratavit import timing
+from stratavit.budget import human
+from stratavit.cost import linear_macs
+from stratavit.errors import StrataViTError
+from stratavit.progress import track
+from stratavit.timing import Setting, Timing
+
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model in one setting.
+
+    Attributes:
+        model: Its name.
+        runtime, batch_size, threads: The setting.
+        dtype: The type that it ran in.
+        median_ms, p90_ms, images_per_second: See `Timing`.
+        speedup: Dense median over its own.
+        ideal: Dense MACs over its own, attention products counted.
+        macs: Per image, attention products counted.
+    """
+
+    model: str
+    runtime: str
+    batch_size: int
+    threads: int
+    dtype: str
+    median_ms: float
+    p90_ms: float
+    images_per_second: float
+    speedup: float
+    ideal: float
+    macs: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def bench(
+    models: Mapping[str, nn.Module], image_size: Sequence[int], settings: Sequence[Setting], rounds: int = ROUNDS
+) -> list[Row]:
+    """Times models side by side: in every setting they take turns, so that a machine that slows down slows all.
+
+    Args:
+        models: Name -> model; the first is the one that others are compared with.
+        image_size: Channels, height, width.
+        settings: Each of them is run with every model.
+        rounds: Turns of every model.
+
+    Raises:
+        StrataViTError: No model or setting, or one that cannot be run, see `timing.time_model`.
+    """
+    if not models or not settings:
+        raise StrataViTError("bench: give at least one model and one setting")
+    size = (image_size[0], image_size[1], image_size[2])
+    macs = {name: linear_macs(model, size, attention=True) for name, model in models.items()}
+    first = next(iter(models))
+    rows: list[Row] = []
+    sessions: dict[tuple[str, int], Any] = {}
+    for setting in track(settings, "time"):
+        part = dataclasses.replace(setting, seconds=setting.seconds / rounds)
+        runs = {}
+        for name, model in models.items():
+            known = (name, setting.used_threads)
+            if setting.runtime == "onnx" and known not in sessions:
+                sessions[known] = timing.session_of(model, size, setting.used_threads)
+            runs[name] = timing.runner(model, size, setting, sessions.get(known))
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for _ in range(rounds):
+            for name, run in runs.items():
+                times[name] += timing.pass_times(run, part)
+        found = {name: Timing.of(seconds, setting.batch_size) for name, seconds in times.items()}
+        for name, one in found.items():
+            speedup, ideal = found[first].median_ms / one.median_ms, macs[first] / macs[name]
+            dtype = str(setting.dtype_of(models[name])).removeprefix("torch.")
+            ran = (name, setting.runtime, setting.batch_size, setting.used_threads, dtype)
+            rows.append(Row(*ran, one.median_ms, one.p90_ms, one.images_per_second, speedup, ideal, macs[name]))
+    return rows
+
+
+def table(rows: Sequence[Row], device: str) -> Table:
+    """The rows as a table for the terminal."""
+    view = Table(title=f"latency and throughput on {device}, {rows[0].threads} threads")
+    for heading in ("model", "MACs", "runtime", "dtype"):
+        view.add_column(heading)
+    for heading in ("batch", "median ms", "p90 ms", "images/s", "speed-up", "MACs ratio"):
+        view.add_column(heading, justify="right")
+    for row in rows:
+        numbers = (f"{row.median_ms:.2f}", f"{row.p90_ms:.2f}", f"{row.images_per_second:.1f}")
+        ratios = (f"{row.speedup:.2f}", f"{row.ideal:.2f}")
+        view.add_row(row.model, human(row.macs), row.runtime, row.dtype, str(row.batch_size), *numbers, *ratios)
+    return view

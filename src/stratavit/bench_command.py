@@ -1,0 +1,93 @@
+"""The command `bench`: what it times, and in which settings."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stratavit import architecture, artifacts
+from stratavit.bench import bench, table
+from stratavit.budget import human
+from stratavit.commands import Outcome, budgets, pick_device
+from stratavit.errors import BudgetError, StrataViTError
+from stratavit.report import parse_share
+from stratavit.supernet import SuperNet
+from stratavit.timing import Runtime, Setting
+
+RUNTIMES: tuple[Runtime, ...] = ("eager", "onnx")
+BATCHES = (1, 64)
+
+
+def run(args: Namespace) -> Outcome:
+    """Times a small model, or sizes of a super-network, beside the dense model."""
+    device = pick_device(args.device)
+    asked = budgets(args)
+    budgeted = any(value is not None for kind, value in asked.items() if kind != "setting")
+    if artifacts.kind(args.target) == artifacts.SUPER:
+        net = SuperNet.load(args.target, device)
+        config = net.data_config
+        models = sizes(net, args.shares, asked if budgeted else None)
+    else:
+        if budgeted:
+            raise BudgetError(f"{args.target} has one size only; budgets are for super-networks")
+        small: Any = artifacts.load(args.target, device)
+        config = architecture.resolve_data_config(small)
+        models = beside_dense(small, Path(args.target).name)
+    runtimes = args.runtimes or tuple(r for r in RUNTIMES if r == "eager" or has_onnx())
+    settings = [Setting(n, r, args.dtype, args.threads, args.seconds) for r in runtimes for n in args.batches]
+    rows = bench(models, config["input_size"], settings)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    notes = [] if args.runtimes or has_onnx() else ["ONNX Runtime is not here: pip install 'stratavit[export]'"]
+    return {"device": where, "rows": [row.to_dict() for row in rows]}, [table(rows, where), *notes]
+
+
+def has_onnx() -> bool:
+    """Whether the packages of the ONNX runtime are installed."""
+    return all(find_spec(name) is not None for name in ("onnx", "onnxruntime", "onnxscript"))
+
+
+def sizes(net: SuperNet, shares: tuple[str, ...], asked: Any) -> dict[str, nn.Module]:
+    """The dense model and the sub-networks of a super-network to time."""
+    models = {"dense": net.extract(spec={}, verbose=False)}
+    if asked is not None:
+        met = net.budget(**asked)
+        models[f"{human(net.macs(met.spec))} MACs"] = net.extract(spec=met.spec)
+        return models
+    for share in shares:
+        if parse_share(share) < 1:
+            models[share] = net.extract(macs=parse_share(share), verbose=False)
+    return models
+
+
+def beside_dense(small: nn.Module, name: str) -> dict[str, nn.Module]:
+    """A small model and the dense one that it came from, with random weights: only its time matters."""
+    dense_spec = getattr(small, "provenance", {}).get("dense_spec")
+    if dense_spec is None:
+        return {name: small}
+    description = architecture.describe(small)
+    description["sites"] |= dense_sites(description["sites"], dense_spec)
+    try:
+        dense = architecture.build(description)
+    except (StrataViTError, KeyError, TypeError) as error:
+        raise StrataViTError(f"bench: the dense model cannot be built from the provenance of {name}") from error
+    parameter = next(small.parameters())
+    return {"dense": dense.to(parameter.device, parameter.dtype).eval(), name: small}
+
+
+def dense_sites(sites: Mapping[str, Any], widths: Mapping[str, int]) -> dict[str, Any]:
+    """The description of every site at full width; of a constant one like others of its kind."""
+    found: dict[str, Any] = {}
+    for name, width in widths.items():
+        leaf = name.rpartition(".")[2]
+        alike = [site for other, site in sites.items() if other.endswith(leaf) and "constant" not in site]
+        usual = {"num_heads": 1, "qkv_bias": True, "proj_bias": True}
+        usual = usual if leaf == "attn" else {"fc1_bias": True, "fc2_bias": True}
+        like = sites[name] if "constant" not in sites[name] else (alike or [usual])[0]
+        found[name] = {**like, ("head_dim" if leaf == "attn" else "hidden_features"): width}
+    return found

@@ -1,0 +1,170 @@
+"""How long a model takes, by torch's own benchmark timer: median, 90th percentile and throughput."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from torch.utils.benchmark import Timer
+
+from stratavit.errors import StrataViTError
+from stratavit.export import INPUT, export, onnx_session
+from stratavit.structure import eval_mode, model_device, model_dtype
+
+Runtime = Literal["eager", "compiled", "onnx"]
+Precision = Literal["float32", "float16", "bfloat16"]
+AT_LEAST_RUNS = 5
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is run.
+
+    Attributes:
+        batch_size: Images per pass.
+        runtime: ``eager``; ``compiled`` by `torch.compile`; ``onnx``, by ONNX Runtime on the CPU, in float32.
+        dtype: Of weights and images; None is the model's own.
+        threads: CPU threads; 0 is what torch is set to.
+        seconds: Shortest time that is spent on one measurement, after warming up.
+    """
+
+    batch_size: int = 1
+    runtime: Runtime = "eager"
+    dtype: Precision | None = None
+    threads: int = 0
+    seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("threads", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise StrataViTError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+        if self.runtime not in get_args(Runtime):
+            raise StrataViTError(f"runtime: expected one of {', '.join(get_args(Runtime))}, got {self.runtime!r}")
+        if self.dtype not in (None, *get_args(Precision)):
+            raise StrataViTError(f"dtype: expected one of {', '.join(get_args(Precision))}, got {self.dtype!r}")
+        if self.runtime == "onnx" and self.dtype not in (None, "float32"):
+            raise StrataViTError(f"dtype: ONNX Runtime is timed in float32 only, got {self.dtype!r}")
+        if not 0 < self.seconds < float("inf"):
+            raise StrataViTError(f"seconds: expected a number above 0, got {self.seconds!r}")
+
+    def dtype_of(self, model: nn.Module) -> torch.dtype:
+        """The type that a model is run in."""
+        if self.runtime == "onnx":
+            return torch.float32
+        dtype: torch.dtype = model_dtype(model) if self.dtype is None else getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def used_threads(self) -> int:
+        """CPU threads."""
+        return self.threads or torch.get_num_threads()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long one pass takes.
+
+    Attributes:
+        median_ms, p90_ms: Milliseconds per batch.
+        images_per_second: Images per batch over the median.
+        runs: Number of passes timed.
+    """
+
+    median_ms: float
+    p90_ms: float
+    images_per_second: float
+    runs: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float], batch_size: int) -> Timing:
+        """From the time of each pass."""
+        times = torch.tensor(seconds, dtype=torch.float64)
+        median, p90 = (float(times.quantile(q)) for q in (0.5, 0.9))
+        return cls(1000 * median, 1000 * p90, batch_size / median, len(seconds))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def time_model(model: nn.Module, image_size: Sequence[int], setting: Setting | None = None) -> Timing:
+    """Times a model on the device it is on.
+
+    Args:
+        model: From images to logits; in eval mode meanwhile, unchanged.
+        image_size: Channels, height, width.
+        setting: How it is run; one image, eager, if None.
+
+    Raises:
+        StrataViTError: The runtime needs packages that are not there, or cannot run the model.
+    """
+    setting = setting or Setting()
+    run = runner(model, image_size, setting)
+    return Timing.of(pass_times(run, setting), setting.batch_size)
+
+
+def session_of(model: nn.Module, image_size: Sequence[int], threads: int) -> Any:
+    """The model in ONNX Runtime, any batch size."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        export(copy.deepcopy(model).float(), file, "onnx", noise(1, image_size))
+        return onnx_session(file, threads)
+
+
+def noise(batch_size: int, image_size: Sequence[int]) -> torch.Tensor:
+    """Images to run a model on."""
+    return torch.randn(batch_size, *image_size, generator=torch.Generator().manual_seed(0))
+
+
+def runner(
+    model: nn.Module, image_size: Sequence[int], setting: Setting, session: Any | None = None
+) -> Callable[[], Any]:
+    """One pass over a batch of noise, warmed up, ready to be timed.
+
+    Args:
+        model: From images to logits.
+        image_size: Channels, height, width.
+        setting: How it is run.
+        session: What `session_of` gave for this model, not to export it once more.
+    """
+    images = noise(setting.batch_size, image_size)
+    if setting.runtime == "onnx":
+        loaded = session or session_of(model, image_size, setting.used_threads)
+        feed = {INPUT: images.numpy()}
+        loaded.run(None, feed)
+        return lambda: loaded.run(None, feed)
+    dtype = setting.dtype_of(model)
+    timed = model if dtype is model_dtype(model) else copy.deepcopy(model).to(dtype)
+    images = images.to(model_device(model), dtype)
+    called = torch.compile(timed, dynamic=False) if setting.runtime == "compiled" else timed
+
+    def run() -> Any:
+        with eval_mode(timed), torch.inference_mode():
+            return called(images)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the compiler, on its own parts
+            run()
+            run()
+    except Exception as error:  # what a compiler or a missing kernel raises is of any kind
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StrataViTError(f"the model cannot be run {setting.runtime} in {dtype} here: {reason}") from error
+    return run
+
+
+def pass_times(run: Callable[[], Any], setting: Setting) -> list[float]:
+    """Seconds of each of at least five passes."""
+    timer = Timer("run()", globals={"run": run}, num_threads=setting.used_threads)
+    times: list[float] = []
+    while len(times) < AT_LEAST_RUNS:
+        times += timer.blocked_autorange(min_run_time=setting.seconds).times
+    return times
