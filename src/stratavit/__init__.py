@@ -7,6 +7,7 @@ from stratavit.errors import ArtifactError, BudgetError, StrataViTError, Unsuppo
 from stratavit.evaluate import Metrics, evaluate
 from stratavit.export import Parity, export
 from stratavit.finetune import finetune
+from stratavit.hub import from_pretrained, push_to_hub
 from stratavit.piad import train_piad
 from stratavit.recipe import Recipe
 from stratavit.spec import Spec
@@ -33,7 +34,9 @@ __all__ = [
     "evaluate",
     "export",
     "finetune",
+    "from_pretrained",
     "load",
+    "push_to_hub",
     "save",
     "time_model",
     "train_piad",

@@ -69,9 +69,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
     for index, block in enumerate(model.blocks):
         description["sites"][f"blocks.{index}.attn"] = describe_site(f"blocks.{index}.attn", block.attn)
         description["sites"][f"blocks.{index}.mlp"] = describe_site(f"blocks.{index}.mlp", block.mlp)
-    difference = _difference(build(description, device="meta"), model)
-    if difference:
-        raise ArtifactError(f"cannot describe this model: {difference} has a form that timm.create_model does not give")
+    other = difference(build(description, device="meta"), model)
+    if other:
+        raise ArtifactError(f"cannot describe this model: {other} has a form that timm.create_model does not give")
     return description
 
 
@@ -203,7 +203,7 @@ def _named(layer: nn.Module, names: tuple[str, ...], lookup: Any) -> str | None:
     return next((name for name in names if type(layer) is lookup(name)), None)
 
 
-def _difference(built: nn.Module, model: nn.Module) -> str | None:
+def difference(built: nn.Module, model: nn.Module) -> str | None:
     """Name of the first part in which two models differ, apart from dropout rates; None if alike."""
     transient = (nn.Dropout, DropPath, PatchDropout, nn.Identity)
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stratavit import architecture, moments_file
+from stratavit import architecture, moments_file, timm_config
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.folders import read_json, read_tensors, write_folder, write_json
 from stratavit.strata import Strata
@@ -48,7 +48,7 @@ def save(model: nn.Module, path: str | Path, overwrite: bool = False) -> None:
 
     def write(folder: Path) -> None:
         save_file(_tensors(model), folder / WEIGHTS_FILE, {"format": "pt"})
-        write_json(folder / JSON_FILE, content)
+        _write_json_files(folder, content)
 
     write_folder(path, write, overwrite)
 
@@ -109,7 +109,7 @@ def save_supernet(net: SuperNet, path: str | Path, overwrite: bool, moments: boo
     def write(folder: Path) -> None:
         save_file(_tensors(net.model), folder / WEIGHTS_FILE, {"format": "pt"})
         save_file(_contiguous(tensors), folder / MOMENTS_FILE)
-        write_json(folder / JSON_FILE, content)
+        _write_json_files(folder, content)
 
     write_folder(path, write, overwrite)
 
@@ -138,6 +138,13 @@ def _units(content: Mapping[str, Any], folder: Path) -> list[int]:
     if not isinstance(units, list) or [type(n) for n in units] != [int, int] or min(units) < 1:
         raise ArtifactError(f"{folder / JSON_FILE}: units should be two whole numbers above 0, got {units!r}")
     return units
+
+
+def _write_json_files(folder: Path, content: dict[str, Any]) -> None:
+    write_json(folder / JSON_FILE, content)
+    config = timm_config.timm_config(content["model"], content["data_config"])
+    if config is not None:
+        write_json(folder / timm_config.FILE, config)
 
 
 def _header(kind: str) -> dict[str, Any]:

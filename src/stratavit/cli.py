@@ -143,6 +143,17 @@ def parser() -> argparse.ArgumentParser:
     )
     _cost_options(bench)
 
+    push = _command(commands_, "push", commands.push, "upload to the Hugging Face hub, with a model card")
+    push.add_argument("target", metavar="SMALL|RUN", help="a saved folder")
+    push.add_argument("repo", metavar="USER/NAME", help="repository; made if it is not there")
+    push.add_argument("--curve", metavar="DIR", help="folder written by curve, for the card")
+    push.add_argument("--license", metavar="NAME", help="of the weights, the hub's name for it, such as apache-2.0")
+    push.add_argument("--private", action="store_true", help="make the repository private")
+    push.add_argument("--no-moments", action="store_true", help="leave out second moments")
+    push.add_argument("--endpoint", metavar="URL", help="address of another hub")
+    push.add_argument("--dry-run", metavar="DIR", help="write what would be uploaded to a folder instead")
+    push.add_argument("--overwrite", action="store_true", help="replace what is in DIR")
+
     info = _command(
         commands_, "info", commands.info, "sites, widths, MACs, parameters and provenance of a saved folder"
     )

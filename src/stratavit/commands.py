@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from stratavit import artifacts, report
+from stratavit import artifacts, hub, report
 from stratavit.architecture import resolve_data_config
 from stratavit.budget import human
 from stratavit.data import image_loader
@@ -179,6 +179,28 @@ def export(args: Namespace) -> Outcome:
         images = torch.cat([batch for batch, _ in loader])
     parity = export_model(model, file, args.format, images, args.overwrite)
     return parity.to_dict(), [str(parity)]
+
+
+def push(args: Namespace) -> Outcome:
+    """SMALL or RUN to the hub, or to a folder that shows what would go there."""
+    points = report.read_csv(Path(args.curve) / "curve.csv") if args.curve is not None else []
+    if args.curve is not None and not points:
+        raise StrataViTError(f"{args.curve} holds no curve.csv; make one with `stratavit curve`")
+    if args.dry_run is not None:
+        hub.write_upload(
+            args.target, args.dry_run, args.repo, points, args.license, not args.no_moments, args.overwrite
+        )
+        return {"folder": str(args.dry_run)}, [f"wrote {args.dry_run}: what would be uploaded to {args.repo}"]
+    url = hub.push_to_hub(
+        args.target,
+        args.repo,
+        points=points,
+        licence=args.license,
+        moments=not args.no_moments,
+        private=args.private or None,
+        endpoint=args.endpoint,
+    )
+    return {"url": url}, [url]
 
 
 def write_curve(points: list[report.Point], out: str | Path, title: str, overwrite: bool) -> None:

@@ -6,13 +6,14 @@ import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from stratavit.budget import human
+from stratavit.errors import ArtifactError
 from stratavit.evaluate import evaluate
 from stratavit.supernet import SuperNet
 
@@ -93,6 +94,22 @@ def write_csv(points: Sequence[Point], path: Path) -> None:
         writer = csv.DictWriter(file, fieldnames=list(Point.__dataclass_fields__))
         writer.writeheader()
         writer.writerows(asdict(point) for point in points)
+
+
+def read_csv(path: Path) -> list[Point]:
+    """What `write_csv` wrote; nothing if there is no such file.
+
+    Raises:
+        ArtifactError: It is something else.
+    """
+    if not path.exists():
+        return []
+    types = get_type_hints(Point)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [Point(**{key: types[key](value) for key, value in row.items()}) for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+        raise ArtifactError(f"{path} is not a curve written by StrataViT ({error})") from error
 
 
 def plot(points: Sequence[Point], path: Path, title: str) -> None:
