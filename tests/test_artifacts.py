@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import stratavit
-from stratavit import ArtifactError, StrataViTError, SuperNet, artifacts, folders, moments_file
+from stratavit import ArtifactError, StrataViTError, SuperNet, artifacts, folders, moments_file, timm_config
 
 IMAGES = make_images(2, seed=9)
 MIXED = {"blocks.0.attn": 4, "blocks.0.mlp": 0, "blocks.1.attn": 0, "blocks.1.mlp": 33}
@@ -54,7 +54,7 @@ def assert_same_tensors(one: nn.Module, other: nn.Module):
 def test_super_network_round_trip_is_bit_identical(family, method, tmp_path):
     net = make_net(family, method, stratified=True)
     net.save(tmp_path / "run")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == FILES
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [timm_config.FILE, *FILES]
     read = SuperNet.load(tmp_path / "run")
     assert_same_tensors(read.model, net.model)
     assert type(read.model) is type(net.model)
@@ -390,7 +390,7 @@ def test_a_folder_that_is_not_empty_is_kept_unless_asked(save, tmp_path):
         save(tmp_path / "out")
     assert content(tmp_path) == before
     save(tmp_path / "out", overwrite=True)
-    assert {path.name for path in (tmp_path / "out").iterdir()} <= set(FILES)
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {timm_config.FILE, *FILES}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -95,6 +95,10 @@ def site_widths(model: nn.Module) -> dict[str, int]:
 
 def save_supernet(net: SuperNet, path: str | Path, overwrite: bool, moments: bool = True) -> None:
     """See `SuperNet.save`."""
+    if any(module.corrected and module.moments is None for module in net.elastic.values()):
+        raise ArtifactError(
+            "the second moments were released by specialise(); save before, or specialise(moments=True)"
+        )
     content = _header(SUPER) | {
         "method": net.method,
         "compensation": net.compensation if moments or net.compensation != "full" else "mean",
@@ -114,7 +118,7 @@ def save_supernet(net: SuperNet, path: str | Path, overwrite: bool, moments: boo
     write_folder(path, write, overwrite)
 
 
-def load_supernet(cls: type[SuperNet], path: str | Path, device: torch.device | str) -> SuperNet:
+def load_supernet(cls: type[SuperNet], path: str | Path, device: torch.device | str, moments: bool = True) -> SuperNet:
     """See `SuperNet.load`."""
     folder = Path(path)
     content = _read_header(folder, SUPER)
@@ -127,7 +131,11 @@ def load_supernet(cls: type[SuperNet], path: str | Path, device: torch.device | 
     net.set_units(*_units(content, folder))
     net.description = content["model"]
     net.provenance = dict(content.get("provenance", {}))
-    moments_file.from_tensors(net, read_tensors(folder / MOMENTS_FILE), str(folder / MOMENTS_FILE))
+    source = folder / MOMENTS_FILE
+    moments_file.from_tensors(net, read_tensors(source, without=None if moments else moments_file.FACTOR), str(source))
+    if not moments:
+        net.final_mean = None
+        net.compensation = "mean" if net.compensation == "full" else net.compensation
     if content.get("strata") is not None:
         net.strata = Strata.from_json(net.sites, content["strata"])
     return net

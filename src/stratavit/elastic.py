@@ -18,6 +18,7 @@ from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 
 from stratavit.compensation import GAIN, Moments, compensate
+from stratavit.errors import StrataViTError
 
 Compensation = Literal["none", "mean", "full"]
 
@@ -66,6 +67,8 @@ class ElasticSite(nn.Module):
             cut is a prefix of all heads at once.
         crossed: `channel_mean` and `moments` without the images of fold 0, and without those of fold 1; after
             calibration, for the list. Not saved.
+        corrected: Width -> weight and bias of `out`, computed beforehand (`specialise`), with what they rest on. Not
+            saved.
         probe: Weights that take the place of the module's own.
         observer: Set while statistics are collected.
     """
@@ -81,6 +84,7 @@ class ElasticSite(nn.Module):
         self.moments: Moments | None = None
         self.crossed: tuple[tuple[Tensor, Moments], ...] = ()
         self.probe: Probe | None = None
+        self.corrected: dict[int, tuple[list[Any], tuple[Tensor, Tensor]]] = {}
         self._compensated: tuple[Moments | None, Any, tuple[Tensor, Tensor]] | None = None
         self.observer: Observer | None = None
         self.bypassed = False
@@ -109,6 +113,8 @@ class ElasticSite(nn.Module):
         in_weight, in_bias = self.in_weight(width)
         if width == self.full_width:
             return Weights(in_weight, in_bias, self.out.weight, self.out.bias)
+        if self.compensation == "full" and width in self.corrected:
+            return Weights(in_weight, in_bias, *self._specialised(width))
         if self.compensation == "full" and self.moments is not None:
             return Weights(in_weight, in_bias, *self._remembered(width))
         kept = self.out_by_head()[:, :, :width].flatten(1)  # [C, H, w] -> [C, H*w]
@@ -119,18 +125,50 @@ class ElasticSite(nn.Module):
 
         Changes in place are seen, except those that go around autograd's version counter (``weight.data``).
         """
-        rests_on = [t for t in (self.out.weight, self.out.bias, self.channel_mean) if t is not None]
-        if any(t.is_inference() for t in rests_on) or (
-            torch.is_grad_enabled() and any(t.requires_grad for t in rests_on)
-        ):
+        if any(t.is_inference() for t in self._rests_on()) or self._learns():
             return self.compensated_out(width, self.gain)
-        versions = [(t.data_ptr(), t._version, t.dtype, t.device) for t in rests_on]
-        key = (width, self.gain, versions)
+        key = (width, self.gain, self._versions())
         known = self._compensated
         if known is None or known[0] is not self.moments or known[1] != key:
             with torch.inference_mode(False), torch.no_grad():
                 known = self._compensated = (self.moments, key, self.compensated_out(width, self.gain))
         return known[2]
+
+    def specialise(self, width: int) -> None:
+        """Keeps `compensated_out` at a width for as long as the weights stay as they are."""
+        if self.compensation == "full" and self.moments is not None and 0 < width < self.full_width:
+            with torch.inference_mode(False), torch.no_grad():
+                self.corrected[width] = (self._versions(), self.compensated_out(width, self.gain))
+
+    def forget_last(self) -> None:
+        """Frees the corrected weights of the width that ran last."""
+        self._compensated = None
+
+    def _specialised(self, width: int) -> tuple[Tensor, Tensor]:
+        """What `specialise` kept.
+
+        Raises:
+            StrataViTError: The weights have changed since, and the moments to follow them are gone.
+        """
+        versions, known = self.corrected[width]
+        if versions == self._versions() and not self._learns():
+            return known
+        if self.moments is not None:
+            return self._remembered(width)
+        raise StrataViTError(
+            f"width {width} was specialised for other weights (trained, moved, copied or cast since), and the moments "
+            "are released; load the super-network again, move or cast it, then specialise"
+        )
+
+    def _learns(self) -> bool:
+        return torch.is_grad_enabled() and any(t.requires_grad for t in self._rests_on())
+
+    def _rests_on(self) -> list[Tensor]:
+        """What the second map is computed from."""
+        return [t for t in (self.out.weight, self.out.bias, self.channel_mean) if t is not None]
+
+    def _versions(self) -> list[Any]:
+        return [(t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device) for t in self._rests_on()]
 
     def compensated_out(self, width: int, gain: float) -> tuple[Tensor, Tensor]:
         """Weight ``[C, H*w]`` and bias ``[C]`` of `out` with what the dropped channels did folded in."""

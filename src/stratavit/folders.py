@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -131,14 +131,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, without: str | None = None) -> dict[str, Tensor]:
     """Reads a safetensors file.
+
+    Args:
+        path: The file.
+        without: End of the names of tensors that are left where they are.
 
     Raises:
         ArtifactError: The file is missing, truncated or otherwise damaged.
     """
     try:
-        return load_file(path)
+        if without is None:
+            return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if not name.endswith(without)}  # noqa: SIM118
     except FileNotFoundError as error:
         raise ArtifactError(f"{path.parent} is incomplete: {path.name} is missing") from error
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:

@@ -16,6 +16,7 @@ from stratavit.structure import Site
 if TYPE_CHECKING:
     from stratavit.supernet import SuperNet
 
+FACTOR = ".factor"
 SHARES, VECTORS = "final_mean.shares", "final_mean.vectors"
 
 
@@ -31,7 +32,7 @@ def to_tensors(net: SuperNet, second: bool = True) -> dict[str, Tensor]:
         if module.channel_mean.numel():
             tensors[f"{name}.mean"] = module.channel_mean
         if second and module.moments is not None:
-            tensors[f"{name}.factor"] = packed(module.moments.factor)
+            tensors[f"{name}{FACTOR}"] = packed(module.moments.factor)
             tensors[f"{name}.scalars"] = torch.tensor(
                 [module.moments.ridge, module.moments.energy], dtype=torch.float64
             )
@@ -56,7 +57,7 @@ def from_tensors(net: SuperNet, tensors: Mapping[str, Tensor], source: str) -> N
                     f"{source}: the mean of {site.name} should be {site.heads} x {site.width} finite numbers"
                 )
             module.channel_mean = mean.to(module.out.weight)
-        if f"{site.name}.factor" in tensors:
+        if f"{site.name}{FACTOR}" in tensors:
             module.moments = _moments(site, tensors, source).to(module.out.weight.device)
     if VECTORS in tensors:
         net.final_mean = _final_mean(net, tensors, source)
@@ -77,7 +78,7 @@ def unpacked(triangle: Tensor, n: int) -> Tensor:
 
 
 def _moments(site: Site, tensors: Mapping[str, Tensor], source: str) -> Moments:
-    triangle, scalars = tensors[f"{site.name}.factor"], tensors.get(f"{site.name}.scalars")
+    triangle, scalars = tensors[f"{site.name}{FACTOR}"], tensors.get(f"{site.name}.scalars")
     n = site.heads * site.width
     fits = triangle.shape == (n * (n + 1) // 2,) and triangle.dtype == torch.float32 and triangle.isfinite().all()
     factor = unpacked(triangle, n) if fits else None

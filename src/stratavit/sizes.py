@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from stratavit.budget import Bound, Budget
@@ -102,6 +102,49 @@ class Sized(nn.Module):
         calibrated = all(module.channel_mean.numel() for module in self.elastic.values())
         return self.cost.params(self.resolve(spec), biased, corrected=biased and calibrated)
 
+    def specialise(self, *specs: Mapping[str, int], moments: bool = False) -> Memory:
+        """Makes ready to serve several sizes from this one set of weights: ``net(images, spec)`` in inference mode.
+
+        What compensation makes of `proj` and `fc2` at the widths of each spec is computed once and kept; the rest of
+        every size is a view of the full weights.
+
+        Args:
+            *specs: The sizes to serve.
+            moments: Keep the second moments. Without them the network is frozen, needs little more than its weights,
+                and sizes that were not named are compensated by the mean only.
+
+        Returns:
+            What the network holds in memory.
+
+        Raises:
+            StrataViTError: A spec does not fit.
+        """
+        for spec in [self.resolve(spec) for spec in specs]:
+            for name, module in self.elastic.items():
+                module.specialise(spec[name])
+        for module in self.elastic.values():
+            module.forget_last()
+            if not moments:
+                module.moments, module.crossed = None, ()
+        if not moments:
+            self.requires_grad_(False)
+        return self.memory()
+
+    def memory(self) -> Memory:
+        """What the network holds in memory, by kind."""
+        modules = self.elastic.values()
+        known = [one for module in modules if (one := module.moments) is not None]
+        known += [moments for module in modules for _, moments in module.crossed]
+        means = [module.channel_mean for module in modules]
+        means += [mean for module in modules for mean, _ in module.crossed]
+        means += [] if self.final_mean is None else [self.final_mean.vectors]
+        return Memory(
+            weights=size_of(self.state_dict().values()),
+            means=size_of(means),
+            moments=size_of(one.factor for one in known),
+            corrected=size_of(t for m in modules for _, pair in m.corrected.values() for t in pair),
+        )
+
     def small_at(self, widths: Mapping[str, int]) -> nn.Module:
         """The plain small model of a spec."""
         raise NotImplementedError
@@ -149,6 +192,38 @@ class Sized(nn.Module):
     def spec(self, **asked: Unpack[Asked]) -> Spec:
         """The widths of the sub-network that `budget` finds."""
         return self.budget(**asked).spec
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a super-network holds.
+
+    Attributes:
+        weights: Of the full model; every size is a part of them.
+        means: Means of channels, and the final mean.
+        moments: Second moments, which serve any spec.
+        corrected: `proj` and `fc2` of the specialised specs.
+    """
+
+    weights: int
+    means: int
+    moments: int
+    corrected: int
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.weights + self.means + self.moments + self.corrected
+
+    def __str__(self) -> str:
+        parts = {"weights": self.weights, "means": self.means, "moments": self.moments, "corrected": self.corrected}
+        text = ", ".join(f"{name} {size / 1e6:.2f}" for name, size in parts.items())
+        return f"{self.total / 1e6:.2f} MB: {text}; {self.total / self.weights:.3f} x the full model"
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def known_method(method: Method) -> Method:

@@ -298,10 +298,16 @@ class SuperNet(Sized):
         artifacts.save_supernet(self, path, overwrite, moments)
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> SuperNet:
+    def load(cls, path: str | Path, device: torch.device | str = "cpu", moments: bool = True) -> SuperNet:
         """Reads what `save` wrote; runs no code from the files.
+
+        Args:
+            path: The folder.
+            device: Of the weights.
+            moments: Read second moments, too; without them cut channels are replaced by their mean, and the whole
+                family takes little more memory than the full model.
 
         Raises:
             ArtifactError: The folder is not a super-network's, or damaged.
         """
-        return artifacts.load_supernet(cls, path, device)
+        return artifacts.load_supernet(cls, path, device, moments)
