@@ -44,6 +44,16 @@ def real_batches(model: nn.Module, split: str, limit: int | None = None, batch_s
     return list(image_loader(folder, config, split, 1000, folder / "class_map.txt", batch_size, limit=limit))
 
 
+def converted(name: str, work: Path, **options: Any) -> stratavit.SuperNet:
+    """A real model's super-network, from 1,000 training images; kept in a folder of `work`."""
+    folder = work / "-".join([name, *map(str, options.values())])
+    if not folder.exists():
+        model = real_model(name)
+        images = real_batches(model, "train", 1000)
+        stratavit.SuperNet(model).contract(images).stratify(images, **options).save(folder)
+    return stratavit.SuperNet.load(folder)
+
+
 @torch.inference_mode()
 def correct(net: stratavit.SuperNet, spec: stratavit.Spec, batches: Batches) -> Tensor:
     """1 for each image whose class is the first answer, else 0."""

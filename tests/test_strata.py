@@ -23,6 +23,10 @@ IMPORTANCE = st.fixed_dictionaries(
 )
 
 
+def price_of(tokens):
+    return lambda site, width: site_macs(site, width, tokens)
+
+
 def test_importance_of_units_solved_by_hand():
     """16 coordinates in 2 units: 1/4 of the importance lies in the first."""
     alpha = [1.0] * 8 + [3.0] * 8
@@ -55,6 +59,14 @@ def test_equal_densities_are_candidates():
     assert [first for first, _ in tail_candidates([1, 1, 1], [1, 1, 1])] == [0, 1, 2]
 
 
+def test_what_is_dear_leaves_first():
+    """Alike but for their price: the unit that costs twice as much goes before the other."""
+    x, y = (Site(name, "mlp", 20, 1, 1, False, False, steps=(0, 10, 20)) for name in "xy")
+    prices = {"x": (0.0, 10.0, 30.0), "y": (0.0, 10.0, 20.0)}
+    found = removal_order((x, y), {"x": [2.0, 1.0], "y": [2.0, 1.0]}, lambda s, w: prices[s.name][w // 10])
+    assert [(entry.site, entry.width) for entry in found] == [("x", 10), ("y", 10), ("x", 0), ("y", 0)]
+
+
 @given(st.lists(st.tuples(st.floats(0, 10), st.integers(1, 9)), min_size=1, max_size=12))
 def test_candidates_fall_and_the_whole_module_is_one(units):
     found = tail_candidates([i for i, _ in units], [m for _, m in units])
@@ -70,7 +82,7 @@ def test_order_of_two_modules_solved_by_hand():
     x's last unit (1/20) goes first; y goes whole (6/40), its last unit first; then the rest of x (9/40).
     """
     x, y = (Site(name, "mlp", 20, 1, 1, False, False, steps=(0, 10, 20)) for name in "xy")
-    found = removal_order((x, y), {"x": [8.0, 1.0], "y": [2.0, 4.0]}, tokens=1, first_group=5)
+    found = removal_order((x, y), {"x": [8.0, 1.0], "y": [2.0, 4.0]}, price_of(1), first_group=5)
     assert [(entry.site, entry.width) for entry in found] == [("x", 10), ("y", 10), ("y", 0), ("x", 0)]
     groups = [entry.group for entry in found]
     assert groups[1] == groups[2]
@@ -80,7 +92,7 @@ def test_order_of_two_modules_solved_by_hand():
 
 @given(IMPORTANCE)
 def test_every_unit_leaves_exactly_once_tail_first(importance):
-    entries = removal_order(SITES, importance, TOKENS)
+    entries = removal_order(SITES, importance, price_of(TOKENS))
     for site in SITES:
         widths = [entry.width for entry in entries if entry.site == site.name]
         assert widths == list(reversed(site.steps[:-1]))
@@ -90,7 +102,7 @@ def test_every_unit_leaves_exactly_once_tail_first(importance):
 @given(IMPORTANCE)
 def test_densities_of_the_groups_ascend(importance):
     """Each group leaves at the density of its whole tail, computed here from the widths alone."""
-    entries = removal_order(SITES, importance, TOKENS)
+    entries = removal_order(SITES, importance, price_of(TOKENS))
     by_name = {site.name: site for site in SITES}
     densities = []
     for end in Strata(SITES, entries).group_ends()[1:]:
@@ -103,7 +115,7 @@ def test_densities_of_the_groups_ascend(importance):
 
 @given(IMPORTANCE)
 def test_a_group_is_one_run_of_one_site(importance):
-    strata = Strata(SITES, removal_order(SITES, importance, TOKENS))
+    strata = Strata(SITES, removal_order(SITES, importance, price_of(TOKENS)))
     ends = strata.group_ends()
     assert ends[0] == 0
     assert ends[-1] == len(strata)
@@ -114,7 +126,7 @@ def test_a_group_is_one_run_of_one_site(importance):
 
 @given(IMPORTANCE)
 def test_prefixes_nest_down_to_nothing(importance):
-    strata = Strata(SITES, removal_order(SITES, importance, TOKENS))
+    strata = Strata(SITES, removal_order(SITES, importance, price_of(TOKENS)))
     specs = [strata.spec(position) for position in range(len(strata) + 1)]
     assert specs[0] == {"a": 16, "m": 50}
     assert specs[-1] == {"a": 0, "m": 0}
@@ -125,7 +137,7 @@ def test_prefixes_nest_down_to_nothing(importance):
 
 @given(IMPORTANCE)
 def test_json_round_trip(importance):
-    strata = Strata(SITES, removal_order(SITES, importance, TOKENS))
+    strata = Strata(SITES, removal_order(SITES, importance, price_of(TOKENS)))
     read = Strata.from_json(SITES, json.loads(json.dumps(strata.to_json())))
     assert read.entries == strata.entries
 

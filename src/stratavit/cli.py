@@ -75,6 +75,16 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help="what is differentiated; 'sampled', 'prediction' and 'feature' need no labels (default: %(default)s)",
     )
+    convert.add_argument(
+        "--price",
+        choices=("macs", "latency"),
+        default="macs",
+        help="what the list weighs a unit's importance against (default: %(default)s)",
+    )
+    convert.add_argument(
+        "--latency-batch", type=_positive, default=1, metavar="N", help="images per timed batch (default: %(default)s)"
+    )
+    convert.add_argument("--threads", type=_positive, default=0, help="CPU threads of timings (default: torch's own)")
     convert.add_argument("--seed", type=int, default=0, help="for random choices (default: %(default)s)")
 
     train = _command(

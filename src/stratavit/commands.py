@@ -71,7 +71,8 @@ def convert(args: Namespace) -> Outcome:
     loader = _loader(args, net.data_config, "train", net.model.num_classes, args.images)
     started = time.perf_counter()
     net.contract(loader, args.method, args.criterion, args.objective, args.seed)
-    net.stratify(loader, objective=args.objective, seed=args.seed)
+    setting = Setting(args.latency_batch, threads=args.threads)
+    net.stratify(loader, objective=args.objective, seed=args.seed, price=args.price, setting=setting)
     seconds = time.perf_counter() - started
     net.provenance["source"] = {
         "model": args.model,

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
 from stratavit.structure import Site, eval_mode, model_device, model_dtype
+
+
+class Price(NamedTuple):
+    """What a site costs where MACs are not what counts: once it has any width, and for each coordinate."""
+
+    start: float
+    each: float
 
 
 @dataclass(frozen=True)
@@ -25,12 +33,22 @@ class CostModel:
         tokens: Tokens N per image at the model's input size.
         fixed_macs: MACs per image outside the sites.
         fixed_params: Parameters outside the sites.
+        prices: Site name -> what takes the place of MACs where the importance of units is weighed against their cost;
+            None is MACs. Budgets stay in MACs.
     """
 
     sites: tuple[Site, ...]
     tokens: int
     fixed_macs: int
     fixed_params: int
+    prices: Mapping[str, Price] | None = None
+
+    def price(self, site: Site, width: int) -> float:
+        """What importance is weighed against: MACs per image of a site at a width, or its price."""
+        if self.prices is None:
+            return site_macs(site, width, self.tokens)
+        price = self.prices[site.name]
+        return price.start + price.each * width if width else 0.0
 
     def macs(self, widths: Mapping[str, int] | None = None, attention: bool = False) -> int:
         """Multiply-accumulates per image; sites that are not named count at full width."""

@@ -131,7 +131,7 @@ class Reference:
         A site of a single unit has no step and is left out.
 
         Args:
-            cost: Of the model.
+            cost: Of the model; an effect is per unit of its `price`.
             widths: Every width a unit's end above 0.
         """
         ladder = {site.name: neighbours(site, widths[site.name], self.sites) for site in self.sites}
@@ -142,7 +142,7 @@ class Reference:
             module, probe, falls = self.elastic[site.name], probes[site.name], []
             for width in ladder[site.name]:
                 if width != widths[site.name]:
-                    step = site_macs(site, width, cost.tokens) - site_macs(site, widths[site.name], cost.tokens)
+                    step = cost.price(site, width) - cost.price(site, widths[site.name])
                     falls.append(-_first_order(probe, make_probe(module, width, max(ladder[site.name]))) / step)
             if falls:
                 found.effects[site.name] = sum(falls) / len(falls) / self.count

@@ -47,7 +47,7 @@ def by_importance(
         "images": next(iter(statistics.values())).images,
         "sensitivity": gamma,
     }
-    return strata.removal_order(sites, importance, cost.tokens), statistics, facts
+    return strata.removal_order(sites, importance, cost.price), statistics, facts
 
 
 def by_effects(

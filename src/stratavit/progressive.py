@@ -113,5 +113,5 @@ def grow(
         return list(entries)
     importance = importance_at(net, widths, loader, growth)
     first_group = 1 + max((entry.group for entry in entries), default=-1)
-    order = strata.removal_order(net.sites, importance, net.cost.tokens, first_group)
+    order = strata.removal_order(net.sites, importance, net.cost.price, first_group)
     return extend(entries, order, net.cost, target)

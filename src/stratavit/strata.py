@@ -5,12 +5,11 @@ Source: method section 2 (arXiv 2511.11683, unit importance and tail merging). P
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from stratavit.cost import site_macs
 from stratavit.errors import ArtifactError
 from stratavit.spec import Spec
 from stratavit.structure import Site
@@ -109,7 +108,7 @@ def unit_importance(site: Site, alpha: Sequence[float], gamma: float) -> list[fl
     return [gamma * sum(alpha[a:b]) / total for a, b in pairwise(ends)]
 
 
-def tail_candidates(importance: Sequence[float], macs: Sequence[int]) -> list[tuple[int, float]]:
+def tail_candidates(importance: Sequence[float], macs: Sequence[float]) -> list[tuple[int, float]]:
     """Tails of one module that may be dropped, as (first unit, density), largest tail first.
 
     Walking from the head of the module, a tail is a candidate only if its density (importance of the
@@ -125,7 +124,10 @@ def tail_candidates(importance: Sequence[float], macs: Sequence[int]) -> list[tu
 
 
 def removal_order(
-    sites: Sequence[Site], importance: Mapping[str, Sequence[float]], tokens: int, first_group: int = 0
+    sites: Sequence[Site],
+    importance: Mapping[str, Sequence[float]],
+    price: Callable[[Site, int], float],
+    first_group: int = 0,
 ) -> list[Entry]:
     """The units that are left, least important first.
 
@@ -135,16 +137,14 @@ def removal_order(
     Args:
         sites: The sites of the model.
         importance: Site name -> importance of each unit that is left (`unit_importance`).
-        tokens: Tokens per image, for the MACs of a unit.
+        price: Cost of a site at a width (`CostModel.price`).
         first_group: Number of the first group.
     """
     by_name = {site.name: site for site in sites}
     candidates = []
     for name, values in importance.items():
         steps = by_name[name].steps
-        costs = [site_macs(by_name[name], b, tokens) - site_macs(by_name[name], a, tokens) for a, b in pairwise(steps)][
-            : len(values)
-        ]
+        costs = [price(by_name[name], b) - price(by_name[name], a) for a, b in pairwise(steps)][: len(values)]
         candidates += [(density, -first, name) for first, density in tail_candidates(values, costs)]
     left = {name: len(values) for name, values in importance.items()}
     entries: list[Entry] = []

@@ -6,7 +6,7 @@ import copy
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -21,9 +21,11 @@ from stratavit.errors import BudgetError, StrataViTError
 from stratavit.extract import small_model
 from stratavit.final_mean import FinalMean, Shift
 from stratavit.limits import Asked
+from stratavit.prices import priced
 from stratavit.sizes import Method, Sized, known_method
 from stratavit.statistics import Objective, SiteStatistics, collect
 from stratavit.structure import HEAD_DIM_UNIT, MLP_UNITS, find_sites, in_float32, last_norm
+from stratavit.timing import Setting
 from stratavit.walk import Walk
 from stratavit.wpac import CRITERIA, Criterion, scatter_needed
 
@@ -159,6 +161,8 @@ class SuperNet(Sized):
         measure: sensitivity.Measure = "auto",
         plan: Walk | None = None,
         seed: int = 0,
+        price: Literal["macs", "latency"] = "macs",
+        setting: Setting | None = None,
     ) -> SuperNet:
         """Makes the one-shot dropout list, down to the smallest size, in place; no training.
 
@@ -172,6 +176,9 @@ class SuperNet(Sized):
             measure: ``paper``: of sensitivity, ``top1``, ``cost`` or ``auto``, see `sensitivity.bypass_sensitivity`.
             plan: ``default``: sizes and numbers of images.
             seed: ``paper``: for the objective ``sampled``.
+            price: What a unit's importance is divided by: its MACs (paper), or its ``latency`` on the device that the
+                weights are on.
+            setting: For ``latency``; one image, eager, if None.
 
         Returns:
             self.
@@ -181,11 +188,11 @@ class SuperNet(Sized):
         """
         method = self.method if method is None else known_method(method)
         self.set_widths(None)
-        final_mean = None
+        final_mean, cost = None, priced(self.cost, self.elastic, price, setting)
         with in_float32(self.model):
             if method == "paper":
                 entries, statistics, facts = listing.by_importance(
-                    self.model, self.sites, self.cost, loader, objective, measure, seed
+                    self.model, self.sites, cost, loader, objective, measure, seed
                 )
                 self._fill_means(statistics)
             else:
@@ -195,7 +202,7 @@ class SuperNet(Sized):
                 before, self.compensation = self.compensation, "full"
                 try:
                     entries, final_mean, facts = listing.by_effects(
-                        self.model, self.sites, self.cost, loader, plan or Walk(), known
+                        self.model, self.sites, cost, loader, plan or Walk(), known
                     )
                 finally:
                     self.compensation = before
@@ -204,7 +211,7 @@ class SuperNet(Sized):
             self.method = method
         self.final_mean = final_mean
         self.strata = strata.Strata(self.sites, entries)
-        self.provenance["stratify"] = {"method": method, **facts}
+        self.provenance["stratify"] = {"method": method, "price": price, "prices": cost.prices, **facts}
         return self
 
     def _fill_means(self, statistics: Mapping[str, SiteStatistics]) -> None:

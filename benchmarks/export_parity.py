@@ -1,0 +1,55 @@
+"""Do exported files answer as the models do? DeiT-Tiny at five budgets, ONNX and torch.export, on real images.
+
+python benchmarks/export_parity.py --work WORK
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from common import converted, real_batches, write_results
+
+from stratavit import export
+from stratavit.export import SUFFIXES
+
+SHARES = (1.0, 10 / 12, 6 / 12, 4 / 12)
+IMAGES = 32
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--work", type=Path, required=True, help="folder where the converted model is kept")
+    net = converted("deit_tiny", arguments.parse_args().work)
+    images = torch.cat([batch for batch, _ in real_batches(net.model, "val", IMAGES)])
+    smallest = net.spec(macs=4 / 12)
+    specs = {f"{share:.3g}": dict(net.spec(macs=share)) for share in SHARES}
+    specs["0.333, three modules cut to 0"] = dict(smallest) | {
+        "blocks.3.attn": 0,
+        "blocks.7.mlp": 0,
+        "blocks.11.attn": 0,
+    }
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, spec in specs.items():
+            small = net.extract(spec=spec)
+            for kind, suffix in SUFFIXES.items():
+                found = export(small, Path(folder) / f"{len(rows)}{suffix}", kind, images)
+                rows.append(
+                    {
+                        "share of MACs": name,
+                        "format": kind,
+                        "images": found.images,
+                        "largest logit difference": f"{found.difference:.1e}",
+                        "largest logit": found.largest,
+                        "MB": found.size / 1e6,
+                    }
+                )
+    note = "Each file is run on all images at once and on the first alone; float32, on the CPU. Asked: at most 1e-4."
+    write_results("export-parity", rows, note)
+
+
+if __name__ == "__main__":
+    main()

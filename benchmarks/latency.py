@@ -1,0 +1,69 @@
+"""Does latency follow MACs? Extracted models beside the dense one, eager and in ONNX Runtime.
+
+    python benchmarks/latency.py --work WORK
+
+DeiT-Tiny: real weights and list. DeiT-Small: random weights, the same keep ratio at every site. Models take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import timm
+import torch
+from common import converted, write_results
+
+from stratavit import Setting, SuperNet
+from stratavit.allocation import allocate
+from stratavit.bench import bench
+
+TWELFTHS = (10, 8, 6, 4)
+SIZE = (3, 224, 224)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--work", type=Path, required=True, help="folder where the converted model is kept")
+    arguments.add_argument("--batch-size", type=int, default=64)
+    arguments.add_argument("--threads", type=int, default=0)
+    arguments.add_argument("--seconds", type=float, default=15.0, help="per model and runtime")
+    args = arguments.parse_args()
+    tiny = converted("deit_tiny", args.work)
+    torch.manual_seed(0)
+    small = SuperNet(timm.create_model("deit_small_patch16_224"))
+    even, full = dict.fromkeys(small.resolve(None), 0.0), dict(small.resolve(None))
+    nets = {
+        "deit_tiny": (tiny, {n: tiny.spec(macs=n / 12) for n in TWELFTHS}),
+        "deit_small": (small, {n: allocate(small.cost, even, n / 12, full) for n in TWELFTHS}),
+    }
+    rows = []
+    for name, (net, specs) in nets.items():
+        models = {"dense": net.extract(spec={})} | {f"{n}/12": net.extract(spec=spec) for n, spec in specs.items()}
+        settings = [
+            Setting(args.batch_size, runtime, None, args.threads, args.seconds) for runtime in ("eager", "onnx")
+        ]
+        for row in bench(models, SIZE, settings, rounds=5):
+            rows.append(
+                {
+                    "model": name,
+                    "size": row.model,
+                    "runtime": row.runtime,
+                    "batch": row.batch_size,
+                    "median ms": row.median_ms,
+                    "p90 ms": row.p90_ms,
+                    "images/s": row.images_per_second,
+                    "speed-up": row.speedup,
+                    "MACs ratio": row.ideal,
+                    "speed-up / ratio": row.speedup / row.ideal,
+                }
+            )
+    note = (
+        "MACs ratio: dense over small, attention products counted. DeiT-Tiny: the list made from 1,000 images; "
+        "DeiT-Small: random weights, one keep ratio for all sites."
+    )
+    write_results("latency", rows, note)
+
+
+if __name__ == "__main__":
+    main()

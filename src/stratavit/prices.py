@@ -1,0 +1,109 @@
+"""What a unit costs in milliseconds on this device, for a dropout list that follows latency in place of MACs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from stratavit import timing
+from stratavit.cost import CostModel, Price
+from stratavit.elastic import ElasticSite
+from stratavit.errors import StrataViTError
+from stratavit.extract import small_site
+from stratavit.progress import track
+from stratavit.structure import Site, eval_mode
+from stratavit.timing import Setting, Timing
+
+ROUNDS = 3
+QUARTERS = 4
+
+
+def priced(
+    cost: CostModel, elastic: Mapping[str, ElasticSite], price: str, setting: Setting | None = None
+) -> CostModel:
+    """The cost model that a dropout list weighs importance with.
+
+    Args:
+        cost: Of the model, in MACs.
+        elastic: Site name -> module.
+        price: ``macs`` or ``latency``.
+        setting: For latency; one image, eager, if None.
+
+    Raises:
+        StrataViTError: An unknown price, or latency cannot be measured.
+    """
+    if price not in ("macs", "latency"):
+        raise StrataViTError(f"price: expected 'macs' or 'latency', got {price!r}")
+    if price == "macs":
+        return cost
+    return dataclasses.replace(cost, prices=latency_prices(cost.sites, elastic, cost.tokens, setting or Setting()))
+
+
+def latency_prices(
+    sites: Sequence[Site], elastic: Mapping[str, ElasticSite], tokens: int, setting: Setting
+) -> dict[str, Price]:
+    """Times the extracted layers of every kind of site at quarters of its width, and fits a line.
+
+    A line, because single units are far below what a clock can tell apart.
+
+    Args:
+        sites: The sites of the model; those alike are timed once.
+        elastic: Site name -> module; gives device and dtype.
+        tokens: Tokens per image.
+        setting: How layers are run.
+
+    Returns:
+        Site name -> milliseconds per batch as soon as there is one coordinate, and of each coordinate.
+
+    Raises:
+        StrataViTError: A layer cannot be run in this setting, or takes no longer when it is wider.
+    """
+    alike: dict[tuple[str, int, int, int], list[Site]] = {}
+    for site in sites:
+        alike.setdefault((site.kind, site.dim, site.heads, site.width), []).append(site)
+    prices: dict[str, Price] = {}
+    for same in track(list(alike.values()), "time the layers"):
+        found = _line(same[0], elastic[same[0].name], tokens, setting)
+        prices |= {site.name: found for site in same}
+    return prices
+
+
+def _line(site: Site, elastic: ElasticSite, tokens: int, setting: Setting) -> Price:
+    ends = len(site.steps) - 1
+    widths = sorted({site.steps[max(1, ends * quarter // QUARTERS)] for quarter in range(1, QUARTERS + 1)})
+    part = dataclasses.replace(setting, seconds=setting.seconds / ROUNDS)
+    layers: list[nn.Module] = [small_site(site, elastic, width).eval() for width in widths]
+    times: list[list[float]] = [[] for _ in widths]
+    runs = []
+    for layer in layers:
+        with eval_mode(layer):
+            runs.append(timing.runner(layer, (tokens, site.dim), setting))
+    for _ in range(ROUNDS):
+        for known, run in zip(times, runs, strict=True):
+            known += timing.pass_times(run, part)
+    medians = [Timing.of(known, setting.batch_size).median_ms for known in times]
+    return fit(site.name, widths, medians)
+
+
+def fit(name: str, widths: Sequence[int], milliseconds: Sequence[float]) -> Price:
+    """The line through times at widths, by least squares; the start is at least 0.
+
+    Raises:
+        StrataViTError: It does not rise.
+    """
+    x, y = (torch.tensor(values, dtype=torch.float64) for values in (widths, milliseconds))
+    if len(widths) == 1:
+        return Price(0.0, float(y[0] / x[0]))
+    slope = float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+    start = float(y.mean()) - slope * float(x.mean())
+    if start < 0:
+        start, slope = 0.0, float((x * y).sum() / x.square().sum())
+    if not slope > 0:
+        raise StrataViTError(
+            f"latency: {name} takes no longer when it is wider ({', '.join(f'{ms:.3g}' for ms in milliseconds)} ms at "
+            f"widths {', '.join(map(str, widths))}); give a larger batch, or let the list follow MACs"
+        )
+    return Price(start, slope)
