@@ -27,7 +27,7 @@ def main() -> None:
     arguments.add_argument("--work", type=Path, required=True, help="folder where the converted model is kept")
     arguments.add_argument("--batch-size", type=int, default=64)
     arguments.add_argument("--threads", type=int, default=0)
-    arguments.add_argument("--seconds", type=float, default=15.0, help="per model and runtime")
+    arguments.add_argument("--seconds", type=float, default=5.0, help="per model and runtime")
     args = arguments.parse_args()
     tiny = converted("deit_tiny", args.work)
     torch.manual_seed(0)

@@ -57,6 +57,13 @@ def test_exported_is_eager_at_any_batch_size(exported, name, count):
 
 
 @pytest.mark.parametrize("name", RUN)
+def test_the_images_that_are_compared_stay_out_of_the_file(exported, name, tmp_path):
+    model, path, _ = exported[name]
+    many = stratavit.export(model, tmp_path / path.name, name, make_images(200, seed=3))
+    assert abs(many.size - path.stat().st_size) < make_images(1).nbytes
+
+
+@pytest.mark.parametrize("name", RUN)
 def test_what_export_says(exported, name):
     model, path, parity = exported[name]
     assert (parity.file, parity.format, parity.images) == (str(path), name, 5)

@@ -83,7 +83,7 @@ def bench(
         times: dict[str, list[float]] = {name: [] for name in models}
         for _ in range(rounds):
             for name, run in runs.items():
-                times[name] += timing.pass_times(run, part)
+                times[name] += timing.pass_times(run, part, -(-timing.AT_LEAST_RUNS // rounds))
         found = {name: Timing.of(seconds, setting.batch_size) for name, seconds in times.items()}
         for name, one in found.items():
             speedup, ideal = found[first].median_ms / one.median_ms, macs[first] / macs[name]

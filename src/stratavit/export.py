@@ -115,7 +115,8 @@ def _checked(model: nn.Module, path: Path, format: Format, images: Tensor, toler
         handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=SUFFIXES[format], dir=path.parent)
         os.close(handle)
         temporary = Path(name)
-        write(model, images[:2] if len(images) > 1 else images.repeat(2, 1, 1, 1), temporary)
+        # a copy: the program keeps its example, and a view would keep all images
+        write(model, images[:2].clone() if len(images) > 1 else images.repeat(2, 1, 1, 1), temporary)
         expected, answer = model(images), run(temporary)
         found = torch.cat([answer(images), answer(images[:1])])
         difference = float((found - torch.cat([expected, expected[:1]])).abs().max())

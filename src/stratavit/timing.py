@@ -161,10 +161,10 @@ def runner(
     return run
 
 
-def pass_times(run: Callable[[], Any], setting: Setting) -> list[float]:
-    """Seconds of each of at least five passes."""
+def pass_times(run: Callable[[], Any], setting: Setting, at_least: int = AT_LEAST_RUNS) -> list[float]:
+    """Seconds of each of so many passes, or more."""
     timer = Timer("run()", globals={"run": run}, num_threads=setting.used_threads)
     times: list[float] = []
-    while len(times) < AT_LEAST_RUNS:
+    while len(times) < at_least:
         times += timer.blocked_autorange(min_run_time=setting.seconds).times
     return times
