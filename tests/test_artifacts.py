@@ -5,11 +5,14 @@ import errno
 import json
 import shutil
 import stat
+import subprocess
+import sys
+from itertools import product
 
 import pytest
 import timm
 import torch
-from helpers import enliven, make_batches, make_images, make_model, make_net
+from helpers import FAMILIES, enliven, make_batches, make_images, make_model, make_net
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
@@ -48,6 +51,41 @@ def assert_same_tensors(one: nn.Module, other: nn.Module):
 
 
 # ---- round trips ----------------------------------------------------------------------------------------
+
+
+ELSEWHERE = """
+import sys, torch, stratavit
+from pathlib import Path
+from safetensors.torch import load_file
+
+torch.set_num_threads(int(sys.argv[2]))
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    known = load_file(folder / "known.safetensors")
+    net, small = stratavit.SuperNet.load(folder / "run"), stratavit.load(folder / "small")
+    with torch.inference_mode():
+        images = known["images"]
+        found = {"full": net(images), "half": net(images, net.spec(macs=0.5)), "small": small(images)}
+    wrong = [name for name in found if not torch.equal(found[name], known[name])]
+    print(folder.name, wrong)
+"""
+
+
+def test_a_fresh_process_gives_the_same_bits(tmp_path):
+    images = make_images(4, seed=2)
+    for family, method in product(FAMILIES, ("default", "paper")):
+        folder, net = tmp_path / f"{family}-{method}", make_net(family, method, stratified=True)
+        net.save(folder / "run")
+        small = net.extract(macs=0.5, verbose=False)
+        stratavit.save(small, folder / "small")
+        with torch.inference_mode():
+            known = {"full": net(images), "half": net(images, net.spec(macs=0.5)), "small": small(images)}
+        save_file({"images": images, **known}, folder / "known.safetensors")
+    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path), str(torch.get_num_threads())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 * len(FAMILIES)
+    assert all(line.endswith(" []") for line in lines), done.stdout
 
 
 @pytest.mark.parametrize("method", ["default", "paper"])
