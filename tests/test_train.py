@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from accelerate.state import AcceleratorState
 from helpers import CLASSES, make_batches, make_images, make_net, relative_error
@@ -23,7 +24,7 @@ from stratavit import StrataViTError, SuperNet, augment, checkpoint, demo, order
 from stratavit.loop import Trainer
 from stratavit.piad import train_piad
 from stratavit.processes import StopRequest
-from stratavit.pupil import Pupil
+from stratavit.pupil import Pupil, evaluations
 from stratavit.recipe import Recipe
 from stratavit.sampling import Drawn, stream
 from stratavit.strata import Strata
@@ -270,8 +271,12 @@ def test_generators_handlers_and_drop_path_are_put_back(tmp_path):
 @pytest.mark.parametrize("method", ["default", "paper"])
 def test_what_a_run_leaves(finished, method):
     folder, net = finished[method]
-    names = {"state.pt", "log.jsonl", "model.safetensors", "moments.safetensors", "stratavit.json"}
-    assert {path.name for path in folder.iterdir()} == names | {"curve.csv", "curve.png"}
+    names = {"state.pt", "log.jsonl", "model.safetensors", "moments.safetensors", "stratavit.json", "config.json"}
+    assert {path.name for path in folder.iterdir()} == names | {"curve.csv", "curve.png", "history.png"}
+    assert [epoch for epoch, _ in evaluations(folder)] == [2, 3]
+    assert evaluations(folder)[-1][1] == stratavit.report.read_csv(folder / "curve.csv")
+    assert (folder / "history.png").read_bytes()[:4] == b"\x89PNG"
+    assert timm.create_model(f"local-dir:{folder}", pretrained=True)
     loaded = SuperNet.load(folder)
     assert loaded.method == method
     assert loaded.compensation == ("none" if method == "paper" else "mean")

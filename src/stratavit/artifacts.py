@@ -165,8 +165,12 @@ def _header(kind: str) -> dict[str, Any]:
 def _read_header(folder: Path, expected: str) -> dict[str, Any]:
     found = kind(folder)
     if found != expected:
-        loader = "SuperNet.load" if found == SUPER else "stratavit.load"
-        raise ArtifactError(f"{folder} holds a {found}: load it with {loader}")
+        hint = (
+            "load it with SuperNet.load, or slice a size out of it: stratavit extract"
+            if found == SUPER
+            else "load it with stratavit.load; super-networks are made by stratavit convert"
+        )
+        raise ArtifactError(f"{folder} holds a {found}: {hint}")
     content = read_json(folder / JSON_FILE)
     if content.get("format_version") != FORMAT_VERSION:
         raise ArtifactError(

@@ -16,10 +16,11 @@ from torch import nn
 
 from stratavit.artifacts import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
 from stratavit.errors import ArtifactError, StrataViTError
+from stratavit.timm_config import FILE as TIMM_FILE
 
 FORMAT = "stratavit/training-state/1"
 STATE_FILE, LOG_FILE = "state.pt", "log.jsonl"
-SUPER_FILES, SMALL_FILES = (WEIGHTS_FILE, MOMENTS_FILE, JSON_FILE), (WEIGHTS_FILE, JSON_FILE)
+SUPER_FILES, SMALL_FILES = (WEIGHTS_FILE, MOMENTS_FILE, TIMM_FILE, JSON_FILE), (WEIGHTS_FILE, TIMM_FILE, JSON_FILE)
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
@@ -87,7 +88,7 @@ def publish(save: Callable[[Path], None], names: Sequence[str], folder: Path) ->
 
     Args:
         save: Writes them to a folder of their own.
-        names: Of the files; the one that makes them a result comes last.
+        names: Of the files; the one that makes them a result comes last. One that was not written is taken away.
         folder: Of the run.
 
     Raises:
@@ -99,7 +100,10 @@ def publish(save: Callable[[Path], None], names: Sequence[str], folder: Path) ->
     save(temporary)
     try:
         for name in names:
-            (temporary / name).replace(folder / name)
+            if (temporary / name).exists():
+                (temporary / name).replace(folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise ArtifactError(f"cannot write {folder}: {error.strerror}; resume the training to try again") from error
     finally:

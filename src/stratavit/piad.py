@@ -35,7 +35,7 @@ def train_piad(
 
     Runs in one process, or in many under ``accelerate launch``; each draws its own prefixes. SIGTERM and Ctrl-C
     save the state and stop. `out` gets ``state.pt``, ``log.jsonl``, the trained super-network (`SuperNet.load`) and,
-    with `val_data`, ``curve.csv`` and ``curve.png``.
+    with `val_data`, ``curve.csv``, ``curve.png`` and ``history.png`` (all evaluations).
 
     Second moments and the final mean of an untrained network are dropped. While training, cut channels count as zero
     (``method="paper"``) or are replaced by their mean, measured at the start of every epoch (default).

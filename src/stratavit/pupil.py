@@ -10,7 +10,7 @@ from typing import Any
 from timm.utils import ModelEmaV3
 
 from stratavit import contraction, processes, progressive, report
-from stratavit.checkpoint import SUPER_FILES, publish, put_weights, weights_of
+from stratavit.checkpoint import LOG_FILE, SUPER_FILES, Journal, publish, put_weights, weights_of
 from stratavit.compensation import Moments
 from stratavit.errors import StrataViTError
 from stratavit.recipe import Recipe
@@ -158,7 +158,9 @@ class Pupil:
         publish(lambda path: self.net.save(path, overwrite=True), SUPER_FILES, folder)
         if points:
             report.write_csv(points, folder / "curve.csv")
-            report.plot(points, folder / "curve.png", f"{self.net.description['architecture']}, {self.recipe.mode}")
+            title = f"{self.net.description['architecture']}, {self.recipe.mode}"
+            report.plot(points, folder / "curve.png", title)
+            report.plot_history(evaluations(folder), folder / "history.png", title)
 
     def state(self) -> dict[str, Any]:
         """Weights, averaged weights, means and list."""
@@ -197,6 +199,12 @@ def forget_moments(net: SuperNet, recipe: Recipe) -> None:
     for module in net.elastic.values():
         module.moments, module.crossed = None, ()
     net.compensation = "none" if net.method == "paper" else recipe.compensation
+
+
+def evaluations(folder: Path) -> list[tuple[int, list[report.Point]]]:
+    """The ladders of budgets that a run has logged, with the epochs after which they were measured."""
+    rows = [row for row in Journal(folder / LOG_FILE).rows() if row["kind"] == "eval"]
+    return [(row["epoch"], [report.Point(**point) for point in row["points"]]) for row in rows]
 
 
 def given_list(net: SuperNet, recipe: Recipe) -> list[Entry]:
