@@ -51,7 +51,11 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[:3] == ["api", "repos", "create"]:
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
-            self.hub.repos.setdefault(name, {})
+            if name in self.hub.repos:
+                return self.reply(
+                    {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}, 409
+                )
+            self.hub.repos[name] = {}
             if asked.get("private") or asked.get("visibility") == "private":
                 self.hub.private.add(name)
             return self.reply({"url": f"{self.hub.url}/{name}"})
@@ -67,6 +71,8 @@ class _Handler(BaseHTTPRequestHandler):
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 self.hub.repos[repo][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            if line["key"] == "deletedFile":
+                del self.hub.repos[repo][line["value"]["path"]]
         return self.reply({"commitUrl": f"{self.hub.url}/{repo}/commit/1", "commitOid": self.commit_of(repo)})
 
     def do_HEAD(self):
@@ -84,7 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
                 ]
                 return self.reply(tree, with_body=with_body)
             siblings = [{"rfilename": name} for name in self.hub.repos[repo]]
-            about = {"id": repo, "modelId": repo, "sha": self.commit_of(repo), "siblings": siblings, "private": False}
+            about = {"id": repo, "modelId": repo, "sha": self.commit_of(repo), "siblings": siblings}
+            about["private"] = repo in self.hub.private
             return self.reply(about | {"tags": [], "downloads": 0, "likes": 0}, with_body=with_body)
         repo, file = "/".join(parts[:2]), "/".join(parts[4:])
         if repo not in self.hub.repos or file not in self.hub.repos[repo]:

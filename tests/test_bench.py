@@ -51,6 +51,8 @@ def test_rows(clock):
 
 
 def test_nothing_to_time():
+    with pytest.raises(StrataViTError, match="a super-network has many sizes; extract"):
+        bench({"net": make_net("plain")}, SIZE, [Setting()])
     with pytest.raises(StrataViTError, match="at least one model and one setting"):
         bench({}, SIZE, [Setting()])
 
@@ -71,13 +73,25 @@ def test_a_model_of_unknown_origin_stands_alone():
     assert list(beside_dense(make_model("plain"), "mine")) == ["mine"]
 
 
+def test_a_small_model_that_is_called_dense():
+    assert list(beside_dense(make_net("plain").extract(spec=SMALL), "dense")) == ["dense", "small"]
+
+
+@pytest.mark.parametrize("junk", [[], "x", {"blocks.9.attn": 3}, {"blocks.0.attn": "wide"}])
+def test_a_provenance_that_tells_nonsense(junk):
+    small = make_net("plain").extract(spec=SMALL)
+    small.provenance["dense_spec"] = junk
+    with pytest.raises(StrataViTError, match="cannot be built from the provenance of mine"):
+        beside_dense(small, "mine")
+
+
 def test_command(tmp_path, capsys):
     net = make_net("plain", stratified=True)
     net.save(tmp_path / "run")
     stratavit.save(net.extract(macs=0.5), tmp_path / "small")
     quick = ["--seconds", "0.02", "--batches", "1,3", "--threads", "1", "--json"]
     capsys.readouterr()
-    assert main(["bench", str(tmp_path / "run"), *quick, "--shares", "1,0.8,0.5"]) == 0
+    assert main(["bench", str(tmp_path / "run"), *quick, "--shares", "1,0.8,0.5,0.0001"]) == 0
     told = json.loads(capsys.readouterr().out)
     names = [row["model"] for row in told["rows"]]
     assert names == ["dense", "0.8", "0.5"] * 4
@@ -86,7 +100,7 @@ def test_command(tmp_path, capsys):
     }
     assert all(0 < row["median_ms"] <= row["p90_ms"] and row["threads"] == 1 for row in told["rows"])
 
-    assert main(["bench", str(tmp_path / "small"), *quick, "--runtimes", "eager", "--dtype", "bfloat16"]) == 0
+    assert main(["bench", str(tmp_path / "small"), *quick, "--dtype", "bfloat16"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [row["model"] for row in told["rows"]] == ["dense", "small"] * 2
     assert {row["dtype"] for row in told["rows"]} == {"bfloat16"}
@@ -105,4 +119,4 @@ def test_compiled_answers_as_the_model_does():
     run = timing.runner(model, SIZE, Setting(runtime="compiled"))
     with torch.no_grad():
         images = torch.randn(1, *SIZE, generator=torch.Generator().manual_seed(0))
-        assert torch.allclose(run(), model(images), atol=1e-4)
+        assert torch.allclose(run.run(), model(images), atol=1e-4)

@@ -2,7 +2,9 @@
 
 from decimal import Decimal
 
+import numpy as np
 import pytest
+import torch
 from helpers import make_batches, make_model, make_net
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -155,6 +157,27 @@ def test_what_is_asked_must_make_sense():
     for kind in ("top1", "max_drop"):
         with pytest.raises(BudgetError, match=f"{kind}: is measured on labelled images; give data"):
             net.budget(**{kind: 50})
+        with pytest.raises(BudgetError, match="run through several times; give a list or a DataLoader"):
+            net.budget(**{kind: 50}, data=iter(make_batches()))
+    with pytest.raises(BudgetError, match=r"setting: expected a stratavit\.Setting, got \{"):
+        net.budget(memory_mb="50%", setting={"dtype": "float16"})
+
+
+def test_numbers_of_other_libraries_are_numbers():
+    net = make_net("plain", stratified=True)
+    for share in (np.float32(0.7), np.array(0.7), torch.tensor(0.7)):
+        assert net.spec(macs=share) == net.spec(macs=float(share))
+    assert net.spec(position=np.int64(3)) == net.spec(position=3)
+    assert net.spec(macs=np.int64(net.macs())) == net.spec(macs=1.0)
+    assert Setting(batch_size=np.int64(4)).batch_size == 4
+    for kind in ("macs", "memory_mb"):
+        with pytest.raises(BudgetError, match=f"{kind}: expected"):
+            net.spec(**{kind: np.array([0.7, 0.8])})
+
+
+def test_bounds_come_in_the_order_asked():
+    net = make_net("plain", stratified=True)
+    assert [bound.kind for bound in net.budget(params=0.9, macs=0.7).bounds] == ["params", "macs"]
 
 
 def test_several_budgets_all_hold(family):

@@ -1,5 +1,6 @@
 """To the hub and back through huggingface_hub itself, against a hub on this machine; and cards that tell the truth."""
 
+import copy
 import json
 
 import pytest
@@ -10,7 +11,8 @@ from fake_hub import fake_hub
 from helpers import FAMILIES, make_batches, make_images, make_net
 
 import stratavit
-from stratavit import ArtifactError, BudgetError, SuperNet, from_pretrained, push_to_hub, report
+from stratavit import ArtifactError, BudgetError, StrataViTError, SuperNet, from_pretrained, push_to_hub, report
+from stratavit.budget import human
 from stratavit.card import model_card
 from stratavit.cli import main
 
@@ -104,6 +106,7 @@ def front_matter(card):
 
 
 def test_the_card_of_a_super_network(net):
+    net = copy.deepcopy(net)
     net.provenance["source"] = {"model": "deit_tiny_patch16_224", "weights": None}
     points = report.curve(net, make_batches(), ("12/12", "8/12", "6/12"))
     card = model_card(net, NAME, points, "mit")
@@ -127,6 +130,45 @@ def test_a_card_without_measurements_says_so(net):
         assert "Not stated. It follows that of the source weights." in card
         assert "license" not in front_matter(card)
     assert "hf-hub" not in model_card(small, NAME)
+    assert 'macs="50%"' not in model_card(make_net("plain"), NAME)  # no list yet
+
+
+def test_the_card_of_a_sub_network_tells_its_own_size(net):
+    small = net.extract(macs=0.5, verbose=False)
+    card = model_card(small, NAME, report.curve(net, make_batches(), ("12/12", "6/12")))
+    assert f"{human(net.params(net.spec(macs=0.5)))} parameters. Widths: blocks.0.attn" in card
+    assert "## The super-network that it comes from" in card
+    small.provenance["super_network"] = {"source": "a friend"}
+    assert "`a friend`" in model_card(small, NAME)
+
+
+def test_another_model_leaves_nothing_behind(hub, net, tmp_path):
+    push_to_hub(net, NAME, points=report.curve(net, make_batches(), ("12/12",)), endpoint=hub.url, token="secret")
+    push_to_hub(net.extract(macs=0.5, verbose=False), NAME, endpoint=hub.url, token="secret")
+    assert hub.repos[NAME].keys() - {".gitattributes"} == {"README.md", "model.safetensors", "stratavit.json"}
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(hub, net):
+    push_to_hub(net, NAME, endpoint=hub.url, token="secret")
+    with pytest.raises(ArtifactError, match="there already, and public"):
+        push_to_hub(net, NAME, endpoint=hub.url, token="secret", private=True)
+
+
+def test_a_device_that_is_not_there(net, tmp_path):
+    net.save(tmp_path / "run")
+    with pytest.raises(StrataViTError, match="device 'gpu' is not available here"):
+        from_pretrained(tmp_path / "run", device="gpu")
+    assert from_pretrained(tmp_path / "run", moments=False).memory().moments == 0
+
+
+def test_towers_with_norms_of_their_own_have_a_config_too(tmp_path):
+    name = "vit_base_patch16_clip_224"  # eps 1e-5
+    model = timm.create_model(name, img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=5).eval()
+    SuperNet(model).save(tmp_path / "run")
+    with torch.no_grad():
+        assert torch.equal(
+            timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()(IMAGES), model(IMAGES)
+        )
 
 
 def test_push_and_dry_run_by_command(hub, net, tmp_path, monkeypatch, capsys):

@@ -3,7 +3,6 @@
 import copy
 
 import pytest
-import torch
 from helpers import PLAN, make_batches, make_net
 
 from stratavit import Setting, StrataViTError, SuperNet, timing
@@ -95,4 +94,3 @@ def test_what_is_slow_is_cut_more(method, monkeypatch, tmp_path):
 def test_an_unknown_price():
     with pytest.raises(StrataViTError, match="price: expected 'macs' or 'latency', got 'energy'"):
         copy.deepcopy(make_net("plain")).stratify(make_batches(), price="energy")
-    assert torch.is_grad_enabled()

@@ -90,6 +90,15 @@ def test_a_lucky_timing_is_not_trusted():
     assert (met.position, met.got) == (3, 1.1)
     met = find(latency(2.5, {0: [4.0], 1: [3.0], 2: [2.4, 2.3], 3: [1.0]}))
     assert (met.position, met.got) == (2, 2.3)
+    with pytest.raises(BudgetError, match=r"latency_ms: asked 1\.0 = 1, but the reachable range is 1\.3 to 4"):
+        find(latency(1.0, {0: [4.0], 1: [3.0], 2: [2.4], 3: [1.0, 1.3]}))
+
+
+def test_what_a_goal_leaves_is_timed_again():
+    with pytest.raises(BudgetError, match=r"latency_ms: asked 2\.5, but the smallest sub-network within top1 has 2\.6"):
+        find(latency(2.5, {0: [4.0], 1: [2.4], 2: [2.6], 3: [1.0]}), top1(20, [80, 70, 60, 10]))
+    met = find(latency(2.5, {0: [4.0], 1: [2.4], 2: [2.3], 3: [1.0]}), top1(20, [80, 70, 60, 10]))
+    assert (met.position, [bound.got for bound in met.bounds]) == (2, [2.3, 60])
 
 
 def test_a_latency_above_the_dense_one_needs_no_cut():

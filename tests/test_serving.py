@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from helpers import FAMILIES, make_images, make_net
+from helpers import CLASSES, FAMILIES, make_batches, make_images, make_net
+from torch.utils.data import TensorDataset
 
 import stratavit
 from stratavit import ArtifactError, StrataViTError, SuperNet
@@ -131,7 +132,14 @@ def test_released_moments_are_not_saved_over(tmp_path):
     net, _, _, _ = served()
     with pytest.raises(ArtifactError, match=r"released by specialise\(\); save before"):
         net.save(tmp_path / "run")
+    for specs in ((), ({},)):
+        net = copy.deepcopy(make_net("plain", stratified=True))
+        net.specialise(*specs)
+        with pytest.raises(ArtifactError, match="released by specialise"):
+            net.save(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    net.contract(make_batches()).save(tmp_path / "run")  # moments anew
+    assert SuperNet.load(tmp_path / "run").memory().moments > 0
 
 
 def test_extraction_serves_the_specialised_sizes_too():
@@ -140,4 +148,16 @@ def test_extraction_serves_the_specialised_sizes_too():
     with torch.inference_mode():
         assert torch.allclose(small(IMAGES), expected[2], atol=1e-5)
     assert sum(p.numel() for p in small.parameters()) == net.params(specs[1])
-    assert isinstance(stratavit.sizes.size_of(small.parameters()), int)
+
+
+def test_training_after_serving(tmp_path):
+    """Trained on from a network that was specialised: nothing stale is kept, and the result is saved."""
+    images = TensorDataset(make_images(8), torch.arange(8) % CLASSES)
+    recipe = {"epochs": 1, "list_epochs": 1, "batch_size": 4, "workers": 0, "tracker": "none", "repeats": 1}
+    net, _, _, _ = served(moments=True)
+    stratavit.train_piad(net, images, None, recipe, tmp_path / "out", cpu=True)
+    assert not any(module.corrected for module in net.elastic.values())
+    assert SuperNet.load(tmp_path / "out").strata.entries == net.strata.entries
+    frozen, _, _, _ = served()
+    with pytest.raises(StrataViTError, match=r"all weights are frozen \(as specialise\(\) does\)"):
+        stratavit.train_piad(frozen, images, None, recipe, tmp_path / "other", cpu=True)

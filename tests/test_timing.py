@@ -46,7 +46,8 @@ def test_statistics_of_timings():
 @pytest.mark.parametrize("runtime", ["eager", "onnx"])
 def test_runtimes_answer_as_the_model_does(runtime):
     model = make_model("plain").eval()
-    answer = timing.runner(model, SIZE, Setting(batch_size=2, runtime=runtime))()
+    with torch.inference_mode():
+        answer = timing.runner(model, SIZE, Setting(batch_size=2, runtime=runtime)).run()
     images = torch.randn(2, *SIZE, generator=torch.Generator().manual_seed(0))
     found = answer if runtime == "eager" else torch.from_numpy(answer[0])
     with torch.no_grad():
@@ -55,7 +56,7 @@ def test_runtimes_answer_as_the_model_does(runtime):
 
 def test_another_type_leaves_the_model_alone():
     model = make_model("plain").eval()
-    answer = timing.runner(model, SIZE, Setting(dtype="bfloat16"))()
+    answer = timing.runner(model, SIZE, Setting(dtype="bfloat16")).run()
     assert answer.dtype is torch.bfloat16
     assert next(model.parameters()).dtype is torch.float32
 
@@ -69,6 +70,8 @@ def test_another_type_leaves_the_model_alone():
         ({"dtype": "int8"}, "dtype: expected one of float32, float16, bfloat16, got 'int8'"),
         ({"runtime": "onnx", "dtype": "float16"}, "dtype: ONNX Runtime is timed in float32 only"),
         ({"seconds": 0.0}, r"seconds: expected a number above 0, got 0\.0"),
+        ({"seconds": "1"}, "seconds: expected a number above 0, got '1'"),
+        ({"batch_size": 2.0}, r"batch_size: expected a whole number of at least 1, got 2\.0"),
     ],
 )
 def test_settings_that_make_no_sense(changes, sentence):
@@ -77,8 +80,18 @@ def test_settings_that_make_no_sense(changes, sentence):
 
 
 def test_a_model_that_cannot_be_run_is_told_in_one_line():
-    with pytest.raises(StrataViTError, match=r"the model cannot be run eager in torch.float32 here: "):
-        time_model(make_model("plain"), (3, 20, 20), QUICK)
+    for runtime in ("eager", "onnx"):
+        with pytest.raises(StrataViTError, match=rf"the model cannot be run {runtime} in torch.float32 here: [^\n]*$"):
+            time_model(make_model("plain"), (3, 20, 20), Setting(runtime=runtime, seconds=0.01))
+
+
+def test_every_pass_is_timed_by_itself():
+    model, count = make_model("plain"), iter(range(10**6))
+    pause = model.register_forward_pre_hook(lambda *_: time.sleep(0.02 if next(count) % 5 == 0 else 0.0))
+    found = time_model(model, SIZE, Setting(seconds=0.3, threads=1))
+    pause.remove()
+    assert found.p90_ms > found.median_ms + 10
+    assert torch.get_num_threads() != 1 or timing.Setting().used_threads == 1
 
 
 def test_a_latency_budget_times_the_small_model(monkeypatch):

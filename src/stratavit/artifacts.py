@@ -95,7 +95,7 @@ def site_widths(model: nn.Module) -> dict[str, int]:
 
 def save_supernet(net: SuperNet, path: str | Path, overwrite: bool, moments: bool = True) -> None:
     """See `SuperNet.save`."""
-    if any(module.corrected and module.moments is None for module in net.elastic.values()):
+    if net.released:
         raise ArtifactError(
             "the second moments were released by specialise(); save before, or specialise(moments=True)"
         )

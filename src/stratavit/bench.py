@@ -15,6 +15,7 @@ from stratavit.budget import human
 from stratavit.cost import linear_macs
 from stratavit.errors import StrataViTError
 from stratavit.progress import track
+from stratavit.sizes import Sized
 from stratavit.timing import Setting, Timing
 
 ROUNDS = 3
@@ -67,6 +68,8 @@ def bench(
     """
     if not models or not settings:
         raise StrataViTError("bench: give at least one model and one setting")
+    if any(isinstance(model, Sized) for model in models.values()):
+        raise StrataViTError("bench: a super-network has many sizes; extract those to time")
     size = (image_size[0], image_size[1], image_size[2])
     macs = {name: linear_macs(model, size, attention=True) for name, model in models.items()}
     first = next(iter(models))
@@ -93,15 +96,16 @@ def bench(
     return rows
 
 
-def table(rows: Sequence[Row], device: str) -> Table:
-    """The rows as a table for the terminal."""
-    view = Table(title=f"latency and throughput on {device}, {rows[0].threads} threads")
-    for heading in ("model", "MACs", "runtime", "dtype"):
-        view.add_column(heading)
-    for heading in ("batch", "median ms", "p90 ms", "images/s", "speed-up", "MACs ratio"):
-        view.add_column(heading, justify="right")
+def tables(rows: Sequence[Row], device: str) -> list[Table]:
+    """The rows as tables for the terminal, one for each setting."""
+    views: dict[tuple[Any, ...], Table] = {}
     for row in rows:
+        setting = (row.runtime, row.dtype, row.batch_size, row.threads)
+        if setting not in views:
+            title = f"{row.runtime}, {row.dtype}, batch {row.batch_size}, {row.threads} threads, {device}"
+            views[setting] = Table(title=title)
+            for heading in ("model", "MACs", "median ms", "p90 ms", "images/s", "speed-up", "MACs ratio"):
+                views[setting].add_column(heading, justify="left" if heading == "model" else "right")
         numbers = (f"{row.median_ms:.2f}", f"{row.p90_ms:.2f}", f"{row.images_per_second:.1f}")
-        ratios = (f"{row.speedup:.2f}", f"{row.ideal:.2f}")
-        view.add_row(row.model, human(row.macs), row.runtime, row.dtype, str(row.batch_size), *numbers, *ratios)
-    return view
+        views[setting].add_row(row.model, human(row.macs), *numbers, f"{row.speedup:.2f}", f"{row.ideal:.2f}")
+    return list(views.values())

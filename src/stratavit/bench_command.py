@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from stratavit import architecture, artifacts
-from stratavit.bench import bench, table
+from stratavit.bench import bench, tables
 from stratavit.budget import human
-from stratavit.commands import Outcome, budgets, pick_device
+from stratavit.commands import Outcome, budgets
+from stratavit.devices import pick_device
 from stratavit.errors import BudgetError, StrataViTError
 from stratavit.report import parse_share
 from stratavit.supernet import SuperNet
@@ -39,12 +40,16 @@ def run(args: Namespace) -> Outcome:
         small: Any = artifacts.load(args.target, device)
         config = architecture.resolve_data_config(small)
         models = beside_dense(small, Path(args.target).name)
-    runtimes = args.runtimes or tuple(r for r in RUNTIMES if r == "eager" or has_onnx())
+    notes = []
+    runtimes = args.runtimes or RUNTIMES
+    if args.runtimes is None and args.dtype not in (None, "float32"):
+        runtimes, notes = ("eager",), [f"ONNX Runtime is timed in float32 only, so not in {args.dtype}"]
+    elif args.runtimes is None and not has_onnx():
+        runtimes, notes = ("eager",), ["ONNX Runtime is not here: pip install 'stratavit[export]'"]
     settings = [Setting(n, r, args.dtype, args.threads, args.seconds) for r in runtimes for n in args.batches]
     rows = bench(models, config["input_size"], settings)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    notes = [] if args.runtimes or has_onnx() else ["ONNX Runtime is not here: pip install 'stratavit[export]'"]
-    return {"device": where, "rows": [row.to_dict() for row in rows]}, [table(rows, where), *notes]
+    return {"device": where, "rows": [row.to_dict() for row in rows]}, [*tables(rows, where), *notes]
 
 
 def has_onnx() -> bool:
@@ -59,8 +64,9 @@ def sizes(net: SuperNet, shares: tuple[str, ...], asked: Any) -> dict[str, nn.Mo
         met = net.budget(**asked)
         models[f"{human(net.macs(met.spec))} MACs"] = net.extract(spec=met.spec)
         return models
+    lowest = 1.0 if net.strata is None else net.macs(net.strata.spec(len(net.strata))) / net.macs()
     for share in shares:
-        if parse_share(share) < 1:
+        if lowest <= parse_share(share) < 1:
             models[share] = net.extract(macs=parse_share(share), verbose=False)
     return models
 
@@ -71,13 +77,13 @@ def beside_dense(small: nn.Module, name: str) -> dict[str, nn.Module]:
     if dense_spec is None:
         return {name: small}
     description = architecture.describe(small)
-    description["sites"] |= dense_sites(description["sites"], dense_spec)
     try:
+        description["sites"] |= dense_sites(description["sites"], dense_spec)
         dense = architecture.build(description)
-    except (StrataViTError, KeyError, TypeError) as error:
+    except (StrataViTError, KeyError, TypeError, AttributeError) as error:
         raise StrataViTError(f"bench: the dense model cannot be built from the provenance of {name}") from error
     parameter = next(small.parameters())
-    return {"dense": dense.to(parameter.device, parameter.dtype).eval(), name: small}
+    return {"dense": dense.to(parameter.device, parameter.dtype).eval(), "small" if name == "dense" else name: small}
 
 
 def dense_sites(sites: Mapping[str, Any], widths: Mapping[str, int]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from operator import index
-from typing import SupportsFloat, SupportsIndex
+from typing import Any, SupportsFloat, SupportsIndex
 
 from stratavit.errors import BudgetError
 from stratavit.spec import Spec
@@ -120,10 +120,13 @@ def parse_amount(amount: Amount, dense: int, name: str) -> int:
             return _whole(number * _SUFFIXES[suffix])
     elif isinstance(amount, bool) or not isinstance(amount, SupportsIndex | SupportsFloat):
         raise BudgetError(f"{name}: expected a share, a count or a text such as '50%', got {amount!r}")
-    elif isinstance(amount, SupportsIndex):
-        return index(amount)
     else:
-        share = float(amount)
+        try:
+            if isinstance(amount, SupportsIndex):
+                return index(amount)
+        except TypeError:  # an array or tensor of one share has the method, too
+            pass
+        share = _float(amount, name, "a share, a count or a text such as '50%'")
     return _whole(_checked_share(share, amount, name) * dense)
 
 
@@ -164,7 +167,14 @@ def _number(amount: Amount, name: str, expected: str) -> tuple[float, bool]:
         return float(match[1]), match[2] == "%"
     if isinstance(amount, bool) or not isinstance(amount, SupportsFloat):
         raise BudgetError(f"{name}: expected {expected}, got {amount!r}")
-    return float(amount), False
+    return _float(amount, name, expected), False
+
+
+def _float(amount: Any, name: str, expected: str) -> float:
+    try:
+        return float(amount)
+    except (TypeError, ValueError, RuntimeError) as error:  # an array of several
+        raise BudgetError(f"{name}: expected {expected}, got {amount!r}") from error
 
 
 def _checked_share(share: float, amount: Amount, name: str) -> float:

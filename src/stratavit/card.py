@@ -53,8 +53,8 @@ def model_card(model: nn.Module, repo_id: str, points: Sequence[Point] = (), lic
 
 
 def _what(net: SuperNet | None, architecture: str, provenance: Mapping[str, Any]) -> str:
-    source = provenance.get("source") or provenance.get("super_network", {}).get("source") or {}
-    origin = f"`{source.get('model', architecture)}`"
+    source = provenance.get("source") or dict(provenance.get("super_network") or {}).get("source")
+    origin = f"`{source.get('model', architecture) if isinstance(source, dict) else source or architecture}`"
     if net is None:
         return f"A small model, sliced out of a super-network of {origin} by StrataViT."
     return (
@@ -71,8 +71,9 @@ def _use(net: SuperNet | None, repo_id: str, plain: bool) -> str:
             "import stratavit",
             "",
             f'net = stratavit.from_pretrained("{repo_id}")  # all sizes',
-            f'small = stratavit.from_pretrained("{repo_id}", macs="50%")  # one, a plain timm model',
         ]
+        if net.strata is not None:
+            lines.append(f'small = stratavit.from_pretrained("{repo_id}", macs="50%")  # one, a plain timm model')
     used = "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
     if plain:
         what = "The full-size model" if net else "It"
@@ -81,16 +82,16 @@ def _use(net: SuperNet | None, repo_id: str, plain: bool) -> str:
 
 
 def _sizes(net: SuperNet | None, model: nn.Module, points: Sequence[Point]) -> str:
+    own = "" if net else _own_size(model)
     if points:
+        title = "Sizes" if net else f"Size\n\n{own}\n\n## The super-network that it comes from"
         sizes = [f"| {p.share:.1%} | {human(p.macs)} | {human(p.params)} |" for p in points]
         rows = [f"{size} {p.top1:.2f} | {p.top5:.2f} |" for size, p in zip(sizes, points, strict=True)]
         head = "| MACs, share | MACs | parameters | top-1 % | top-5 % |\n|---|---|---|---|---|"
         note = f"Measured on {points[0].n} images."
-        return "\n".join([f"## Sizes\n\n![accuracy against size]({CURVE_FILE})\n", head, *rows, "", note])
+        return "\n".join([f"## {title}\n\n![accuracy against size]({CURVE_FILE})\n", head, *rows, "", note])
     if net is None:
-        count = sum(parameter.numel() for parameter in model.parameters())
-        widths = ", ".join(f"{name} {width}" for name, width in site_widths(model).items())
-        return f"## Size\n\n{human(count)} parameters. Accuracy was not measured.\n\nWidths: {widths}."
+        return f"## Size\n\n{own}\n\nAccuracy was not measured."
     rows = []
     if net.strata is not None:
         low = net.macs(net.strata.spec(len(net.strata)))
@@ -100,3 +101,9 @@ def _sizes(net: SuperNet | None, model: nn.Module, points: Sequence[Point]) -> s
                 rows.append(f"| {share} | {human(net.macs(spec))} | {human(net.params(spec))} |")
     head = "| MACs, share | MACs | parameters |\n|---|---|---|"
     return "\n".join(["## Sizes\n", head, *rows, "", "Accuracy was not measured."])
+
+
+def _own_size(model: nn.Module) -> str:
+    count = sum(parameter.numel() for parameter in model.parameters())
+    widths = ", ".join(f"{name} {width}" for name, width in site_widths(model).items())
+    return f"{human(count)} parameters. Widths: {widths}."

@@ -16,6 +16,7 @@ from stratavit import artifacts, hub, report
 from stratavit.architecture import resolve_data_config
 from stratavit.budget import human
 from stratavit.data import image_loader
+from stratavit.devices import pick_device
 from stratavit.errors import BudgetError, StrataViTError
 from stratavit.evaluate import evaluate as evaluate_model
 from stratavit.export import SUFFIXES
@@ -32,22 +33,6 @@ Outcome = tuple[dict[str, Any], list[Any]]
 def default_workers() -> int:
     """Image-loading processes: one per core, four at most."""
     return min(4, os.cpu_count() or 1)
-
-
-def pick_device(name: str) -> torch.device:
-    """The named device, or the best there is for ``auto``.
-
-    Raises:
-        StrataViTError: The device does not exist here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise StrataViTError(f"device {name!r} is not available here; use --device cpu or leave it out") from error
-    return device
 
 
 def _loader(args: Namespace, data_config: dict[str, Any], split: str, classes: int, limit: int | None = None) -> Any:
@@ -124,6 +109,8 @@ def extract(args: Namespace) -> Outcome:
     text = (
         f"wrote {args.out}: {human(size['macs'])} MACs, {human(size['params'])} parameters (sliced in {seconds:.2f} s)"
     )
+    if args.dtype not in (None, "float32"):
+        text += f"; weights are saved as they were, cast them to {args.dtype} when you load them"
     return result, [str(met), text]
 
 

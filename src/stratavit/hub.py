@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 
 from stratavit import artifacts, report
 from stratavit.card import CARD_FILE, CURVE_FILE, model_card
+from stratavit.devices import pick_device
 from stratavit.errors import ArtifactError, BudgetError
 from stratavit.folders import write_folder
 from stratavit.limits import Asked
@@ -33,6 +34,7 @@ def from_pretrained(
     cache_dir: str | Path | None = None,
     endpoint: str | None = None,
     device: torch.device | str = "cpu",
+    moments: bool = True,
     **asked: Unpack[Asked],
 ) -> nn.Module:
     """A super-network or a sub-network from the hub or a folder; from a super-network any size at once.
@@ -46,6 +48,7 @@ def from_pretrained(
         cache_dir: Where downloads are kept; None is the hub's cache.
         endpoint: Address of another hub.
         device: Of the weights.
+        moments: Read second moments, see `SuperNet.load`.
         **asked: Budgets of the sub-network to return, see `SuperNet.budget`, such as ``macs="50%"``.
 
     Returns:
@@ -53,9 +56,10 @@ def from_pretrained(
 
     Raises:
         ArtifactError: The repository cannot be got, is not one of StrataViT's, or is damaged.
+        StrataViTError: The device is not there.
         BudgetError: The budget cannot be met, or the repository holds one size only.
     """
-    folder = Path(name)
+    folder, device = Path(name), pick_device(str(device))
     if not folder.is_dir():
         try:
             found = snapshot_download(
@@ -74,7 +78,7 @@ def from_pretrained(
         if sized:
             raise BudgetError(f"{name} has one size only; budgets are for super-networks")
         return artifacts.load(folder, device)
-    net = SuperNet.load(folder, device)
+    net = SuperNet.load(folder, device, moments)
     return net.extract(spec=spec, verbose=verbose, **asked) if sized else net
 
 
@@ -117,7 +121,15 @@ def push_to_hub(
         try:
             api = HfApi(endpoint=endpoint, token=token)
             url = api.create_repo(repo_id, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, revision=revision)
+            if private and not api.repo_info(repo_id).private:
+                raise ArtifactError("it is there already, and public; make it private on the hub, or take another name")
+            api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=message,
+                revision=revision,
+                delete_patterns=[*FILES, CURVE_FILE],  # of another model that was there; what is uploaded stays
+            )
         except Exception as error:  # likewise
             raise ArtifactError(f"cannot upload to {repo_id!r}: {_line(error)}") from error
     return str(url)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -44,13 +44,17 @@ def given(asked: Mapping[str, Any]) -> dict[str, Any]:
     for name in asked:
         if name not in (*KINDS, "position", "data", "setting"):
             raise BudgetError(f"unknown budget {name!r}; expected {', '.join(KINDS)} or position")
-    amounts = {kind: asked[kind] for kind in (*KINDS, "position") if asked.get(kind) is not None}
+    amounts = {kind: asked[kind] for kind in asked if kind in (*KINDS, "position") and asked[kind] is not None}
     if not amounts:
         raise BudgetError(f"give at least one budget of {', '.join(KINDS)}, or a position")
     if "position" in amounts and len(amounts) > 1:
         raise BudgetError(f"position: goes with no other budget, got {' and '.join(amounts)}")
     if ("top1" in amounts or "max_drop" in amounts) and asked.get("data") is None:
         raise BudgetError(f"{'top1' if 'top1' in amounts else 'max_drop'}: is measured on labelled images; give data")
+    if isinstance(asked.get("data"), Iterator):
+        raise BudgetError("data: is run through several times; give a list or a DataLoader, not an iterator")
+    if not isinstance(asked.get("setting") or Setting(), Setting):
+        raise BudgetError(f"setting: expected a stratavit.Setting, got {asked['setting']!r}")
     return amounts
 
 
@@ -68,9 +72,10 @@ def limits_of(
 
     def top1(position: int) -> float:
         if position not in top1s:
+            assert data is not None
             spec = strata.spec(position)
             title = f"top-1 at {net.macs(spec) / net.macs():.0%} of the MACs"
-            top1s[position] = evaluate(net, data or (), spec, title).top1
+            top1s[position] = evaluate(net, data, spec, title).top1
         return top1s[position]
 
     def latency(spec: Spec) -> float:

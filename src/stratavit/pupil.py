@@ -191,13 +191,15 @@ def forget_moments(net: SuperNet, recipe: Recipe) -> None:
     """Drops what training makes stale, and sets what takes the place of cut channels.
 
     Raises:
-        StrataViTError: The recipe compensates in full, and the network was contracted as in the paper.
+        StrataViTError: The recipe compensates in full, and the network was contracted as in the paper; or its weights
+            are frozen.
     """
     if net.method == "paper" and recipe.compensation == "full":
         raise StrataViTError("train: compensation 'full' needs a network contracted by the default method, not 'paper'")
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        raise StrataViTError("train: all weights are frozen (as specialise() does); call requires_grad_(True) first")
     net.final_mean = net._answers = None
-    for module in net.elastic.values():
-        module.moments, module.crossed = None, ()
+    net.forget_moments()
     net.compensation = "none" if net.method == "paper" else recipe.compensation
 
 

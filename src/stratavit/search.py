@@ -96,20 +96,28 @@ def meet(limits: Sequence[Limit], spec_at: Callable[[int], Spec], positions: Seq
     for limit in sorted(costs, key=lambda limit: not limit.exact):
         index = _first(limit, positions, index)
     for limit in costs:
-        if not limit.exact:
+        if not limit.exact and not goals:
             index = _confirmed(limit, positions, index)
     for limit in goals:
         limit.open(dense, smallest)
         if not limit.holds(positions[index]):
-            got = amount_text(limit.kind, limit.value(positions[index]))
-            raise BudgetError(
-                f"{limit.kind}: asked {limit.written!r}, but the largest sub-network within "
-                f"{' and '.join(cost.kind for cost in costs)} has {got}; ask for less, or allow it more"
-            )
+            raise _conflict(limit, costs, positions[index])
     if goals:
         index = min(_last(limit, positions, index) for limit in goals)
+        for limit in costs:
+            if not limit.exact and not limit.value(positions[index], anew=True) <= limit.asked:
+                raise _conflict(limit, goals, positions[index])
     position = positions[index]
     return Budget(tuple(limit.bound(position, dense, smallest) for limit in limits), position, spec_at(position))
+
+
+def _conflict(limit: Limit, others: Sequence[Limit], position: int) -> BudgetError:
+    """What is said when a budget is not kept by what the others leave."""
+    size, got = "smallest" if others[0].is_goal else "largest", amount_text(limit.kind, limit.value(position))
+    return BudgetError(
+        f"{limit.kind}: asked {limit.written!r}, but the {size} sub-network within "
+        f"{' and '.join(other.kind for other in others)} has {got}; ask for less, or allow it more"
+    )
 
 
 def _first(limit: Limit, positions: Sequence[int], start: int) -> int:
@@ -140,10 +148,16 @@ def _last(limit: Limit, positions: Sequence[int], start: int) -> int:
 
 
 def _confirmed(limit: Limit, positions: Sequence[int], index: int) -> int:
-    """The index, or one further on whose value, taken anew, still holds: a lucky timing is not trusted."""
+    """The index, or one further on whose value, taken anew, still holds: a lucky timing is not trusted.
+
+    Raises:
+        BudgetError: None holds.
+    """
     step = max(1, len(positions) // 100)
     while True:
         limit.value(positions[index], anew=True)
-        if limit.holds(positions[index]) or index == len(positions) - 1:
+        if limit.holds(positions[index]):
             return index
+        if index == len(positions) - 1:
+            raise limit.unreachable(positions[0], positions[-1])
         index = min(index + step, len(positions) - 1)

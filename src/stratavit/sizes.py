@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from operator import index
+from typing import Any, Literal, SupportsIndex
 
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -32,6 +33,7 @@ class Sized(nn.Module):
     strata: Strata | None
     final_mean: FinalMean | None
     data_config: dict[str, Any]
+    released: bool  # second moments were there and are not any more, see `specialise`
 
     @property
     def elastic(self) -> dict[str, ElasticSite]:
@@ -127,8 +129,17 @@ class Sized(nn.Module):
             if not moments:
                 module.moments, module.crossed = None, ()
         if not moments:
+            self.released = True
             self.requires_grad_(False)
         return self.memory()
+
+    def forget_moments(self) -> None:
+        """Drops second moments and all that was computed from them, as training makes them stale."""
+        self.released = False
+        for module in self.elastic.values():
+            module.moments, module.crossed = None, ()
+            module.corrected.clear()
+            module.forget_last()
 
     def memory(self) -> Memory:
         """What the network holds in memory, by kind."""
@@ -183,7 +194,8 @@ class Sized(nn.Module):
 
     def _at(self, position: Any) -> Budget:
         assert self.strata is not None
-        if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position <= len(self.strata):
+        whole = isinstance(position, SupportsIndex) and not isinstance(position, bool)
+        if not whole or not 0 <= (position := index(position)) <= len(self.strata):
             raise BudgetError(f"position: expected a whole number from 0 to {len(self.strata)}, got {position!r}")
         spec = self.strata.spec(position)
         low = self.macs(self.strata.spec(len(self.strata)))

@@ -83,6 +83,7 @@ class SuperNet(Sized):
         self.strata: strata.Strata | None = None
         self.final_mean: FinalMean | None = None
         self.provenance: dict[str, Any] = {}
+        self.released = False
         self.method: Method = "default"
         self.train(model.training)
 
@@ -139,6 +140,7 @@ class SuperNet(Sized):
             scatter = scatter_needed(criterion)
             statistics = collect(self.model, loader, objective, scatter, "contract", share, seed, answers)
         contraction.apply(self.model, statistics, criterion, seed)
+        self.released = False
         if answers is not None:
             answers.seal(self.model)  # contraction keeps the function
         self._answers = answers

@@ -1,4 +1,4 @@
-"""How long a model takes, by torch's own benchmark timer: median, 90th percentile and throughput."""
+"""How long a model takes, pass by pass: median, 90th percentile and throughput."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from operator import index
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, SupportsIndex, get_args
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark.utils.timer import timer  # waits for the accelerator, if there is one
 
 from stratavit.errors import StrataViTError
 from stratavit.export import INPUT, export, onnx_session
@@ -44,7 +46,7 @@ class Setting:
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("threads", 0)):
             value = getattr(self, name)
-            if type(value) is not int or value < least:
+            if isinstance(value, bool) or not isinstance(value, SupportsIndex) or index(value) < least:
                 raise StrataViTError(f"{name}: expected a whole number of at least {least}, got {value!r}")
         if self.runtime not in get_args(Runtime):
             raise StrataViTError(f"runtime: expected one of {', '.join(get_args(Runtime))}, got {self.runtime!r}")
@@ -52,7 +54,7 @@ class Setting:
             raise StrataViTError(f"dtype: expected one of {', '.join(get_args(Precision))}, got {self.dtype!r}")
         if self.runtime == "onnx" and self.dtype not in (None, "float32"):
             raise StrataViTError(f"dtype: ONNX Runtime is timed in float32 only, got {self.dtype!r}")
-        if not 0 < self.seconds < float("inf"):
+        if not isinstance(self.seconds, float | int) or not 0 < self.seconds < float("inf"):
             raise StrataViTError(f"seconds: expected a number above 0, got {self.seconds!r}")
 
     def dtype_of(self, model: nn.Module) -> torch.dtype:
@@ -107,8 +109,7 @@ def time_model(model: nn.Module, image_size: Sequence[int], setting: Setting | N
         StrataViTError: The runtime needs packages that are not there, or cannot run the model.
     """
     setting = setting or Setting()
-    run = runner(model, image_size, setting)
-    return Timing.of(pass_times(run, setting), setting.batch_size)
+    return Timing.of(pass_times(runner(model, image_size, setting), setting), setting.batch_size)
 
 
 def session_of(model: nn.Module, image_size: Sequence[int], threads: int) -> Any:
@@ -124,9 +125,19 @@ def noise(batch_size: int, image_size: Sequence[int]) -> torch.Tensor:
     return torch.randn(batch_size, *image_size, generator=torch.Generator().manual_seed(0))
 
 
-def runner(
-    model: nn.Module, image_size: Sequence[int], setting: Setting, session: Any | None = None
-) -> Callable[[], Any]:
+class Pass(NamedTuple):
+    """One pass over a batch, to be timed.
+
+    Attributes:
+        run: Runs it; the caller sees to inference mode.
+        model: Must be in eval mode meanwhile.
+    """
+
+    run: Callable[[], Any]
+    model: nn.Module
+
+
+def runner(model: nn.Module, image_size: Sequence[int], setting: Setting, session: Any | None = None) -> Pass:
     """One pass over a batch of noise, warmed up, ready to be timed.
 
     Args:
@@ -136,35 +147,40 @@ def runner(
         session: What `session_of` gave for this model, not to export it once more.
     """
     images = noise(setting.batch_size, image_size)
-    if setting.runtime == "onnx":
-        loaded = session or session_of(model, image_size, setting.used_threads)
-        feed = {INPUT: images.numpy()}
-        loaded.run(None, feed)
-        return lambda: loaded.run(None, feed)
     dtype = setting.dtype_of(model)
-    timed = model if dtype is model_dtype(model) else copy.deepcopy(model).to(dtype)
-    images = images.to(model_device(model), dtype)
-    called = torch.compile(timed, dynamic=False) if setting.runtime == "compiled" else timed
-
-    def run() -> Any:
-        with eval_mode(timed), torch.inference_mode():
-            return called(images)
-
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the compiler, on its own parts
-            run()
-            run()
-    except Exception as error:  # what a compiler or a missing kernel raises is of any kind
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            warnings.simplefilter("ignore")  # of exporter and compiler, on their own parts
+            if setting.runtime == "onnx":
+                loaded = session or session_of(model, image_size, setting.used_threads)
+                feed = {INPUT: images.numpy()}
+                run = partial(loaded.run, None, feed)
+            else:
+                timed = model if dtype is model_dtype(model) else copy.deepcopy(model).to(dtype)
+                called = torch.compile(timed, dynamic=False) if setting.runtime == "compiled" else timed
+                run = partial(called, images.to(model_device(model), dtype))
+            with eval_mode(model), torch.inference_mode():
+                run()
+                run()
+    except StrataViTError:
+        raise
+    except Exception as error:  # what an exporter, a compiler or a missing kernel raises is of any kind
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise StrataViTError(f"the model cannot be run {setting.runtime} in {dtype} here: {reason}") from error
-    return run
+    return Pass(run, model if setting.runtime == "onnx" else timed)
 
 
-def pass_times(run: Callable[[], Any], setting: Setting, at_least: int = AT_LEAST_RUNS) -> list[float]:
-    """Seconds of each of so many passes, or more."""
-    timer = Timer("run()", globals={"run": run}, num_threads=setting.used_threads)
+def pass_times(one: Pass, setting: Setting, at_least: int = AT_LEAST_RUNS) -> list[float]:
+    """Seconds of each of so many passes, or more, each waited for."""
     times: list[float] = []
-    while len(times) < at_least:
-        times += timer.blocked_autorange(min_run_time=setting.seconds).times
+    threads = torch.get_num_threads()
+    torch.set_num_threads(setting.used_threads)
+    try:
+        with eval_mode(one.model), torch.inference_mode():
+            while len(times) < at_least or sum(times) < setting.seconds:
+                started = timer()
+                one.run()
+                times.append(timer() - started)
+    finally:
+        torch.set_num_threads(threads)
     return times

@@ -23,13 +23,16 @@ def timm_config(description: Mapping[str, Any], data_config: Mapping[str, Any]) 
         description: See `architecture.describe`.
         data_config: See `architecture.resolve_data_config`.
     """
-    args = {key: value for key, value in description["args"].items() if value is not None}
-    name = description["architecture"]
-    try:
-        said = timm.create_model(name, device="meta", **args)
-    except (TypeError, ValueError, AssertionError, RuntimeError):  # an argument that this architecture sets itself
-        return None
-    if architecture.difference(said, architecture.build(description, device="meta")) is not None:
+    name, built = description["architecture"], architecture.build(description, device="meta")
+    for own in ((), ("norm_layer",), ("norm_layer", "act_layer")):  # left to the architecture: it may bring its own eps
+        args = {key: value for key, value in description["args"].items() if value is not None and key not in own}
+        try:
+            said = timm.create_model(name, device="meta", **args)
+        except (TypeError, ValueError, AssertionError, RuntimeError):  # an argument that this architecture sets itself
+            continue
+        if architecture.difference(said, built) is None:
+            break
+    else:
         return None
     images = {key: list(value) if isinstance(value, tuple) else value for key, value in data_config.items()}
     weights = {

@@ -16,8 +16,9 @@ from stratavit.architecture import resolve_data_config
 from stratavit.augment import TrainingFolder, training_transform
 from stratavit.budget import human
 from stratavit.checkpoint import LOG_FILE, Journal, read_state
-from stratavit.commands import default_workers, pick_device
+from stratavit.commands import default_workers
 from stratavit.data import ImageLoader, image_loader
+from stratavit.devices import pick_device
 from stratavit.errors import StrataViTError
 from stratavit.finetune import finetune as finetune_model
 from stratavit.piad import train_piad
