@@ -39,10 +39,11 @@ VARIANTS = {  # what follows the mode in an arm's name, and how it is trained
     "wpac": "cifar10_piad.toml",  # from the coordinates of the paper
     "full": "cifar10_piad_full.toml",  # compensated in full while training, at a lower rate
     "given": "cifar10_piad_given.toml",  # the same, along the list of the one-shot networks
+    "sandwich": "cifar10_piad_sandwich.toml",  # the same, the full and the smallest size at every batch, too
 }
 ARMS = tuple(f"{mode}-{variant}".removesuffix("-") for variant in VARIANTS for mode in MODES)
-RUN_ARMS = (*MODES, *(f"{mode}-full" for mode in MODES), "piad-given", "piad-wpac")
-TABLES = {"cifar10": ("", "wpac"), "cifar10-compensated": ("full", "given")}
+RUN_ARMS = (*MODES, *(f"{mode}-full" for mode in MODES), "piad-given", "piad-sandwich", "piad-wpac")
+TABLES = {"cifar10": ("", "wpac"), "cifar10-compensated": ("full", "given", "sandwich")}
 TWELFTHS = (12, 10, 8, 6, 4)
 NORMAL = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
