@@ -124,10 +124,9 @@ def _first(limit: Limit, positions: Sequence[int], start: int) -> int:
     """Index of the first position from `start` on that holds; the last one does."""
     if limit.exact:
         return bisect_left(positions, True, lo=start, hi=len(positions) - 1, key=limit.holds)
-    low, high = start - 1, len(positions) - 1
     if limit.holds(positions[start]):
         return start
-    low = start
+    low, high = start, len(positions) - 1
     for _ in track(range((high - low).bit_length()), f"find {limit.kind}"):
         middle = (low + high) // 2
         if middle in (low, high):
