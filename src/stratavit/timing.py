@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +15,6 @@ from typing import Any, Literal, NamedTuple, SupportsIndex, get_args
 
 import torch
 from torch import nn
-from torch.utils.benchmark.utils.timer import timer  # waits for the accelerator, if there is one
 
 from stratavit.errors import StrataViTError
 from stratavit.export import INPUT, export, onnx_session
@@ -170,17 +170,25 @@ def runner(model: nn.Module, image_size: Sequence[int], setting: Setting, sessio
     return Pass(run, model if setting.runtime == "onnx" else timed)
 
 
+def _clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()  # torch.cuda, torch.mps, torch.xpu
+    return time.perf_counter()
+
+
 def pass_times(one: Pass, setting: Setting, at_least: int = AT_LEAST_RUNS) -> list[float]:
     """Seconds of each of so many passes, or more, each waited for."""
     times: list[float] = []
+    device = model_device(one.model)
     threads = torch.get_num_threads()
     torch.set_num_threads(setting.used_threads)
     try:
         with eval_mode(one.model), torch.inference_mode():
             while len(times) < at_least or sum(times) < setting.seconds:
-                started = timer()
+                started = _clock(device)
                 one.run()
-                times.append(timer() - started)
+                times.append(_clock(device) - started)
     finally:
         torch.set_num_threads(threads)
     return times
