@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from stratavit.cost import linear_macs
 from stratavit.errors import StrataViTError
 from stratavit.progress import track
 from stratavit.sizes import Sized
-from stratavit.timing import Setting, Timing
+from stratavit.timing import Setting
 
 ROUNDS = 3
 
@@ -76,18 +75,14 @@ def bench(
     rows: list[Row] = []
     sessions: dict[tuple[str, int], Any] = {}
     for setting in track(settings, "time"):
-        part = dataclasses.replace(setting, seconds=setting.seconds / rounds)
-        runs = {}
+        runs = []
         for name, model in models.items():
             known = (name, setting.used_threads)
             if setting.runtime == "onnx" and known not in sessions:
                 sessions[known] = timing.session_of(model, size, setting.used_threads)
-            runs[name] = timing.runner(model, size, setting, sessions.get(known))
-        times: dict[str, list[float]] = {name: [] for name in models}
-        for _ in range(rounds):
-            for name, run in runs.items():
-                times[name] += timing.pass_times(run, part, -(-timing.AT_LEAST_RUNS // rounds))
-        found = {name: Timing.of(seconds, setting.batch_size) for name, seconds in times.items()}
+            runs.append(timing.runner(model, size, setting, sessions.get(known)))
+        timings = timing.in_turns(runs, setting, rounds, -(-timing.AT_LEAST_RUNS // rounds))
+        found = dict(zip(models, timings, strict=True))
         for name, one in found.items():
             speedup, ideal = found[first].median_ms / one.median_ms, macs[first] / macs[name]
             dtype = str(setting.dtype_of(models[name])).removeprefix("torch.")

@@ -14,7 +14,7 @@ from torch import nn
 from stratavit import architecture, artifacts
 from stratavit.bench import bench, tables
 from stratavit.budget import human
-from stratavit.commands import Outcome, budgets
+from stratavit.commands import Outcome, budgeted, budgets
 from stratavit.devices import pick_device
 from stratavit.errors import BudgetError, StrataViTError
 from stratavit.report import parse_share
@@ -29,13 +29,12 @@ def run(args: Namespace) -> Outcome:
     """Times a small model, or sizes of a super-network, beside the dense model."""
     device = pick_device(args.device)
     asked = budgets(args)
-    budgeted = any(value is not None for kind, value in asked.items() if kind != "setting")
     if artifacts.kind(args.target) == artifacts.SUPER:
         net = SuperNet.load(args.target, device)
         config = net.data_config
-        models = sizes(net, args.shares, asked if budgeted else None)
+        models = sizes(net, args.shares, asked if budgeted(asked) else None)
     else:
-        if budgeted:
+        if budgeted(asked):
             raise BudgetError(f"{args.target} has one size only; budgets are for super-networks")
         small: Any = artifacts.load(args.target, device)
         config = architecture.resolve_data_config(small)

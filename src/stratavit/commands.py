@@ -48,6 +48,11 @@ def budgets(args: Namespace) -> Any:
     return {kind: getattr(args, kind, None) for kind in kinds} | {"setting": setting}
 
 
+def budgeted(asked: Any) -> bool:
+    """Whether the command line gave a budget."""
+    return any(value is not None for kind, value in asked.items() if kind != "setting")
+
+
 def convert(args: Namespace) -> Outcome:
     """MODEL and calibration images to a super-network folder."""
     check_free(args.out, args.overwrite)
@@ -118,20 +123,19 @@ def evaluate(args: Namespace) -> Outcome:
     """Accuracy of a saved folder or a timm model."""
     device = pick_device(args.device)
     asked = budgets(args)
-    budgeted = any(value is not None for kind, value in asked.items() if kind != "setting")
     spec: Spec | None = None
     view: list[Any] = []
     model: nn.Module
     if Path(args.target).is_dir() and artifacts.kind(args.target) == artifacts.SUPER:
         model = net = SuperNet.load(args.target, device)
-        if budgeted:
+        if budgeted(asked):
             met = net.budget(**asked)
             spec, view = met.spec, [str(met)]
         config, classes = net.data_config, net.model.num_classes
     else:
         model = model_at(args.target, args.weights, args.num_classes, device)
         config, classes = resolve_data_config(model), model.num_classes
-    if budgeted and spec is None:
+    if budgeted(asked) and spec is None:
         raise BudgetError(f"{args.target} has one size only; budgets are for super-networks")
     loader = _loader(args, config, "val", classes)
     metrics = evaluate_model(model, loader, spec)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -157,14 +156,10 @@ def write_upload(
     title = repo_id.rpartition("/")[2]
 
     def write(folder: Path) -> None:
-        part = folder / "part"
         if isinstance(model, SuperNet):
-            model.save(part, moments=moments)
+            model.save(folder, moments=moments)
         else:
-            artifacts.save(model, part)
-        for file in part.iterdir():
-            shutil.move(file, folder / file.name)
-        part.rmdir()
+            artifacts.save(model, folder)
         if points:
             report.plot(points, folder / CURVE_FILE, title)
         (folder / CARD_FILE).write_text(model_card(model, repo_id, points, licence), encoding="utf-8")

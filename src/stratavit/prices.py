@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
 
 from stratavit import timing
 from stratavit.cost import CostModel, Price
@@ -14,8 +13,8 @@ from stratavit.elastic import ElasticSite
 from stratavit.errors import StrataViTError
 from stratavit.extract import small_site
 from stratavit.progress import track
-from stratavit.structure import Site, eval_mode
-from stratavit.timing import Setting, Timing
+from stratavit.structure import Site
+from stratavit.timing import Setting
 
 ROUNDS = 3
 QUARTERS = 4
@@ -74,18 +73,9 @@ def latency_prices(
 def _line(site: Site, elastic: ElasticSite, tokens: int, setting: Setting) -> Price:
     ends = len(site.steps) - 1
     widths = sorted({site.steps[max(1, ends * quarter // QUARTERS)] for quarter in range(1, QUARTERS + 1)})
-    part = dataclasses.replace(setting, seconds=setting.seconds / ROUNDS)
-    layers: list[nn.Module] = [small_site(site, elastic, width).eval() for width in widths]
-    times: list[list[float]] = [[] for _ in widths]
-    runs = []
-    for layer in layers:
-        with eval_mode(layer):
-            runs.append(timing.runner(layer, (tokens, site.dim), setting))
-    for _ in range(ROUNDS):
-        for known, run in zip(times, runs, strict=True):
-            known += timing.pass_times(run, part)
-    medians = [Timing.of(known, setting.batch_size).median_ms for known in times]
-    return fit(site.name, widths, medians)
+    layers = [small_site(site, elastic, width) for width in widths]
+    runs = [timing.runner(layer, (tokens, site.dim), setting) for layer in layers]
+    return fit(site.name, widths, [found.median_ms for found in timing.in_turns(runs, setting, ROUNDS)])
 
 
 def fit(name: str, widths: Sequence[int], milliseconds: Sequence[float]) -> Price:

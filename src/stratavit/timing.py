@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import tempfile
 import time
 import warnings
@@ -192,3 +193,20 @@ def pass_times(one: Pass, setting: Setting, at_least: int = AT_LEAST_RUNS) -> li
     finally:
         torch.set_num_threads(threads)
     return times
+
+
+def in_turns(passes: Sequence[Pass], setting: Setting, rounds: int, at_least: int = AT_LEAST_RUNS) -> list[Timing]:
+    """Times several side by side, in turns, so that a machine that slows down slows all.
+
+    Args:
+        passes: What to time.
+        setting: How they are run; `seconds` is for all turns together.
+        rounds: Turns of each.
+        at_least: Passes in each turn.
+    """
+    part = dataclasses.replace(setting, seconds=setting.seconds / rounds)
+    times: list[list[float]] = [[] for _ in passes]
+    for _ in range(rounds):
+        for known, one in zip(times, passes, strict=True):
+            known += pass_times(one, part, at_least)
+    return [Timing.of(known, setting.batch_size) for known in times]
