@@ -109,6 +109,8 @@ def test_command(tmp_path, capsys):
     table = capsys.readouterr().out
     assert "dense" in table
 
+    assert main(["bench", str(tmp_path / "run"), "--shares", "0.0001,0.0002"]) == 2
+    assert "none of the shares 0.0001, 0.0002 is reachable" in capsys.readouterr().err
     assert main(["bench", str(tmp_path / "small"), "--macs", "0.5"]) == 2
     assert "one size only" in capsys.readouterr().err
 

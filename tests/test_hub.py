@@ -96,6 +96,9 @@ def test_failures_are_one_sentence(hub, net, tmp_path):
     hub.repos[NAME] = {"README.md": b"nothing of ours"}
     with pytest.raises(ArtifactError, match=r"stratavit\.json is missing|is not a folder"):
         get(hub, tmp_path)
+    for name in ("not/a/name", "spaced name", ""):
+        with pytest.raises(ArtifactError, match=r"^cannot upload to '[^\n]*$"):
+            push_to_hub(net, name, endpoint=hub.url, token="secret")
     hub.refuse = 400
     with pytest.raises(ArtifactError, match=r"^cannot upload to 'someone/thing': [^\n]*refused[^\n]*$"):
         push_to_hub(net, NAME, endpoint=hub.url, token="secret")

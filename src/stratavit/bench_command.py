@@ -67,6 +67,8 @@ def sizes(net: SuperNet, shares: tuple[str, ...], asked: Any) -> dict[str, nn.Mo
     for share in shares:
         if lowest <= parse_share(share) < 1:
             models[share] = net.extract(macs=parse_share(share), verbose=False)
+    if all(parse_share(share) < lowest for share in shares):
+        raise BudgetError(f"none of the shares {', '.join(shares)} is reachable; the smallest is {lowest:.1%}")
     return models
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
 from typing_extensions import Unpack
 
@@ -146,8 +148,12 @@ def write_upload(
     """Writes what `push_to_hub` uploads: the saved files, the card, and the curve's picture if there is a curve.
 
     Raises:
-        ArtifactError: The model cannot be saved, or the folder cannot be written.
+        ArtifactError: The name is none that the hub takes, the model cannot be saved, or the folder cannot be written.
     """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ArtifactError(f"cannot upload to {repo_id!r}: {_line(error)}") from error
     if not points and isinstance(model, str | Path):
         points = report.read_csv(Path(model) / "curve.csv")
     if isinstance(model, str | Path):
