@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stratavit.allocation import State, allocate, ordered_list
-from stratavit.cost import cost_model, site_macs
+from stratavit.cost import cost_model
+from stratavit.families import find_sites
 from stratavit.strata import Strata
-from stratavit.structure import find_sites
 
 COSTS = {name: cost_model(make_model(name), find_sites(make_model(name)), (3, 32, 32)) for name in FAMILIES}
 SHARES = st.floats(0.3, 1)
@@ -214,7 +214,5 @@ def test_macs_of_a_site_are_linear_in_its_width(name):
     """What the search for the level of the ratios takes for granted."""
     cost = COSTS[name]
     for site in cost.sites:
-        per_channel = site_macs(site, 1, cost.tokens)
-        assert [site_macs(site, width, cost.tokens) for width in site.steps] == [
-            per_channel * width for width in site.steps
-        ]
+        per_channel = cost.site_macs(site, 1)
+        assert [cost.site_macs(site, width) for width in site.steps] == [per_channel * width for width in site.steps]

@@ -7,11 +7,12 @@ import torch
 from helpers import make_batches, make_images, make_model, measured_means, out_layers, relative_error, stock_copy
 
 from stratavit import StrataViTError, SuperNet
-from stratavit.contraction import fold_attention, permute_mlp
 from stratavit.data import image_loader
-from stratavit.elastic import ElasticAttention, ElasticMlp
+from stratavit.elastic import AttentionTransform
+from stratavit.heads import ElasticAttention
+from stratavit.hidden import ElasticMlp
 from stratavit.statistics import collect
-from stratavit.wpac import CRITERIA, AttentionTransform
+from stratavit.wpac import CRITERIA
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -198,7 +199,7 @@ def test_any_invertible_transform_may_be_folded():
     elastic = ElasticAttention(copy.deepcopy(attn))
     with torch.no_grad():
         transform = AttentionTransform(q=torch.linalg.inv(k).transpose(1, 2), k=k, v=v, o=torch.linalg.inv(v))
-        fold_attention(elastic, transform)
+        elastic.fold(transform)
         torch.testing.assert_close(elastic(tokens), attn(tokens), rtol=1e-8, atol=1e-8)
     assert not torch.allclose(elastic.qkv.weight, attn.qkv.weight)
 
@@ -208,7 +209,7 @@ def test_permuting_an_mlp_moves_rows_bias_and_columns():
     elastic = ElasticMlp(copy.deepcopy(mlp))
     order = torch.randperm(64)
     with torch.no_grad():
-        permute_mlp(elastic, order)
+        elastic.permute(order)
     assert torch.equal(elastic.fc1.weight, mlp.fc1.weight[order])
     assert torch.equal(elastic.fc1.bias, mlp.fc1.bias[order])
     assert torch.equal(elastic.fc2.weight, mlp.fc2.weight[:, order])

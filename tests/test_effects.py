@@ -9,7 +9,9 @@ from helpers import make_batches, make_images, make_model, make_net, relative_er
 
 from stratavit import SuperNet, effects
 from stratavit.cost import site_macs
-from stratavit.elastic import ElasticAttention, ElasticMlp
+from stratavit.distance import distance
+from stratavit.heads import ElasticAttention
+from stratavit.hidden import ElasticMlp
 
 IMAGES = make_images(3, seed=9)
 
@@ -96,9 +98,9 @@ def test_effects_equal_finite_differences(family_name, cut, monkeypatch):
     found = measured(net, cut, [images[:2], images[2:]]).effects
     for site in net.sites:
         width, falls = cut[site.name], []
-        for other in effects.neighbours(site, width, net.sites):
+        for other in effects.neighbours(site, width, net.cost):
             if other != width:
-                macs = site_macs(site, other, net.cost.tokens) - site_macs(site, width, net.cost.tokens)
+                macs = net.cost.site_macs(site, other) - net.cost.site_macs(site, width)
                 falls.append(-directional(net, site, cut, other, images) / macs)
         assert found[site.name] == pytest.approx(sum(falls) / len(falls) / len(images), rel=1e-4)
 
@@ -141,7 +143,7 @@ def test_neighbours_are_steps_that_cost_alike_and_stay_within_one_unit_and_full_
     dearest = max(site_macs(site, site.steps[1], 1) for site in net.sites)
     for site in net.sites:
         for width in site.steps[1:]:
-            below, above = effects.neighbours(site, width, net.sites)
+            below, above = effects.neighbours(site, width, net.cost)
             assert site.steps[1] <= below <= width <= above <= site.width
             assert below < width or width == site.steps[1]
             assert above > width or width == site.width
@@ -153,12 +155,12 @@ def test_neighbours_are_steps_that_cost_alike_and_stay_within_one_unit_and_full_
 def test_distance_of_logits_and_of_features():
     small, dense = torch.randn(2, 4, 7)
     p, q = dense.softmax(-1), small.softmax(-1)
-    assert float(effects.distance(small, dense, 7)) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-4)
+    assert float(distance(small, dense, 7)) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-4)
     expected = ((small - dense).norm(dim=-1) / dense.norm(dim=-1)).square().sum()
-    assert float(effects.distance(small, dense, 0)) == pytest.approx(float(expected), rel=1e-4)
+    assert float(distance(small, dense, 0)) == pytest.approx(float(expected), rel=1e-4)
     for classes in (0, 7):
-        assert float(effects.distance(dense, dense, classes)) == pytest.approx(0, abs=1e-6)
-        assert effects.distance(small.half(), dense.half(), classes).dtype == torch.float32
+        assert float(distance(dense, dense, classes)) == pytest.approx(0, abs=1e-6)
+        assert distance(small.half(), dense.half(), classes).dtype == torch.float32
 
 
 def test_an_exception_inside_a_probed_pass_takes_the_probes_away():

@@ -21,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stratavit import SuperNet
-from stratavit.elastic import ElasticAttention, ElasticMlp
+from stratavit.heads import ElasticAttention
+from stratavit.hidden import ElasticMlp
 
 IMAGES = make_images(2, seed=9)
 MASKED = ["mean", "paper"]  # what switching channels off in the stock model can show

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stratavit import effects, walk
+from stratavit.families import last_norm
 from stratavit.final_mean import FinalMean
-from stratavit.structure import last_norm
 
 IMAGES = make_images(3, seed=9)
 SHIFTED = [name for name in FAMILIES if name != "distilled"]

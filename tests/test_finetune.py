@@ -13,8 +13,8 @@ from test_train import TINY, CrashError, Images, assert_same, crash, terminate
 
 import stratavit
 from stratavit import Recipe, StrataViTError, checkpoint
-from stratavit.architecture import Constant
 from stratavit.cli import main
+from stratavit.plain import Constant
 from stratavit.recipe import FINETUNING, LIST_KEYS
 from stratavit.teacher import Teacher
 

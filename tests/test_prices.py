@@ -1,6 +1,7 @@
 """Latency in place of MACs: lines through timings, and lists that follow them."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 from helpers import PLAN, make_batches, make_net
@@ -34,9 +35,9 @@ def test_lines_solved_by_hand():
 def test_layers_alike_are_timed_once_at_quarters(monkeypatch):
     net = make_net("plain")
     seen = clock(monkeypatch, lambda layer: sum(p.numel() for p in layer.parameters()))
-    prices = latency_prices(net.sites, net.elastic, net.cost.tokens, Setting(batch_size=3))
+    prices = latency_prices(net.cost, net.elastic, Setting(batch_size=3))
     assert sorted(seen) == sorted(
-        [("Attention", (net.cost.tokens, 32), 3)] * 2 + [("Mlp", (net.cost.tokens, 32), 3)] * 4  # 2 units, 32 units
+        [("Attention", (17, 32), 3)] * 2 + [("Mlp", (17, 32), 3)] * 4  # 2 units, 32 units
     )
     assert prices["blocks.0.mlp"] == prices["blocks.1.mlp"] == pytest.approx(Price(32, 65))  # fc2 bias; 2 * 32 + bias
     assert prices.keys() == {site.name for site in net.sites}
@@ -45,8 +46,8 @@ def test_layers_alike_are_timed_once_at_quarters(monkeypatch):
 def test_real_layers_are_timed():
     net = make_net("plain")
     name = "blocks.0.mlp"
-    sites = [site for site in net.sites if site.name == name]
-    found = latency_prices(sites, net.elastic, net.cost.tokens, Setting(batch_size=64, seconds=0.3))[name]
+    cost = replace(net.cost, sites=tuple(site for site in net.sites if site.name == name))
+    found = latency_prices(cost, net.elastic, Setting(batch_size=64, seconds=0.3))[name]
     assert found.start >= 0
     assert found.each > 0
 
@@ -58,10 +59,10 @@ def test_prices_in_proportion_to_macs_give_the_list_of_macs(method, monkeypatch)
     macs = net.stratify(images, plan=PLAN).strata.entries
     per_channel = {"attention": 4 * 2, "mlp": 2}
 
-    def prices(sites, elastic, tokens, setting):
-        return {site.name: Price(0.0, 0.125 * per_channel[site.kind] * tokens * site.dim) for site in sites}
+    def prices(cost, elastic, setting):
+        return {site.name: Price(0.0, 0.125 * per_channel[site.kind] * 17 * site.dim) for site in cost.sites}
 
-    assert all(8 * prices([s], None, 3, None)[s.name].each == site_macs(s, 1, 3) for s in net.sites)
+    assert all(8 * prices(net.cost, None, None)[s.name].each == site_macs(s, 1, 17) for s in net.sites)
     monkeypatch.setattr("stratavit.prices.latency_prices", prices)
     assert net.stratify(images, plan=PLAN, price="latency").strata.entries == macs
     assert net.provenance["stratify"]["price"] == "latency"
@@ -75,9 +76,9 @@ def test_what_is_slow_is_cut_more(method, monkeypatch, tmp_path):
     def attention_kept(dear):
         """Share of the attention's width, mean over budgets, where one kind of layer is ten times as slow."""
 
-        def prices(sites, elastic, tokens, setting):
-            slow = {site.name: 10.0 if site.name.endswith(dear) else 1.0 for site in sites}
-            return {site.name: Price(0.0, slow[site.name] * site_macs(site, 1, tokens)) for site in sites}
+        def prices(cost, elastic, setting):
+            slow = {site.name: 10.0 if site.name.endswith(dear) else 1.0 for site in cost.sites}
+            return {site.name: Price(0.0, slow[site.name] * cost.site_macs(site, 1)) for site in cost.sites}
 
         monkeypatch.setattr("stratavit.prices.latency_prices", prices)
         net.stratify(images, plan=PLAN, price="latency")

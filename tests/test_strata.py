@@ -14,8 +14,8 @@ from stratavit.strata import Entry, Strata, removal_order, tail_candidates, unit
 from stratavit.structure import Site, attention_steps, mlp_steps
 
 TOKENS = 5
-ATTENTION = Site("a", "attention", 16, heads=2, dim=4, in_bias=True, out_bias=True, steps=attention_steps(16))
-MLP = Site("m", "mlp", 50, heads=1, dim=4, in_bias=True, out_bias=True, steps=mlp_steps(50))
+ATTENTION = Site("a", "attention", 16, heads=2, dim=4, in_biases=3, out_bias=True, steps=attention_steps(16), maps=3)
+MLP = Site("m", "mlp", 50, heads=1, dim=4, in_biases=1, out_bias=True, steps=mlp_steps(50), maps=1)
 SITES = (ATTENTION, MLP)
 COUNTS = {site.name: len(site.steps) - 1 for site in SITES}
 IMPORTANCE = st.fixed_dictionaries(
@@ -61,7 +61,7 @@ def test_equal_densities_are_candidates():
 
 def test_what_is_dear_leaves_first():
     """Alike but for their price: the unit that costs twice as much goes before the other."""
-    x, y = (Site(name, "mlp", 20, 1, 1, False, False, steps=(0, 10, 20)) for name in "xy")
+    x, y = (Site(name, "mlp", 20, 1, 1, 0, False, steps=(0, 10, 20), maps=1) for name in "xy")
     prices = {"x": (0.0, 10.0, 30.0), "y": (0.0, 10.0, 20.0)}
     found = removal_order((x, y), {"x": [2.0, 1.0], "y": [2.0, 1.0]}, lambda s, w: prices[s.name][w // 10])
     assert [(entry.site, entry.width) for entry in found] == [("x", 10), ("y", 10), ("x", 0), ("y", 0)]
@@ -81,7 +81,7 @@ def test_order_of_two_modules_solved_by_hand():
 
     x's last unit (1/20) goes first; y goes whole (6/40), its last unit first; then the rest of x (9/40).
     """
-    x, y = (Site(name, "mlp", 20, 1, 1, False, False, steps=(0, 10, 20)) for name in "xy")
+    x, y = (Site(name, "mlp", 20, 1, 1, 0, False, steps=(0, 10, 20), maps=1) for name in "xy")
     found = removal_order((x, y), {"x": [8.0, 1.0], "y": [2.0, 4.0]}, price_of(1), first_group=5)
     assert [(entry.site, entry.width) for entry in found] == [("x", 10), ("y", 10), ("y", 0), ("x", 0)]
     groups = [entry.group for entry in found]

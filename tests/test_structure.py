@@ -8,12 +8,12 @@ import torch
 from helpers import make_images, make_model
 from hypothesis import given
 from hypothesis import strategies as st
-from timm.layers import GluMlp, SwiGLU
-from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import nn
 
 from stratavit import SuperNet, UnsupportedModelError
-from stratavit.structure import attention_steps, find_sites, mlp_steps, stages
+from stratavit.families import elastic_sites, find_sites, stages
+from stratavit.structure import attention_steps, mlp_steps
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
 
@@ -27,7 +27,7 @@ def test_two_sites_per_block_in_order_of_execution(source):
             expected = (module.head_dim, module.num_heads, module.qkv.bias is not None, module.proj.bias is not None)
         else:
             expected = (module.fc1.out_features, 1, module.fc1.bias is not None, module.fc2.bias is not None)
-        assert (site.width, site.heads, site.in_bias, site.out_bias) == expected
+        assert (site.width, site.heads, site.in_biases > 0, site.out_bias) == expected
         assert site.dim == source.embed_dim
 
 
@@ -54,7 +54,7 @@ def test_stages_compose_to_the_model(source):
     parts, images = stages(source), make_images(2)
     with torch.no_grad():
         tokens = parts.stem(images)
-        for block in parts.blocks:
+        for _, block in parts.blocks:
             tokens = block(tokens)
         assert torch.equal(parts.tail(tokens), source(images))
 
@@ -72,27 +72,17 @@ def with_part(path, part):
 
 
 REFUSED = {
-    "not a ViT": (lambda: timm.create_model("resnet18"), ["ResNet"]),
-    "another transformer": (lambda: timm.create_model("eva02_tiny_patch14_224"), ["Eva"]),
-    "qk-norm": (lambda: VisionTransformer(**SMALL, qk_norm=True), ["blocks.0.attn.q_norm", "normalis"]),
-    "scale norm": (lambda: VisionTransformer(**SMALL, scale_attn_norm=True), ["blocks.0.attn.norm"]),
-    "norm inside the MLP": (lambda: VisionTransformer(**SMALL, scale_mlp_norm=True), ["blocks.0.mlp.norm"]),
-    "gated MLP": (lambda: VisionTransformer(**SMALL, mlp_layer=SwiGLU), ["blocks.0.mlp", "SwiGLU", "gated"]),
-    "packed gated MLP": (lambda: VisionTransformer(**SMALL, mlp_layer=GluMlp), ["blocks.0.mlp", "GluMlp"]),
+    "not a ViT": (lambda: timm.create_model("resnet18"), ["ResNet", "VisionTransformer", "Eva", "stratavit models"]),
+    "scale norm and scale MLP norm": (
+        lambda: VisionTransformer(**SMALL, scale_attn_norm=True, scale_mlp_norm=True),
+        ["blocks.0.attn.norm", "mixes channels"],
+    ),
     "parallel blocks": (
         lambda: VisionTransformer(**SMALL, block_fn=ParallelScalingBlock),
         ["blocks.0", "ParallelScalingBlock"],
     ),
-    "post-norm blocks": (
-        lambda: VisionTransformer(**SMALL, block_fn=ResPostBlock, init_values=1.0),
-        ["blocks.0", "ResPostBlock"],
-    ),
     "no pooling": (lambda: VisionTransformer(**SMALL | {"num_classes": 0}, global_pool=""), ["global_pool"]),
-    "attention pooling": (lambda: VisionTransformer(**SMALL, global_pool="map"), ["attn_pool"]),
     "own forward pass": (lambda: NarrowForward(**SMALL), ["forward_features", "NarrowForward"]),
-    "gated attention": (lambda: with_part("blocks.1.attn.gate", nn.Linear(32, 32)), ["blocks.1.attn.gate"]),
-    "foreign attention": (lambda: with_part("blocks.1.attn", nn.Identity()), ["blocks.1.attn", "Identity"]),
-    "foreign linear layer": (lambda: with_part("blocks.1.mlp.fc2", nn.Bilinear(2, 2, 2)), ["blocks.1.mlp.fc2"]),
 }
 
 
@@ -106,3 +96,37 @@ def test_what_cannot_be_cut_is_refused_by_name_and_reason(case):
         message = str(caught.value)
         assert all(word in message for word in words), message
         assert "\n" not in message
+
+
+WHOLE = {
+    "scale norm": (lambda: VisionTransformer(**SMALL, scale_attn_norm=True), "blocks.0.attn", "attn.norm: the norm"),
+    "norm inside the MLP": (lambda: VisionTransformer(**SMALL, scale_mlp_norm=True), "blocks.1.mlp", "mlp.norm: the"),
+    "gated attention": (
+        lambda: with_part("blocks.1.attn.gate", nn.Linear(32, 32)),
+        "blocks.1.attn",
+        "attn.gate: the elementwise gate",
+    ),
+    "foreign attention": (lambda: with_part("blocks.1.attn", nn.Identity()), "blocks.1.attn", "Identity is not one of"),
+    "foreign linear layer": (
+        lambda: with_part("blocks.1.mlp.fc2", nn.Bilinear(2, 2, 2)),
+        "blocks.1.mlp",
+        "mlp.fc2: expected a Linear layer, found Bilinear",
+    ),
+    "grouped queries": (
+        lambda: timm.create_model(
+            "vit_small_patch16_dinov3", **SMALL, num_kv_heads=1, attn_type="rope", qkv_fused=False
+        ),
+        "blocks.0.attn",
+        "attn.v_proj: several heads share",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_a_module_that_cannot_be_cut_is_left_whole_with_a_reason(case):
+    make, name, words = WHOLE[case]
+    found, whole = elastic_sites(make())
+    assert name not in found
+    assert len(found) + len(whole) == 4
+    assert whole[name].startswith(name)
+    assert words in whole[name]

@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stratavit import wpac
+from stratavit.elastic import fold_heads
 from stratavit.moments import RunningScatter
 from stratavit.statistics import SiteStatistics
-from stratavit.wpac import attention_transform, fold_heads, mlp_order, principal_axes, scatter_needed
+from stratavit.wpac import attention_transform, mlp_order, principal_axes, scatter_needed
 
 GENERATOR = torch.Generator()
 

@@ -6,6 +6,7 @@ from stratavit.budget import Bound, Budget
 from stratavit.errors import ArtifactError, BudgetError, StrataViTError, UnsupportedModelError
 from stratavit.evaluate import Metrics, evaluate
 from stratavit.export import Parity, export
+from stratavit.features import knn, zero_shot
 from stratavit.finetune import finetune
 from stratavit.hub import from_pretrained, push_to_hub
 from stratavit.piad import train_piad
@@ -35,9 +36,11 @@ __all__ = [
     "export",
     "finetune",
     "from_pretrained",
+    "knn",
     "load",
     "push_to_hub",
     "save",
     "time_model",
     "train_piad",
+    "zero_shot",
 ]

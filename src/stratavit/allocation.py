@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from stratavit.cost import CostModel, site_macs
+from stratavit.cost import CostModel
 from stratavit.strata import Entry
 from stratavit.structure import Site
 
@@ -90,7 +90,8 @@ def _within(cost: CostModel, widths: dict[str, int], budget: float) -> dict[str,
 
 def _macs(cost: CostModel, widths: Mapping[str, float]) -> float:
     """MACs at widths between whole ones."""
-    return cost.fixed_macs + sum(site_macs(site, 1, cost.tokens) * widths[site.name] for site in cost.sites)
+    start = cost.fixed_macs + sum(cost.site_macs(site, 1) - cost.each(site) for site in cost.sites)
+    return start + sum(cost.each(site) * widths[site.name] for site in cost.sites)
 
 
 def _floor(site: Site, width: float) -> int:

@@ -185,12 +185,14 @@ def _read_header(folder: Path, expected: str) -> dict[str, Any]:
 
 
 def _load_model(content: Mapping[str, Any], folder: Path, device: torch.device | str) -> nn.Module:
-    model = architecture.build(content["model"], device="meta")
+    model: Any = architecture.build(content["model"], device="meta")
     tensors = read_tensors(folder / WEIGHTS_FILE)
     load_weights(model, tensors, str(folder / WEIGHTS_FILE), assign=True)
     architecture_name = content["model"]["architecture"]
     model.pretrained_cfg = {"architecture": architecture_name}
-    return model.to(device).eval()
+    model.source_args = dict(content["model"]["args"])
+    loaded: nn.Module = model.to(device).eval()
+    return loaded
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str, assign: bool = False) -> None:

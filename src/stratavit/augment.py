@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from stratavit.data import ImageFolder
+from stratavit.distance import distance
 from stratavit.errors import StrataViTError
+from stratavit.families import family_of
 from stratavit.recipe import Recipe
-from stratavit.structure import stages
 
 TRIES = 100
 
@@ -61,6 +62,22 @@ class TrainingFolder(Dataset[tuple[Tensor, int]]):
         raise StrataViTError(f"train: {TRIES} images in a row are unreadable, last {path}; check the data folder")
 
 
+class Features:
+    """Trains a model that answers with features, by those of the teacher; nothing is mixed, labels are not used."""
+
+    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as they are."""
+        return images, labels
+
+    def taught(self, target: Tensor, answer: Tensor, share: float) -> Tensor:
+        """The teacher's features ``[B, D]``, whatever the share."""
+        return answer
+
+    def loss(self, features: Tensor, target: Tensor) -> Tensor:
+        """Mean of the squared distance over the squared length of the target, in float32."""
+        return distance(features, target, 0) / len(features)
+
+
 class Target:
     """Mixes images by mixup and cutmix and computes the loss against what they became.
 
@@ -98,7 +115,7 @@ class Target:
 @contextmanager
 def drop_path(model: nn.Module, rate: float) -> Iterator[None]:
     """Runs the body with drop-path rates rising linearly over the blocks to `rate`; puts the model's own back."""
-    blocks = stages(model).blocks
+    blocks = [block for _, block in family_of(model).blocks(model)]
     rates = torch.linspace(0, rate, len(blocks)).tolist()
     before: list[tuple[Any, Any]] = [(block.drop_path1, block.drop_path2) for block in blocks]
     try:

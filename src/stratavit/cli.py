@@ -10,13 +10,12 @@ from typing import Any, get_args
 
 from rich.console import Console
 
-from stratavit import __version__, bench_command, commands, train_command
+from stratavit import __version__, bench_command, commands, convert_command, measure_command, train_command
+from stratavit.arguments import positive
 from stratavit.errors import StrataViTError
 from stratavit.export import SUFFIXES
 from stratavit.report import LADDER
-from stratavit.statistics import OBJECTIVES
 from stratavit.timing import Precision, Runtime
-from stratavit.wpac import CRITERIA
 
 _EXAMPLES = """examples:
   stratavit demo                                                    see it work, nothing to download
@@ -43,49 +42,14 @@ def parser() -> argparse.ArgumentParser:
     main_parser.add_argument("--version", action="version", version=f"stratavit {__version__}")
     commands_ = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    convert = _command(commands_, "convert", commands.convert, "make a super-network from a pre-trained model")
+    convert = _command(commands_, "convert", convert_command.convert, "make a super-network from a pre-trained model")
     convert.add_argument(
         "model", metavar="MODEL|SMALL", help="timm model name, for example deit_tiny_patch16_224, or a saved folder"
     )
     _model_options(convert)
     _data_options(convert, "images to calibrate on: a folder with train/, or the class folders themselves")
     _out_options(convert, "RUN", "folder to write the super-network to")
-    convert.add_argument(
-        "--images",
-        type=_positive,
-        default=1024,
-        help="calibration images at most (default: %(default)s, as in the paper)",
-    )
-    convert.add_argument(
-        "--method",
-        choices=("default", "paper"),
-        help="paper: exactly the paper, cut channels count as zero (default: predicted from those kept)",
-    )
-    convert.add_argument(
-        "--criterion", choices=CRITERIA, help="what channels are sorted by; all but output imply --method paper"
-    )
-    convert.add_argument(
-        "--no-moments",
-        action="store_true",
-        help="leave the second moments out of RUN: a smaller folder, less accurate sub-networks",
-    )
-    convert.add_argument(
-        "--objective",
-        choices=OBJECTIVES,
-        default="auto",
-        help="what is differentiated; 'sampled', 'prediction' and 'feature' need no labels (default: %(default)s)",
-    )
-    convert.add_argument(
-        "--price",
-        choices=("macs", "latency"),
-        default="macs",
-        help="what the list weighs a unit's importance against (default: %(default)s)",
-    )
-    convert.add_argument(
-        "--latency-batch", type=_positive, default=1, metavar="N", help="images per timed batch (default: %(default)s)"
-    )
-    convert.add_argument("--threads", type=_positive, default=0, help="CPU threads of timings (default: torch's own)")
-    convert.add_argument("--seed", type=int, default=0, help="for random choices (default: %(default)s)")
+    convert_command.add_convert_options(convert)
 
     train = _command(
         commands_, "train", train_command.train, "train a super-network, so that every size is good without fine-tuning"
@@ -106,15 +70,17 @@ def parser() -> argparse.ArgumentParser:
     _data_options(extract, "labelled images for --top1 and --max-drop: a folder with val/, or class folders", False)
     _out_options(extract, "SMALL", "folder to write the small model to")
 
-    evaluate = _command(commands_, "evaluate", commands.evaluate, "measure accuracy on labelled images")
+    evaluate = _command(commands_, "evaluate", measure_command.evaluate, "measure accuracy on labelled images")
     evaluate.add_argument("target", metavar="SMALL|RUN|MODEL", help="a saved folder, or a timm model name")
     _model_options(evaluate)
     _data_options(evaluate, "labelled images: a folder with val/, or the class folders themselves")
+    measure_command.add_judge_options(evaluate)
     _budget_options(evaluate)
 
-    curve = _command(commands_, "curve", commands.curve, "accuracy at a ladder of budgets: table, CSV, PNG")
+    curve = _command(commands_, "curve", measure_command.curve, "accuracy at a ladder of budgets: table, CSV, PNG")
     curve.add_argument("run", metavar="RUN", help="folder of a super-network")
     _data_options(curve, "labelled images: a folder with val/, or the class folders themselves")
+    measure_command.add_judge_options(curve)
     curve.add_argument(
         "--shares",
         type=_shares,
@@ -129,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
     )
     export.add_argument("small", metavar="SMALL", help="folder of a small model")
     export.add_argument("--format", choices=tuple(SUFFIXES), default="onnx", help="(default: %(default)s)")
-    export.add_argument("--images", type=_positive, default=32, help="images to compare on (default: %(default)s)")
+    export.add_argument("--images", type=positive, default=32, help="images to compare on (default: %(default)s)")
     _data_options(export, "images to compare on, a folder with val/ or the class folders (default: noise)", False)
     _out_options(export, "FILE", "file to write (default: SMALL.onnx or SMALL.pt2)", required=False)
 
@@ -174,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _out_options(demo, "DIR", "folder for the results (default: stratavit-demo)", required=False)
     demo.add_argument(
-        "--epochs", type=_positive, default=30, help="training epochs of the small model (default: %(default)s)"
+        "--epochs", type=positive, default=30, help="training epochs of the small model (default: %(default)s)"
     )
     return main_parser
 
@@ -193,7 +159,7 @@ def _model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--weights", metavar="FILE", help="local checkpoint (.safetensors or .pth) instead of the hub's"
     )
-    command.add_argument("--num-classes", type=_positive, help="size of the head, if not the architecture's own")
+    command.add_argument("--num-classes", type=positive, help="size of the head, if not the architecture's own")
 
 
 def _data_options(command: argparse.ArgumentParser, what: str, required: bool = True) -> None:
@@ -201,7 +167,7 @@ def _data_options(command: argparse.ArgumentParser, what: str, required: bool = 
     command.add_argument(
         "--class-map", metavar="FILE", help="text file, one class folder name per line in the order of the head"
     )
-    command.add_argument("--batch-size", type=_positive, default=64, help="images per batch (default: %(default)s)")
+    command.add_argument("--batch-size", type=positive, default=64, help="images per batch (default: %(default)s)")
     command.add_argument(
         "--workers", type=int, default=commands.default_workers(), help="image-loading processes (default: %(default)s)"
     )
@@ -213,7 +179,7 @@ def _budget_options(command: argparse.ArgumentParser) -> None:
         "--latency", metavar="MS", dest="latency_ms", help="milliseconds per batch on this device (8.5), or a share"
     )
     group.add_argument(
-        "--latency-batch", type=_positive, default=1, metavar="N", help="images per timed batch (default: %(default)s)"
+        "--latency-batch", type=positive, default=1, metavar="N", help="images per timed batch (default: %(default)s)"
     )
     group.add_argument(
         "--runtime", choices=get_args(Runtime), default="eager", help="of --latency (default: %(default)s)"
@@ -229,20 +195,13 @@ def _cost_options(command: argparse.ArgumentParser) -> Any:
     group.add_argument(
         "--dtype", choices=get_args(Precision), help="of weights, in --memory and timings (default: as saved)"
     )
-    group.add_argument("--threads", type=_positive, default=0, help="CPU threads of timings (default: torch's own)")
+    group.add_argument("--threads", type=positive, default=0, help="CPU threads of timings (default: torch's own)")
     return group
 
 
 def _out_options(command: argparse.ArgumentParser, name: str, what: str, required: bool = True) -> None:
     command.add_argument("--out", required=required, metavar=name, help=what)
     command.add_argument("--overwrite", action="store_true", help="replace what is there")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return value
 
 
 def _shares(text: str) -> tuple[str, ...]:
@@ -257,7 +216,7 @@ def _shares(text: str) -> tuple[str, ...]:
 
 
 def _counts(text: str) -> tuple[int, ...]:
-    return tuple(_positive(part) for part in text.split(","))
+    return tuple(positive(part) for part in text.split(","))
 
 
 def _runtimes(text: str) -> tuple[str, ...]:

@@ -10,22 +10,19 @@ from typing import Any, cast
 
 import torch
 from rich.table import Table
-from torch import nn
 
 from stratavit import artifacts, hub, report
 from stratavit.architecture import resolve_data_config
 from stratavit.budget import human
 from stratavit.data import image_loader
 from stratavit.devices import pick_device
-from stratavit.errors import BudgetError, StrataViTError
-from stratavit.evaluate import evaluate as evaluate_model
+from stratavit.errors import StrataViTError
 from stratavit.export import SUFFIXES
 from stratavit.export import export as export_model
-from stratavit.folders import check_free, write_folder
-from stratavit.spec import Spec
+from stratavit.folders import check_free
+from stratavit.structure import classes_of
 from stratavit.supernet import SuperNet
 from stratavit.timing import Runtime, Setting
-from stratavit.zoo import model_at
 
 Outcome = tuple[dict[str, Any], list[Any]]
 
@@ -35,9 +32,10 @@ def default_workers() -> int:
     return min(4, os.cpu_count() or 1)
 
 
-def _loader(args: Namespace, data_config: dict[str, Any], split: str, classes: int, limit: int | None = None) -> Any:
-    workers = max(args.workers, 0)
-    return image_loader(args.data, data_config, split, classes, args.class_map, args.batch_size, workers, limit)
+def loader_of(args: Namespace, data_config: dict[str, Any], split: str, classes: int, limit: int | None = None) -> Any:
+    """Images of ``--data`` as the command line says, checked against so many classes (0: any)."""
+    options = (args.class_map, args.batch_size, max(args.workers, 0), limit)
+    return image_loader(args.data, data_config, split, classes or None, *options)
 
 
 def budgets(args: Namespace) -> Any:
@@ -53,49 +51,12 @@ def budgeted(asked: Any) -> bool:
     return any(value is not None for kind, value in asked.items() if kind != "setting")
 
 
-def convert(args: Namespace) -> Outcome:
-    """MODEL and calibration images to a super-network folder."""
-    check_free(args.out, args.overwrite)
-    device = pick_device(args.device)
-    net = SuperNet(model_at(args.model, args.weights, args.num_classes, device))
-    loader = _loader(args, net.data_config, "train", net.model.num_classes, args.images)
-    started = time.perf_counter()
-    net.contract(loader, args.method, args.criterion, args.objective, args.seed)
-    setting = Setting(args.latency_batch, threads=args.threads)
-    net.stratify(loader, objective=args.objective, seed=args.seed, price=args.price, setting=setting)
-    seconds = time.perf_counter() - started
-    net.provenance["source"] = {
-        "model": args.model,
-        "weights": None if args.weights is None else Path(args.weights).name,
-    }
-    net.save(args.out, args.overwrite, moments=not args.no_moments)
-    assert net.strata is not None
-    smallest = net.strata.spec(len(net.strata))
-    result = {
-        "run": str(args.out),
-        "images": net.provenance["contract"]["images"],
-        "unreadable": len(loader.unreadable),
-        "seconds": seconds,
-        "macs": net.macs(),
-        "params": net.params(),
-        "smallest_macs": net.macs(smallest),
-        "entries": len(net.strata),
-        "moments_bytes": artifacts.moments_bytes(args.out),
-    }
-    text = (
-        f"{args.model}: calibrated on {result['images']} images in {seconds:.0f} s; "
-        f"any size from {human(net.macs(smallest))} to {human(net.macs())} MACs is now a slice of {args.out} "
-        f"({result['moments_bytes'] / 2**20:.3g} MiB of it are moments)"
-    )
-    return result, [text]
-
-
 def extract(args: Namespace) -> Outcome:
     """RUN and a budget to a small model's folder."""
     check_free(args.out, args.overwrite)
     measured = args.latency_ms is not None or args.top1 is not None or args.max_drop is not None
     net = SuperNet.load(args.run, pick_device(args.device) if measured else "cpu")
-    data = None if args.data is None else _loader(args, net.data_config, "val", net.model.num_classes)
+    data = None if args.data is None else loader_of(args, net.data_config, "val", classes_of(net))
     met = net.budget(**budgets(args), data=data)
     started = time.perf_counter()
     small = net.extract(spec=met.spec)
@@ -119,55 +80,13 @@ def extract(args: Namespace) -> Outcome:
     return result, [str(met), text]
 
 
-def evaluate(args: Namespace) -> Outcome:
-    """Accuracy of a saved folder or a timm model."""
-    device = pick_device(args.device)
-    asked = budgets(args)
-    spec: Spec | None = None
-    view: list[Any] = []
-    model: nn.Module
-    if Path(args.target).is_dir() and artifacts.kind(args.target) == artifacts.SUPER:
-        model = net = SuperNet.load(args.target, device)
-        if budgeted(asked):
-            met = net.budget(**asked)
-            spec, view = met.spec, [str(met)]
-        config, classes = net.data_config, net.model.num_classes
-    else:
-        model = model_at(args.target, args.weights, args.num_classes, device)
-        config, classes = resolve_data_config(model), model.num_classes
-    if budgeted(asked) and spec is None:
-        raise BudgetError(f"{args.target} has one size only; budgets are for super-networks")
-    loader = _loader(args, config, "val", classes)
-    metrics = evaluate_model(model, loader, spec)
-    return metrics.to_dict() | {"unreadable": len(loader.unreadable)}, [*view, str(metrics)]
-
-
-def curve(args: Namespace) -> Outcome:
-    """Table, CSV and PNG of accuracy against size."""
-    out = args.out or f"{str(args.run).rstrip('/')}-curve"
-    check_free(out, args.overwrite)
-    net = SuperNet.load(args.run, pick_device(args.device))
-    loader = _loader(args, net.data_config, "val", net.model.num_classes)
-    points = report.curve(net, loader, args.shares)
-    if not points:
-        raise BudgetError(
-            f"none of the shares {', '.join(args.shares)} is reachable; `stratavit info {args.run}` tells the range"
-        )
-    source = net.provenance.get("source", {}).get("model", net.description["architecture"])
-    write_curve(points, out, f"{source}, {net.method} method", args.overwrite)
-    return {"points": [vars(point) for point in points], "folder": str(out)}, [
-        report.table(points),
-        f"wrote {out}/curve.csv and curve.png",
-    ]
-
-
 def export(args: Namespace) -> Outcome:
     """SMALL to one ONNX file or torch.export program."""
     file = Path(args.out or f"{str(args.small).rstrip('/')}{SUFFIXES[args.format]}")
     model: Any = artifacts.load(args.small)
     images = None
     if args.data is not None:
-        loader = _loader(args, resolve_data_config(model), "val", model.num_classes, args.images)
+        loader = loader_of(args, resolve_data_config(model), "val", classes_of(model), args.images)
         images = torch.cat([batch for batch, _ in loader])
     parity = export_model(model, file, args.format, images, args.overwrite)
     return parity.to_dict(), [str(parity)]
@@ -193,16 +112,6 @@ def push(args: Namespace) -> Outcome:
         endpoint=args.endpoint,
     )
     return {"url": url}, [url]
-
-
-def write_curve(points: list[report.Point], out: str | Path, title: str, overwrite: bool) -> None:
-    """Writes ``curve.csv`` and ``curve.png`` to a folder."""
-
-    def write(folder: Path) -> None:
-        report.write_csv(points, folder / "curve.csv")
-        report.plot(points, folder / "curve.png", title)
-
-    write_folder(out, write, overwrite)
 
 
 def info(args: Namespace) -> Outcome:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from stratavit.compensation import Moments, factorise
-from stratavit.elastic import ElasticAttention, ElasticMlp, ElasticSite
+from stratavit.elastic import AttentionTransform, ElasticSite
+from stratavit.families import layer_scale
 from stratavit.output_aware import elimination_order, output_axes
 from stratavit.progress import track
 from stratavit.statistics import SiteStatistics
-from stratavit.structure import layer_scale
-from stratavit.wpac import AttentionTransform, Criterion, attention_transform, fold_heads, mlp_order, principal_axes
+from stratavit.wpac import Criterion, attention_transform, mlp_order, principal_axes
 
 
 @torch.no_grad()
@@ -35,14 +35,13 @@ def apply(model: nn.Module, statistics: Mapping[str, SiteStatistics], criterion:
         module.corrected.clear()
         if criterion == "output":
             _sort_by_output(module, found, layer_scale(model, name))
-        elif isinstance(module, ElasticAttention):
-            transform = attention_transform(found, criterion, attention_norms(module), generator)
-            fold_attention(module, transform)
+        elif module.attention:
+            transform = attention_transform(found, criterion, module.norms(), generator)
+            module.fold(transform)
             set_mean(module, _turned_mean(found.channel_mean, transform.v.to(found.channel_mean)))
         else:
-            assert isinstance(module, ElasticMlp)
-            order = mlp_order(found, criterion, mlp_norms(module), generator)
-            permute_mlp(module, order)
+            order = mlp_order(found, criterion, module.norms(), generator)
+            module.permute(order)
             set_mean(module, found.channel_mean[:, order.to(found.channel_mean.device)])  # [1, m]
 
 
@@ -52,21 +51,19 @@ def _sort_by_output(module: ElasticSite, found: SiteStatistics, scale: Tensor | 
     assert found.crossed is not None
     covariance, mean = found.covariance, found.channel_mean
     scale = None if scale is None else scale.to(covariance)
-    if isinstance(module, ElasticAttention):
-        assert found.scatter is not None
-        qk = principal_axes(found.scatter.sum(dim=0)).transpose(-1, -2)
+    if module.attention:
+        qk = None if found.scatter is None else principal_axes(found.scatter.sum(dim=0)).transpose(-1, -2)
         parts = module.out_by_head().to(covariance)  # [C, H, d]
         parts = parts if scale is None else parts * scale[:, None, None]
         blocks = covariance.unflatten(0, mean.shape).unflatten(2, mean.shape)  # [H, d, H, d]
         axes = [output_axes(parts[:, h], blocks[h, :, h]) for h in range(module.heads)]
         v, o = (torch.stack(side).to(mean) for side in zip(*axes, strict=True))
-        fold_attention(module, AttentionTransform(qk, qk, v, o))
+        module.fold(AttentionTransform(qk, qk, v, o))
         change = partial(_turned, matrix=v)
     else:
-        assert isinstance(module, ElasticMlp)
         weight = module.out.weight.to(covariance)
         order = elimination_order(weight if scale is None else weight * scale[:, None], covariance)
-        permute_mlp(module, order)
+        module.permute(order)
         change = partial(_sorted, order=order)
     weight = module.out_by_coordinate()
     channels = []
@@ -112,37 +109,3 @@ def _sorted(mean: Tensor, covariance: Tensor, order: Tensor) -> tuple[Tensor, Te
 def set_mean(module: ElasticSite, mean: Tensor) -> None:
     """Gives a module the mean of the channels that its `proj` / `fc2` reads, ``[H, d]`` or ``[1, m]``."""
     module.channel_mean = mean.to(module.out.weight)
-
-
-def attention_norms(attn: ElasticAttention) -> Tensor:
-    """L2 norm of each coordinate's weights, ``[3, H, d]``: rows of q and k; for v rows and columns of `proj`."""
-    shape = (3, attn.heads, attn.full_width)
-    squares = attn.qkv.weight.double().square().sum(dim=1).view(shape)
-    squares[2] += attn.out_by_head().double().square().sum(dim=0)
-    return squares.sqrt()
-
-
-def mlp_norms(mlp: ElasticMlp) -> Tensor:
-    """L2 norm of each hidden unit's weights, its row of `fc1` and column of `fc2`, ``[1, 1, m]``."""
-    rows, columns = mlp.fc1.weight.double().square().sum(dim=1), mlp.fc2.weight.double().square().sum(dim=0)
-    return (rows + columns).sqrt().view(1, 1, -1)
-
-
-def fold_attention(attn: ElasticAttention, transform: AttentionTransform) -> None:
-    """Applies a transform to `qkv` and `proj` in place."""
-    for parameter in (attn.qkv.weight, attn.qkv.bias):
-        if parameter is not None:
-            q, k, v = parameter.detach().chunk(3)
-            parts = zip((transform.q, transform.k, transform.v), (q, k, v), strict=True)
-            parameter.copy_(torch.cat([fold_heads(matrix, part) for matrix, part in parts]))
-    columns = attn.proj.weight.detach().T  # [H*d, C]
-    attn.proj.weight.copy_(fold_heads(transform.o.transpose(-1, -2), columns.contiguous()).T)
-
-
-def permute_mlp(mlp: ElasticMlp, order: Tensor) -> None:
-    """Sorts the hidden units: rows of `fc1` and columns of `fc2`, in place."""
-    order = order.to(mlp.fc1.weight.device)
-    mlp.fc1.weight.copy_(mlp.fc1.weight[order])
-    if mlp.fc1.bias is not None:
-        mlp.fc1.bias.copy_(mlp.fc1.bias[order])
-    mlp.fc2.weight.copy_(mlp.fc2.weight[:, order])

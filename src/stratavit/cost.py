@@ -1,6 +1,6 @@
 """What a sub-network costs: MACs in both conventions, and parameters. Exact, by arithmetic alone.
 
-The linear count adds patch embedding, qkv, proj, fc1, fc2 and head, without biases and norms; it is
+The linear count adds patch embedding, qkv, proj, fc1, fc2 and head (and patch merging), without biases and norms; it is
 what budgets mean. ``attention=True`` adds the two products QK^T and AV.
 """
 
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from timm.layers import Attention
 from torch import Tensor, nn
 
+from stratavit.layers import ATTENTION, describe_layer
 from stratavit.structure import Site, eval_mode, model_device, model_dtype
 
 
@@ -30,7 +31,8 @@ class CostModel:
 
     Attributes:
         sites: The modules that can be cut.
-        tokens: Tokens N per image at the model's input size.
+        tokens: Site name -> tokens per image that it reads, at the model's input size.
+        context: Site name -> tokens that each of them attends to: all, or those of its window.
         fixed_macs: MACs per image outside the sites.
         fixed_params: Parameters outside the sites.
         prices: Site name -> what takes the place of MACs where the importance of units is weighed against their cost;
@@ -38,7 +40,8 @@ class CostModel:
     """
 
     sites: tuple[Site, ...]
-    tokens: int
+    tokens: Mapping[str, int]
+    context: Mapping[str, int]
     fixed_macs: int
     fixed_params: int
     prices: Mapping[str, Price] | None = None
@@ -46,16 +49,25 @@ class CostModel:
     def price(self, site: Site, width: int) -> float:
         """What importance is weighed against: MACs per image of a site at a width, or its price."""
         if self.prices is None:
-            return site_macs(site, width, self.tokens)
+            return self.site_macs(site, width)
         price = self.prices[site.name]
         return price.start + price.each * width if width else 0.0
+
+    def site_macs(self, site: Site, width: int, attention: bool = False) -> int:
+        """MACs per image of one site at a width."""
+        products = self.context[site.name] if attention else 0
+        return site_macs(site, width, self.tokens[site.name], products)
+
+    def each(self, site: Site) -> int:
+        """MACs per image of one more coordinate of a site that has some."""
+        return self.site_macs(site, 2) - self.site_macs(site, 1)
 
     def macs(self, widths: Mapping[str, int] | None = None, attention: bool = False) -> int:
         """Multiply-accumulates per image; sites that are not named count at full width."""
         total = self.fixed_macs
         for site in self.sites:
             width = site.width if widths is None else widths.get(site.name, site.width)
-            total += site_macs(site, width, self.tokens, attention)
+            total += self.site_macs(site, width, attention)
         return total
 
     def params(self, widths: Mapping[str, int] | None = None, biased: bool = True, corrected: bool = True) -> int:
@@ -73,12 +85,22 @@ class CostModel:
         return total
 
 
-def site_macs(site: Site, width: int, tokens: int, attention: bool = False) -> int:
-    """MACs per image of one site at a width."""
-    if site.kind == "mlp":
-        return 2 * tokens * site.dim * width
-    products = 2 * tokens * tokens * site.heads * width if attention else 0
-    return 4 * tokens * site.dim * site.heads * width + products
+def site_macs(site: Site, width: int, tokens: int, context: int = 0) -> int:
+    """MACs per image of one site at a width.
+
+    Args:
+        site: The site.
+        width: Kept width.
+        tokens: Tokens per image.
+        context: Tokens that each attends to, if the products QK^T and AV are to count.
+    """
+    if width == 0:
+        return 0
+    qk = 2 * site.heads * site.qk_width  # rows of q and k where they stay whole
+    linear = tokens * site.dim * ((site.maps + 1) * site.heads * width + qk)
+    if site.kind == "mlp" or not context:
+        return linear
+    return linear + tokens * context * site.heads * (width + (site.qk_width or width))
 
 
 def site_params(site: Site, width: int, biased: bool, corrected: bool) -> int:
@@ -86,9 +108,8 @@ def site_params(site: Site, width: int, biased: bool, corrected: bool) -> int:
     out_bias = site.out_bias or (corrected and width < site.width)
     if width == 0:
         return site.dim if biased and out_bias else 0
-    maps = 3 if site.kind == "attention" else 1  # q, k and v, or fc1
     channels = site.heads * width
-    return (maps + 1) * channels * site.dim + maps * channels * site.in_bias + site.dim * out_bias
+    return ((site.maps + 1) * site.dim + site.in_biases) * channels + site.dim * out_bias + site.fixed_params
 
 
 def cost_model(model: nn.Module, sites: tuple[Site, ...], image_size: tuple[int, int, int]) -> CostModel:
@@ -99,20 +120,25 @@ def cost_model(model: nn.Module, sites: tuple[Site, ...], image_size: tuple[int,
         sites: Its sites.
         image_size: Channels, height, width of an input image.
     """
-    tokens = 0
+    tokens: dict[str, int] = {}
+    context: dict[str, int] = {}
 
-    def tokens_of(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        nonlocal tokens
-        tokens = inputs[0].shape[1]
+    def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        context[name] = inputs[0].shape[-2]
+        tokens[name] = inputs[0].numel() // inputs[0].shape[-1]  # windows and rows of the one image, too
 
     inside = tuple(site.name + "." for site in sites)
-    handle = model.get_submodule(sites[0].name).register_forward_pre_hook(tokens_of)
+    handles = [
+        model.get_submodule(site.name).register_forward_pre_hook(partial(note, site.name), prepend=True)
+        for site in sites
+    ]
     try:
         fixed_macs = linear_macs(model, image_size, without=inside)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     fixed_params = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(inside))
-    return CostModel(sites, tokens, fixed_macs, fixed_params)
+    return CostModel(sites, tokens, context, fixed_macs, fixed_params)
 
 
 def linear_macs(
@@ -135,18 +161,20 @@ def linear_macs(
 
     def count_products(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal total
-        assert isinstance(module, Attention)
-        tokens = inputs[0].shape[1]
-        total += 2 * tokens * tokens * module.num_heads * module.head_dim
+        numbers = describe_layer("", module)
+        widths = numbers.get("qk_dim", 0) + numbers.get("v_dim", 0) or 2 * numbers["head_dim"]
+        total += inputs[0].numel() // inputs[0].shape[-1] * inputs[0].shape[-2] * numbers["num_heads"] * widths
 
     counted = [
         module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and not (without and name.startswith(without))
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and not (without and name.startswith(without))
+        and ".cpb_mlp." not in name  # positions, the same for all images
     ]
     handles = [module.register_forward_hook(count) for module in counted]
     if attention:
-        modules = [module for module in model.modules() if isinstance(module, Attention)]
+        modules = [module for module in model.modules() if isinstance(module, ATTENTION)]
         handles += [module.register_forward_hook(count_products) for module in modules]
     try:
         with eval_mode(model), torch.inference_mode():

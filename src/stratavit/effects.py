@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stratavit.answers import Answers
-from stratavit.cost import CostModel, site_macs
-from stratavit.elastic import ElasticAttention, ElasticSite, Probe, Weights, set_widths
-from stratavit.structure import Site, model_device, model_dtype, stages
+from stratavit.cost import CostModel
+from stratavit.distance import distance
+from stratavit.elastic import ElasticSite, Probe, Weights, set_widths
+from stratavit.families import stages
+from stratavit.structure import Site, classes_of, model_device, model_dtype
 
 
 @contextmanager
@@ -50,14 +52,6 @@ def probing(elastic: Mapping[str, ElasticSite], probes: Mapping[str, Probe]) -> 
     finally:
         for module in elastic.values():
             module.probe = None
-
-
-def distance(small: Tensor, dense: Tensor, classes: int) -> Tensor:
-    """KL(dense || small) of logits ``[B, classes]``, summed; without a head the relative squared distance."""
-    small, dense = small.float(), dense.float()
-    if classes:
-        return F.kl_div(small.log_softmax(dim=-1), dense.log_softmax(dim=-1), reduction="sum", log_target=True)
-    return ((small - dense).square().sum(dim=-1) / dense.square().sum(dim=-1).clamp_min(1e-12)).sum()
 
 
 class Found(NamedTuple):
@@ -110,7 +104,7 @@ class Reference:
 
     def forward(self, widths: Mapping[str, int], differentiate: bool = False) -> Found:
         """Distance and drift of the network at `widths`."""
-        classes = int(self.model.num_classes)  # type: ignore[arg-type]
+        classes = classes_of(self.model)
         total, pooled = 0.0, torch.zeros_like(self._pooled)
         set_widths(self.elastic, widths)
         try:
@@ -134,7 +128,7 @@ class Reference:
             cost: Of the model; an effect is per unit of its `price`.
             widths: Every width a unit's end above 0.
         """
-        ladder = {site.name: neighbours(site, widths[site.name], self.sites) for site in self.sites}
+        ladder = {site.name: neighbours(site, widths[site.name], cost) for site in self.sites}
         probes = {name: make_probe(m, widths[name], max(ladder[name])) for name, m in self.elastic.items()}
         with probing(self.elastic, probes):
             found = self.forward(widths, differentiate=True)
@@ -154,13 +148,13 @@ def _sum(features: Tensor) -> Tensor:
     return features.double().sum(dim=0).cpu()
 
 
-def neighbours(site: Site, width: int, sites: Sequence[Site]) -> tuple[int, int]:
+def neighbours(site: Site, width: int, cost: CostModel) -> tuple[int, int]:
     """The unit's ends one step below and above a width, at most to one unit and to the full width.
 
     A step is a whole number of units, whose MACs come nearest to the dearest unit of the model.
     """
-    dearest = max(site_macs(other, other.steps[1], 1) for other in sites)
-    units = max(1, round(dearest / site_macs(site, site.steps[1], 1)))
+    dearest = max(cost.each(other) * other.steps[1] for other in cost.sites)
+    units = max(1, round(dearest / (cost.each(site) * site.steps[1])))
     index = site.steps.index(width)
     return site.steps[max(1, index - units)], site.steps[min(len(site.steps) - 1, index + units)]
 
@@ -176,7 +170,7 @@ def make_probe(module: ElasticSite, width: int, padded: int) -> Probe:
     gate = (torch.arange(padded, device=out_weight.device) < width).to(out_weight)
     leaves = [leaf.detach().clone().requires_grad_(True) for leaf in (out_weight, out_bias, gate)]
     weights = Weights(in_weight, in_bias, leaves[0], leaves[1])
-    return Probe(weights, leaves[2] if isinstance(module, ElasticAttention) else None)
+    return Probe(weights, leaves[2] if module.tied else None)
 
 
 def _first_order(probe: Probe, other: Probe) -> float:

@@ -1,8 +1,9 @@
-"""Attention and MLP modules that run any prefix of their channels from one set of weights.
+"""What attention and MLP modules have in common that run any prefix of their channels from one set of weights.
 
-They take the place of timm's `Attention` and `Mlp` inside a super-network and keep their parameter
-names, so a super-network's state dict is an ordinary timm checkpoint. `weights_at` is the one place
-that says what a module's weights are at a width; elastic execution and extraction both call it.
+They take the place of timm's modules inside a super-network and keep their parameter names, so a
+super-network's state dict is an ordinary timm checkpoint. `weights_at` is the one place that says what a
+module's weights are at a width; elastic execution and extraction both call it. One class for each kind of
+module: `heads` (attention), `split_heads` (attention whose q and k stay whole), `hidden` (MLPs).
 
 Shape legend: B images, N tokens, C token width, H heads, d full head_dim, m full hidden width, w kept width.
 """
@@ -10,15 +11,15 @@ Shape legend: B images, N tokens, C token width, H heads, d full head_dim, m ful
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
-from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 
 from stratavit.compensation import GAIN, Moments, compensate
 from stratavit.errors import StrataViTError
+from stratavit.structure import Site
 
 Compensation = Literal["none", "mean", "full"]
 
@@ -26,7 +27,7 @@ Compensation = Literal["none", "mean", "full"]
 class Weights(NamedTuple):
     """What a module computes with at some width: into its channels, then out of them."""
 
-    in_weight: Tensor  # attention [3*H*w, C], MLP [w, C]
+    in_weight: Tensor  # attention [3*H*w, C] (v alone where q and k stay whole: [H*w, C]), MLP [w, C] (gated [2*w, C])
     in_bias: Tensor | None
     out_weight: Tensor  # attention [C, H*w], MLP [C, w]
     out_bias: Tensor | None
@@ -36,13 +37,41 @@ class Observer(Protocol):
     """Sees the features of a module as it runs; `statistics` collects moments through it."""
 
     def features(self, features: Tensor) -> None:
-        """Attention: qkv ``[B, N, 3, H, w]`` (q before the attention scale). MLP: never called."""
+        """Attention: qkv ``[B, N, 3, H, w]`` (q before the attention scale), or v alone, ``[B, N, 1, H, w]``.
+
+        MLP: never called.
+        """
 
     def inputs_of_out(self, features: Tensor) -> None:
         """Attention: head outputs ``[B, N, H*w]``. MLP: post-activations ``[B, N, w]``."""
 
     def outputs(self, outputs: Tensor) -> None:
         """What the module adds to the residual stream, ``[B, N, C]``, before any LayerScale."""
+
+
+@dataclass(frozen=True)
+class AttentionTransform:
+    """A change of coordinates inside the heads that leaves the attention module's function unchanged.
+
+    Per head: ``W_q <- q W_q``, ``W_k <- k W_k``, ``W_v <- v W_v``, ``W_o <- W_o o`` (biases alike), with
+    ``q^T k = 1`` and ``o v = 1``.
+
+    Attributes:
+        q, k: ``[H, d, d]``, new coordinates from old; None where q and k stay as they are.
+        v: The same of v.
+        o: ``[H, d, d]``, old coordinates from new.
+    """
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor
+    o: Tensor
+
+
+def fold_heads(matrix: Tensor, weight: Tensor) -> Tensor:
+    """Applies ``[H, d, d]`` to the rows of ``[H*d]`` or ``[H*d, C]`` head by head, in float64, cast back."""
+    rows = weight.double().view(*matrix.shape[:2], -1)  # [H, d, C]
+    return (matrix.to(rows.device) @ rows).view(weight.shape).to(weight.dtype)
 
 
 class Probe(NamedTuple):
@@ -53,9 +82,11 @@ class Probe(NamedTuple):
 
 
 class ElasticSite(nn.Module):
-    """Common ground of the two elastic modules.
+    """Common ground of the elastic modules.
 
     Attributes:
+        attention: It is an attention module; else an MLP.
+        tied: Attention of which q and k are cut along with v.
         width: Kept width of the next forward pass, set by the super-network.
         bypassed: The module adds nothing at all; set while its sensitivity is measured.
         compensation: ``full`` replaces dropped channels by what the kept ones predict, ``mean`` by their mean,
@@ -73,11 +104,15 @@ class ElasticSite(nn.Module):
         observer: Set while statistics are collected.
     """
 
+    attention = False
+    tied = False
     heads: int
     full_width: int
 
-    def __init__(self, channel_mean: Tensor) -> None:
+    def __init__(self, stock: nn.Module, heads: int, full_width: int) -> None:
         super().__init__()
+        self.heads, self.full_width = heads, full_width
+        self._adopt(stock)
         self.width = self.full_width
         self.compensation: Compensation = "none"
         self.gain = GAIN
@@ -89,7 +124,52 @@ class ElasticSite(nn.Module):
         self.observer: Observer | None = None
         self.bypassed = False
         self.channel_mean: Tensor
-        self.register_buffer("channel_mean", channel_mean, persistent=False)
+        self.register_buffer("channel_mean", self.out.weight.new_empty(0), persistent=False)
+
+    def _adopt(self, stock: nn.Module) -> None:
+        """Takes over a stock module's parts and plain attributes under their names."""
+        for name, value in vars(stock).items():
+            if not name.startswith("_") and name != "training":
+                setattr(self, name, value)
+        for name, child in stock.named_children():
+            self.add_module(name, child)
+        for name, parameter in stock._parameters.items():
+            self.register_parameter(name, parameter)
+        for name, buffer in stock._buffers.items():
+            self.register_buffer(name, buffer, persistent=name not in stock._non_persistent_buffers_set)
+
+    @classmethod
+    def refusal(cls, stock: nn.Module) -> tuple[str, str] | None:
+        """The part of a stock module that does not allow it to be cut, and why; None if it can be."""
+        raise NotImplementedError
+
+    def site(self, name: str) -> Site:
+        """What `cost` and the dropout list need to know."""
+        raise NotImplementedError
+
+    def fixed_params(self, scaling: int) -> int:
+        """Parameters that are there at every width above 0, `scaling` those that are not."""
+        return sum(parameter.numel() for parameter in self.parameters()) - scaling
+
+    def fold(self, transform: AttentionTransform) -> None:
+        """Attention: applies a change of coordinates in place."""
+        raise NotImplementedError
+
+    def permute(self, order: Tensor) -> None:
+        """MLP: sorts the hidden units in place."""
+        raise NotImplementedError
+
+    def norms(self) -> Tensor:
+        """L2 norm of each coordinate's weights: attention ``[3, H, d]`` (v alone ``[1, H, d]``), MLP ``[1, 1, m]``."""
+        raise NotImplementedError
+
+    def numbers(self, width: int, weights: Weights) -> dict[str, Any]:
+        """Numbers of the small layer at a width, see `layers.describe_layer`."""
+        raise NotImplementedError
+
+    def tensors(self, width: int, weights: Weights) -> dict[str, Tensor | None]:
+        """Tensors of the small layer that are cut, under its names; None for a bias that is not there."""
+        raise NotImplementedError
 
     def in_weight(self, width: int) -> tuple[Tensor, Tensor | None]:
         """The first linear map at a width."""
@@ -205,89 +285,6 @@ class ElasticSite(nn.Module):
         bias = None if self.bypassed else self.out_bias_at(0)
         zeros = torch.zeros_like(x)
         return zeros if bias is None else zeros + bias
-
-
-class ElasticAttention(ElasticSite):
-    """timm's `Attention` at any head_dim; at full width the same operations in the same order."""
-
-    def __init__(self, attn: Attention) -> None:
-        self.heads, self.full_width = attn.num_heads, attn.head_dim
-        super().__init__(attn.qkv.weight.new_empty(0))
-        self.qkv, self.attn_drop = attn.qkv, attn.attn_drop
-        self.proj, self.proj_drop = attn.proj, attn.proj_drop
-        self.fused_attn: bool = attn.fused_attn
-
-    @property
-    def out(self) -> nn.Linear:
-        """`proj`."""
-        return self.proj
-
-    def in_weight(self, width: int) -> tuple[Tensor, Tensor | None]:
-        """`qkv` at a head_dim, q scaled so that the stock scale ``w**-0.5`` gives the dense ``d**-0.5``."""
-        if width == self.full_width:
-            return self.qkv.weight, self.qkv.bias
-        scale = (width / self.full_width) ** 0.5
-
-        def cut(x: Tensor) -> Tensor:  # [3*H*d, ...] -> [3*H*w, ...]
-            kept = x.unflatten(0, (3, self.heads, self.full_width))[:, :, :width].flatten(1, 2)
-            factor = kept.new_tensor([scale, 1.0, 1.0]).view(3, *[1] * (kept.dim() - 1))
-            return (kept * factor).flatten(0, 1)
-
-        return cut(self.qkv.weight), None if self.qkv.bias is None else cut(self.qkv.bias)
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; the arguments of timm's `Attention`."""
-        if self.width == 0 or self.bypassed:
-            return self.constant(x)
-        weights = self.weights_at(self.width) if self.probe is None else self.probe.weights
-        qkv = F.linear(x, weights.in_weight, weights.in_bias)
-        qkv = qkv.unflatten(-1, (3, self.heads, -1))  # [B, N, 3, H, w]
-        if self.observer is not None:
-            self.observer.features(qkv)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, N, w]
-        if self.probe is not None and self.probe.gate is not None:
-            q = q * self.probe.gate
-        p = self.attn_drop.p if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=p, is_causal=is_causal)
-        mixed = mixed.transpose(1, 2).flatten(2)  # [B, H, N, w] -> [B, N, H*w]
-        if self.observer is not None:
-            self.observer.inputs_of_out(mixed)
-        out = F.linear(mixed, weights.out_weight, weights.out_bias)
-        if self.observer is not None:
-            self.observer.outputs(out)
-        return self.proj_drop(out)
-
-
-class ElasticMlp(ElasticSite):
-    """timm's `Mlp` at any hidden width."""
-
-    def __init__(self, mlp: Mlp) -> None:
-        self.heads, self.full_width = 1, mlp.fc1.out_features
-        super().__init__(mlp.fc1.weight.new_empty(0))
-        self.fc1, self.act, self.drop1 = mlp.fc1, mlp.act, mlp.drop1
-        self.fc2, self.drop2 = mlp.fc2, mlp.drop2
-
-    @property
-    def out(self) -> nn.Linear:
-        """`fc2`."""
-        return self.fc2
-
-    def in_weight(self, width: int) -> tuple[Tensor, Tensor | None]:
-        """`fc1` at a hidden width: a view of its first rows."""
-        return self.fc1.weight[:width], None if self.fc1.bias is None else self.fc1.bias[:width]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``."""
-        if self.width == 0 or self.bypassed:
-            return self.constant(x)
-        weights = self.weights_at(self.width) if self.probe is None else self.probe.weights
-        hidden = self.drop1(self.act(F.linear(x, weights.in_weight, weights.in_bias)))  # [B, N, w]
-        if self.observer is not None:
-            self.observer.inputs_of_out(hidden)
-        out = F.linear(hidden, weights.out_weight, weights.out_bias)
-        if self.observer is not None:
-            self.observer.outputs(out)
-        return self.drop2(out)
 
 
 def set_widths(elastic: Mapping[str, ElasticSite], widths: Mapping[str, int] | None) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from stratavit.batches import check_labels, unpack
 from stratavit.errors import StrataViTError
 from stratavit.progress import track
-from stratavit.structure import eval_mode, model_device, model_dtype
+from stratavit.structure import classes_of, eval_mode, model_device, model_dtype
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,44 @@ class Metrics:
         return f"top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} %, loss {self.loss:.4f} over {self.n} images"
 
 
+@dataclass
+class Tally:
+    """Correct answers and summed loss so far."""
+
+    first: int = 0
+    fifth: int = 0
+    loss: float = 0.0
+    n: int = 0
+
+    def add(self, logits: Tensor, labels: Tensor, at_least: int = 0) -> None:
+        """Adds a batch.
+
+        Args:
+            logits: ``[B, classes]`` float.
+            labels: ``[B]``.
+            at_least: Classes that there may be besides; those without a logit are never answered.
+        """
+        if at_least > logits.shape[-1]:
+            logits = F.pad(logits, (0, at_least - logits.shape[-1]), value=float(logits.min()) - 1)
+        check_labels(labels, logits.shape[-1])
+        best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices  # [B, 5]
+        hits = best == labels[:, None]
+        self.first += int(hits[:, 0].sum())
+        self.fifth += int(hits.any(dim=-1).sum())
+        self.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        self.n += len(labels)
+
+    def metrics(self) -> Metrics:
+        """The means.
+
+        Raises:
+            StrataViTError: Nothing was added.
+        """
+        if self.n == 0:
+            raise StrataViTError("evaluate: the loader gave no images; check the data folder or the loader")
+        return Metrics(100 * self.first / self.n, 100 * self.fifth / self.n, self.loss / self.n, self.n)
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module, loader: Iterable[Any], spec: Mapping[str, int] | None = None, description: str = "evaluate"
@@ -52,10 +90,14 @@ def evaluate(
         description: Title of the progress bar.
 
     Raises:
-        StrataViTError: No images, no labels, or labels that do not fit the head.
+        StrataViTError: No images, no labels, labels that do not fit the head, or no head.
     """
-    first = fifth = n = 0
-    loss = 0.0
+    if not classes_of(model):
+        raise StrataViTError(
+            "evaluate: the model answers with features, not classes; measure it by nearest neighbours (stratavit.knn, "
+            "--knn) or by text embeddings (stratavit.zero_shot, --zero-shot FILE)"
+        )
+    tally = Tally()
     with eval_mode(model):
         for batch in track(loader, description):
             images, labels = unpack(batch)
@@ -63,14 +105,5 @@ def evaluate(
                 raise StrataViTError("evaluate: the loader gives no labels; accuracy needs (images, labels)")
             images = images.to(model_device(model), model_dtype(model))
             logits = (model(images) if spec is None else model(images, spec)).float()
-            check_labels(labels, logits.shape[-1])
-            labels = labels.to(logits.device)
-            best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices  # [B, 5]
-            hits = best == labels[:, None]
-            first += int(hits[:, 0].sum())
-            fifth += int(hits.any(dim=-1).sum())
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            n += len(labels)
-    if n == 0:
-        raise StrataViTError("evaluate: the loader gave no images; check the data folder or the loader")
-    return Metrics(100 * first / n, 100 * fifth / n, loss / n, n)
+            tally.add(logits, labels.to(logits.device))
+    return tally.metrics()

@@ -9,17 +9,17 @@ import copy
 from collections.abc import Mapping
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from stratavit.architecture import build_site
-from stratavit.elastic import ElasticAttention, ElasticSite
+from stratavit.elastic import ElasticSite
+from stratavit.families import last_norm
 from stratavit.final_mean import plain_norm
-from stratavit.structure import Site, last_norm
+from stratavit.layers import KEPT, build_layer
+from stratavit.structure import Site
 
 
 def small_model(
-    model: VisionTransformer, sites: tuple[Site, ...], widths: Mapping[str, int], shift: Tensor | None = None
+    model: nn.Module, sites: tuple[Site, ...], widths: Mapping[str, int], shift: Tensor | None = None
 ) -> nn.Module:
     """Copies a sub-network out of a super-network's model.
 
@@ -30,7 +30,7 @@ def small_model(
         shift: Added to the bias of the last norm, ``[C]``.
 
     Returns:
-        A timm `VisionTransformer` in eval mode that shares no storage with `model`.
+        A timm model in eval mode that shares no storage with `model`.
     """
     # deepcopy takes the small module wherever it meets the elastic one, whose weights are thus never copied
     replaced: dict[int, nn.Module] = {}
@@ -51,24 +51,21 @@ def small_site(site: Site, elastic: ElasticSite, width: int) -> nn.Module:
     """One stock layer at a width, or the constant that is left at width 0."""
     if width == 0:
         bias = elastic.out_bias_at(0)
-        constant = build_site({"constant": 0 if bias is None else site.dim}, site.dim, elastic, "meta")
+        constant = build_layer({"constant": 0 if bias is None else site.dim}, site.dim, elastic, "meta")
         return constant if bias is None else _fill(constant, {"bias": bias})
     weights = elastic.weights_at(width)
-    in_bias, out_bias = weights.in_bias is not None, weights.out_bias is not None
-    if isinstance(elastic, ElasticAttention):
-        first, second = "qkv", "proj"
-        shape = {"num_heads": site.heads, "head_dim": width, "qkv_bias": in_bias, "proj_bias": out_bias}
-    else:
-        first, second = "fc1", "fc2"
-        shape = {"hidden_features": width, "fc1_bias": in_bias, "fc2_bias": out_bias}
-    layer = build_site(shape, site.dim, elastic, "meta")
-    names = (f"{first}.weight", f"{first}.bias", f"{second}.weight", f"{second}.bias")
-    return _fill(layer, {name: t for name, t in zip(names, weights, strict=True) if t is not None})
+    layer = build_layer(elastic.numbers(width, weights), site.dim, elastic, "meta")
+    return _fill(layer, elastic.tensors(width, weights))
 
 
-def _fill(layer: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+def _fill(layer: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Module:
     """Gives a layer built without storage its own copies of the tensors."""
-    layer.load_state_dict(
-        {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}, assign=True
-    )
+    own = {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    }
+    left = layer.load_state_dict(own, strict=False, assign=True)
+    assert not left.unexpected_keys
+    assert all(key.startswith(KEPT) for key in left.missing_keys)  # copied when the layer was built
     return layer.requires_grad_(True)

@@ -20,6 +20,7 @@ from stratavit.folders import check_free
 from stratavit.learner import Learner
 from stratavit.loop import Trainer
 from stratavit.recipe import Recipe
+from stratavit.structure import classes_of
 from stratavit.teacher import Teacher
 
 Config = Recipe | Mapping[str, Any] | str | Path | None
@@ -69,7 +70,10 @@ def train(
         out: Folder of the run.
         data, evaluation, resume, overwrite, cpu, teacher: See `piad.train_piad`.
     """
-    check_teaching(recipe, teacher)
+    if classes_of(model):
+        check_teaching(recipe, teacher)
+    elif teacher is None:
+        raise StrataViTError("train: the model has no head; give a teacher, which says what its features should be")
     state = read_state(out) if resume else None
     accelerator = processes.accelerator(recipe, out, cpu)
     with ExitStack() as stack:

@@ -16,7 +16,8 @@ from stratavit.cost import CostModel
 from stratavit.elastic import ElasticSite
 from stratavit.errors import StrataViTError
 from stratavit.final_mean import FinalMean
-from stratavit.statistics import Objective, SiteStatistics, collect
+from stratavit.objectives import Objective
+from stratavit.statistics import SiteStatistics, collect
 from stratavit.structure import Site
 from stratavit.walk import Walk, walk
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stratavit import checkpoint, order, processes, report
-from stratavit.augment import Target
+from stratavit.augment import Features, Target
 from stratavit.batches import check_labels, unpack
 from stratavit.checkpoint import Journal, write_state
 from stratavit.errors import StrataViTError
@@ -28,6 +28,7 @@ from stratavit.optimising import Losses, optimiser_and_schedule
 from stratavit.progress import track
 from stratavit.recipe import Recipe
 from stratavit.sampling import Drawn, stream
+from stratavit.structure import classes_of
 from stratavit.teacher import Teacher
 
 
@@ -65,8 +66,9 @@ class Trainer:
         self.step = self.begun = self.ended = 0
         self.losses = Losses()
         self.journal = Journal(out / checkpoint.LOG_FILE)
-        self.target = Target(recipe, self.net.model.num_classes)
-        self.teacher = None if teacher is None else teacher.to(accelerator.device, self.net.model.num_classes)
+        self.classes = classes_of(self.net)
+        self.target = Target(recipe, self.classes) if self.classes else Features()
+        self.teacher = None if teacher is None else teacher.to(accelerator.device, self.classes)
         images = recipe.batch_size * recipe.accumulate * accelerator.num_processes
         optimiser, self.schedule = optimiser_and_schedule(self.net.model, recipe, images, self.order.steps)
         self.model, self.optimiser = processes.prepare(accelerator, self.net, optimiser)
@@ -154,7 +156,7 @@ class Trainer:
     @torch.no_grad()
     def answer(self, images: Tensor) -> Tensor | None:
         """Logits of the teacher, or of the full network, which then teaches smaller ones; None if nothing does."""
-        if not self.recipe.distil:
+        if self.classes and not self.recipe.distil:
             return None
         if self.teacher is None:
             logits: Tensor = self.net(images)
@@ -176,9 +178,12 @@ class Trainer:
     def prepare(self, batch: Any) -> tuple[Tensor, Tensor]:
         """A batch on the device, mixed."""
         images, labels = unpack(batch)
+        if not self.classes:
+            labels = torch.zeros(len(images), dtype=torch.long)
         if labels is None:
             raise StrataViTError("train: the training data gives no labels; it must give (image, label)")
-        check_labels(labels, self.net.model.num_classes)
+        if self.classes:
+            check_labels(labels, self.classes)
         device = self.accelerator.device
         return self.target.mix(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
 

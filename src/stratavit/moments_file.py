@@ -97,9 +97,10 @@ def _moments(site: Site, tensors: Mapping[str, Tensor], source: str) -> Moments:
 def _final_mean(net: SuperNet, tensors: Mapping[str, Tensor], source: str) -> FinalMean:
     vectors, shares = tensors[VECTORS], tensors.get(SHARES, torch.zeros(0)).flatten().tolist()
     falling = shares == sorted(set(shares), reverse=True) and all(0 < share < 1 for share in shares)
-    if vectors.shape != (len(shares), net.sites[0].dim) or not shares or not vectors.isfinite().all() or not falling:
+    width = int(net.model.num_features)  # of what the head reads
+    if vectors.shape != (len(shares), width) or not shares or not vectors.isfinite().all() or not falling:
         raise ArtifactError(
-            f"{source}: the final mean should be one vector of {net.sites[0].dim} finite numbers "
+            f"{source}: the final mean should be one vector of {width} finite numbers "
             "for each share, shares falling and between 0 and 1"
         )
     return FinalMean(tuple(shares), vectors.float())

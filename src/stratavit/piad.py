@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from stratavit.launch import Config, batches, folder_of, recipe_for, spread, train
 from stratavit.pupil import Pupil
+from stratavit.structure import classes_of
 from stratavit.supernet import SuperNet
 from stratavit.teacher import Teacher
 
@@ -44,6 +45,7 @@ def train_piad(
         net: A super-network, best contracted (`SuperNet.contract`).
         train_data: Of known length, gives ``(image [C, H, W], label)``, augmented by itself if at all.
         val_data: To evaluate the ladder of budgets on: a data set of ``(image, label)``, or a loader of such batches.
+            Networks without a head are measured by the nearest neighbours among the proxy images (`features.knn`).
         config: A `Recipe`; or some of its keys, or a recipe's file, the other keys as in the interrupted run, or the
             paper's for DeiT-S. A resumed run may change only what has no effect on the weights, such as ``workers``.
             Units are the recipe's, not those of `SuperNet.set_units`.
@@ -56,7 +58,8 @@ def train_piad(
         overwrite: Empty `out` first, if there is something in it.
         cpu: Train on the CPU even where there is an accelerator.
         teacher: A model with the same classes whose answers are ``config.distil`` of every target. Without one the full
-            network teaches smaller prefixes.
+            network teaches smaller prefixes. A network that answers with features learns those of the teacher alone,
+            whatever `distil` is; its teacher is the network as it came, unless another is given.
 
     Returns:
         `net`, in eval mode, with the weights that `Recipe.keep` names and the finished list.
@@ -74,6 +77,8 @@ def train_piad(
         return Pupil(net, recipe, recipe.decay(steps), proxy, accelerator)
 
     evaluation = None if val_data is None else batches(val_data, recipe.batch_size)
+    if teacher is None and not classes_of(net):
+        teacher = net.source_copy()
     taught = None if teacher is None else Teacher.of(teacher, net.data_config)
     with folder_of(out) as folder:
         train(learner, net.model, train_data, recipe, folder, evaluation, resume, overwrite, cpu, taught)

@@ -38,20 +38,17 @@ def priced(
         raise StrataViTError(f"price: expected 'macs' or 'latency', got {price!r}")
     if price == "macs":
         return cost
-    return dataclasses.replace(cost, prices=latency_prices(cost.sites, elastic, cost.tokens, setting or Setting()))
+    return dataclasses.replace(cost, prices=latency_prices(cost, elastic, setting or Setting()))
 
 
-def latency_prices(
-    sites: Sequence[Site], elastic: Mapping[str, ElasticSite], tokens: int, setting: Setting
-) -> dict[str, Price]:
+def latency_prices(cost: CostModel, elastic: Mapping[str, ElasticSite], setting: Setting) -> dict[str, Price]:
     """Times the extracted layers of every kind of site at quarters of its width, and fits a line.
 
     A line, because single units are far below what a clock can tell apart.
 
     Args:
-        sites: The sites of the model; those alike are timed once.
+        cost: Of the model: its sites, of which those alike are timed once, and their tokens.
         elastic: Site name -> module; gives device and dtype.
-        tokens: Tokens per image.
         setting: How layers are run.
 
     Returns:
@@ -60,21 +57,24 @@ def latency_prices(
     Raises:
         StrataViTError: A layer cannot be run in this setting, or takes no longer when it is wider.
     """
-    alike: dict[tuple[str, int, int, int], list[Site]] = {}
-    for site in sites:
-        alike.setdefault((site.kind, site.dim, site.heads, site.width), []).append(site)
+    alike: dict[tuple[str, int, int, int, int], list[Site]] = {}
+    for site in cost.sites:
+        alike.setdefault((site.kind, site.dim, site.heads, site.width, cost.tokens[site.name]), []).append(site)
     prices: dict[str, Price] = {}
     for same in track(list(alike.values()), "time the layers"):
-        found = _line(same[0], elastic[same[0].name], tokens, setting)
+        name = same[0].name
+        tokens, seen = cost.tokens[name], cost.context[name]  # a window of an image is as an image to the layer
+        several = dataclasses.replace(setting, batch_size=setting.batch_size * (tokens // seen))
+        found = _line(same[0], elastic[name], (seen, same[0].dim), several)
         prices |= {site.name: found for site in same}
     return prices
 
 
-def _line(site: Site, elastic: ElasticSite, tokens: int, setting: Setting) -> Price:
+def _line(site: Site, elastic: ElasticSite, shape: tuple[int, int], setting: Setting) -> Price:
     ends = len(site.steps) - 1
     widths = sorted({site.steps[max(1, ends * quarter // QUARTERS)] for quarter in range(1, QUARTERS + 1)})
     layers = [small_site(site, elastic, width) for width in widths]
-    runs = [timing.runner(layer, (tokens, site.dim), setting) for layer in layers]
+    runs = [timing.runner(layer, shape, setting) for layer in layers]
     return fit(site.name, widths, [found.median_ms for found in timing.in_turns(runs, setting, ROUNDS)])
 
 

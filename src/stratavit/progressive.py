@@ -12,8 +12,9 @@ from typing import Any
 
 from stratavit import strata
 from stratavit.cost import CostModel
+from stratavit.objectives import Objective
 from stratavit.sensitivity import Measure, bypass_sensitivity
-from stratavit.statistics import Objective, collect
+from stratavit.statistics import collect
 from stratavit.strata import Entry, Strata
 from stratavit.supernet import SuperNet
 

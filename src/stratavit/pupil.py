@@ -13,10 +13,11 @@ from stratavit import contraction, processes, progressive, report
 from stratavit.checkpoint import LOG_FILE, SUPER_FILES, Journal, publish, put_weights, weights_of
 from stratavit.compensation import Moments
 from stratavit.errors import StrataViTError
+from stratavit.objectives import Objective
 from stratavit.recipe import Recipe
 from stratavit.sampling import Drawn, Prefixes, draw, random_widths, without_layers
 from stratavit.spec import Spec
-from stratavit.statistics import Objective, collect
+from stratavit.statistics import collect
 from stratavit.strata import Entry, Strata
 from stratavit.supernet import TOKEN_WEIGHT, SuperNet
 
@@ -136,7 +137,8 @@ class Pupil:
     def evaluate(self, loader: Iterable[Any]) -> list[report.Point]:
         """The ladder of budgets, largest first, its rungs shared out among the processes."""
         rungs = report.LADDER[self.accelerator.process_index :: self.accelerator.num_processes]
-        points = processes.gather(self.accelerator, report.curve(self.settle(), loader, rungs))
+        judge = report.judge_of(self.net, bank=self.proxy)
+        points = processes.gather(self.accelerator, report.curve(self.settle(), loader, rungs, judge))
         return sorted(points, key=lambda point: -point.macs)
 
     def graduate(self, facts: dict[str, Any]) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from stratavit.errors import StrataViTError
+from stratavit.objectives import Objective
 from stratavit.progressive import Growth
 from stratavit.sampling import Sampling
 from stratavit.sensitivity import Measure
-from stratavit.statistics import Objective
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Protocol, get_type_hints
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
+from torch import Tensor, nn
 
 from stratavit.budget import human
 from stratavit.errors import ArtifactError
-from stratavit.evaluate import evaluate
+from stratavit.evaluate import Metrics, evaluate
+from stratavit.features import NEIGHBOURS, knn, zero_shot
+from stratavit.structure import classes_of
 from stratavit.supernet import SuperNet
 
 LADDER = tuple(f"{twelfths}/12" for twelfths in range(12, 1, -1))
@@ -44,13 +47,45 @@ class Point:
     n: int
 
 
-def curve(net: SuperNet, loader: Iterable[Any], ladder: Sequence[str] = LADDER) -> list[Point]:
+class Judge(Protocol):
+    """Measures a model, or a sub-network of one: `evaluate`, or see `judge_of`."""
+
+    def __call__(
+        self, model: nn.Module, loader: Iterable[Any], spec: Mapping[str, int] | None = None, description: str = ""
+    ) -> Metrics:
+        """Accuracy on labelled images."""
+
+
+def judge_of(
+    model: nn.Module, bank: Iterable[Any] | None = None, embeddings: Tensor | None = None, k: int = NEIGHBOURS
+) -> Judge:
+    """How a model is measured: by text embeddings if they are given, by its head, or by the neighbours in a bank.
+
+    Args:
+        model: A timm model, or a `SuperNet`.
+        bank: Labelled images to compare with; a model with a head does not need them.
+        embeddings: Of the classes, see `features.zero_shot`.
+        k: Neighbours that vote.
+    """
+    if embeddings is not None:
+        return lambda model, loader, spec=None, description="zero-shot": zero_shot(
+            model, embeddings, loader, spec, description=description
+        )
+    if classes_of(model) or bank is None:
+        return evaluate
+    return lambda model, loader, spec=None, description="nearest neighbours": knn(
+        model, bank, loader, spec, k, description=description
+    )
+
+
+def curve(net: SuperNet, loader: Iterable[Any], ladder: Sequence[str] = LADDER, judge: Judge = evaluate) -> list[Point]:
     """Measures a super-network at a ladder of MACs budgets, largest first.
 
     Args:
         net: With a dropout list.
         loader: Labelled images; run through once per budget.
         ladder: Shares such as ``"8/12"`` or ``"0.5"``; those below the reachable range are left out.
+        judge: How accuracy is measured, see `judge_of`.
     """
     lowest = 0 if net.strata is None else net.macs(net.strata.spec(len(net.strata)))
     points: list[Point] = []
@@ -58,7 +93,7 @@ def curve(net: SuperNet, loader: Iterable[Any], ladder: Sequence[str] = LADDER) 
         if parse_share(asked) * net.macs() < lowest:
             continue
         met = net.budget(macs=parse_share(asked))
-        metrics = evaluate(net, loader, met.spec, description=f"MACs {asked}")
+        metrics = judge(net, loader, met.spec, description=f"MACs {asked}")
         size = {"share": met.got / net.macs(), "macs": met.got, "params": net.params(met.spec)}
         points.append(Point(asked, **size, **metrics.to_dict()))  # type: ignore[arg-type]
     return points

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stratavit.batches import check_labels, unpack
+from stratavit.distance import distance
 from stratavit.elastic import ElasticSite
 from stratavit.errors import StrataViTError
+from stratavit.families import stages
 from stratavit.progress import track
-from stratavit.structure import Site, eval_mode, model_device, model_dtype, stages
+from stratavit.structure import Site, classes_of, eval_mode, model_device, model_dtype
 
 Measure = Literal["auto", "top1", "cost"]
 COST_FLOOR = 1e-4  # a module whose bypass does not raise the cost still gets this relative rise
@@ -49,16 +51,19 @@ def bypass_sensitivity(
         sites: Its sites.
         loader: See `statistics.collect`.
         measure: ``top1``, the relative loss of top-1 (paper), floored at half an image; ``cost``, the relative
-            rise of the cross-entropy; ``auto``, top-1 unless the model is within three standard errors of chance.
+            rise of the cross-entropy; ``auto``, top-1 unless the model is within three standard errors of chance. A
+            model that answers with features is measured by how far they move: the mean relative squared distance.
 
     Returns:
         Site name -> sensitivity > 0.
 
     Raises:
-        StrataViTError: Unknown measure, or no images.
+        StrataViTError: Unknown measure, or no images; ``top1`` of a model without a head.
     """
     if measure not in ("auto", "top1", "cost"):
         raise StrataViTError(f"measure: expected 'auto', 'top1' or 'cost', got {measure!r}")
+    if measure == "top1" and not classes_of(model):
+        raise StrataViTError("measure 'top1' needs a head, but the model has none; use 'auto'")
     tally = Tally()
     with eval_mode(model):
         for batch in track(loader, "sensitivity"):
@@ -68,6 +73,8 @@ def bypass_sensitivity(
         raise StrataViTError(
             "sensitivity: the loader gave no images; a generator is used up after one pass, give a list or a DataLoader"
         )
+    if not tally.classes:
+        return {name: max(cost / tally.images, COST_FLOOR) for name, cost in tally.bypassed_cost.items()}
     if measure == "top1" or (measure == "auto" and _above_chance(tally)):
         floor, base = 0.5, max(tally.correct, 1)
         return {name: max(base - correct, floor) / base for name, correct in tally.bypassed_correct.items()}
@@ -78,27 +85,31 @@ def _bypass_each(model: nn.Module, sites: Sequence[Site], images: Tensor, labels
     """Adds one batch: the full model, then every bypass from its own block on."""
     parts = stages(model)
     tokens = [parts.stem(images.to(model_device(model), model_dtype(model)))]  # tokens[i] enters block i
-    for block in parts.blocks:
+    for _, block in parts.blocks:
         tokens.append(block(tokens[-1]))
     logits = parts.tail(tokens.pop()).float()
-    target = logits.argmax(dim=-1) if labels is None else labels.to(logits.device)
-    check_labels(target, logits.shape[-1])
     tally.images += len(images)
-    tally.classes = logits.shape[-1]
-    tally.correct += int((logits.argmax(dim=-1) == target).sum())
-    tally.cost += float(F.cross_entropy(logits, target, reduction="sum"))
+    tally.classes = classes_of(model)
+    if tally.classes:
+        target = logits.argmax(dim=-1) if labels is None else labels.to(logits.device)
+        check_labels(target, logits.shape[-1])
+        tally.correct += int((logits.argmax(dim=-1) == target).sum())
+        tally.cost += float(F.cross_entropy(logits, target, reduction="sum"))
     for site in sites:
         module = model.get_submodule(site.name)
         assert isinstance(module, ElasticSite)
-        index = next(i for i, block in enumerate(parts.blocks) if any(m is module for m in block.modules()))
+        index = parts.block_of(site.name)
         module.bypassed = True
         try:
-            logits = parts.tail(parts.through(tokens[index], index)).float()
+            bypassed = parts.tail(parts.through(tokens[index], index)).float()
         finally:
             module.bypassed = False
-        correct = int((logits.argmax(dim=-1) == target).sum())
-        tally.bypassed_correct[site.name] = tally.bypassed_correct.get(site.name, 0) + correct
-        cost = float(F.cross_entropy(logits, target, reduction="sum"))
+        if tally.classes:
+            correct = int((bypassed.argmax(dim=-1) == target).sum())
+            tally.bypassed_correct[site.name] = tally.bypassed_correct.get(site.name, 0) + correct
+            cost = float(F.cross_entropy(bypassed, target, reduction="sum"))
+        else:
+            cost = float(distance(bypassed, logits, 0))
         tally.bypassed_cost[site.name] = tally.bypassed_cost.get(site.name, 0.0) + cost
 
 

@@ -86,12 +86,19 @@ class Sized(nn.Module):
             StrataViTError: The spec names an unknown site or a width above the full one.
         """
         full = {site.name: site.width for site in self.sites}
-        for name, width in Spec(spec or {}).items():
+        asked = spec if isinstance(spec, Spec) else Spec(spec or {})
+        for name, width in asked.items():
             if name not in full:
                 raise StrataViTError(f"spec: unknown site {name!r}; the sites are {', '.join(list(full)[:2])}, ...")
             if width > full[name]:
                 raise StrataViTError(f"spec: {name} can keep at most {full[name]} channels, got {width}")
             full[name] = width
+        for name, width in asked.qk.items():
+            whole = next(site.qk_width for site in self.sites if site.name == name)
+            needed = whole if whole and full[name] else full[name]
+            if width != needed:
+                why = f"stays whole, {whole}" if whole else "is as wide as v"
+                raise StrataViTError(f"spec: qk of {name} {why}; asked qk {width} with v {full[name]}")
         return Spec(full)
 
     def macs(self, spec: Mapping[str, int] | None = None, attention: bool = False) -> int:

@@ -17,23 +17,33 @@ class Spec(Mapping[str, int]):
     accepted wherever a `Spec` is. Whether the names and widths fit a model is checked where they
     meet one (`SuperNet.resolve`).
 
+    Where q and k stay whole (qk-norm, rotary positions, cosine attention), a width is that of v. It may be given as
+    ``{"qk": full, "v": width}`` as well, which says the same; of other attention modules ``qk`` and ``v`` are equal.
+
     Args:
         widths: For example ``{"blocks.0.attn": 32, "blocks.0.mlp": 384}``; keys are timm module paths.
+
+    Attributes:
+        qk: Widths of q and k, of those sites for which they were given.
 
     Raises:
         StrataViTError: A key is not a string, or a width is not an int >= 0.
     """
 
-    def __init__(self, widths: Mapping[str, int] | None = None) -> None:
+    def __init__(self, widths: Mapping[str, int | Mapping[str, int]] | None = None) -> None:
         self._widths: dict[str, int] = {}
+        self.qk: dict[str, int] = {}
         if widths is not None and not isinstance(widths, Mapping):
             raise StrataViTError(f"spec: expected a mapping of site names to widths, got {type(widths).__name__}")
         for name, width in dict(widths or {}).items():
             if not isinstance(name, str):
                 raise StrataViTError(f"spec: site names are strings such as 'blocks.0.attn', got {name!r}")
-            if isinstance(width, bool) or not isinstance(width, SupportsIndex) or index(width) < 0:
-                raise StrataViTError(f"spec: the width of {name!r} must be a whole number >= 0, got {width!r}")
-            self._widths[name] = index(width)
+            if isinstance(width, Mapping):
+                if set(width) != {"qk", "v"}:
+                    raise StrataViTError(f"spec: {name!r} needs 'qk' and 'v', or one width, got {dict(width)!r}")
+                self.qk[name] = _width(name, width["qk"])
+                width = width["v"]
+            self._widths[name] = _width(name, width)
 
     def __getitem__(self, name: str) -> int:
         return self._widths[name]
@@ -75,3 +85,9 @@ class Spec(Mapping[str, int]):
         if not isinstance(widths, dict):
             raise StrataViTError(f"spec: expected a JSON object of site: width, got {type(widths).__name__}")
         return cls(widths)
+
+
+def _width(name: str, width: Any) -> int:
+    if isinstance(width, bool) or not isinstance(width, SupportsIndex) or index(width) < 0:
+        raise StrataViTError(f"spec: the width of {name!r} must be a whole number >= 0, got {width!r}")
+    return index(width)

@@ -10,19 +10,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stratavit.answers import Answers
-from stratavit.batches import check_labels, unpack
-from stratavit.elastic import ElasticAttention, ElasticSite
+from stratavit.batches import unpack
+from stratavit.elastic import ElasticSite
 from stratavit.errors import StrataViTError
+from stratavit.families import stages
 from stratavit.moments import RunningCovariance, RunningMean, RunningScatter
+from stratavit.objectives import OBJECTIVES, Objective, Score
 from stratavit.progress import track
-from stratavit.structure import Stages, eval_mode, frozen, model_device, model_dtype, stages
+from stratavit.structure import classes_of, eval_mode, frozen, model_device, model_dtype
 
-Objective = Literal["auto", "label", "cross_entropy", "prediction", "sampled", "feature"]
-OBJECTIVES: tuple[Objective, ...] = ("auto", "label", "cross_entropy", "prediction", "sampled", "feature")
 Scatter = Literal["weighted", "plain", "none"]
 
 
@@ -31,14 +30,15 @@ class SiteStatistics:
     """What a calibration pass leaves of one site, float64, means over all tokens of all images.
 
     Attributes:
-        taylor: First-order Taylor importance ``mean |g*h|``: attention ``[3, H, w]`` (q, k, v), MLP
-            ``[1, 1, m]`` of the post-activation. Empty if covariances were asked for.
+        taylor: First-order Taylor importance ``mean |g*h|``: attention ``[3, H, w]`` (q, k, v; where q and k stay
+            whole v alone, ``[1, H, w]``), MLP ``[1, 1, m]`` of the post-activation. Empty if covariances were asked
+            for.
         hessian: Second-order term ``mean 1/2 (g*h)^2``, same shape.
         channel_mean: Mean of what `proj` / `fc2` reads, ``[H, w]`` or ``[1, m]``, under the token weights of
             `covariance` if there is one.
         scatter: Attention only: ``[3, H, w, w]``, scatter of q, k, v around their unweighted means,
             every token weighted by its importance (method section 1) or by 1. Of q and k alone, ``[2, H, w, w]``,
-            if covariances were asked for.
+            if covariances were asked for; of v alone, ``[1, H, w, w]``, where q and k stay whole.
         covariance: Of what `proj` / `fc2` reads, heads jointly and head after head, ``[H*w, H*w]`` or ``[m, m]``.
         crossed: `channel_mean` and `covariance` without the images of fold 0, and without those of fold 1.
         images: Number of calibration images.
@@ -66,24 +66,27 @@ class SiteObserver:
     """Turns the features of one site, and their gradients, into running moments.
 
     Args:
-        heads: Number of heads; 1 for an MLP.
-        attention: Whether it is an attention module.
+        site: The module.
         scatter: Weighting of the q, k, v scatter.
         token_weight: Gather covariances of what `proj` / `fc2` reads, this share of every token's weight
             in proportion to the gradient norm at the module's output; None: gather Taylor terms instead.
+
+    Attributes:
+        batch: Images of the batch that runs; windows of an image lie one after the other.
     """
 
-    def __init__(self, heads: int, attention: bool, scatter: Scatter, token_weight: float | None = None) -> None:
-        self.heads, self.attention = heads, attention
-        self.weighted = scatter == "weighted"
-        self._scatter = RunningScatter() if attention and scatter != "none" else None
+    def __init__(self, site: ElasticSite, scatter: Scatter, token_weight: float | None = None) -> None:
+        self.heads, self.attention = site.heads, site.attention
+        self.weighted, self.batch = scatter == "weighted", 1
+        turned = site.tied or (site.attention and token_weight is None)  # v turns by its covariance where there is one
+        self._scatter = RunningScatter() if turned and scatter != "none" else None
         self._covariance = None if token_weight is None else RunningCovariance(token_weight)
         self._taylor, self._hessian, self._mean = RunningMean(), RunningMean(), RunningMean()
         self._held: list[Tensor] = []
         self._images = 0
 
     def features(self, features: Tensor) -> None:
-        """qkv ``[B, N, 3, H, w]``: waits for the gradient."""
+        """qkv ``[B, N, 3, H, w]``, or v alone: waits for the gradient."""
         if not features.requires_grad:
             return
         if self._covariance is None:
@@ -105,7 +108,8 @@ class SiteObserver:
     def outputs(self, outputs: Tensor) -> None:
         """What the module adds, ``[B, N, C]``: the norm of its gradient weighs the token."""
         if self._covariance is not None:
-            x, start = self._held.pop(), self._images  # [B, N, H*w]
+            x, start = self._held.pop(), self._images
+            x = x.reshape(self.batch, -1, x.shape[-1])  # [B, N, H*w], the tokens of all windows of an image
             self._images += len(x)
             outputs.register_hook(lambda gradient: self._covariance_of(x, gradient, start))
 
@@ -139,7 +143,7 @@ class SiteObserver:
         """`x` ``[B, N, H*w]``, `gradient` ``[B, N, C]`` of images number `start` and on."""
         assert self._covariance is not None
         folds = folds_of(start, len(x)).to(x.device)
-        weight = gradient.norm(dim=-1)  # [B, N]
+        weight = gradient.norm(dim=-1).reshape(len(x), -1)  # [B, N]
         for fold in (0, 1):
             chosen = folds == fold
             if chosen.any():
@@ -198,13 +202,14 @@ def collect(
     sites = {name: module for name, module in model.named_modules() if isinstance(module, ElasticSite)}
     if torch.is_inference_mode_enabled():
         raise StrataViTError("calibration needs gradients: call it outside torch.inference_mode()")
-    if not model.num_classes and objective not in ("auto", "feature"):
+    headless = not classes_of(model)
+    if headless and objective not in ("auto", "feature"):
         raise StrataViTError(f"objective {objective!r} needs a head, but the model has none; use 'feature' or 'auto'")
-    if not model.num_classes:
+    if headless:
         objective = "feature"
-    score = Score(objective, token_weight is not None, torch.Generator().manual_seed(seed))
+    score = Score(objective, token_weight is not None, torch.Generator().manual_seed(seed), headless)
     active = {
-        name: SiteObserver(site.heads, isinstance(site, ElasticAttention), scatter, token_weight)
+        name: SiteObserver(site, scatter, token_weight)
         for name, site in sites.items()
         if site.width and not site.bypassed
     }
@@ -212,7 +217,7 @@ def collect(
         for name, observer in active.items():
             sites[name].observer = observer
         with eval_mode(model), frozen(model):
-            images_seen = _run(model, loader, score, description, answers)
+            images_seen = _run(model, loader, score, description, active.values(), answers)
     finally:
         for site in sites.values():
             site.observer = None
@@ -230,7 +235,12 @@ def collect(
 
 
 def _run(
-    model: nn.Module, loader: Iterable[Any], score: Score, description: str, answers: Answers | None = None
+    model: nn.Module,
+    loader: Iterable[Any],
+    score: Score,
+    description: str,
+    observers: Iterable[SiteObserver],
+    answers: Answers | None = None,
 ) -> int:
     """Forward and backward over the loader with observers in place; returns the number of images."""
     parts = stages(model)
@@ -238,6 +248,8 @@ def _run(
     images_seen = 0
     for batch in track(loader, description):
         images, labels = unpack(batch)
+        for observer in observers:
+            observer.batch = len(images)
         with torch.no_grad():
             tokens = parts.stem(images.to(device, dtype))
         tokens.requires_grad_(True)
@@ -249,52 +261,3 @@ def _run(
                 answers.add(images, parts.tail(left), parts.pool(left))
         images_seen += len(images)
     return images_seen
-
-
-@dataclass
-class Score:
-    """The scalar that is differentiated.
-
-    Attributes:
-        objective: See `collect`.
-        likelihood: Whether ``auto`` means a log-likelihood rather than a logit.
-        generator: Draws the classes of ``sampled``.
-    """
-
-    objective: Objective
-    likelihood: bool
-    generator: torch.Generator
-
-    def __call__(self, parts: Stages, tokens: Tensor, labels: Tensor | None) -> Tensor:
-        """Summed over the images; `tokens` ``[B, N, C]`` leave the last block, `labels` ``[B]``."""
-        objective = self.objective
-        if objective == "auto":
-            choices: tuple[Objective, Objective] = ("label", "prediction")
-            choices = ("cross_entropy", "sampled") if self.likelihood else choices
-            objective = choices[labels is None]
-        if objective == "feature":
-            return parts.pool(tokens).float().square().sum() / 2
-        logits = parts.tail(tokens).float()
-        if labels is not None:
-            labels = labels.to(logits.device)
-        if objective == "sampled":
-            drawn = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=self.generator)
-            labels = drawn.squeeze(1).to(logits.device)
-            objective = "cross_entropy"
-        return objective_value(logits, labels, objective)
-
-
-def objective_value(logits: Tensor, labels: Tensor | None, objective: Objective) -> Tensor:
-    """``label``, ``cross_entropy`` or ``prediction`` of logits ``[B, classes]``, summed over the images.
-
-    Raises:
-        StrataViTError: The objective needs labels and there are none, or they are out of range.
-    """
-    if objective == "prediction":
-        return logits.amax(dim=-1).sum()
-    if labels is None:
-        raise StrataViTError(f"objective {objective!r} needs labels, but the loader gives none; use 'sampled'")
-    check_labels(labels, logits.shape[-1])
-    if objective == "cross_entropy":
-        return F.cross_entropy(logits, labels, reduction="sum")
-    return logits.gather(1, labels[:, None]).sum()

@@ -9,22 +9,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from stratavit import architecture, artifacts, contraction, listing, sensitivity, strata
 from stratavit.answers import Answers
 from stratavit.cost import cost_model
-from stratavit.elastic import ElasticAttention, ElasticMlp, ElasticSite, set_widths
+from stratavit.elastic import ElasticSite, set_widths
 from stratavit.errors import BudgetError, StrataViTError
 from stratavit.extract import small_model
+from stratavit.families import elastic_sites, find_sites, last_norm
 from stratavit.final_mean import FinalMean, Shift
 from stratavit.limits import Asked
+from stratavit.objectives import Objective
 from stratavit.prices import priced
 from stratavit.sizes import Method, Sized, known_method
-from stratavit.statistics import Objective, SiteStatistics, collect
-from stratavit.structure import HEAD_DIM_UNIT, MLP_UNITS, find_sites, in_float32, last_norm
+from stratavit.statistics import SiteStatistics, collect
+from stratavit.structure import HEAD_DIM_UNIT, MLP_UNITS, in_float32
 from stratavit.timing import Setting
 from stratavit.walk import Walk
 from stratavit.wpac import CRITERIA, Criterion, scatter_needed
@@ -36,13 +37,16 @@ class SuperNet(Sized):
     """A pre-trained ViT made elastic: one set of weights, every size a prefix of it.
 
     Args:
-        model: A timm `VisionTransformer`; it is copied, never changed.
+        model: A timm model of a supported family (`stratavit models`); it is copied, never changed.
         data_config: Input size, mean, std, interpolation and crop as timm resolves them; read from the
             model if None.
+        embedding: The head does not tell classes apart but leads into an embedding, as that of a CLIP image tower: the
+            answer is taken for a feature. A model without a head (``num_classes=0``) always answers with features.
 
     Attributes:
         model: The timm model, its attention and MLP modules elastic; its state dict is the stock one.
         sites: The modules that can be cut.
+        whole: Name -> reason of attention and MLP modules that cannot be cut and stay as they are.
         units: What a dropout list cuts them in, see `set_units`.
         strata: The dropout list, once `stratify` has run.
         method: ``paper``: cut channels count as zero and whole groups leave; ``default``: cut channels
@@ -59,22 +63,30 @@ class SuperNet(Sized):
         StrataViTError: The weights hold NaN or infinite values.
     """
 
-    def __init__(self, model: nn.Module, data_config: Mapping[str, Any] | None = None) -> None:
+    embedding: bool
+
+    def __init__(
+        self, model: nn.Module, data_config: Mapping[str, Any] | None = None, embedding: bool | None = None
+    ) -> None:
         super().__init__()
-        self.sites, self.units = find_sites(model), (HEAD_DIM_UNIT, MLP_UNITS)
-        assert isinstance(model, VisionTransformer)
+        if embedding is None:
+            embedding = getattr(model, "embedding", False)
+        self.units = (HEAD_DIM_UNIT, MLP_UNITS)
+        self.sites = find_sites(model)
         for name, parameter in model.named_parameters():
             if not parameter.detach().isfinite().all():
                 raise StrataViTError(f"weights: {name} holds NaN or infinite values; give a sound checkpoint")
-        self.description = architecture.describe(model)
+        self.embedding = bool(embedding)
+        self.description = architecture.describe(model) | ({"embedding": True} if embedding else {})
         self.data_config = dict(data_config) if data_config is not None else architecture.resolve_data_config(model)
-        self.model = copy.deepcopy(model)
+        copied: Any = copy.deepcopy(model)
+        copied.embedding = self.embedding
+        self.model: Any = copied
         self.cost = cost_model(self.model, self.sites, self.data_config["input_size"])
-        for site in self.sites:
-            block, _, leaf = site.name.rpartition(".")
-            layer = getattr(self.model.get_submodule(block), leaf)
-            elastic = ElasticAttention(layer) if site.kind == "attention" else ElasticMlp(layer)
-            setattr(self.model.get_submodule(block), leaf, elastic)
+        modules, self.whole = elastic_sites(self.model)
+        for name, module in modules.items():
+            block, _, leaf = name.rpartition(".")
+            setattr(self.model.get_submodule(block), leaf, module)
         self._shift = Shift()
         self._answers: Answers | None = None
         norm = last_norm(self.model)
@@ -250,6 +262,13 @@ class SuperNet(Sized):
         share = self.cost.macs(widths) / self.cost.macs()
         return None if share >= 1 else self.final_mean.at(share)
 
+    def source_copy(self) -> nn.Module:
+        """A copy of the full model as it is, to teach by."""
+        self.set_widths(None)
+        with torch.no_grad():
+            copied: nn.Module = copy.deepcopy(self.model)
+        return copied.requires_grad_(False).eval()
+
     # ---- extraction -------------------------------------------------------------------------------
 
     def extract(
@@ -287,7 +306,9 @@ class SuperNet(Sized):
             "dense_params": self.params(),
             "dense_spec": dict(self.resolve(None)),
         }
+        small.embedding = self.embedding  # type: ignore[assignment]
         small.data_config = dict(self.data_config)  # type: ignore[assignment]
+        small.source_args = dict(self.description["args"])  # type: ignore[assignment]
         return small
 
     # ---- files ------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ from stratavit.answers import Answers
 from stratavit.cost import CostModel
 from stratavit.effects import Reference, crossed
 from stratavit.errors import StrataViTError
+from stratavit.families import last_norm
 from stratavit.feed import Feed
 from stratavit.progress import track
-from stratavit.structure import Site, eval_mode, frozen, last_norm
+from stratavit.structure import Site, eval_mode, frozen
 
 
 @dataclass(frozen=True)

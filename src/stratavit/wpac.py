@@ -7,34 +7,16 @@ Shape legend: H heads, d head_dim, C token width, m MLP hidden width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from stratavit.elastic import AttentionTransform
 from stratavit.statistics import Scatter, SiteStatistics
 
 Criterion = Literal["output", "wpac", "random", "magnitude", "taylor", "hessian", "pca"]
 CRITERIA: tuple[Criterion, ...] = ("output", "wpac", "random", "magnitude", "taylor", "hessian", "pca")
-
-
-@dataclass(frozen=True)
-class AttentionTransform:
-    """A change of coordinates inside the heads that leaves the attention module's function unchanged.
-
-    Per head: ``W_q <- q W_q``, ``W_k <- k W_k``, ``W_v <- v W_v``, ``W_o <- W_o o`` (biases alike), with
-    ``q^T k = 1`` and ``o v = 1``.
-
-    Attributes:
-        q, k, v: ``[H, d, d]``, new coordinates from old.
-        o: ``[H, d, d]``, old coordinates from new.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
 
 
 def scatter_needed(criterion: Criterion) -> Scatter:
@@ -54,9 +36,9 @@ def principal_axes(scatter: Tensor) -> Tensor:
     return (axes * torch.where(peak < 0, -1.0, 1.0)).to(scatter.device)
 
 
-def rotation(v_axes: Tensor, qk_axes: Tensor) -> AttentionTransform:
+def rotation(v_axes: Tensor, qk_axes: Tensor | None) -> AttentionTransform:
     """The transform that expresses v in `v_axes`, q and k in `qk_axes` (orthonormal columns, ``[H, d, d]``)."""
-    qk = qk_axes.transpose(-1, -2)
+    qk = None if qk_axes is None else qk_axes.transpose(-1, -2)
     return AttentionTransform(q=qk, k=qk, v=v_axes.transpose(-1, -2), o=v_axes)
 
 
@@ -74,15 +56,16 @@ def attention_transform(
         statistics: Of the site; `scatter` is needed for ``wpac`` and ``pca``.
         criterion: ``wpac`` (the paper), ``pca`` (the same, all tokens weighted alike), or a ranking of the
             coordinates as they are: ``taylor``, ``hessian``, ``magnitude``, ``random``.
-        norms: L2 norms of each coordinate's weights for q, k, v, ``[3, H, d]``, for ``magnitude``.
+        norms: L2 norms of each coordinate's weights for q, k, v, ``[3, H, d]``, or for v alone, where q and k stay
+            whole, ``[1, H, d]``; for ``magnitude``.
         generator: For ``random``.
     """
     if criterion in ("wpac", "pca"):
         assert statistics.scatter is not None
-        q, k, v = statistics.scatter
-        return rotation(principal_axes(v), principal_axes(q + k))
-    q, k, v = _scores(statistics, criterion, norms, generator)
-    return rotation(selection(_descending(v)), selection(_descending(q + k)))
+        *qk, v = statistics.scatter
+        return rotation(principal_axes(v), principal_axes(qk[0] + qk[1]) if qk else None)
+    *qk, v = _scores(statistics, criterion, norms, generator)
+    return rotation(selection(_descending(v)), selection(_descending(qk[0] + qk[1])) if qk else None)
 
 
 def mlp_order(statistics: SiteStatistics, criterion: Criterion, norms: Tensor, generator: torch.Generator) -> Tensor:
@@ -103,9 +86,3 @@ def _scores(statistics: SiteStatistics, criterion: Criterion, norms: Tensor, gen
 
 def _descending(scores: Tensor) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices
-
-
-def fold_heads(matrix: Tensor, weight: Tensor) -> Tensor:
-    """Applies ``[H, d, d]`` to the rows of ``[H*d]`` or ``[H*d, C]`` head by head, in float64, cast back."""
-    rows = weight.double().view(*matrix.shape[:2], -1)  # [H, d, C]
-    return (matrix.to(rows.device) @ rows).view(weight.shape).to(weight.dtype)

@@ -1,0 +1,114 @@
+"""The commands that measure accuracy: ``evaluate`` and ``curve``."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from stratavit import artifacts, commands, report
+from stratavit.architecture import resolve_data_config
+from stratavit.devices import pick_device
+from stratavit.errors import BudgetError, StrataViTError
+from stratavit.evaluate import Metrics
+from stratavit.evaluate import evaluate as evaluate_model
+from stratavit.features import NEIGHBOURS, knn, read_embeddings
+from stratavit.folders import check_free, write_folder
+from stratavit.spec import Spec
+from stratavit.structure import classes_of
+from stratavit.supernet import SuperNet
+from stratavit.zoo import model_at
+
+
+def add_judge_options(command: ArgumentParser) -> None:
+    """How models are measured that answer with features."""
+    group = command.add_argument_group("how to measure", "by default by the classes of the head")
+    group.add_argument(
+        "--knn",
+        nargs="?",
+        type=int,
+        const=NEIGHBOURS,
+        metavar="K",
+        help=f"by the K nearest neighbours among the images of train/ (default K: {NEIGHBOURS})",
+    )
+    group.add_argument(
+        "--zero-shot",
+        metavar="FILE",
+        help="by text embeddings of the classes: a .safetensors file, one tensor [classes, width]",
+    )
+
+
+def _judge(args: Namespace, model: nn.Module, data_config: dict[str, Any]) -> tuple[report.Judge, int]:
+    """How a model is measured, and the classes that the images must be of (0: any)."""
+    if args.zero_shot is not None and args.knn is not None:
+        raise StrataViTError("--knn and --zero-shot are two ways to measure; give one of them")
+    if args.zero_shot is not None:
+        embeddings = read_embeddings(args.zero_shot)
+        return report.judge_of(model, embeddings=embeddings), len(embeddings)
+    if args.knn is None:
+        return evaluate_model, classes_of(model)
+    bank = commands.loader_of(args, data_config, "train", 0)
+
+    def judge(
+        model: nn.Module, loader: Any, spec: Mapping[str, int] | None = None, description: str = "nearest neighbours"
+    ) -> Metrics:
+        return knn(model, bank, loader, spec, args.knn, description=description)
+
+    return judge, 0
+
+
+def evaluate(args: Namespace) -> commands.Outcome:
+    """Accuracy of a saved folder or a timm model."""
+    device = pick_device(args.device)
+    asked = commands.budgets(args)
+    spec: Spec | None = None
+    view: list[Any] = []
+    model: nn.Module
+    if Path(args.target).is_dir() and artifacts.kind(args.target) == artifacts.SUPER:
+        model = net = SuperNet.load(args.target, device)
+        if commands.budgeted(asked):
+            met = net.budget(**asked)
+            spec, view = met.spec, [str(met)]
+        config = net.data_config
+    else:
+        model = model_at(args.target, args.weights, args.num_classes, device)
+        config = resolve_data_config(model)
+    if commands.budgeted(asked) and spec is None:
+        raise BudgetError(f"{args.target} has one size only; budgets are for super-networks")
+    judge, classes = _judge(args, model, config)
+    loader = commands.loader_of(args, config, "val", classes)
+    metrics = judge(model, loader, spec, description="evaluate")
+    return metrics.to_dict() | {"unreadable": len(loader.unreadable)}, [*view, str(metrics)]
+
+
+def curve(args: Namespace) -> commands.Outcome:
+    """Table, CSV and PNG of accuracy against size."""
+    out = args.out or f"{str(args.run).rstrip('/')}-curve"
+    check_free(out, args.overwrite)
+    net = SuperNet.load(args.run, pick_device(args.device))
+    judge, classes = _judge(args, net, net.data_config)
+    loader = commands.loader_of(args, net.data_config, "val", classes)
+    points = report.curve(net, loader, args.shares, judge)
+    if not points:
+        raise BudgetError(
+            f"none of the shares {', '.join(args.shares)} is reachable; `stratavit info {args.run}` tells the range"
+        )
+    source = net.provenance.get("source", {}).get("model", net.description["architecture"])
+    write_curve(points, out, f"{source}, {net.method} method", args.overwrite)
+    return {"points": [vars(point) for point in points], "folder": str(out)}, [
+        report.table(points),
+        f"wrote {out}/curve.csv and curve.png",
+    ]
+
+
+def write_curve(points: list[report.Point], out: str | Path, title: str, overwrite: bool) -> None:
+    """Writes ``curve.csv`` and ``curve.png`` to a folder."""
+
+    def write(folder: Path) -> None:
+        report.write_csv(points, folder / "curve.csv")
+        report.plot(points, folder / "curve.png", title)
+
+    write_folder(out, write, overwrite)

@@ -1,0 +1,68 @@
+"""The scalar that a calibration pass differentiates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stratavit.batches import check_labels
+from stratavit.errors import StrataViTError
+from stratavit.structure import Stages
+
+Objective = Literal["auto", "label", "cross_entropy", "prediction", "sampled", "feature"]
+OBJECTIVES: tuple[Objective, ...] = ("auto", "label", "cross_entropy", "prediction", "sampled", "feature")
+
+
+@dataclass
+class Score:
+    """The scalar that is differentiated.
+
+    Attributes:
+        objective: See `collect`.
+        likelihood: Whether ``auto`` means a log-likelihood rather than a logit.
+        generator: Draws the classes of ``sampled``.
+        headless: The model's answer is the feature; else it is what the head reads.
+    """
+
+    objective: Objective
+    likelihood: bool
+    generator: torch.Generator
+    headless: bool = False
+
+    def __call__(self, parts: Stages, tokens: Tensor, labels: Tensor | None) -> Tensor:
+        """Summed over the images; `tokens` ``[B, N, C]`` leave the last block, `labels` ``[B]``."""
+        objective = self.objective
+        if objective == "auto":
+            choices: tuple[Objective, Objective] = ("label", "prediction")
+            choices = ("cross_entropy", "sampled") if self.likelihood else choices
+            objective = choices[labels is None]
+        if objective == "feature":
+            return (parts.tail if self.headless else parts.pool)(tokens).float().square().sum() / 2
+        logits = parts.tail(tokens).float()
+        if labels is not None:
+            labels = labels.to(logits.device)
+        if objective == "sampled":
+            drawn = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=self.generator)
+            labels = drawn.squeeze(1).to(logits.device)
+            objective = "cross_entropy"
+        return objective_value(logits, labels, objective)
+
+
+def objective_value(logits: Tensor, labels: Tensor | None, objective: Objective) -> Tensor:
+    """``label``, ``cross_entropy`` or ``prediction`` of logits ``[B, classes]``, summed over the images.
+
+    Raises:
+        StrataViTError: The objective needs labels and there are none, or they are out of range.
+    """
+    if objective == "prediction":
+        return logits.amax(dim=-1).sum()
+    if labels is None:
+        raise StrataViTError(f"objective {objective!r} needs labels, but the loader gives none; use 'sampled'")
+    check_labels(labels, logits.shape[-1])
+    if objective == "cross_entropy":
+        return F.cross_entropy(logits, labels, reduction="sum")
+    return logits.gather(1, labels[:, None]).sum()

@@ -1,0 +1,172 @@
+"""The two modules of a small model that timm does not have: plain torch, in need of nothing else from this library.
+
+Shape legend: B images (or windows), N tokens, C token width, H heads, a width of q and k, b width of v.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LARGEST_LOGIT_SCALE = math.log(100.0)  # Swin-V2's bound of the temperature of cosine attention
+
+
+class Constant(nn.Module):
+    """Stands in for a module cut to width 0: adds one learnt vector to every token, or nothing.
+
+    Args:
+        dim: Token width C; 0 for a module that adds nothing.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype)) if dim else None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Tokens ``[B, N, C]`` to the same constant for each; a stock block calls it like its module."""
+        zeros = torch.zeros_like(x)
+        return zeros if self.bias is None else zeros + self.bias
+
+
+class SplitAttention(nn.Module):
+    """Attention whose q and k have one width per head and v another; it does what several classes of timm do.
+
+    Used where timm's own class has but one width. What a family needs beyond q, k, v and proj is put in place after
+    construction, under timm's names: `q_norm`, `k_norm` (qk-norm), `logit_scale` (cosine attention),
+    `relative_position_bias_table` or `cpb_mlp` with `relative_coords_table`, and `relative_position_index`.
+
+    Args:
+        dim: Token width C.
+        num_heads: H.
+        qk_dim: Width a.
+        v_dim: Width b.
+        scale: Factor of the scores; that of the model that was cut, whatever a is.
+        biases: Of q, k, v and proj.
+        num_prefix_tokens: Tokens in front that are not rotated.
+        rotate_half: Rotation pairs are coordinates i and i + a / 2, else 2 i and 2 i + 1.
+    """
+
+    relative_position_index: Tensor | None
+    relative_coords_table: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qk_dim: int,
+        v_dim: int,
+        scale: float,
+        biases: tuple[bool, bool, bool, bool] = (True, True, True, True),
+        num_prefix_tokens: int = 0,
+        rotate_half: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.qk_dim, self.v_dim, self.scale = num_heads, qk_dim, v_dim, scale
+        self.num_prefix_tokens, self.rotate_half = num_prefix_tokens, rotate_half
+        self.q = nn.Linear(dim, num_heads * qk_dim, biases[0], device, dtype)
+        self.k = nn.Linear(dim, num_heads * qk_dim, biases[1], device, dtype)
+        self.v = nn.Linear(dim, num_heads * v_dim, biases[2], device, dtype)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        self.logit_scale: nn.Parameter | None = None  # [H, 1, 1]
+        self.relative_position_bias_table: nn.Parameter | None = None  # [distances, H]
+        self.cpb_mlp: nn.Module | None = None
+        self.register_buffer("relative_coords_table", None, persistent=False)
+        self.register_buffer("relative_position_index", None, persistent=False)  # [N, N]
+        self.attn_drop = nn.Dropout(0.0)
+        self.proj = nn.Linear(num_heads * v_dim, dim, biases[3], device, dtype)
+        self.proj_drop = nn.Dropout(0.0)
+
+    def forward(
+        self,
+        x: Tensor,
+        shared_rel_pos_bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; takes what timm's blocks give to their attention.
+
+        Args:
+            x: Tokens; for windowed attention all windows of all images.
+            shared_rel_pos_bias: Added to the scores (BEiT).
+            mask: Of the windows of one image, ``[windows, N, N]``, added to the scores (Swin).
+            rope: Sines and cosines of rotary positions, ``[..., N, 2 a]``.
+            attn_mask: Added to the scores, or False where a token is not seen.
+            is_causal: See `torch.nn.functional.scaled_dot_product_attention`.
+        """
+        layers = (self.q, self.k, self.v)
+        q, k, v = (layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for layer in layers)  # [B, H, N, .]
+        q, k, scale = scores_ready(self, q, k, v, self.scale, rope)
+        bias = position_bias(self, shared_rel_pos_bias)
+        bias = attn_mask if bias is None else bias if attn_mask is None else bias + attn_mask
+        drop = self.attn_drop.p if self.training else 0.0
+        mixed: Tensor = self.proj_drop(self.proj(attend(q, k, v, bias, mask, scale, drop, is_causal)))
+        return mixed
+
+
+def scores_ready(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, rope: Tensor | None
+) -> tuple[Tensor, Tensor, float]:
+    """q and k ``[B, H, N, a]`` normalised and rotated, and the factor of their products."""
+    if getattr(module, "q_norm", None) is not None:
+        q, k = module.q_norm(q), module.k_norm(k)
+    if rope is not None:
+        q, k = (rotated(x, rope, module.num_prefix_tokens, module.rotate_half).type_as(v) for x in (q, k))
+    if getattr(module, "logit_scale", None) is None:
+        return q, k, scale
+    temperature = module.logit_scale.clamp(max=LARGEST_LOGIT_SCALE).exp()
+    return F.normalize(q, dim=-1) * temperature, F.normalize(k, dim=-1), 1.0
+
+
+def rotated(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
+    """Rotary positions: every pair of coordinates of ``[B, H, N, a]`` turned, but for the `prefix` tokens in front."""
+    sine, cosine = rope.tensor_split(2, dim=-1)
+    left, turned = x[:, :, :prefix], x[:, :, prefix:]
+    if half:
+        first, second = turned.chunk(2, dim=-1)
+        crossed = torch.cat([-second, first], dim=-1)
+    else:
+        crossed = torch.stack([-turned[..., 1::2], turned[..., ::2]], dim=-1).flatten(-2)
+    return torch.cat([left, turned * cosine + crossed * sine], dim=2)
+
+
+def position_bias(module: Any, shared: Tensor | None = None) -> Tensor | None:
+    """What relative positions add to the scores, ``[1, H, N, N]``; None for nothing."""
+    table, index = getattr(module, "relative_position_bias_table", None), None
+    if getattr(module, "cpb_mlp", None) is not None:
+        table = module.cpb_mlp(module.relative_coords_table).flatten(0, 2)  # [distances, H]
+        table = 16 * table.sigmoid()
+    if table is None:
+        return shared
+    index = module.relative_position_index
+    bias = table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1).unsqueeze(0)
+    return bias if shared is None else bias + shared
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: float | None,
+    drop: float = 0.0,
+    is_causal: bool = False,
+) -> Tensor:
+    """Values ``[B, H, N, b]`` mixed by softmax of the scores: ``[B, N, H*b]``; `mask` see `SplitAttention`."""
+    if mask is not None:  # B holds the windows of one image after those of another
+        q, k, v = (part.unflatten(0, (-1, len(mask))) for part in (q, k, v))
+        bias = mask.unsqueeze(1) if bias is None else bias + mask.unsqueeze(1)  # [windows, H, N, N]
+    bias = bias if bias is None or bias.dtype == torch.bool else bias.to(q.dtype)
+    mixed = F.scaled_dot_product_attention(q, k, v, bias, drop, is_causal, scale=scale)
+    if mask is not None:
+        mixed = mixed.flatten(0, 1)
+    return mixed.transpose(1, 2).flatten(2)
