@@ -8,6 +8,8 @@ from stratavit.evaluate import Metrics, evaluate
 from stratavit.export import Parity, export
 from stratavit.features import knn, zero_shot
 from stratavit.finetune import finetune
+from stratavit.foreign import as_timm
+from stratavit.hf_models import load_transformers
 from stratavit.hub import from_pretrained, push_to_hub
 from stratavit.piad import train_piad
 from stratavit.recipe import Recipe
@@ -31,6 +33,7 @@ __all__ = [
     "SuperNet",
     "Timing",
     "UnsupportedModelError",
+    "as_timm",
     "bench",
     "evaluate",
     "export",
@@ -38,6 +41,7 @@ __all__ = [
     "from_pretrained",
     "knn",
     "load",
+    "load_transformers",
     "push_to_hub",
     "save",
     "time_model",

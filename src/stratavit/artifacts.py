@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from stratavit import architecture, moments_file, timm_config
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.folders import read_json, read_tensors, write_folder, write_json
+from stratavit.foreign import as_source, as_timm
 from stratavit.strata import Strata
 from stratavit.structure import HEAD_DIM_UNIT, MLP_UNITS
+from stratavit.weights import load_weights
 
 if TYPE_CHECKING:
     from stratavit.supernet import SuperNet
@@ -26,7 +28,9 @@ SUPER, SUB = "super-network", "sub-network"
 
 
 def save(model: nn.Module, path: str | Path, overwrite: bool = False) -> None:
-    """Saves a sub-network (or any timm `VisionTransformer`): ``model.safetensors`` and ``stratavit.json``.
+    """Saves a sub-network (or any supported model): ``model.safetensors`` and ``stratavit.json``.
+
+    A model of transformers is saved as timm's equivalent and comes back in its own class.
 
     Args:
         model: What `SuperNet.extract` returned, trained further or not.
@@ -40,8 +44,10 @@ def save(model: nn.Module, path: str | Path, overwrite: bool = False) -> None:
 
     if isinstance(model, SuperNet):
         raise ArtifactError("this is a super-network: save it with its own save(path)")
+    model = as_timm(model)
     content = _header(SUB) | {
         "model": architecture.describe(model),
+        "origin": getattr(model, "origin", None),
         "data_config": architecture.resolve_data_config(model),
         "provenance": getattr(model, "provenance", {}),
     }
@@ -53,18 +59,24 @@ def save(model: nn.Module, path: str | Path, overwrite: bool = False) -> None:
     write_folder(path, write, overwrite)
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
-    """Reads what `save` wrote: a plain timm model in eval mode.
+def load(path: str | Path, device: torch.device | str = "cpu", timm_form: bool = False) -> nn.Module:
+    """Reads what `save` wrote: a plain model in eval mode, of timm's class or of transformers' if it came from there.
+
+    Args:
+        path: The folder.
+        device: Of the weights.
+        timm_form: timm's equivalent of a model of transformers, in place of that.
 
     Raises:
         ArtifactError: The folder is not a sub-network's, or is damaged.
     """
     folder = Path(path)
     content = _read_header(folder, SUB)
-    model = _load_model(content, folder, device)
+    model: Any = _load_model(content, folder, device)
     model.provenance = content.get("provenance", {})
-    model.data_config = _data_config(content, folder)  # type: ignore[assignment]
-    return model
+    model.data_config = _data_config(content, folder)
+    model.origin = content.get("origin")
+    return model if timm_form else as_source(model)
 
 
 def kind(path: str | Path) -> str:
@@ -103,6 +115,7 @@ def save_supernet(net: SuperNet, path: str | Path, overwrite: bool, moments: boo
         "method": net.method,
         "compensation": net.compensation if moments or net.compensation != "full" else "mean",
         "model": net.description,
+        "origin": net.origin,
         "data_config": net.data_config,
         "units": list(net.units),
         "strata": None if net.strata is None else net.strata.to_json(),
@@ -122,7 +135,9 @@ def load_supernet(cls: type[SuperNet], path: str | Path, device: torch.device | 
     """See `SuperNet.load`."""
     folder = Path(path)
     content = _read_header(folder, SUPER)
-    net = cls(_load_model(content, folder, device), _data_config(content, folder))
+    model: Any = _load_model(content, folder, device)
+    model.origin = content.get("origin")
+    net = cls(model, _data_config(content, folder))
     try:
         net.method = content.get("method", "default")
         net.compensation = content.get("compensation", net.compensation)
@@ -193,31 +208,6 @@ def _load_model(content: Mapping[str, Any], folder: Path, device: torch.device |
     model.source_args = dict(content["model"]["args"])
     loaded: nn.Module = model.to(device).eval()
     return loaded
-
-
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
-    """Loads a state dict strictly.
-
-    Raises:
-        ArtifactError: A tensor is missing, unknown, of the wrong shape, or not finite; the first one is named.
-    """
-    expected = model.state_dict()
-    for name in sorted(expected.keys() | tensors.keys()):
-        if name not in tensors:
-            raise ArtifactError(f"{source}: {name} is missing; is this checkpoint of the same architecture?")
-        if name not in expected:
-            raise ArtifactError(
-                f"{source}: {name} is not part of the model; is this checkpoint of the same architecture?"
-            )
-        ours, theirs = tuple(expected[name].shape), tuple(tensors[name].shape)
-        if ours != theirs:
-            hint = "; set --num-classes to the checkpoint's" if name.startswith("head") else ""
-            raise ArtifactError(f"{source}: {name} has shape {theirs}, the model expects {ours}{hint}")
-        if tensors[name].is_floating_point() and not tensors[name].isfinite().all():
-            raise ArtifactError(f"{source}: {name} holds NaN or infinite values; give a sound checkpoint")
-    model.load_state_dict(dict(tensors), strict=True, assign=assign)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
 
 
 def _data_config(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def run(args: Namespace) -> Outcome:
     else:
         if budgeted(asked):
             raise BudgetError(f"{args.target} has one size only; budgets are for super-networks")
-        small: Any = artifacts.load(args.target, device)
+        small: Any = artifacts.load(args.target, device, timm_form=True)
         config = architecture.resolve_data_config(small)
         models = beside_dense(small, Path(args.target).name)
     notes = []

@@ -83,7 +83,7 @@ def extract(args: Namespace) -> Outcome:
 def export(args: Namespace) -> Outcome:
     """SMALL to one ONNX file or torch.export program."""
     file = Path(args.out or f"{str(args.small).rstrip('/')}{SUFFIXES[args.format]}")
-    model: Any = artifacts.load(args.small)
+    model: Any = artifacts.load(args.small, timm_form=True)
     images = None
     if args.data is not None:
         loader = loader_of(args, resolve_data_config(model), "val", classes_of(model), args.images)
@@ -135,7 +135,7 @@ def info(args: Namespace) -> Outcome:
         }
         provenance, config = net.provenance, net.data_config
     else:
-        model = artifacts.load(args.target)
+        model = artifacts.load(args.target, timm_form=True)
         provenance, config = dict(getattr(model, "provenance", {})), resolve_data_config(model)
         widths = artifacts.site_widths(model)
         facts = {"params": sum(p.numel() for p in model.parameters())}

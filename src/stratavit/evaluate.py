@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stratavit.batches import check_labels, unpack
 from stratavit.errors import StrataViTError
+from stratavit.foreign import tensor_of
 from stratavit.progress import track
 from stratavit.structure import classes_of, eval_mode, model_device, model_dtype
 
@@ -104,6 +105,6 @@ def evaluate(
             if labels is None:
                 raise StrataViTError("evaluate: the loader gives no labels; accuracy needs (images, labels)")
             images = images.to(model_device(model), model_dtype(model))
-            logits = (model(images) if spec is None else model(images, spec)).float()
+            logits = tensor_of(model(images) if spec is None else model(images, spec)).float()
             tally.add(logits, labels.to(logits.device))
     return tally.metrics()

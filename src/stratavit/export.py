@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from stratavit.architecture import resolve_data_config
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.folders import open_to_others
+from stratavit.foreign import as_timm
 from stratavit.structure import eval_mode, model_dtype
 
 Format = Literal["onnx", "torch"]
@@ -92,7 +93,7 @@ def export(
         raise StrataViTError("export: a super-network has many sizes; extract one first")
     if model_dtype(model) is not torch.float32:
         raise StrataViTError(f"export: the model is in {model_dtype(model)}; call model.float() first")
-    path = Path(path)
+    model, path = as_timm(model), Path(path)
     if path.is_dir() or (path.exists() and not overwrite):
         raise ArtifactError(f"{path} exists; give another file or ask to overwrite (--overwrite)")
     if images is None:

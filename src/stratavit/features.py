@@ -17,6 +17,7 @@ from stratavit.batches import unpack
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.evaluate import Metrics, Tally
 from stratavit.folders import read_tensors
+from stratavit.foreign import tensor_of
 from stratavit.progress import track
 from stratavit.structure import classes_of, eval_mode, model_device, model_dtype
 
@@ -38,7 +39,7 @@ def features(model: nn.Module, images: Tensor, spec: Mapping[str, int] | None = 
     if inner is not model:
         model.set_widths(spec)  # type: ignore[operator]
     if not classes_of(inner):
-        return F.normalize(inner(images).float(), dim=-1)
+        return F.normalize(tensor_of(inner(images)).float(), dim=-1)
     pooled = inner.forward_head(inner.forward_features(images), pre_logits=True)
     return F.normalize(pooled.float(), dim=-1)
 

@@ -100,6 +100,8 @@ def classes_of(model: nn.Module) -> int:
     inner = getattr(model, "model", model)
     if getattr(inner, "embedding", False):
         return 0
+    if hasattr(inner, "config") and not hasattr(inner, "num_classes"):  # of transformers
+        return int(getattr(inner, "num_labels", 0))
     return int(getattr(inner, "num_classes", 1))
 
 

@@ -20,6 +20,7 @@ from stratavit.errors import BudgetError, StrataViTError
 from stratavit.extract import small_model
 from stratavit.families import elastic_sites, find_sites, last_norm
 from stratavit.final_mean import FinalMean, Shift
+from stratavit.foreign import as_source, as_timm
 from stratavit.limits import Asked
 from stratavit.objectives import Objective
 from stratavit.prices import priced
@@ -37,7 +38,8 @@ class SuperNet(Sized):
     """A pre-trained ViT made elastic: one set of weights, every size a prefix of it.
 
     Args:
-        model: A timm model of a supported family (`stratavit models`); it is copied, never changed.
+        model: A timm model of a supported family (`stratavit models`), or one of transformers or torchvision that has
+            an equivalent there; it is copied, never changed.
         data_config: Input size, mean, std, interpolation and crop as timm resolves them; read from the
             model if None.
         embedding: The head does not tell classes apart but leads into an embedding, as that of a CLIP image tower: the
@@ -69,6 +71,7 @@ class SuperNet(Sized):
         self, model: nn.Module, data_config: Mapping[str, Any] | None = None, embedding: bool | None = None
     ) -> None:
         super().__init__()
+        model = as_timm(model)
         if embedding is None:
             embedding = getattr(model, "embedding", False)
         self.units = (HEAD_DIM_UNIT, MLP_UNITS)
@@ -79,6 +82,7 @@ class SuperNet(Sized):
         self.embedding = bool(embedding)
         self.description = architecture.describe(model) | ({"embedding": True} if embedding else {})
         self.data_config = dict(data_config) if data_config is not None else architecture.resolve_data_config(model)
+        self.origin: dict[str, Any] | None = getattr(model, "origin", None)
         copied: Any = copy.deepcopy(model)
         copied.embedding = self.embedding
         self.model: Any = copied
@@ -276,6 +280,8 @@ class SuperNet(Sized):
     ) -> nn.Module:
         """A plain small model for budgets or a spec: stock timm layers, no dependence on this object.
 
+        Of the class that the source had, be it timm's or transformers'.
+
         Args:
             spec: Widths, in place of a budget.
             verbose: Print asked, got and reachable range to standard error.
@@ -291,13 +297,13 @@ class SuperNet(Sized):
                 print(met, file=sys.stderr)
         elif any(value is not None for value in asked.values()):
             raise BudgetError("give either a spec or a budget, not both")
-        return self.small_at(spec)
+        return as_source(self.small_at(spec))
 
     def small_at(self, widths: Mapping[str, int]) -> nn.Module:
-        """The plain small model of a spec, see `extract`."""
+        """The plain small model of a spec in timm's form, see `extract`."""
         widths = self.resolve(widths)
-        small = small_model(self.model, self.sites, widths, self.final_shift(widths))
-        small.provenance = {  # type: ignore[assignment]
+        small: Any = small_model(self.model, self.sites, widths, self.final_shift(widths))
+        small.provenance = {
             "super_network": self.provenance,
             "spec": dict(widths),
             "macs": self.macs(widths),
@@ -306,10 +312,12 @@ class SuperNet(Sized):
             "dense_params": self.params(),
             "dense_spec": dict(self.resolve(None)),
         }
-        small.embedding = self.embedding  # type: ignore[assignment]
-        small.data_config = dict(self.data_config)  # type: ignore[assignment]
-        small.source_args = dict(self.description["args"])  # type: ignore[assignment]
-        return small
+        small.origin = self.origin
+        small.embedding = self.embedding
+        small.data_config = dict(self.data_config)
+        small.source_args = dict(self.description["args"])
+        made: nn.Module = small
+        return made
 
     # ---- files ------------------------------------------------------------------------------------
 

@@ -194,7 +194,7 @@ def train(args: Namespace) -> tuple[dict[str, Any], list[Any]]:
 def finetune(args: Namespace) -> tuple[dict[str, Any], list[Any]]:
     """SMALL and training images to a fine-tuned small model's folder."""
     recipe = _begin(args, args.small)
-    model: Any = artifacts.load(args.small)
+    model: Any = artifacts.load(args.small, timm_form=True)
     config = resolve_data_config(model)
     images = images_of(args, config, None if args.new_head else model.num_classes, recipe)
     if args.new_head:

@@ -12,9 +12,9 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from stratavit import artifacts
-from stratavit.artifacts import load_weights
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.folders import read_tensors
+from stratavit.weights import load_weights
 
 
 def dense_model(name: str, weights: str | Path | None = None, num_classes: int | None = None) -> nn.Module:
@@ -70,7 +70,7 @@ def model_at(
         raise StrataViTError(
             f"{target} is a folder with weights and head of its own: leave out --weights, --num-classes"
         )
-    return artifacts.load(target, device)
+    return artifacts.load(target, device, timm_form=True)
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from timm.layers import LayerNorm, LayerScale, RmsNorm, get_act_layer, get_norm_layer
+from timm.layers import LayerScale, get_act_layer, get_norm_layer
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from stratavit.families.base import Family, head_stages, refuse, with_bias
-from stratavit.layers import describe_layer
+from stratavit.layers import ATTENTION, describe_layer
 from stratavit.plain import Constant
 from stratavit.structure import Stages
 
@@ -57,14 +57,9 @@ class Vit(Family):
     def arguments(self, model: VisionTransformer) -> dict[str, Any]:
         """Read off the built model; a small one, too."""
         block, patches = model.blocks[0], model.patch_embed
-        attentions = [describe_layer("", b.attn) for b in model.blocks if not isinstance(b.attn, Constant)]
-        mlps = [b.mlp for b in model.blocks if not isinstance(b.mlp, Constant)]
-        pool = model.attn_pool
-        mlps_like_it = [pool.mlp] if pool is not None else mlps  # built with the same ratio, and never cut
-        hidden = _first_features(mlps_like_it[0]) if mlps_like_it else 4 * model.embed_dim
-        first = attentions[0] if attentions else {}
-        biases = first.get("biases", [first.get("qkv_bias", True)] * 3 + [first.get("proj_bias", True)])
         return {
+            **_attention_arguments(model),
+            **_mlp_arguments(model),
             "img_size": list(patches.img_size) if patches.img_size is not None else None,
             "patch_size": list(patches.patch_size),
             "in_chans": model.in_chans if hasattr(model, "in_chans") else patches.proj.in_channels,
@@ -72,11 +67,6 @@ class Vit(Family):
             "global_pool": model.global_pool,
             "embed_dim": model.embed_dim,
             "depth": len(model.blocks),
-            "num_heads": first.get("num_heads", 1) if pool is None else pool.num_heads,
-            "mlp_ratio": hidden / model.embed_dim,
-            "qkv_bias": biases[0],
-            "qk_norm": any(isinstance(getattr(b.attn, "q_norm", None), LayerNorm | RmsNorm) for b in model.blocks),
-            "proj_bias": biases[3],
             "init_values": 1e-5 if isinstance(getattr(block, "ls1", None), LayerScale) else None,
             "class_token": model.cls_token is not None,
             "pos_embed": "none" if model.pos_embed is None else "learn",
@@ -87,16 +77,37 @@ class Vit(Family):
             "fc_norm": not isinstance(model.fc_norm, nn.Identity),
             "pool_include_prefix": model.pool_include_prefix,
             "dynamic_img_size": model.dynamic_img_size,
-            "dynamic_img_pad": patches.dynamic_img_pad,
-            "act_layer": _named(mlps[0].act, _ACTIVATIONS, get_act_layer) if mlps else None,
+            "dynamic_img_pad": getattr(patches, "dynamic_img_pad", False),
             "norm_layer": _named(block.norm1, _NORMS, get_norm_layer) or "layernorm",
         }
 
 
-def _first_features(mlp: Any) -> int:
-    """Hidden features as timm counts them: both halves of a `GluMlp`."""
-    features: int = mlp.fc1.out_features if hasattr(mlp, "fc1") else mlp.fc2.in_features
-    return features
+def _attention_arguments(model: VisionTransformer) -> dict[str, Any]:
+    """What the attention modules that are left tell; nothing where they are of a kind that is left whole."""
+    modules = [block.attn for block in model.blocks]
+    measured = [describe_layer("", attn) for attn in modules if isinstance(attn, ATTENTION)]
+    if not measured and not all(isinstance(attn, Constant) for attn in modules):
+        return {}
+    first = measured[0] if measured else {}
+    biases = first.get("biases", [first.get("qkv_bias", True)] * 3 + [first.get("proj_bias", True)])
+    pool = model.attn_pool  # built with the same number of heads, and never cut
+    return {
+        "num_heads": first.get("num_heads", 1) if pool is None else pool.num_heads,
+        "qkv_bias": biases[0],
+        "qk_norm": any(not isinstance(getattr(attn, "q_norm", nn.Identity()), nn.Identity) for attn in modules),
+        "proj_bias": biases[3],
+    }
+
+
+def _mlp_arguments(model: VisionTransformer) -> dict[str, Any]:
+    """The same for MLPs."""
+    modules = [block.mlp for block in model.blocks] if model.attn_pool is None else [model.attn_pool.mlp]
+    known = [mlp for mlp in modules if hasattr(mlp, "fc2")]
+    if not known:
+        return {"mlp_ratio": 4.0, "act_layer": None} if all(isinstance(mlp, Constant) for mlp in modules) else {}
+    features = known[0].fc1.out_features if hasattr(known[0], "fc1") else known[0].fc2.in_features  # both halves
+    act = _named(known[0].act, _ACTIVATIONS, get_act_layer)
+    return {"mlp_ratio": features / model.embed_dim, "act_layer": act}
 
 
 def _named(layer: nn.Module, names: tuple[str, ...], lookup: Any) -> str | None:

@@ -1,0 +1,41 @@
+"""Models of other libraries: timm's equivalent on entry, their own class on extraction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from stratavit import hf_models, torchvision_models
+
+
+def as_timm(model: nn.Module) -> nn.Module:
+    """timm's equivalent of a model of transformers or torchvision, its weights copied; any other model as it is.
+
+    The equivalent computes the same up to rounding. Of a model of transformers it answers with the logits, or with the
+    pooled features where there is no head.
+
+    Raises:
+        UnsupportedModelError: The model has no equivalent in timm.
+    """
+    if hf_models.is_transformers(model):
+        return hf_models.to_timm(model)
+    if torchvision_models.is_torchvision(model):
+        return torchvision_models.to_timm(model)
+    return model
+
+
+def as_source(small: Any) -> nn.Module:
+    """A small model in the class that its source had: of transformers if it came from there, else as it is."""
+    origin = getattr(small, "origin", None)
+    model: nn.Module = small if not origin else hf_models.from_timm(small, origin)
+    return model
+
+
+def tensor_of(answer: Any) -> Tensor:
+    """The logits or features of a model's answer, be it a tensor or an output of transformers."""
+    if isinstance(answer, Tensor):
+        return answer
+    logits = getattr(answer, "logits", None)
+    found: Tensor = answer.pooler_output if logits is None else logits
+    return found

@@ -1,0 +1,90 @@
+"""torchvision's `VisionTransformer` (vit_b_16 and its siblings), turned into timm's equivalent on entry.
+
+Its attention is `nn.MultiheadAttention`, which cannot be cut; timm's computes the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from stratavit import architecture
+from stratavit.errors import UnsupportedModelError
+from stratavit.weights import load_weights
+
+_NAMES = {  # a name stands for the tensors below it
+    "class_token": "cls_token",
+    "conv_proj": "patch_embed.proj",
+    "encoder.pos_embedding": "pos_embed",
+    "encoder.ln": "norm",
+    "heads.head": "head",
+    "ln_1": "norm1",
+    "ln_2": "norm2",
+    "self_attention.in_proj_weight": "attn.qkv.weight",
+    "self_attention.in_proj_bias": "attn.qkv.bias",
+    "self_attention.out_proj": "attn.proj",
+    "mlp.0": "mlp.fc1",
+    "mlp.3": "mlp.fc2",
+}
+
+
+def is_torchvision(model: Any) -> bool:
+    """Whether it is torchvision's ViT; without importing that library."""
+    return type(model).__module__ == "torchvision.models.vision_transformer"
+
+
+def to_timm(model: Any) -> nn.Module:
+    """timm's equivalent of a model, with copies of its weights, in eval mode.
+
+    Raises:
+        UnsupportedModelError: Its stem or head is not the plain one.
+    """
+    head = list(model.heads.children())
+    if not isinstance(model.conv_proj, nn.Conv2d) or len(head) > 1:
+        raise UnsupportedModelError(
+            "cannot cut this torchvision VisionTransformer: expected one convolution as stem and one linear head"
+        )
+    layer = model.encoder.layers[0]
+    classes = head[0].out_features if head and isinstance(head[0], nn.Linear) else 0
+    args = {
+        "img_size": [model.image_size, model.image_size],
+        "patch_size": [model.patch_size, model.patch_size],
+        "in_chans": model.conv_proj.in_channels,
+        "num_classes": classes,
+        "global_pool": "token",
+        "embed_dim": model.hidden_dim,
+        "depth": len(model.encoder.layers),
+        "num_heads": layer.num_heads,
+        "mlp_ratio": model.mlp_dim / model.hidden_dim,
+        "act_layer": None,
+        "norm_layer": "layernorm",
+    }
+    eps = float(model.encoder.ln.eps)
+    made: Any = architecture.build({"architecture": "vit_base_patch16_224", "args": args, "norm_eps": eps, "sites": {}})
+    state = {_renamed(name): tensor for name, tensor in model.state_dict().items()}
+    load_weights(made, state, "torchvision VisionTransformer", assign=False)
+    parameter = next(model.parameters())
+    made.to(dtype=parameter.dtype, device=parameter.device)
+    made.data_config = {
+        "input_size": (args["in_chans"], *args["img_size"]),
+        "interpolation": "bilinear",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "crop_pct": 0.875,
+        "crop_mode": "center",
+    }
+    ready: nn.Module = made.eval()
+    return ready
+
+
+def _renamed(name: str) -> str:
+    start = "encoder.layers.encoder_layer_"
+    block = ""
+    if name.startswith(start):
+        number, _, name = name.removeprefix(start).partition(".")
+        block = f"blocks.{number}."
+    for theirs, ours in _NAMES.items():
+        if name == theirs or name.startswith(theirs + "."):
+            return block + ours + name.removeprefix(theirs)
+    return block + name
