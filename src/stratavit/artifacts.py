@@ -15,6 +15,7 @@ from stratavit import architecture, moments_file, timm_config
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.folders import read_json, read_tensors, write_folder, write_json
 from stratavit.foreign import as_source, as_timm
+from stratavit.hf_layouts import LAYOUTS
 from stratavit.strata import Strata
 from stratavit.structure import HEAD_DIM_UNIT, MLP_UNITS
 from stratavit.weights import load_weights
@@ -75,7 +76,7 @@ def load(path: str | Path, device: torch.device | str = "cpu", timm_form: bool =
     model: Any = _load_model(content, folder, device)
     model.provenance = content.get("provenance", {})
     model.data_config = _data_config(content, folder)
-    model.origin = content.get("origin")
+    model.origin = _origin(content, folder)
     return model if timm_form else as_source(model)
 
 
@@ -136,7 +137,7 @@ def load_supernet(cls: type[SuperNet], path: str | Path, device: torch.device | 
     folder = Path(path)
     content = _read_header(folder, SUPER)
     model: Any = _load_model(content, folder, device)
-    model.origin = content.get("origin")
+    model.origin = _origin(content, folder)
     net = cls(model, _data_config(content, folder))
     try:
         net.method = content.get("method", "default")
@@ -208,6 +209,17 @@ def _load_model(content: Mapping[str, Any], folder: Path, device: torch.device |
     model.source_args = dict(content["model"]["args"])
     loaded: nn.Module = model.to(device).eval()
     return loaded
+
+
+def _origin(content: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
+    """The model of transformers that this one came from, if any."""
+    origin = content.get("origin")
+    if origin is None:
+        return None
+    sound = isinstance(origin, dict) and origin.get("class") in LAYOUTS and isinstance(origin.get("config"), dict)
+    if not sound:
+        raise ArtifactError(f"{folder / JSON_FILE}: origin should be a class of {', '.join(LAYOUTS)} and its config")
+    return dict(origin)
 
 
 def _data_config(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:

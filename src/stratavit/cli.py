@@ -10,7 +10,15 @@ from typing import Any, get_args
 
 from rich.console import Console
 
-from stratavit import __version__, bench_command, commands, convert_command, measure_command, train_command
+from stratavit import (
+    __version__,
+    bench_command,
+    commands,
+    convert_command,
+    measure_command,
+    models_command,
+    train_command,
+)
 from stratavit.arguments import positive
 from stratavit.errors import StrataViTError
 from stratavit.export import SUFFIXES
@@ -129,6 +137,9 @@ def parser() -> argparse.ArgumentParser:
     push.add_argument("--endpoint", metavar="URL", help="address of another hub")
     push.add_argument("--dry-run", metavar="DIR", help="write what would be uploaded to a folder instead")
     push.add_argument("--overwrite", action="store_true", help="replace what is in DIR")
+
+    models = _command(commands_, "models", models_command.models, "list what is supported, and to what degree")
+    models_command.add_models_options(models)
 
     info = _command(
         commands_, "info", commands.info, "sites, widths, MACs, parameters and provenance of a saved folder"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -159,6 +159,13 @@ def linear_macs(
         assert isinstance(module, nn.Linear | nn.Conv2d)
         total += output.numel() * module.weight[0].numel()
 
+    def count_functional(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        if (
+            getattr(module, "q_bias", None) is not None and not module.qkv_bias_separate
+        ):  # qkv is not called as a module
+            total += inputs[0].numel() // inputs[0].shape[-1] * module.qkv.weight.numel()
+
     def count_products(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal total
         numbers = describe_layer("", module)
@@ -173,9 +180,14 @@ def linear_macs(
         and ".cpb_mlp." not in name  # positions, the same for all images
     ]
     handles = [module.register_forward_hook(count) for module in counted]
+    attentions = [(name, module) for name, module in model.named_modules() if isinstance(module, ATTENTION)]
+    handles += [
+        module.register_forward_hook(count_functional)
+        for name, module in attentions
+        if not (without and f"{name}.".startswith(without))
+    ]
     if attention:
-        modules = [module for module in model.modules() if isinstance(module, ATTENTION)]
-        handles += [module.register_forward_hook(count_products) for module in modules]
+        handles += [module.register_forward_hook(count_products) for _, module in attentions]
     try:
         with eval_mode(model), torch.inference_mode():
             model(torch.zeros(1, *image_size, device=model_device(model), dtype=model_dtype(model)))

@@ -6,6 +6,7 @@ and `load_transformers` builds it anew from what ``save_pretrained`` wrote.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def to_timm(model: Any) -> nn.Module:
         "crop_pct": 0.9,
         "crop_mode": "center",
     }
-    config = {key: value for key, value in model.config.to_dict().items() if key != KEY}
+    config = {key: value for key, value in json.loads(model.config.to_json_string()).items() if key != KEY}
     made.origin = {"library": "transformers", "class": type(model).__name__, "config": config}
     ready: nn.Module = made.eval()
     return ready
@@ -121,13 +122,17 @@ def from_timm(small: Any, origin: Mapping[str, Any]) -> Any:
     if name not in LAYOUTS:
         raise ArtifactError(f"origin: expected one of {', '.join(LAYOUTS)}, got {name!r}")
     layout, kind = LAYOUTS[name], getattr(transformers, name)
-    config = kind.config_class.from_dict(dict(origin["config"]))
     state = small.state_dict()
     numbers = architecture.describe(small)["sites"]
-    config.stratavit = {"widths": _widths(numbers)}
-    model = kind(config)
-    resize(model)
-    _load_state(model, layout, state)
+    try:
+        config = kind.config_class.from_dict(dict(origin["config"]))
+        config.stratavit = {"widths": _widths(numbers)}
+        model = kind(config)
+        resize(model)
+        _load_state(model, layout, state)
+    except Exception as error:  # a configuration from a file can be wrong in any way that transformers does not check
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+        raise ArtifactError(f"origin: {name} cannot be built: {type(error).__name__}: {reason}") from error
     for attribute in ("provenance", "data_config"):
         setattr(model, attribute, getattr(small, attribute, {}))
     model.to(dtype=model_dtype(small), device=model_device(small))

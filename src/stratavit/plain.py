@@ -163,10 +163,8 @@ def attend(
 ) -> Tensor:
     """Values ``[B, H, N, b]`` mixed by softmax of the scores: ``[B, N, H*b]``; `mask` see `SplitAttention`."""
     if mask is not None:  # B holds the windows of one image after those of another
-        q, k, v = (part.unflatten(0, (-1, len(mask))) for part in (q, k, v))
         bias = mask.unsqueeze(1) if bias is None else bias + mask.unsqueeze(1)  # [windows, H, N, N]
+        bias = bias.unsqueeze(0).expand(q.shape[0] // len(mask), -1, -1, -1, -1).flatten(0, 1)  # [B, H, N, N]
     bias = bias if bias is None or bias.dtype == torch.bool else bias.to(q.dtype)
     mixed = F.scaled_dot_product_attention(q, k, v, bias, drop, is_causal, scale=scale)
-    if mask is not None:
-        mixed = mixed.flatten(0, 1)
     return mixed.transpose(1, 2).flatten(2)

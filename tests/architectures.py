@@ -1,0 +1,104 @@
+"""Small random models of every supported kind, by name: what the contract of `test_families` is checked on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from helpers import CLASSES, enliven
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+SWIN = {"img_size": 32, "patch_size": 2, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
+HF = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "image_size": 32,
+    "patch_size": 8,
+}
+HEADLESS = {"num_classes": 0}
+NAMES: dict[str, dict[str, Any]] = {  # timm's name -> arguments beside the sizes
+    "vit_tiny_patch16_224": {},
+    "deit_tiny_patch16_224": {},
+    "deit_tiny_distilled_patch16_224": {},
+    "deit3_small_patch16_224": {},
+    "vit_base_patch16_rpn_224": {},  # norms after the branches
+    "vit_medium_patch16_gap_240": {},
+    "vit_base_patch16_clip_224": {},
+    "vit_base_patch16_clip_quickgelu_224": {},
+    "vit_base_patch16_siglip_224": HEADLESS,  # attention pooling
+    "vit_base_patch16_siglip_gap_224": HEADLESS,
+    "vit_small_patch14_dinov2": HEADLESS,
+    "vit_small_patch14_reg4_dinov2": HEADLESS,
+    "vit_giant_patch14_dinov2": HEADLESS,  # SwiGLU, both maps in one
+    "aimv2_large_patch14_224": HEADLESS,  # SwiGLU, two maps
+    "vit_tiny_patch16_224.qk_norm": {"qk_norm": True},
+    "eva_giant_patch14_224": {},
+    "eva02_tiny_patch14_224": {},
+    "eva02_base_patch14_224": {},  # a norm in the MLP, which is left whole
+    "vit_small_patch16_dinov3": HEADLESS,
+    "vit_small_plus_patch16_dinov3": HEADLESS,
+    "vit_small_patch16_rope_224": {},
+    "vit_small_patch16_rope_mixed_224": {},
+    "vit_medium_patch16_rope_reg1_gap_256": {},
+    "vit_pe_core_tiny_patch16_384": HEADLESS,
+    "beit_base_patch16_224": {},
+    "beitv2_base_patch16_224": {},
+    "swin_tiny_patch4_window7_224": {},
+    "swin_s3_tiny_224": {"window_size": 4},
+    "swinv2_tiny_window8_256": {},
+}
+TRANSFORMERS = (
+    "ViTForImageClassification",
+    "DeiTForImageClassification",
+    "Dinov2Model",
+    "CLIPVisionModel",
+    "SiglipVisionModel",
+    "SwinForImageClassification",
+)
+TORCHVISION = "torchvision vit_b_16"
+ALL = (*NAMES, *TRANSFORMERS, "Dinov2Model, SwiGLU", TORCHVISION)
+
+
+def make(name: str) -> nn.Module:
+    """A small random model in eval mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return enliven(_makers(name)()).eval()
+
+
+def _makers(name: str) -> Callable[[], nn.Module]:
+    if name == TORCHVISION:
+        return _torchvision
+    if name.partition(",")[0] in TRANSFORMERS:
+        return lambda: _transformers(name)
+    if name.endswith(".qk_norm"):
+        return lambda: VisionTransformer(**VIT, num_classes=CLASSES, qk_norm=True)
+    sizes = SWIN if name.startswith("swin") else VIT
+    return lambda: timm.create_model(name.partition(".")[0], **{"num_classes": CLASSES} | sizes | NAMES[name])
+
+
+def _torchvision() -> nn.Module:
+    from torchvision.models import VisionTransformer as TorchvisionViT
+
+    return TorchvisionViT(
+        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=48, num_classes=CLASSES
+    )
+
+
+def _transformers(name: str) -> nn.Module:
+    import transformers
+
+    kind = getattr(transformers, name.partition(",")[0])
+    more: dict[str, Any] = HF
+    if name.startswith("Swin"):
+        more = {key: value for key, value in SWIN.items() if key != "img_size"} | {"image_size": 32}
+    elif name.startswith("Dinov2"):
+        more = {key: value for key, value in HF.items() if key != "intermediate_size"} | {"mlp_ratio": 2}
+        more |= {"use_swiglu_ffn": name.endswith("SwiGLU")}
+    return kind(kind.config_class(**more, num_labels=CLASSES))
