@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stratavit.compensation import GAIN, Moments, compensate
@@ -279,6 +280,19 @@ class ElasticSite(nn.Module):
         dropped = self.out_by_head().detach()[:, :, width:].flatten(1)  # [C, H*(d-w)]
         constant = dropped @ self.channel_mean[:, width:].flatten().to(dropped)
         return constant if self.out.bias is None else self.out.bias + constant
+
+    def weights_now(self) -> Weights:
+        """Weights of this pass: at the width that is set, or the probe's."""
+        return self.weights_at(self.width) if self.probe is None else self.probe.weights
+
+    def written(self, features: Tensor, weights: Weights) -> Tensor:
+        """What `out` makes of its inputs, ``[B, N, H*w]`` to ``[B, N, C]``, the observer looking on."""
+        if self.observer is not None:
+            self.observer.inputs_of_out(features)
+        out = F.linear(features, weights.out_weight, weights.out_bias)
+        if self.observer is not None:
+            self.observer.outputs(out)
+        return out
 
     def constant(self, x: Tensor) -> Tensor:
         """Output at width 0 (or bypassed): a constant for every token, or zeros. x ``[B, N, C]``."""

@@ -37,6 +37,15 @@ class HeadsSite(ElasticSite):
     def __init__(self, stock: Any) -> None:
         super().__init__(stock, stock.num_heads, head_width(stock))
 
+    @classmethod
+    def refusal(cls, stock: Any) -> tuple[str, str] | None:
+        """The norm before `proj` and the gate mix what should be cut."""
+        if not isinstance(getattr(stock, "norm", nn.Identity()), nn.Identity):
+            return "norm", "the norm between the heads and proj mixes channels (scale norm)"
+        if getattr(stock, "gate", None) is not None:
+            return "gate", "the elementwise gate on the heads' output does not allow v to be rotated"
+        return None
+
     @property
     def out(self) -> nn.Linear:
         """`proj`."""
@@ -99,15 +108,6 @@ class ElasticAttention(HeadsSite):
     tied = True
     fused_attn: bool
 
-    @classmethod
-    def refusal(cls, stock: Any) -> tuple[str, str] | None:
-        """The norm before `proj` and the gate mix what should be cut."""
-        if not isinstance(getattr(stock, "norm", nn.Identity()), nn.Identity):
-            return "norm", "the norm between the heads and proj mixes channels (scale norm)"
-        if getattr(stock, "gate", None) is not None:
-            return "gate", "the elementwise gate on the heads' output does not allow v to be rotated"
-        return None
-
     def site(self, name: str) -> Site:
         """What `cost` and the dropout list need to know."""
         return self._site(name, maps=3, biases=sum(bias is not None for _, bias in self.parts()))
@@ -143,7 +143,7 @@ class ElasticAttention(HeadsSite):
         """`bias` and `mask` as in `plain.attend`."""
         if self.width == 0 or self.bypassed:
             return self.constant(x)
-        weights = self.weights_at(self.width) if self.probe is None else self.probe.weights
+        weights = self.weights_now()
         qkv = F.linear(x, weights.in_weight, weights.in_bias)
         qkv = qkv.unflatten(-1, (3, self.heads, -1))  # [B, N, 3, H, w]
         if self.observer is not None:
@@ -153,12 +153,7 @@ class ElasticAttention(HeadsSite):
             q = q * self.probe.gate
         p = self.attn_drop.p if self.training else 0.0
         mixed = attend(q, k, v, bias, mask, None, p, is_causal)  # [B, N, H*w]
-        if self.observer is not None:
-            self.observer.inputs_of_out(mixed)
-        out = F.linear(mixed, weights.out_weight, weights.out_bias)
-        if self.observer is not None:
-            self.observer.outputs(out)
-        return self.proj_drop(out)
+        return self.proj_drop(self.written(mixed, weights))
 
 
 class ElasticWindows(ElasticAttention):

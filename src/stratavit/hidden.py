@@ -103,14 +103,9 @@ class ElasticMlp(ElasticSite):
         """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``."""
         if self.width == 0 or self.bypassed:
             return self.constant(x)
-        weights = self.weights_at(self.width) if self.probe is None else self.probe.weights
+        weights = self.weights_now()
         hidden = self.drop1(self.activate(F.linear(x, weights.in_weight, weights.in_bias)))  # [B, N, w]
-        if self.observer is not None:
-            self.observer.inputs_of_out(hidden)
-        out = F.linear(hidden, weights.out_weight, weights.out_bias)
-        if self.observer is not None:
-            self.observer.outputs(out)
-        return self.drop2(out)
+        return self.drop2(self.written(hidden, weights))
 
 
 class ElasticGlu(ElasticMlp):

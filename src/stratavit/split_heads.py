@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from stratavit.elastic import Weights
 from stratavit.heads import HeadsSite
@@ -24,14 +24,9 @@ class ElasticSplit(HeadsSite):
 
     @classmethod
     def refusal(cls, stock: Any) -> tuple[str, str] | None:
-        """The norm before `proj` and the gate mix what should be cut; shared heads of k and v are not supported."""
-        if not isinstance(getattr(stock, "norm", nn.Identity()), nn.Identity):
-            return "norm", "the norm between the heads and proj mixes channels (scale norm)"
-        if getattr(stock, "gate", None) is not None:
-            return "gate", "the elementwise gate on the heads' output does not allow v to be rotated"
-        if getattr(stock, "num_kv_groups", 1) != 1:
-            return "v_proj", "several heads share one head of k and v (grouped-query attention)"
-        return None
+        """As of all attention; shared heads of k and v are not supported."""
+        shared = "v_proj", "several heads share one head of k and v (grouped-query attention)"
+        return super().refusal(stock) or (shared if getattr(stock, "num_kv_groups", 1) != 1 else None)
 
     def site(self, name: str) -> Site:
         """What `cost` and the dropout list need to know."""
@@ -70,22 +65,16 @@ class ElasticSplit(HeadsSite):
         """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; the arguments of timm's modules, see `plain.SplitAttention`."""
         if self.width == 0 or self.bypassed:
             return self.constant(x)
-        weights = self.weights_at(self.width) if self.probe is None else self.probe.weights
+        weights = self.weights_now()
         v = F.linear(x, weights.in_weight, weights.in_bias).unflatten(-1, (1, self.heads, -1))  # [B, N, 1, H, w]
         if self.observer is not None:
             self.observer.features(v)
         v = v.squeeze(2).transpose(1, 2)  # [B, H, N, w]
         q, k = (F.linear(x, *part).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.parts()[:2])
         q, k, scale = scores_ready(self, q, k, v, self.full_width**-0.5, rope)
-        bias, p = position_bias(self), self.attn_drop.p if self.training else 0.0
-        bias = attn_mask if bias is None else bias if attn_mask is None else bias + attn_mask
-        mixed = attend(q, k, v, bias, mask, scale, p, is_causal)  # [B, N, H*w]
-        if self.observer is not None:
-            self.observer.inputs_of_out(mixed)
-        out = F.linear(mixed, weights.out_weight, weights.out_bias)
-        if self.observer is not None:
-            self.observer.outputs(out)
-        return self.proj_drop(out)
+        p = self.attn_drop.p if self.training else 0.0
+        mixed = attend(q, k, v, position_bias(self, attn_mask), mask, scale, p, is_causal)  # [B, N, H*w]
+        return self.proj_drop(self.written(mixed, weights))
 
 
 class ElasticCosine(ElasticSplit):

@@ -73,6 +73,18 @@ def with_bias(norm: nn.Module) -> nn.Module | None:
     return norm if getattr(norm, "bias", None) is not None else None
 
 
+def sizes(model: Any) -> dict[str, Any]:
+    """Arguments of `timm.create_model` that models of several classes share."""
+    return {
+        "img_size": list(model.patch_embed.img_size),
+        "patch_size": list(model.patch_embed.patch_size),
+        "in_chans": model.patch_embed.proj.in_channels,
+        "num_classes": model.num_classes,
+        "global_pool": model.global_pool,
+        "embed_dim": model.embed_dim,
+    }
+
+
 def head_stages(model: Any, stem: Any, blocks: Any) -> Stages:
     """Stages of a model whose answer is ``forward_head(norm(tokens))``."""
 

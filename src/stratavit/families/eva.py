@@ -11,7 +11,7 @@ from timm.models.beit import Beit
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-from stratavit.families.base import Family, head_stages, with_bias
+from stratavit.families.base import Family, head_stages, sizes, with_bias
 from stratavit.structure import Stages
 
 
@@ -48,7 +48,7 @@ class EvaFamily(Family):
 
     def arguments(self, model: Eva) -> dict[str, Any]:
         """Sizes; all else is the architecture's own."""
-        return _sizes(model)
+        return _arguments(model)
 
 
 class BeitFamily(Family):
@@ -81,18 +81,9 @@ class BeitFamily(Family):
 
     def arguments(self, model: Beit) -> dict[str, Any]:
         """Sizes; all else is the architecture's own."""
-        return _sizes(model)
+        return _arguments(model)
 
 
-def _sizes(model: Any) -> dict[str, Any]:
+def _arguments(model: Any) -> dict[str, Any]:
     heads = [block.attn.num_heads for block in model.blocks if hasattr(block.attn, "num_heads")]
-    return {
-        **({"num_heads": heads[0]} if heads else {}),
-        "img_size": list(model.patch_embed.img_size),
-        "patch_size": list(model.patch_embed.patch_size),
-        "in_chans": model.patch_embed.proj.in_channels,
-        "num_classes": model.num_classes,
-        "global_pool": model.global_pool,
-        "embed_dim": model.embed_dim,
-        "depth": len(model.blocks),
-    }
+    return sizes(model) | {"depth": len(model.blocks)} | ({"num_heads": heads[0]} if heads else {})

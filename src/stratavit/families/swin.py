@@ -9,7 +9,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
 
-from stratavit.families.base import Family, head_stages, with_bias
+from stratavit.families.base import Family, head_stages, sizes, with_bias
 from stratavit.structure import Stages
 
 
@@ -48,12 +48,7 @@ class Swin(Family):
         ]
         return {
             **({"num_heads": [found[0] for found in heads]} if all(heads) else {}),
-            "img_size": list(model.patch_embed.img_size),
-            "patch_size": list(model.patch_embed.patch_size),
-            "in_chans": model.patch_embed.proj.in_channels,
-            "num_classes": model.num_classes,
-            "global_pool": model.global_pool,
-            "embed_dim": model.embed_dim,
+            **sizes(model),
             "depths": [len(stage.blocks) for stage in model.layers],
             "window_size": list(max(windows)),
         }
