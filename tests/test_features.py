@@ -8,10 +8,12 @@ import pytest
 import timm
 import torch
 from helpers import PLAN, enliven, make_batches, make_images
+from PIL import Image
 from safetensors.torch import save_file
 
 import stratavit
 from stratavit import ArtifactError, StrataViTError, SuperNet
+from stratavit.cli import main
 from stratavit.features import features, knn, read_embeddings, zero_shot
 from stratavit.sensitivity import bypass_sensitivity
 
@@ -155,3 +157,27 @@ def test_widths_of_q_and_k_may_be_said():
         tied.resolve({name: {"qk": 16, "v": 8}})
     with pytest.raises(StrataViTError, match="needs 'qk' and 'v', or one width"):
         tied.resolve({name: {"q": 8}})
+
+
+def test_an_embedding_is_trained_by_its_source():
+    pytest.importorskip("accelerate")
+    net = SuperNet(clip(), embedding=True).contract(make_batches()).stratify(make_batches(), plan=PLAN)
+    recipe = {"epochs": 1, "list_epochs": 1, "batch_size": 4, "repeats": 1, "workers": 0, "tracker": "none"}
+    data = torch.utils.data.TensorDataset(make_images(12))
+    before = net.model.blocks[0].mlp.fc1.weight.clone()
+    stratavit.train_piad(net, data, config=recipe, cpu=True)
+    assert not torch.equal(net.model.blocks[0].mlp.fc1.weight, before)
+
+
+def test_the_command_trains_without_a_head(tmp_path):
+    pytest.importorskip("accelerate")
+    SuperNet(headless()).contract(make_batches()).stratify(make_batches(), plan=PLAN).save(tmp_path / "run")
+    for split, name in ((split, name) for split in ("train", "val") for name in ("a", "b")):
+        folder = tmp_path / "images" / split / name
+        folder.mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (40, 40), (60 * number, 90, 30)).save(folder / f"{number}.png")
+    options = "--epochs 1 --list-epochs 1 --batch-size 4 --repeats 1 --workers 0 --tracker none --device cpu"
+    paths = [str(tmp_path / name) for name in ("run", "images", "out")]
+    assert main(["train", paths[0], "--data", paths[1], "--out", paths[2], *options.split()]) == 0
+    assert (tmp_path / "out" / "curve.csv").exists()

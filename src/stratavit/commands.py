@@ -35,7 +35,7 @@ def default_workers() -> int:
 def loader_of(args: Namespace, data_config: dict[str, Any], split: str, classes: int, limit: int | None = None) -> Any:
     """Images of ``--data`` as the command line says, checked against so many classes (0: any)."""
     options = (args.class_map, args.batch_size, max(args.workers, 0), limit)
-    return image_loader(args.data, data_config, split, classes or None, *options)
+    return image_loader(args.data, data_config, split, classes, *options)
 
 
 def budgets(args: Namespace) -> Any:

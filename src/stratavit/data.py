@@ -145,7 +145,7 @@ def image_loader(
         data: A folder with ``train/`` and ``val/`` (or either), or the class folders themselves.
         data_config: timm's data configuration of the model.
         split: ``train`` or ``val``.
-        num_classes: Classes of the model's head; None: not checked.
+        num_classes: Classes of the model's head; None or 0 (features): not checked.
         class_map: See `ImageFolder`.
         batch_size, workers: Of torch's DataLoader.
         limit: At most this many images, spread evenly over the folder.
@@ -164,7 +164,7 @@ def image_loader(
     dataset = ImageFolder(folder, data_config, class_map)
     loader = ImageLoader(dataset, batch_size, workers, limit)
     found = loader.classes
-    if num_classes is not None and found != num_classes:
+    if num_classes and found != num_classes:
         what = "class folders" if dataset.class_index is None else "classes in the class map"
         raise StrataViTError(
             f"data: {folder} has {found} {what}, but the model's head has {num_classes} classes; "

@@ -12,7 +12,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from stratavit.errors import StrataViTError
-from stratavit.structure import model_dtype
+from stratavit.structure import classes_of, model_dtype
 
 
 class Teacher:
@@ -61,7 +61,7 @@ class Teacher:
         Raises:
             StrataViTError: The teacher has another number of classes.
         """
-        own = getattr(self.model, "num_classes", classes)
+        own = classes_of(self.model) if hasattr(self.model, "num_classes") else classes
         if own != classes:
             raise StrataViTError(
                 f"teacher: it has {own} classes, the student {classes}; give one that was trained for the same classes"

@@ -24,6 +24,7 @@ from stratavit.finetune import finetune as finetune_model
 from stratavit.piad import train_piad
 from stratavit.processes import part
 from stratavit.recipe import FINETUNING, LIST_KEYS, Recipe, field_types
+from stratavit.structure import classes_of
 from stratavit.supernet import SuperNet
 from stratavit.zoo import model_at
 
@@ -164,7 +165,7 @@ def train(args: Namespace) -> tuple[dict[str, Any], list[Any]]:
     """RUN and training images to a trained super-network's folder."""
     recipe = _begin(args, args.run)
     net = SuperNet.load(args.run)
-    images = images_of(args, net.data_config, net.model.num_classes, recipe)
+    images = images_of(args, net.data_config, classes_of(net), recipe)
     train_piad(
         net,
         images.train,
@@ -196,7 +197,7 @@ def finetune(args: Namespace) -> tuple[dict[str, Any], list[Any]]:
     recipe = _begin(args, args.small)
     model: Any = artifacts.load(args.small, timm_form=True)
     config = resolve_data_config(model)
-    images = images_of(args, config, None if args.new_head else model.num_classes, recipe)
+    images = images_of(args, config, None if args.new_head else classes_of(model), recipe)
     if args.new_head:
         new_head(model, images.proxy.classes, recipe.seed)
     finetune_model(
