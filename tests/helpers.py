@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from pathlib import Path
 
 import timm
 import torch
@@ -185,3 +186,13 @@ def masked(
         if width == 0 and means is None:
             module.register_forward_hook(lambda _, args, output: torch.zeros_like(output))
     return model
+
+
+class Bomb:
+    """Makes a file when unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)

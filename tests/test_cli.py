@@ -6,12 +6,11 @@ import pickle
 import subprocess
 import sys
 from itertools import chain
-from pathlib import Path
 
 import pytest
 import timm
 import torch
-from helpers import enliven
+from helpers import Bomb, enliven
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -204,16 +203,6 @@ def test_bad_weights(work, tmp_path, capsys, kind, expected):
     weights = bad_weights(tmp_path, work, kind)
     assert expected in complaint(capsys, convert(work, tmp_path / "out", weights=weights))
     assert not (tmp_path / "out").exists()
-
-
-class Bomb:
-    """Writes a file when unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 def test_a_checkpoint_with_code_is_not_run(work, tmp_path, capsys):

@@ -1,12 +1,11 @@
 """Dense models by name: weights from a file or the hub, strictly, and nothing in a file is run."""
 
 import pickle
-from pathlib import Path
 
 import pytest
 import timm
 import torch
-from helpers import enliven
+from helpers import Bomb, enliven
 from safetensors.torch import save_file
 
 from stratavit import ArtifactError, StrataViTError
@@ -97,16 +96,6 @@ def test_no_hub_is_one_line_with_the_way_out(monkeypatch, failure, words):
     with pytest.raises(StrataViTError, match=rf"weights of {NAME}: {words} a local .* with --weights FILE") as caught:
         dense_model(NAME)
     assert "\n" not in str(caught.value)
-
-
-class Bomb:
-    """Makes a file when unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

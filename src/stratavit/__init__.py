@@ -9,7 +9,7 @@ from stratavit.export import Parity, export
 from stratavit.features import knn, zero_shot
 from stratavit.finetune import finetune
 from stratavit.foreign import as_timm
-from stratavit.hf_models import load_transformers
+from stratavit.hf_files import load_transformers
 from stratavit.hub import from_pretrained, push_to_hub
 from stratavit.piad import train_piad
 from stratavit.recipe import Recipe

@@ -17,7 +17,7 @@ from timm.layers import DropPath, PatchDropout, get_norm_layer
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
-from stratavit.errors import ArtifactError, UnsupportedModelError
+from stratavit.errors import ArtifactError, UnsupportedModelError, one_line
 from stratavit.families import family_of, kind_of
 from stratavit.heads import ElasticBeit
 from stratavit.layers import build_layer, describe_layer
@@ -105,8 +105,9 @@ def build(description: Mapping[str, Any], device: torch.device | str = "cpu") ->
     except ArtifactError:
         raise
     except Exception as error:  # a description from a file can be wrong in any way that timm does not check
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
-        raise ArtifactError(f"the model description cannot be built: {type(error).__name__}: {reason}") from error
+        raise ArtifactError(
+            f"the model description cannot be built: {type(error).__name__}: {one_line(error)}"
+        ) from error
     return model
 
 

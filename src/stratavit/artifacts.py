@@ -95,6 +95,11 @@ def kind(path: str | Path) -> str:
     return str(found).removeprefix("stratavit/")
 
 
+def is_supernet(path: str | Path) -> bool:
+    """Whether it is a folder of a super-network; any other name or folder is not."""
+    return (Path(path) / JSON_FILE).is_file() and kind(path) == SUPER
+
+
 def moments_bytes(path: str | Path) -> int:
     """Size of the moments in a super-network's folder."""
     return (Path(path) / MOMENTS_FILE).stat().st_size

@@ -52,7 +52,10 @@ def parser() -> argparse.ArgumentParser:
 
     convert = _command(commands_, "convert", convert_command.convert, "make a super-network from a pre-trained model")
     convert.add_argument(
-        "model", metavar="MODEL|SMALL", help="timm model name, for example deit_tiny_patch16_224, or a saved folder"
+        "model",
+        metavar="MODEL|FOLDER",
+        help="timm's name, for example deit_tiny_patch16_224; torchvision's, for example vit_b_16; or the folder of a "
+        "small model or of a model of transformers",
     )
     _model_options(convert)
     _data_options(convert, "images to calibrate on: a folder with train/, or the class folders themselves")
@@ -79,7 +82,9 @@ def parser() -> argparse.ArgumentParser:
     _out_options(extract, "SMALL", "folder to write the small model to")
 
     evaluate = _command(commands_, "evaluate", measure_command.evaluate, "measure accuracy on labelled images")
-    evaluate.add_argument("target", metavar="SMALL|RUN|MODEL", help="a saved folder, or a timm model name")
+    evaluate.add_argument(
+        "target", metavar="SMALL|RUN|MODEL", help="a saved folder, one of transformers, or a name as for convert"
+    )
     _model_options(evaluate)
     _data_options(evaluate, "labelled images: a folder with val/, or the class folders themselves")
     measure_command.add_judge_options(evaluate)
@@ -99,13 +104,21 @@ def parser() -> argparse.ArgumentParser:
     _out_options(curve, "DIR", "folder for curve.csv and curve.png (default: RUN-curve)", required=False)
 
     export = _command(
-        commands_, "export", commands.export, "write a small model as an ONNX file or torch.export program"
+        commands_,
+        "export",
+        commands.export,
+        "write a small model for other libraries: ONNX, torch.export, transformers",
     )
     export.add_argument("small", metavar="SMALL", help="folder of a small model")
     export.add_argument("--format", choices=tuple(SUFFIXES), default="onnx", help="(default: %(default)s)")
     export.add_argument("--images", type=positive, default=32, help="images to compare on (default: %(default)s)")
     _data_options(export, "images to compare on, a folder with val/ or the class folders (default: noise)", False)
-    _out_options(export, "FILE", "file to write (default: SMALL.onnx or SMALL.pt2)", required=False)
+    _out_options(
+        export,
+        "FILE",
+        "file to write (default: SMALL.onnx, SMALL.pt2, or the folder SMALL-transformers)",
+        required=False,
+    )
 
     bench = _command(commands_, "bench", bench_command.run, "latency and throughput beside the dense model's")
     bench.add_argument("target", metavar="SMALL|RUN", help="a saved folder; of a super-network several sizes are timed")

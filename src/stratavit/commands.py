@@ -81,7 +81,7 @@ def extract(args: Namespace) -> Outcome:
 
 
 def export(args: Namespace) -> Outcome:
-    """SMALL to one ONNX file or torch.export program."""
+    """SMALL to one ONNX file, a torch.export program, or a folder of transformers."""
     file = Path(args.out or f"{str(args.small).rstrip('/')}{SUFFIXES[args.format]}")
     model: Any = artifacts.load(args.small, timm_form=True)
     images = None

@@ -15,3 +15,9 @@ class ArtifactError(StrataViTError):
 
 class BudgetError(StrataViTError):
     """The budget asked for cannot be met; the message names the reachable range."""
+
+
+def one_line(error: BaseException, longest: int = 200) -> str:
+    """What another library's error says, as part of one of our sentences: its first line, or its type."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:longest]

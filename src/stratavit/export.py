@@ -1,4 +1,4 @@
-"""Small models as ONNX files and as torch.export programs, checked against eager before they are kept."""
+"""Small models in other forms, checked against eager before they are kept: ONNX, torch.export, transformers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from stratavit.architecture import resolve_data_config
 from stratavit.errors import ArtifactError, StrataViTError
-from stratavit.folders import open_to_others
-from stratavit.foreign import as_timm
+from stratavit.folders import open_to_others, write_folder
+from stratavit.foreign import as_timm, tensor_of
+from stratavit.hf_files import load_transformers, save_transformers
 from stratavit.structure import eval_mode, model_dtype
 
-Format = Literal["onnx", "torch"]
-SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
+Format = Literal["onnx", "torch", "transformers"]
+SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2", "transformers": "-transformers"}
 TOLERANCE = 1e-4
 NOISE_IMAGES = 8
 INPUT, OUTPUT = "images", "logits"
@@ -33,9 +34,9 @@ class Parity:
     """How an exported file compares with the model it came from.
 
     Attributes:
-        file: The file.
-        format: ``onnx`` or ``torch``.
-        size: Of the file, bytes.
+        file: The file, or the folder of ``transformers``.
+        format: ``onnx``, ``torch`` or ``transformers``.
+        size: Of the file or the folder, bytes.
         images: Number of images compared.
         difference: Largest absolute difference of a logit.
         largest: Largest absolute logit.
@@ -70,12 +71,14 @@ def export(
     """Writes a model to one file that needs neither this library nor timm; the batch size is free.
 
     The file is read back and run (ONNX Runtime, or `torch.export.load`) on the images, one batch and one image alone,
-    and kept only if it answers as the model does.
+    and kept only if it answers as the model does. The same goes for the folder that ``transformers`` writes by
+    ``save_pretrained``; `load_transformers` reads it.
 
     Args:
         model: What `SuperNet.extract` or `load` returned, in float32; exported as in eval mode, on the CPU.
-        path: File to write.
-        format: ``onnx``, by torch's own exporter (torch.export), or ``torch``, a program for `torch.export.load`.
+        path: File to write; a folder for ``transformers``.
+        format: ``onnx``, by torch's own exporter (torch.export), ``torch``, a program for `torch.export.load`, or
+            ``transformers``, for models that came from there.
         images: To compare on, ``[B, C, H, W]``, prepared for the model; noise if None.
         overwrite: Replace the file if it is there.
         tolerance: Largest difference of a logit that passes.
@@ -88,13 +91,13 @@ def export(
     from stratavit.supernet import SuperNet
 
     if format not in SUFFIXES:
-        raise StrataViTError(f"export: expected format 'onnx' or 'torch', got {format!r}")
+        raise StrataViTError(f"export: expected a format of {', '.join(SUFFIXES)}, got {format!r}")
     if isinstance(model, SuperNet):
         raise StrataViTError("export: a super-network has many sizes; extract one first")
     if model_dtype(model) is not torch.float32:
         raise StrataViTError(f"export: the model is in {model_dtype(model)}; call model.float() first")
     model, path = as_timm(model), Path(path)
-    if path.is_dir() or (path.exists() and not overwrite):
+    if format != "transformers" and (path.is_dir() or (path.exists() and not overwrite)):
         raise ArtifactError(f"{path} exists; give another file or ask to overwrite (--overwrite)")
     if images is None:
         size = resolve_data_config(model)["input_size"]
@@ -102,6 +105,8 @@ def export(
     device = next(model.parameters()).device
     try:
         with eval_mode(model), torch.no_grad():
+            if format == "transformers":
+                return _transformers(model.cpu(), path, images.float().cpu(), tolerance, overwrite)
             return _checked(model.cpu(), path, format, images.float().cpu(), tolerance)
     finally:
         model.to(device)
@@ -120,12 +125,7 @@ def _checked(model: nn.Module, path: Path, format: Format, images: Tensor, toler
         write(model, images[:2].clone() if len(images) > 1 else images.repeat(2, 1, 1, 1), temporary)
         expected, answer = model(images), run(temporary)
         found = torch.cat([answer(images), answer(images[:1])])
-        difference = float((found - torch.cat([expected, expected[:1]])).abs().max())
-        if not difference <= tolerance:  # NaN does not pass either
-            raise StrataViTError(
-                f"export: the {format} file answers otherwise than the model: a logit differs by {difference:.2e}, "
-                f"more than {tolerance:.0e} (largest logit {float(expected.abs().max()):.3g}); nothing was written"
-            )
+        difference = _difference(found, torch.cat([expected, expected[:1]]), format, tolerance)
         open_to_others(temporary)
         size = temporary.stat().st_size
         temporary.replace(path)
@@ -136,6 +136,32 @@ def _checked(model: nn.Module, path: Path, format: Format, images: Tensor, toler
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
     return Parity(str(path), format, size, len(images), difference, float(expected.abs().max()))
+
+
+def _transformers(model: Any, path: Path, images: Tensor, tolerance: float, overwrite: bool) -> Parity:
+    """Writes a folder in the format of transformers, compares, renames."""
+    if not getattr(model, "origin", None):
+        raise StrataViTError("export: format transformers is for models that came from there; this one is timm's")
+    expected, compared = model(images), []
+
+    def write(folder: Path) -> None:
+        save_transformers(model, folder)
+        found = tensor_of(load_transformers(folder)(pixel_values=images))
+        compared.append(_difference(found, expected, "transformers", tolerance))
+
+    write_folder(path, write, overwrite)
+    size = sum(file.stat().st_size for file in path.iterdir())
+    return Parity(str(path), "transformers", size, len(images), compared[0], float(expected.abs().max()))
+
+
+def _difference(found: Tensor, expected: Tensor, format: Format, tolerance: float) -> float:
+    difference = float((found - expected).abs().max())
+    if not difference <= tolerance:  # NaN does not pass either
+        raise StrataViTError(
+            f"export: the {format} file answers otherwise than the model: a logit differs by {difference:.2e}, "
+            f"more than {tolerance:.0e} (largest logit {float(expected.abs().max()):.3g}); nothing was written"
+        )
+    return difference
 
 
 def _free_batch() -> tuple[dict[int, Any]]:

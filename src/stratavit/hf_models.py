@@ -1,22 +1,20 @@
 """Models of Hugging Face transformers: to timm's equivalent on entry, back to their own class on extraction.
 
-A small model is of the class that it came from; its ``config.stratavit`` names the width of every module that was cut,
-and `load_transformers` builds it anew from what ``save_pretrained`` wrote.
+A small model is of the class that it came from; its ``config.stratavit`` names the width of every module that was cut.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from stratavit import architecture
-from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError
+from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, one_line
 from stratavit.hf_layouts import LAYOUTS, Layout
+from stratavit.hf_weights import blocks_of, load_state, mlp_layers, to_state
 from stratavit.plain import Constant
 from stratavit.structure import model_device, model_dtype
 from stratavit.weights import load_weights
@@ -71,7 +69,7 @@ def describe(model: Any) -> dict[str, Any]:
         raise UnsupportedModelError(f"cannot cut this {name}: timm has no activation like {error}") from error
     name = "vit_giant_patch14_dinov2" if getattr(config, "use_swiglu_ffn", False) else layout.architecture
     sites = {}
-    for ours, theirs in _blocks(model, layout):
+    for ours, theirs in blocks_of(model, layout):
         attention, mlp = theirs.get_submodule(layout.attention), theirs.get_submodule(layout.mlp)
         sites[f"{ours}.attn"] = _numbers(attention, layout)
         sites[f"{ours}.mlp"] = _mlp_numbers(mlp)
@@ -91,7 +89,7 @@ def to_timm(model: Any) -> nn.Module:
     layout = layout_of(model)
     description = describe(model)
     made: Any = architecture.build(description)
-    load_weights(made, _to_state(model, layout), f"{type(model).__name__}", assign=False)
+    load_weights(made, to_state(model, layout), f"{type(model).__name__}", assign=False)
     made.to(dtype=model.dtype, device=model.device)
     channels, size = description["args"]["in_chans"], description["args"]["img_size"]
     made.data_config = {
@@ -117,7 +115,7 @@ def from_timm(small: Any, origin: Mapping[str, Any]) -> Any:
     Raises:
         ArtifactError: The origin is none that this library wrote.
     """
-    transformers = _library()
+    transformers = library()
     name = origin.get("class")
     if name not in LAYOUTS:
         raise ArtifactError(f"origin: expected one of {', '.join(LAYOUTS)}, got {name!r}")
@@ -129,10 +127,9 @@ def from_timm(small: Any, origin: Mapping[str, Any]) -> Any:
         config.stratavit = {"widths": _widths(numbers)}
         model = kind(config)
         resize(model)
-        _load_state(model, layout, state)
+        load_state(model, layout, state)
     except Exception as error:  # a configuration from a file can be wrong in any way that transformers does not check
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
-        raise ArtifactError(f"origin: {name} cannot be built: {type(error).__name__}: {reason}") from error
+        raise ArtifactError(f"origin: {name} cannot be built: {type(error).__name__}: {one_line(error)}") from error
     for attribute in ("provenance", "data_config"):
         setattr(model, attribute, getattr(small, attribute, {}))
     model.to(dtype=model_dtype(small), device=model_device(small))
@@ -142,7 +139,7 @@ def from_timm(small: Any, origin: Mapping[str, Any]) -> Any:
 def resize(model: Any) -> None:
     """Gives the modules of a freshly built model the widths that its ``config.stratavit`` names."""
     layout, widths = layout_of(model), getattr(model.config, KEY)["widths"]
-    for ours, block in _blocks(model, layout):
+    for ours, block in blocks_of(model, layout):
         width, constant = _split(widths[f"{ours}.attn"])
         attention = block.get_submodule(layout.attention)
         out = getattr(attention, layout.out)
@@ -152,7 +149,7 @@ def resize(model: Any) -> None:
             _narrow_attention(attention, layout, width)
         width, constant = _split(widths[f"{ours}.mlp"])
         mlp = block.get_submodule(layout.mlp)
-        first, last = _mlp_layers(mlp)
+        first, last = mlp_layers(mlp)
         if width == 0:
             setattr(block, layout.mlp, Constant(last.out_features if constant else 0))
         else:
@@ -163,34 +160,12 @@ def resize(model: Any) -> None:
                     setattr(mlp, name, nn.Linear(width, layer.out_features))
 
 
-def load_transformers(path: str | Path) -> Any:
-    """A small model from the folder that its ``save_pretrained`` wrote.
+def library() -> Any:
+    """transformers itself.
 
     Raises:
-        ArtifactError: The folder holds no such model.
+        StrataViTError: It is not installed.
     """
-    transformers = _library()
-    try:
-        config = transformers.AutoConfig.from_pretrained(path)
-        kind = getattr(transformers, (config.architectures or [""])[0], None)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: not a model of transformers ({str(error).splitlines()[0]})") from error
-    if kind is None or kind.__name__ not in LAYOUTS:
-        raise ArtifactError(f"{path}: expected a model of one of {', '.join(LAYOUTS)}, found {config.architectures}")
-    if getattr(config, KEY, None) is None:
-        return kind.from_pretrained(path).eval()
-
-    def build(self: Any, config: Any) -> None:
-        kind.__init__(self, config)
-        resize(self)
-
-    sliced: Any = type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
-    model = sliced.from_pretrained(path)
-    model.__class__ = kind
-    return model.eval()
-
-
-def _library() -> Any:
     try:
         import transformers
     except ImportError as error:
@@ -198,15 +173,6 @@ def _library() -> Any:
             "models of transformers need that library: pip install 'stratavit[transformers]'"
         ) from error
     return transformers
-
-
-def _blocks(model: Any, layout: Layout) -> list[tuple[str, Any]]:
-    """timm's name and the module of every block, in order of execution."""
-    start, _, _ = layout.block.partition(".{}")
-    layers = model.get_submodule(start)
-    if layout.block.count("{}") == 1:
-        return [(f"blocks.{i}", layer) for i, layer in enumerate(layers)]
-    return [(f"layers.{s}.blocks.{i}", b) for s, stage in enumerate(layers) for i, b in enumerate(stage.blocks)]
 
 
 def _numbers(attention: Any, layout: Layout) -> dict[str, Any]:
@@ -218,17 +184,10 @@ def _numbers(attention: Any, layout: Layout) -> dict[str, Any]:
     return {"num_heads": heads, "head_dim": width, "qkv_bias": bias, "proj_bias": out.bias is not None}
 
 
-def _mlp_layers(mlp: Any) -> tuple[list[Any], Any]:
-    """The maps into the hidden units, gate first, and the one out of them."""
-    if hasattr(mlp, "gate_proj"):
-        return [mlp.gate_proj, mlp.up_proj], mlp.down_proj
-    return [mlp.fc1], mlp.fc2
-
-
 def _mlp_numbers(mlp: Any) -> dict[str, Any]:
     if isinstance(mlp, Constant):
         return {"constant": 0 if mlp.bias is None else mlp.bias.numel()}
-    first, last = _mlp_layers(mlp)
+    first, last = mlp_layers(mlp)
     bias = first[0].bias is not None
     return {"hidden_features": last.in_features, "fc1_bias": bias, "fc2_bias": last.bias is not None}
 
@@ -256,75 +215,3 @@ def _narrow_attention(attention: Any, layout: Layout, width: int) -> None:
     setattr(attention, layout.out, nn.Linear(heads * width, out.out_features, out.bias is not None))
     attention.head_dim = width
     setattr(attention, layout.scale, width**-0.5)
-
-
-def _pairs(model: Any, layout: Layout) -> list[tuple[str, list[str]]]:
-    """timm's name of every module or tensor, and the names there: several are stacked, in order."""
-    pairs = [(ours, [theirs]) for theirs, ours in layout.names.items()]
-    by_block = {id(block): name for name, block in model.named_modules()}
-    for ours, block in _blocks(model, layout):
-        theirs = by_block[id(block)]
-        pairs += [(f"{ours}.{inner}", [f"{theirs}.{name}"]) for name, inner in layout.inside.items()]
-        attention, mlp = f"{theirs}.{layout.attention}", f"{theirs}.{layout.mlp}"
-        if isinstance(block.get_submodule(layout.attention), Constant):
-            pairs.append((f"{ours}.attn", [attention]))
-        else:
-            pairs.append((f"{ours}.attn.qkv", [f"{attention}.{part}_proj" for part in "qkv"]))
-            pairs.append((f"{ours}.attn.proj", [f"{attention}.{layout.out}"]))
-        module = block.get_submodule(layout.mlp)
-        if isinstance(module, Constant):
-            pairs.append((f"{ours}.mlp", [mlp]))
-        else:
-            first, last = _mlp_layers(module)
-            names = {id(layer): name for name, layer in module.named_children()}
-            pairs.append((f"{ours}.mlp.fc1", [f"{mlp}.{names[id(layer)]}" for layer in first]))
-            pairs.append((f"{ours}.mlp.fc2", [f"{mlp}.{names[id(last)]}"]))
-    return pairs
-
-
-def _tensors(model: Any, layout: Layout) -> list[tuple[str, list[str]]]:
-    """The same for tensors: modules spelt out."""
-    state, found = model.state_dict(), []
-    for ours, theirs in _pairs(model, layout):
-        if theirs[0] in state:
-            found.append((ours, theirs))
-        for leaf in ("weight", "bias"):
-            if f"{theirs[0]}.{leaf}" in state:
-                found.append((f"{ours}.{leaf}", [f"{name}.{leaf}" for name in theirs]))
-    return found
-
-
-def _to_state(model: Any, layout: Layout) -> dict[str, Tensor]:
-    """timm's state dict."""
-    state = model.state_dict()
-    made = {}
-    for ours, theirs in _tensors(model, layout):
-        tensor = torch.cat([state[name] for name in theirs]) if len(theirs) > 1 else state[theirs[0]]
-        for _ in range((layout.flat or {}).get(ours, 0)):
-            tensor = tensor.unsqueeze(0)
-        made[ours] = tensor
-    for stage in range(len(getattr(model.config, "depths", ())) - 1):  # timm merges patches where a stage begins
-        for leaf in ("norm.weight", "norm.bias", "reduction.weight"):
-            made[f"layers.{stage + 1}.downsample.{leaf}"] = state[f"swin.encoder.layers.{stage}.downsample.{leaf}"]
-    if "head.attention.in_proj_weight" in state:
-        for leaf in ("weight", "bias"):
-            query, rest = state[f"head.attention.in_proj_{leaf}"].tensor_split([made["norm.weight"].numel()])
-            made[f"attn_pool.q.{leaf}"], made[f"attn_pool.kv.{leaf}"] = query, rest
-    return made
-
-
-@torch.no_grad()
-def _load_state(model: Any, layout: Layout, state: Mapping[str, Tensor]) -> None:
-    """Fills a model from timm's state dict; what timm has no place for stays as it is built."""
-    own = model.state_dict()
-    for ours, theirs in _tensors(model, layout):
-        parts = state[ours].chunk(len(theirs)) if len(theirs) > 1 else (state[ours],)
-        for name, part in zip(theirs, parts, strict=True):
-            own[name].copy_(part.reshape(own[name].shape))
-    for stage in range(len(getattr(model.config, "depths", ())) - 1):
-        for leaf in ("norm.weight", "norm.bias", "reduction.weight"):
-            own[f"swin.encoder.layers.{stage}.downsample.{leaf}"].copy_(state[f"layers.{stage + 1}.downsample.{leaf}"])
-    if "attn_pool.q.weight" in state:
-        for leaf in ("weight", "bias"):
-            both = torch.cat([state[f"attn_pool.q.{leaf}"], state[f"attn_pool.kv.{leaf}"]])
-            own[f"head.attention.in_proj_{leaf}"].copy_(both)

@@ -67,7 +67,7 @@ def evaluate(args: Namespace) -> commands.Outcome:
     spec: Spec | None = None
     view: list[Any] = []
     model: nn.Module
-    if Path(args.target).is_dir() and artifacts.kind(args.target) == artifacts.SUPER:
+    if artifacts.is_supernet(args.target):
         model = net = SuperNet.load(args.target, device)
         if commands.budgeted(asked):
             met = net.budget(**asked)

@@ -5,15 +5,17 @@ Its attention is `nn.MultiheadAttention`, which cannot be cut; timm's computes t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from stratavit import architecture
 from stratavit.errors import UnsupportedModelError
-from stratavit.weights import load_weights
+from stratavit.weights import load_weights, unreachable
 
-_NAMES = {  # a name stands for the tensors below it
+NAMES = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14")
+_PARTS = {  # a name stands for the tensors below it
     "class_token": "cls_token",
     "conv_proj": "patch_embed.proj",
     "encoder.pos_embedding": "pos_embed",
@@ -78,13 +80,45 @@ def to_timm(model: Any) -> nn.Module:
     return ready
 
 
+def is_name(name: str) -> bool:
+    """Whether torchvision has a ViT of this name."""
+    return name in NAMES
+
+
+def named(name: str, weights: Mapping[str, Tensor] | None, source: str, num_classes: int | None = None) -> nn.Module:
+    """timm's equivalent of torchvision's ViT of a name, in eval mode.
+
+    Args:
+        name: One of `NAMES`.
+        weights: A state dict; torchvision's default weights, downloaded, if None.
+        source: Name of the weights, for errors.
+        num_classes: Size of the head, if it is not 1,000; the head is new where weights are downloaded.
+
+    Raises:
+        ArtifactError: The weights do not fit.
+        StrataViTError: They cannot be fetched.
+    """
+    import torchvision
+
+    if weights is not None:
+        model = torchvision.models.get_model(name, num_classes=num_classes or 1000)
+        load_weights(model, weights, source)
+        return to_timm(model)
+    with unreachable(name):
+        made: Any = to_timm(torchvision.models.get_model(name, weights="DEFAULT"))
+    if num_classes is not None:
+        made.reset_classifier(num_classes)
+    ready: nn.Module = made.eval()
+    return ready
+
+
 def _renamed(name: str) -> str:
     start = "encoder.layers.encoder_layer_"
     block = ""
     if name.startswith(start):
         number, _, name = name.removeprefix(start).partition(".")
         block = f"blocks.{number}."
-    for theirs, ours in _NAMES.items():
+    for theirs, ours in _PARTS.items():
         if name == theirs or name.startswith(theirs + "."):
             return block + ours + name.removeprefix(theirs)
     return block + name

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from stratavit.errors import ArtifactError
+from stratavit.errors import ArtifactError, StrataViTError, one_line
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
@@ -32,3 +33,18 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str, a
     model.load_state_dict(dict(tensors), strict=True, assign=assign)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+
+
+@contextmanager
+def unreachable(name: str) -> Iterator[None]:
+    """Turns whatever a download raises into one sentence with the way out.
+
+    Raises:
+        StrataViTError: Pretrained weights cannot be fetched.
+    """
+    try:
+        yield
+    except Exception as error:  # each hub's client has errors of its own
+        raise StrataViTError(
+            f"cannot fetch pretrained weights of {name}: {one_line(error)}; give a local checkpoint with --weights FILE"
+        ) from error

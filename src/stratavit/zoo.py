@@ -11,17 +11,17 @@ import torch
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from stratavit import artifacts
+from stratavit import artifacts, hf_files, torchvision_models
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.folders import read_tensors
-from stratavit.weights import load_weights
+from stratavit.weights import load_weights, unreachable
 
 
 def dense_model(name: str, weights: str | Path | None = None, num_classes: int | None = None) -> nn.Module:
-    """A pre-trained timm model in eval mode.
+    """A pre-trained timm model in eval mode, or timm's equivalent of one of torchvision.
 
     Args:
-        name: timm's model name, with or without a pretrained tag.
+        name: timm's model name, with or without a pretrained tag; or torchvision's, such as ``vit_b_16``.
         weights: Local checkpoint (``.safetensors``, or ``.pth`` read with ``weights_only=True``); the hub's
             pretrained weights if None.
         num_classes: Size of the head, if it is not the architecture's own.
@@ -29,6 +29,9 @@ def dense_model(name: str, weights: str | Path | None = None, num_classes: int |
     Raises:
         StrataViTError: Unknown name, or weights that cannot be fetched, read or fitted.
     """
+    if torchvision_models.is_name(name):
+        state = None if weights is None else read_checkpoint(Path(weights))
+        return torchvision_models.named(name, state, str(weights), num_classes)
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() names them all"
@@ -38,13 +41,8 @@ def dense_model(name: str, weights: str | Path | None = None, num_classes: int |
         model: nn.Module = timm.create_model(name, **arguments)
         load_weights(model, read_checkpoint(Path(weights)), str(weights))
         return model.eval()
-    try:
+    with unreachable(name):
         model = timm.create_model(name, pretrained=True, **arguments)
-    except Exception as error:  # whatever the hub's client raises, the way out is the same
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise StrataViTError(
-            f"cannot fetch pretrained weights of {name}: {reason[:200]}; give a local checkpoint with --weights FILE"
-        ) from error
     return model.eval()
 
 
@@ -54,7 +52,7 @@ def model_at(
     num_classes: int | None = None,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """A model by timm's name, or one that `stratavit.save` wrote to a folder.
+    """A model by name, or from a folder that `stratavit.save` or transformers wrote; of transformers timm's equivalent.
 
     Args:
         target: Name or folder.
@@ -70,6 +68,8 @@ def model_at(
         raise StrataViTError(
             f"{target} is a folder with weights and head of its own: leave out --weights, --num-classes"
         )
+    if hf_files.is_folder_of_transformers(target):
+        return hf_files.load_equivalent(target).to(device)
     return artifacts.load(target, device, timm_form=True)
 
 

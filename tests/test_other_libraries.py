@@ -1,0 +1,192 @@
+"""Folders of transformers and names of torchvision on the command line: in, sliced, and out again."""
+
+import json
+import shutil
+
+import architectures
+import pytest
+import torch
+from helpers import CLASSES, Bomb, enliven, make_images, relative_error
+from PIL import Image
+from safetensors.torch import save_file
+
+import stratavit
+from stratavit import ArtifactError, StrataViTError
+from stratavit.cli import main
+from stratavit.foreign import tensor_of
+from stratavit.hf_files import PROCESSOR, load_equivalent
+from stratavit.zoo import model_at
+
+FAST = ["--batch-size", "6", "--workers", "0", "--device", "cpu"]
+HEADED = "ViTForImageClassification"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for split in ("train", "val"):
+        for name in range(CLASSES):
+            (folder / split / str(name)).mkdir(parents=True)
+            pixels = torch.randint(0, 256, (40, 40, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / split / str(name) / "0.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Class of transformers -> folder that its save_pretrained wrote."""
+    root = tmp_path_factory.mktemp("sources")
+    for name in architectures.TRANSFORMERS:
+        architectures.make(name).save_pretrained(root / name)
+    return root
+
+
+@pytest.mark.parametrize("name", architectures.TRANSFORMERS)
+def test_a_folder_of_transformers_is_timms_equivalent(folders, name):
+    source, images = architectures.make(name), make_images(3, seed=9)
+    with torch.no_grad():
+        assert relative_error(model_at(str(folders / name))(images), tensor_of(source(images))) < 1e-5
+
+
+@pytest.mark.parametrize("name", [HEADED, "Dinov2Model"])
+def test_the_whole_way_by_command_line(folders, images, name, tmp_path, capsys):
+    """convert, extract, export as transformers; that folder is measured, and converted, like any other."""
+    measure = ["--knn", "1"] if name == "Dinov2Model" else []
+    assert main(["convert", str(folders / name), "--data", str(images), "--out", str(tmp_path / "run"), *FAST]) == 0
+    assert main(["extract", str(tmp_path / "run"), "--macs", "60%", "--out", str(tmp_path / "small")]) == 0
+    assert main(["export", str(tmp_path / "small"), "--format", "transformers", "--device", "cpu"]) == 0
+    exported = tmp_path / "small-transformers"
+    small, back = stratavit.load(tmp_path / "small"), stratavit.load_transformers(exported)
+    assert type(back) is type(small) is type(architectures.make(name))
+    assert back.config.stratavit == small.config.stratavit
+    pixels = make_images(3, seed=9)
+    with torch.no_grad():
+        assert torch.equal(tensor_of(back(pixels)), tensor_of(small(pixels)))
+    capsys.readouterr()
+    found = []
+    for target in (tmp_path / "small", exported):
+        assert main(["evaluate", str(target), "--data", str(images), *FAST, *measure, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
+    assert main(["convert", str(exported), "--data", str(images), "--out", str(tmp_path / "again"), *FAST]) == 0
+
+
+def test_the_processor_is_kept(folders, tmp_path):
+    """Mean, std, crop and interpolation go out and come in again, and a processor that resizes to the very size."""
+    shutil.copytree(folders / HEADED, tmp_path / "source")
+    numbers = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 2}
+    (tmp_path / "source" / PROCESSOR).write_text(json.dumps(numbers | {"size": {"height": 32, "width": 32}}))
+    model = load_equivalent(tmp_path / "source")
+    expected = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "bilinear"}
+    assert model.data_config.items() >= (expected | {"crop_pct": 1.0, "crop_mode": "squash"}).items()
+    stratavit.export(model, tmp_path / "squash", "transformers")
+    assert load_equivalent(tmp_path / "squash").data_config == model.data_config
+    model.data_config |= {"crop_pct": 32 / 40, "crop_mode": "center"}
+    parity = stratavit.export(model, tmp_path / "crop", "transformers")
+    assert parity.difference == 0
+    assert load_equivalent(tmp_path / "crop").data_config == model.data_config
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"image_mean": 3}', '{"size": 7}', '{"size": {"shortest_edge": "big"}}', "[]", "{", '{"image_std": ["x"]}'],
+)
+def test_a_bad_processor_is_one_sentence(folders, tmp_path, content):
+    shutil.copytree(folders / HEADED, tmp_path / "source")
+    (tmp_path / "source" / PROCESSOR).write_text(content)
+    with pytest.raises(ArtifactError, match="preprocessor_config") as caught:
+        load_equivalent(tmp_path / "source")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "bert", "architectures": ["BertModel"]}, "expected a model of one of ViTForImage"),
+        ({"model_type": "nonsense"}, "not a model of transformers"),
+        ({"architectures": None}, "expected a model of one of"),
+        ({"hidden_size": 48}, "cannot be loaded"),
+        ({"hidden_size": "wide"}, "not a model of transformers"),
+        ({"num_hidden_layers": 3}, "the weights lack vit"),
+        ({"stratavit": {"widths": 3}}, "cannot be loaded"),
+        ({"stratavit": {"widths": {}}}, "cannot be loaded"),
+    ],
+)
+def test_a_bad_folder_of_transformers_is_one_sentence(folders, tmp_path, change, words):
+    shutil.copytree(folders / HEADED, tmp_path / "source")
+    config = tmp_path / "source" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(ArtifactError, match=words) as caught:
+        load_equivalent(tmp_path / "source")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "pickled"])
+def test_damaged_weights_of_transformers(folders, tmp_path, damage):
+    shutil.copytree(folders / HEADED, tmp_path / "source")
+    weights = tmp_path / "source" / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    else:
+        weights.unlink()
+    if damage == "pickled":
+        torch.save({"classifier.bias": Bomb(tmp_path / "exploded")}, tmp_path / "source" / "pytorch_model.bin")
+    with pytest.raises(ArtifactError, match="source: the ViTForImageClassification there cannot be loaded") as caught:
+        load_equivalent(tmp_path / "source")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_only_models_of_transformers_become_folders_of_it(tmp_path):
+    model = architectures.make("deit_tiny_patch16_224")
+    with pytest.raises(StrataViTError, match="models that came from there"):
+        stratavit.export(model, tmp_path / "out", "transformers")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_taken_is_left_alone(folders, tmp_path):
+    model = load_equivalent(folders / HEADED)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("here")
+    with pytest.raises(ArtifactError, match="not empty"):
+        stratavit.export(model, tmp_path / "out", "transformers")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine"]
+    stratavit.export(model, tmp_path / "out", "transformers", overwrite=True)
+    assert not (tmp_path / "out" / "mine").exists()
+
+
+def test_torchvision_by_name(monkeypatch, tmp_path):
+    """A state dict of torchvision, by file and as downloaded; what does not fit is named."""
+    import torchvision
+
+    made = enliven(architectures.make(architectures.TORCHVISION)).eval()
+    monkeypatch.setattr(torchvision.models, "get_model", lambda *_, **__: made)
+    save_file(made.state_dict(), tmp_path / "w.safetensors")
+    pixels = make_images(3, seed=9)
+    for weights in (None, tmp_path / "w.safetensors"):
+        with torch.no_grad():
+            assert relative_error(model_at("vit_b_16", weights)(pixels), made(pixels)) < 1e-5
+    assert model_at("vit_b_16", num_classes=5).head.out_features == 5
+    save_file({"odd": torch.zeros(2)}, tmp_path / "bad.safetensors")
+    with pytest.raises(ArtifactError, match=r"bad\.safetensors: class_token is missing"):
+        model_at("vit_b_16", tmp_path / "bad.safetensors")
+
+
+def test_torchvision_without_a_network(monkeypatch):
+    import torchvision
+
+    def get_model(*args, **kwargs):
+        raise OSError("no route")
+
+    monkeypatch.setattr(torchvision.models, "get_model", get_model)
+    with pytest.raises(StrataViTError, match="weights of vit_b_16: no route; give a local checkpoint"):
+        model_at("vit_b_16")
+
+
+def test_the_names_are_torchvisions():
+    import torchvision
+
+    from stratavit.torchvision_models import NAMES
+
+    assert sorted(NAMES) == sorted(name for name in torchvision.models.list_models() if name.startswith("vit_"))
