@@ -6,8 +6,10 @@ import csv
 import datetime
 import os
 import platform
+import statistics
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,35 @@ def correct(net: stratavit.SuperNet, spec: stratavit.Spec, batches: Batches) -> 
     """1 for each image whose class is the first answer, else 0."""
     net.eval()
     return torch.cat([(net(images, spec).argmax(dim=-1) == labels).float() for images, labels in batches])
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], repeat: int) -> dict[str, float]:
+    """Median seconds of each run; they take turns, so that a busy machine slows all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeat):
+        for name, run in runs.items():
+            seconds[name].append(timed(run))
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def plain(model: nn.Module, batches: Batches) -> None:
+    """What a user would run to get gradients: forward and backward through everything."""
+    for images, labels in batches:
+        model(images).gather(1, labels[:, None]).sum().backward()
+        model.zero_grad(set_to_none=True)
+
+
+def peak() -> int:
+    """Largest resident set of this process so far, KiB (Linux; getrusage would count the parent's too)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 
 
 def write_results(name: str, rows: Sequence[Mapping[str, Any]], note: str = "") -> None:

@@ -11,14 +11,12 @@ import argparse
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import timm
 import torch
-from common import Batches, real_batches, real_model, write_results
+from common import interleaved, peak, plain, real_batches, real_model, timed, write_results
 
 import stratavit
 from stratavit.compensation import Moments
@@ -53,15 +51,12 @@ def main() -> None:
         print(peak() - before)
         return
     rows: list[dict[str, str | float]] = []
-    seconds = {name: [] for name in runs}
     plain(model, batches[:2])  # warm up
-    for _ in range(args.repeat):  # interleaved, so that a busy machine slows both
-        for name, run in runs.items():
-            seconds[name].append(timed(run))
+    seconds = interleaved(runs, args.repeat)
     memory = {name: growth(name, args.images) for name in ("plain", "default")}
-    base = statistics.median(seconds["plain"])
+    base = seconds["plain"]
     for name in runs:
-        median = statistics.median(seconds[name])
+        median = seconds[name]
         rows.append({"what": f"{TITLES[name]}, {args.images} images, seconds", "value": median, "ratio": median / base})
         if name not in memory:
             continue
@@ -96,25 +91,6 @@ def extraction() -> dict[str, float]:
             what = f"extract DeiT-Base, every width x {share}, compensation {compensation}, seconds"
             found[what] = statistics.median(times)
     return found
-
-
-def plain(model: torch.nn.Module, batches: Batches) -> None:
-    """What a user would run to get gradients: forward and backward through everything."""
-    for images, labels in batches:
-        model(images).gather(1, labels[:, None]).sum().backward()
-        model.zero_grad(set_to_none=True)
-
-
-def timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def peak() -> int:
-    """Largest resident set of this process so far, KiB (Linux; getrusage would count the parent's too)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 
 
 def growth(name: str, images: int) -> int:

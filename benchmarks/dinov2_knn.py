@@ -26,7 +26,7 @@ from stratavit.features import knn
 from stratavit.weights import load_weights
 
 ARCHITECTURE = "vit_small_patch14_dinov2"
-TWELFTHS = (12, 10, 8, 6)
+TWELFTHS = (12, 10, 8)
 CALIBRATION, BATCH = 1000, 50
 
 
