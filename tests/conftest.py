@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,24 +19,36 @@ settings.load_profile("stratavit")
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DATA = Path(os.environ.get("STRATAVIT_DATA", ROOT.parent / "shared" / "data"))
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "real_weights: needs the weights and images in STRATAVIT_DATA")
+    config.addinivalue_line("markers", "browser: needs Chromium and playwright")
 
 
 def pytest_collection_modifyitems(items):
+    missing = {}
     if not DATA.is_dir():
-        reason = f"no real weights and images: {DATA} is not a folder; set STRATAVIT_DATA"
+        missing["real_weights"] = f"no real weights and images: {DATA} is not a folder; set STRATAVIT_DATA"
+    if CHROMIUM is None or find_spec("playwright") is None:
+        what = "chromium on the PATH" if CHROMIUM is None else "playwright: pip install 'stratavit[dev]'"
+        missing["browser"] = f"no browser to look at pages with: no {what}"
+    for name, reason in missing.items():
         for item in items:
-            if item.get_closest_marker("real_weights"):
+            if item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_terminal_summary(terminalreporter):
-    skipped = [r for r in terminalreporter.stats.get("skipped", []) if "set STRATAVIT_DATA" in str(r.longrepr)]
-    terminalreporter.write_line(f"{len(skipped)} tests were skipped for want of real data (STRATAVIT_DATA: {DATA})")
+    reasons = [str(r.longrepr) for r in terminalreporter.stats.get("skipped", [])]
+    for part, want in (
+        ("set STRATAVIT_DATA", f"real data (STRATAVIT_DATA: {DATA})"),
+        ("no browser", "a browser (chromium and playwright)"),
+    ):
+        count = sum(part in reason for reason in reasons)
+        terminalreporter.write_line(f"{count} tests were skipped for want of {want}")
 
 
 @pytest.fixture(scope="session", params=list(FAMILIES))
@@ -73,3 +87,16 @@ def deit_tiny():
     model = timm.create_model("deit_tiny_patch16_224")
     model.load_state_dict(load_file(DATA / "deit_tiny_patch16_224.safetensors"), strict=True)
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium without a window, told not to talk to anyone."""
+    from playwright.sync_api import sync_playwright
+
+    quiet = ["background-networking", "component-update", "sync", "quic"]
+    flags = ["--no-sandbox", "--disable-gpu", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield launched
+        launched.close()

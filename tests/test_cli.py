@@ -375,7 +375,9 @@ def test_module_runs():
     assert "convert" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["convert", "train", "extract", "evaluate", "curve", "bench", "info", "demo"])
+@pytest.mark.parametrize(
+    "command", ["convert", "train", "extract", "evaluate", "curve", "report", "bench", "info", "demo"]
+)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         parser().parse_args([command, "--help"])

@@ -10,6 +10,7 @@ from stratavit.features import knn, zero_shot
 from stratavit.finetune import finetune
 from stratavit.foreign import as_timm
 from stratavit.hf_files import load_transformers
+from stratavit.html_report import write_report
 from stratavit.hub import from_pretrained, push_to_hub
 from stratavit.piad import train_piad
 from stratavit.recipe import Recipe
@@ -46,5 +47,6 @@ __all__ = [
     "save",
     "time_model",
     "train_piad",
+    "write_report",
     "zero_shot",
 ]

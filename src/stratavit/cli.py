@@ -17,6 +17,7 @@ from stratavit import (
     convert_command,
     measure_command,
     models_command,
+    report_command,
     train_command,
 )
 from stratavit.arguments import positive
@@ -29,6 +30,7 @@ _EXAMPLES = """examples:
   stratavit demo                                                    see it work, nothing to download
   stratavit convert deit_tiny_patch16_224 --data IMAGENET --out run     once: sort the knowledge
   stratavit curve run --data IMAGENET                                   accuracy at every size
+  stratavit report run --curve run-curve                                all of it as one HTML page
   stratavit extract run --macs 50% --out small                          a plain timm model
   stratavit extract run --latency 8 --max-drop 2 --data IMAGENET --out small    any budgets at once
   stratavit train run --data IMAGENET --out run2                        PIAD: every size trained
@@ -94,14 +96,18 @@ def parser() -> argparse.ArgumentParser:
     curve.add_argument("run", metavar="RUN", help="folder of a super-network")
     _data_options(curve, "labelled images: a folder with val/, or the class folders themselves")
     measure_command.add_judge_options(curve)
-    curve.add_argument(
-        "--shares",
-        type=_shares,
-        default=LADDER,
-        metavar="LIST",
-        help="shares of the dense MACs, for example 1,8/12,0.5 (default: twelfths)",
-    )
+    _ladder_option(curve)
     _out_options(curve, "DIR", "folder for curve.csv and curve.png (default: RUN-curve)", required=False)
+
+    report = _command(
+        commands_, "report", report_command.report_page, "one HTML page: every size, its accuracy, the dropout list"
+    )
+    report.add_argument("run", metavar="RUN", help="folder of a super-network")
+    report_command.add_report_options(report)
+    _data_options(report, "labelled images to measure accuracy on: a folder with val/, or class folders", False)
+    measure_command.add_judge_options(report)
+    _ladder_option(report)
+    _out_options(report, "FILE", "page to write (default: RUN-report.html)", required=False)
 
     export = _command(
         commands_,
@@ -226,6 +232,16 @@ def _cost_options(command: argparse.ArgumentParser) -> Any:
 def _out_options(command: argparse.ArgumentParser, name: str, what: str, required: bool = True) -> None:
     command.add_argument("--out", required=required, metavar=name, help=what)
     command.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def _ladder_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--shares",
+        type=_shares,
+        default=LADDER,
+        metavar="LIST",
+        help="shares of the dense MACs, for example 1,8/12,0.5 (default: twelfths)",
+    )
 
 
 def _shares(text: str) -> tuple[str, ...]:

@@ -16,7 +16,6 @@ from stratavit.architecture import resolve_data_config
 from stratavit.budget import human
 from stratavit.data import image_loader
 from stratavit.devices import pick_device
-from stratavit.errors import StrataViTError
 from stratavit.export import SUFFIXES
 from stratavit.export import export as export_model
 from stratavit.folders import check_free
@@ -94,9 +93,7 @@ def export(args: Namespace) -> Outcome:
 
 def push(args: Namespace) -> Outcome:
     """SMALL or RUN to the hub, or to a folder that shows what would go there."""
-    points = report.read_csv(Path(args.curve) / "curve.csv") if args.curve is not None else []
-    if args.curve is not None and not points:
-        raise StrataViTError(f"{args.curve} holds no curve.csv; make one with `stratavit curve`")
+    points = report.points_in(args.curve) if args.curve is not None else []
     if args.dry_run is not None:
         hub.write_upload(
             args.target, args.dry_run, args.repo, points, args.license, not args.no_moments, args.overwrite

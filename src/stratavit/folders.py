@@ -69,6 +69,53 @@ def check_free(path: str | Path, overwrite: bool) -> Path:
     return path
 
 
+def write_file(path: str | Path, content: bytes, overwrite: bool = False) -> Path:
+    """Writes one file whole or not at all: a temporary one beside it, then a rename.
+
+    Raises:
+        ArtifactError: `path` is taken, or cannot be written (disk full, no permission).
+    """
+    path = check_free_file(path, overwrite)
+    temporary: Path | None = None
+    new_parents = [parent for parent in path.absolute().parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
+        temporary = Path(name)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        open_to_others(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {_reason(error)}; nothing was left there") from error
+    finally:
+        with suppress(OSError):
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+        if not path.exists():
+            for parent in new_parents:
+                with suppress(OSError):
+                    parent.rmdir()
+    return path
+
+
+def check_free_file(path: str | Path, overwrite: bool) -> Path:
+    """The path, if a file may be written there; worth asking before long work.
+
+    Raises:
+        ArtifactError: It is a folder, or a file while `overwrite` is off.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise ArtifactError(f"{path} is a folder; give a file to write to")
+        if path.exists() and not overwrite:
+            raise ArtifactError(f"{path} exists; give another file or ask to overwrite (--overwrite)")
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {_reason(error)}") from error
+    return path
+
+
 def open_to_others(path: Path) -> None:
     """Gives a private temporary file, or a folder and its files, the permissions that the user's umask asks for."""
     umask = os.umask(0)

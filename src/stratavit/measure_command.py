@@ -89,6 +89,20 @@ def curve(args: Namespace) -> commands.Outcome:
     out = args.out or f"{str(args.run).rstrip('/')}-curve"
     check_free(out, args.overwrite)
     net = SuperNet.load(args.run, pick_device(args.device))
+    points = measured(args, net)
+    write_curve(points, out, report.title_of(net), args.overwrite)
+    return {"points": [vars(point) for point in points], "folder": str(out)}, [
+        report.table(points),
+        f"wrote {out}/curve.csv and curve.png",
+    ]
+
+
+def measured(args: Namespace, net: SuperNet) -> list[report.Point]:
+    """The accuracy of a super-network along the ladder, as the options of `add_judge_options` and ``--shares`` say.
+
+    Raises:
+        BudgetError: No share of the ladder is reachable.
+    """
     judge, classes = _judge(args, net, net.data_config)
     loader = commands.loader_of(args, net.data_config, "val", classes)
     points = report.curve(net, loader, args.shares, judge)
@@ -96,12 +110,7 @@ def curve(args: Namespace) -> commands.Outcome:
         raise BudgetError(
             f"none of the shares {', '.join(args.shares)} is reachable; `stratavit info {args.run}` tells the range"
         )
-    source = net.provenance.get("source", {}).get("model", net.description["architecture"])
-    write_curve(points, out, f"{source}, {net.method} method", args.overwrite)
-    return {"points": [vars(point) for point in points], "folder": str(out)}, [
-        report.table(points),
-        f"wrote {out}/curve.csv and curve.png",
-    ]
+    return points
 
 
 def write_curve(points: list[report.Point], out: str | Path, title: str, overwrite: bool) -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from stratavit.budget import human
-from stratavit.errors import ArtifactError
+from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.evaluate import Metrics, evaluate
 from stratavit.features import NEIGHBOURS, knn, zero_shot
 from stratavit.structure import classes_of
@@ -145,6 +145,25 @@ def read_csv(path: Path) -> list[Point]:
             return [Point(**{key: types[key](value) for key, value in row.items()}) for row in csv.DictReader(file)]
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
         raise ArtifactError(f"{path} is not a curve written by StrataViT ({error})") from error
+
+
+def points_in(folder: str | Path) -> list[Point]:
+    """The curve in a folder that `stratavit curve` wrote.
+
+    Raises:
+        StrataViTError: There is none.
+    """
+    points = read_csv(Path(folder) / "curve.csv")
+    if not points:
+        raise StrataViTError(f"{folder} holds no curve.csv; make one with `stratavit curve`")
+    return points
+
+
+def title_of(net: SuperNet) -> str:
+    """What a picture of a super-network is called: its source and its method."""
+    source = net.provenance.get("source")
+    name = source.get("model") if isinstance(source, Mapping) else source
+    return f"{name or net.description['architecture']}, {net.method} method"
 
 
 def plot(points: Sequence[Point], path: Path, title: str) -> None:

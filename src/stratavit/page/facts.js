@@ -1,0 +1,38 @@
+// Provenance and all else that is known, as a table; and the summary on top.
+const LONG = 160; // characters that a cell shows at once
+
+function cellOf(value) {
+  const flat = Array.isArray(value) && value.every((one) => one === null || typeof one !== "object");
+  const text = typeof value === "string" ? value : flat ? value.join(", ") : JSON.stringify(value);
+  if (text.length <= LONG) return [text === "null" ? "–" : text];
+  const about = Array.isArray(value) ? `${value.length} items` : typeof value === "object" ? `${Object.keys(value).length} entries` : `${text.length} characters`;
+  const whole = typeof value === "string" ? value : JSON.stringify(value, null, 1);
+  return [element("details", {}, element("summary", {}, about), element("pre", {}, whole))];
+}
+
+function startFacts() {
+  const body = at("facts").tBodies[0];
+  const row = (name, value) => body.append(element("tr", {}, element("th", { scope: "row" }, name), element("td", {}, ...cellOf(value))));
+  const section = (name) => body.append(element("tr", {}, element("th", { scope: "rowgroup", colspan: 2 }, name)));
+  for (const [name, value] of Object.entries(data.facts)) {
+    section(name);
+    if (value !== null && typeof value === "object" && !Array.isArray(value)) for (const [key, one] of Object.entries(value)) row(key, one);
+    else row("", value);
+  }
+  if (Object.keys(data.whole).length > 0) {
+    section("modules that are left whole");
+    for (const [name, reason] of Object.entries(data.whole)) row(name, reason);
+  }
+}
+
+function startSummary() {
+  const smallest = stops[stops.length - 1];
+  const cards = [
+    ["dense model", `${human(data.macs[0])} MACs`, `${human(data.params[0])} parameters`],
+    ["smallest size", `${human(data.macs[smallest])} MACs`, `${percent(shareOf(smallest))} of the dense model's`],
+    ["sizes", exact(stops.length), `along a list of ${exact(last)} entries`],
+    ["modules that are cut", exact(data.sites.length), `${data.method} method`],
+  ];
+  for (const [name, value, more] of cards)
+    at("summary").append(element("div", {}, element("dt", {}, name), element("dd", {}, value, element("small", {}, more))));
+}

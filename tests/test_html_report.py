@@ -1,0 +1,538 @@
+"""The HTML page: it holds the net's own numbers, asks no server, and shows what it holds, also of hostile strings."""
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+from importlib.resources import files
+
+import architectures
+import pytest
+import torch
+from helpers import CLASSES, PLAN, make_batches, make_net
+from PIL import Image
+
+import stratavit
+from stratavit import ArtifactError, Setting, StrataViTError, write_report
+from stratavit.cli import main
+from stratavit.html_report import SCRIPTS
+from stratavit.report import Point, curve, write_csv
+from stratavit.strata import Strata
+
+BATCHES = make_batches()
+FAST = ["--batch-size", "6", "--workers", "0"]
+QUICK = Setting(seconds=0.001)
+HOSTILE = (
+    "</script><script>window.owned = 1</script><img src=x onerror='window.owned = 1'>\"'&amp;<!-- \u2028\u2029 \ud800"
+)
+LONG = "unbroken" * 40
+NETS = ("plain", "paper", "short", "swin_tiny_patch4_window7_224", "vit_small_patch16_dinov3", "eva02_base_patch14_224")
+
+
+@pytest.fixture(scope="module", params=NETS)
+def any_net(request):
+    return net_of(request.param)
+
+
+def net_of(name):
+    """Nets of both methods, with a list that ends early, of stages, without a head, with modules left whole."""
+    if name == "plain":
+        return make_net("plain", stratified=True)
+    if name == "paper":
+        return make_net("plain", "paper", stratified=True)
+    if name == "short":
+        net = copy.deepcopy(make_net("plain", stratified=True))
+        net.strata = Strata(net.sites, net.strata.entries[:20])
+        return net
+    return stratavit.SuperNet(architectures.make(name)).contract(BATCHES).stratify(BATCHES, plan=PLAN).eval()
+
+
+@pytest.fixture(scope="module")
+def net():
+    return net_of("plain")
+
+
+@pytest.fixture(scope="module")
+def points(net):
+    return curve(net, BATCHES, ("1", "75%", "0.5"))
+
+
+def hostile_net():
+    net = copy.deepcopy(net_of("plain"))
+    net.provenance = {"source": {"model": HOSTILE, LONG: LONG}, HOSTILE: [HOSTILE] * 2, LONG: {HOSTILE: None}}
+    net.data_config = net.data_config | {"note": HOSTILE}
+    return net
+
+
+def data_of(page):
+    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    return json.loads(found)
+
+
+def spec_at(data, position):
+    """What the page computes, in Python."""
+    widths = {name: steps[-1] for name, _, steps, _ in data["sites"]}
+    names = list(widths)
+    for site, width in data["entries"][:position]:
+        widths[names[site]] = width
+    return widths
+
+
+def places(net):
+    """Positions to try: both ends and between, where the method may stop."""
+    stops = net.strata.group_ends() if net.method == "paper" else list(range(len(net.strata) + 1))
+    return [stops[i * (len(stops) - 1) // 4] for i in range(5)]
+
+
+# ---- what the page holds --------------------------------------------------------------------------------
+
+
+def test_every_position_is_the_nets(any_net, tmp_path):
+    data = data_of(write_report(any_net, tmp_path / "page.html").read_text())
+    assert len(data["macs"]) == len(data["params"]) == len(any_net.strata) + 1
+    for position in range(len(any_net.strata) + 1):
+        spec = any_net.spec(position=position)
+        assert spec_at(data, position) == spec
+        assert (data["macs"][position], data["params"][position]) == (any_net.macs(spec), any_net.params(spec))
+    assert data["stops"] == (any_net.strata.group_ends() if any_net.method == "paper" else None)
+    assert [site[:2] for site in data["sites"]] == [[site.name, site.kind] for site in any_net.sites]
+    assert data["whole"] == any_net.whole
+    assert data["points"] == []
+
+
+def test_points_and_facts(net, points, tmp_path):
+    data = data_of(write_report(net, tmp_path / "page.html", points, run="a b").read_text())
+    for shown, point in zip(data["points"], points, strict=True):
+        assert {key: shown[key] for key in vars(point)} == vars(point)
+        assert net.macs(net.spec(position=shown["position"])) == point.macs
+    assert data["facts"]["provenance: contract"] == net.provenance["contract"]
+    assert data["facts"]["versions"]["stratavit"] == stratavit.__version__
+    assert data["extract"] == "stratavit extract 'a b'"
+
+
+def test_the_same_page_twice(net, points, tmp_path):
+    pages = [write_report(net, tmp_path / name, points).read_bytes() for name in ("a", "b")]
+    assert pages[0] == pages[1]
+
+
+def test_a_loss_that_is_not_finite_is_left_out(net, points, tmp_path):
+    odd = [Point(**vars(points[0]) | {"loss": float("nan"), "top5": float("inf")})]
+    (shown,) = data_of(write_report(net, tmp_path / "page.html", odd).read_text())["points"]
+    assert (shown["loss"], shown["top5"], shown["top1"]) == (None, None, points[0].top1)
+
+
+def test_latency_is_timed_at_the_points(net, points, tmp_path):
+    data = data_of(write_report(net, tmp_path / "page.html", points, latency=QUICK).read_text())
+    assert all(point["ms"] > 0 for point in data["points"])
+    assert "batch 1, eager, float32, cpu" in data["latency"]
+
+
+class Parsed(HTMLParser):
+    """Elements of a page, and addresses in their attributes."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.addresses = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "action", "data", "srcset")]
+
+
+def test_the_page_names_no_address(net, points, tmp_path):
+    text = write_report(net, tmp_path / "page.html", points).read_text()
+    assert Parsed(text).addresses == ["data:,"]
+    assert "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:" in text
+    outside = [address for address in re.findall(r"\w+://[^\s\"')]+", text) if "www.w3.org/2000/svg" not in address]
+    assert outside == []
+    assert "url(" not in text
+    assert "@import" not in text
+
+
+def test_hostile_strings_stay_strings(net, points, tmp_path):
+    odd = [Point(**vars(points[0]) | {"asked": HOSTILE})]
+    text = write_report(hostile_net(), tmp_path / "page.html", odd, HOSTILE, run=HOSTILE).read_text(encoding="utf-8")
+    plain = write_report(net, tmp_path / "plain.html", points).read_text()
+    assert Parsed(text).tags == Parsed(plain).tags
+    embedded = re.findall(r'id="data">(.*?)</script>', text, re.DOTALL)[0]
+    assert not set("<>&\u2028\u2029") & set(embedded)
+    assert data_of(text)["facts"]["provenance: source"]["model"] == HOSTILE
+    assert data_of(text)["points"][0]["asked"] == HOSTILE
+
+
+def test_places_in_the_data_are_not_filled(net, tmp_path):
+    data = data_of(write_report(net, tmp_path / "page.html", title="{{data}} {{script}}").read_text())
+    assert data["title"] == "{{data}} {{script}}"
+
+
+def test_its_parts_are_in_the_package():
+    folder = files("stratavit").joinpath("page")
+    assert {part.name for part in folder.iterdir()} == {"page.html", "page.css", *SCRIPTS}
+
+
+# ---- what is refused ------------------------------------------------------------------------------------
+
+
+def test_without_a_list(tmp_path):
+    with pytest.raises(StrataViTError, match="stratify"):
+        write_report(make_net("plain"), tmp_path / "page.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_curve_of_another_network(net, points, tmp_path):
+    other = [Point(**vars(points[0]) | {"macs": points[0].macs + 1})]
+    with pytest.raises(StrataViTError, match="not of this super-network"):
+        write_report(net, tmp_path / "page.html", other)
+    with pytest.raises(StrataViTError, match="percent"):
+        write_report(net, tmp_path / "page.html", [Point(**vars(points[0]) | {"top1": float("nan")})])
+
+
+def test_nothing_to_time(net, tmp_path):
+    with pytest.raises(StrataViTError, match="give points"):
+        write_report(net, tmp_path / "page.html", latency=QUICK)
+
+
+def test_a_provenance_that_json_does_not_have(net, tmp_path):
+    odd = copy.deepcopy(net)
+    for value in (float("nan"), object(), {1: {2}}):
+        odd.provenance = {"odd": value}
+        with pytest.raises(ArtifactError, match="JSON cannot"):
+            write_report(odd, tmp_path / "page.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_taken_files(net, tmp_path):
+    page = write_report(net, tmp_path / "new" / "page.html")
+    before = page.read_bytes()
+    with pytest.raises(ArtifactError, match="--overwrite"):
+        write_report(net, page, title="another")
+    assert page.read_bytes() == before
+    with pytest.raises(ArtifactError, match="is a folder"):
+        write_report(net, tmp_path / "new", overwrite=True)
+    assert write_report(net, page, title="another", overwrite=True).read_bytes() != before
+    with pytest.raises(ArtifactError, match="cannot write"):
+        write_report(net, page / "below.html")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["page.html"]
+
+
+# ---- the command ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def work(net, points, tmp_path_factory):
+    """A saved net, its curve and images."""
+    folder = tmp_path_factory.mktemp("report")
+    net.save(folder / "run")
+    (folder / "curve").mkdir()
+    write_csv(points, folder / "curve" / "curve.csv")
+    generator = torch.Generator().manual_seed(0)
+    for split in ("train", "val"):
+        for name in range(CLASSES):
+            (folder / "data" / split / str(name)).mkdir(parents=True)
+            pixels = torch.randint(0, 256, (32, 32, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / "data" / split / str(name) / "a.png")
+    return folder
+
+
+def answer(capsys, arguments):
+    assert main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_command_with_a_curve(work, points, tmp_path, capsys):
+    told = answer(capsys, ["report", work / "run", "--curve", work / "curve", "--out", tmp_path / "page.html"])
+    data = data_of((tmp_path / "page.html").read_text())
+    assert told == {
+        "file": str(tmp_path / "page.html"),
+        "bytes": (tmp_path / "page.html").stat().st_size,
+        "sizes": len(data["macs"]),
+        "points": len(points),
+    }
+    assert [point["top1"] for point in data["points"]] == [point.top1 for point in points]
+
+
+def test_command_without_accuracy_writes_beside_the_run(work, capsys):
+    assert main(["report", f"{work / 'run'}/"]) == 0
+    assert "--data DIR adds accuracy" in capsys.readouterr().out
+    assert data_of((work / "run-report.html").read_text())["points"] == []
+
+
+def test_command_measures_as_curve_does(work, tmp_path, capsys):
+    options = ["--data", work / "data", "--shares", "1,0.6", *FAST]
+    expected = answer(capsys, ["curve", work / "run", "--out", tmp_path / "curve", *options])["points"]
+    answer(capsys, ["report", work / "run", "--out", tmp_path / "a.html", "--latency", "--threads", 1, *options])
+    found = data_of((tmp_path / "a.html").read_text())["points"]
+    assert [{key: point[key] for key in expected[0]} for point in found] == expected
+    assert all(point["ms"] > 0 for point in found)
+    assert answer(capsys, ["report", work / "run", "--out", tmp_path / "b.html", "--knn", 3, *options])["points"] == 2
+
+
+def test_command_on_a_net_without_a_head(work, tmp_path, capsys):
+    net_of("vit_small_patch16_dinov3").save(tmp_path / "run")
+    options = ["--data", work / "data", "--shares", "1", *FAST, "--out", tmp_path / "page.html"]
+    assert main([str(part) for part in ["report", tmp_path / "run", *options]]) == 2
+    assert "--knn" in capsys.readouterr().err
+    assert answer(capsys, ["report", tmp_path / "run", *options, "--knn", 3])["points"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--curve", "."], "holds no curve.csv; make one with `stratavit curve`"),
+        (["--curve", "curve", "--data", "data"], "give one of them"),
+        (["--knn"], "give --data"),
+        (["--latency"], "give --curve or --data"),
+        (["--curve", "curve", "--latency", "--runtime", "onnx", "--dtype", "float16"], "float32 only"),
+        (["--out", "data"], "is a folder"),
+        (["--out", "curve/curve.csv"], "--overwrite"),
+    ],
+)
+def test_bad_commands(work, capsys, monkeypatch, options, expected):
+    monkeypatch.chdir(work)
+    before = sorted(work.iterdir())
+    out = [] if "--out" in options else ["--out", "x.html"]
+    assert main(["report", "run", *out, *options]) == 2
+    line = capsys.readouterr().err
+    assert expected in line
+    assert len(line.strip().splitlines()) == 1
+    assert sorted(work.iterdir()) == before
+
+
+# ---- in a browser ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def look(browser, tmp_path):
+    """Opens a report; afterwards there must have been no error, no message, no dialog and no request."""
+    opened = []
+
+    def open_page(net, points=(), width=1000, scheme="light", **options):
+        file = write_report(net, tmp_path / f"{len(opened)}.html", points, **options)
+        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        page = context.new_page()
+        seen = []
+        for event in ("console", "pageerror", "dialog", "request"):
+            page.on(event, lambda what, event=event: seen.append((event, getattr(what, "url", str(what)))))
+        page.goto(file.as_uri())
+        opened.append((context, file, seen))
+        return page
+
+    yield open_page
+    for context, file, seen in opened:
+        context.close()
+        assert [what for what in seen if what[0] != "request" or not what[1].startswith("data:")] == [
+            ("request", file.as_uri())
+        ]
+
+
+def texts(page):
+    """The numbers that the page shows."""
+    number = {name: int(page.text_content(f"#{name}").replace(",", "")) for name in ("position", "macs", "params")}
+    kept = page.eval_on_selector_all("[data-site]", "all => all.map(e => [e.dataset.site, e.textContent])")
+    return number, {name: tuple(map(int, text.split(" of "))) for name, text in kept}
+
+
+def check(page, net, position):
+    number, kept = texts(page)
+    spec = net.spec(position=position)
+    assert number == {"position": position, "macs": net.macs(spec), "params": net.params(spec)}
+    assert kept == {site.name: (spec[site.name], site.width) for site in net.sites}
+    assert f"--position {position} " in page.text_content("#command")
+    share = f"{100 * net.macs(spec) / net.macs():.1f} % of the MACs"
+    assert page.get_attribute("#slider", "aria-valuetext").startswith(share)
+
+
+def move(page, value):
+    page.eval_on_selector(
+        "#slider", "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')); }", value
+    )
+
+
+@pytest.mark.browser
+def test_the_slider_agrees_with_python(any_net, look):
+    page = look(any_net)
+    stops = any_net.strata.group_ends() if any_net.method == "paper" else list(range(len(any_net.strata) + 1))
+    assert int(page.get_attribute("#slider", "max")) == len(stops) - 1
+    for position in places(any_net):
+        move(page, len(stops) - 1 - stops.index(position))
+        check(page, any_net, position)
+
+
+@pytest.mark.browser
+def test_the_slider_by_keyboard(net, look):
+    page = look(net)
+    start = texts(page)[0]["position"]
+    assert start == net.budget(macs=0.5).position
+    page.focus("#slider")
+    for key, position in (
+        ("ArrowRight", start - 1),
+        ("ArrowLeft", start),
+        ("ArrowLeft", start + 1),
+        ("Home", len(net.strata)),
+        ("End", 0),
+    ):
+        page.keyboard.press(key)
+        check(page, net, position)
+
+
+@pytest.mark.browser
+def test_a_share_is_a_budget(net, look):
+    page = look(net)
+    for percent in ("77.7", "50", "33.3", "100"):
+        page.fill("#share", percent)
+        check(page, net, net.budget(macs=f"{percent}%").position)
+    page.fill("#share", "0.1")
+    check(page, net, len(net.strata))
+    page.focus("#slider")
+    low = net.budget(macs=1.0).low
+    assert page.input_value("#share") == f"{100 * low / net.macs():.1f}"
+
+
+@pytest.mark.browser
+def test_the_curve(net, points, look):
+    page = look(net, points, latency=QUICK)
+    data = page.evaluate("JSON.parse(document.getElementById('data').textContent)")
+    assert page.locator(".point").count() == len(points)
+    for axis, title in (("params", "parameters"), ("ms", "milliseconds per batch"), ("macs", "MACs per image")):
+        page.check(f"input[value={axis}]")
+        assert title in page.get_attribute("#curve svg", "aria-label")
+        place = [float(x) for x in page.eval_on_selector_all(".dot", "all => all.map(e => e.getAttribute('cx'))")]
+        value = [point[axis] for point in data["points"]]
+        assert all(x - 44 == pytest.approx((place[0] - 44) * v / value[0]) for x, v in zip(place, value, strict=True))
+        assert page.eval_on_selector(".here", "line => line.style.display") == ("none" if axis == "ms" else "")
+    for shown, point in zip(data["points"], points, strict=True):
+        dot = page.locator(f".point[data-position='{shown['position']}']")
+        dot.hover()
+        lines = page.inner_text("#tip").splitlines()
+        assert lines[:2] == [f"top-1 {point.top1:.2f} %", f"MACs {point.macs:,} ({point.share:.1%})".replace("%", " %")]
+        assert lines[2] == f"parameters {point.params:,}"
+        assert f"{shown['ms']:.2f} ms" in lines
+        assert f"loss {point.loss:.3f}" in lines
+        dot.click()
+        check(page, net, shown["position"])
+        assert page.text_content("#nearest").startswith(f"top-1 {point.top1:.2f} %")
+        assert page.text_content("#nearest-more") == "exactly this size"
+    page.mouse.move(0, 0)
+    assert page.is_hidden("#tip")
+    rows = page.eval_on_selector_all("#curve-table tbody tr", "all => all.map(e => e.children[5].textContent)")
+    assert rows == [f"{point.top1:.2f}" for point in points]
+
+
+@pytest.mark.browser
+def test_the_mark_stays_inside_where_only_small_sizes_were_measured(net, points, look):
+    page = look(net, points[-1:])
+    for axis in ("macs", "params"):
+        page.check(f"input[value={axis}]")
+        move(page, len(net.strata))
+        mark, svg = (page.locator(name).bounding_box() for name in (".here", "#curve svg"))
+        assert svg["x"] < mark["x"] <= svg["x"] + svg["width"]
+
+
+@pytest.mark.browser
+def test_points_by_keyboard(net, points, look):
+    page = look(net, points)
+    assert page.locator("input[value=ms]").count() == 0
+    page.focus(f".point[data-position='{net.budget(macs=0.75).position}']")
+    page.wait_for_selector("#tip", state="visible")
+    page.keyboard.press("Enter")
+    check(page, net, net.budget(macs=0.75).position)
+
+
+@pytest.mark.browser
+def test_the_nearest_point_is_not_a_blend(net, points, look):
+    page = look(net, points)
+    for position in range(0, len(net.strata) + 1, 7):
+        move(page, len(net.strata) - position)
+        macs = net.macs(net.spec(position=position))
+        away = {point.top1: abs(point.macs - macs) for point in reversed(points)}
+        assert page.text_content("#nearest") in [
+            f"top-1 {top1:.2f} %" for top1, far in away.items() if far == min(away.values())
+        ]
+
+
+@pytest.mark.browser
+def test_the_heat_map(any_net, look):
+    """Every unit of some rows, by pointer; the tip names when it leaves, and the colours are as the legend says."""
+    page = look(any_net, width=1400)
+    gone = {}
+    widths = dict(any_net.resolve(None))
+    for number, entry in enumerate(any_net.strata.entries, 1):
+        steps = next(site.steps for site in any_net.sites if site.name == entry.site)
+        for step in [step for step in steps if entry.width <= step < widths[entry.site]]:
+            gone[entry.site, step] = number
+        widths[entry.site] = entry.width
+    page.locator("#heat").scroll_into_view_if_needed()
+    names = page.eval_on_selector_all("#heat-names div", "all => all.map(e => e.textContent)")
+    assert names == [site.name for site in any_net.sites]
+    box = page.locator("#heat").bounding_box()
+    height = box["height"] / len(any_net.sites)
+    for row in (0, len(any_net.sites) - 1):
+        site = any_net.sites[row]
+        units = len(site.steps) - 1
+        for unit in range(0, units, 1 + units // 8):
+            page.mouse.move(box["x"] + (unit + 0.5) / units * box["width"], box["y"] + (row + 0.5) * height)
+            when = gone.get((site.name, site.steps[unit]))
+            told = page.inner_text("#tip")
+            assert told.startswith(f"{site.name}, unit {unit + 1} of {units}\n")
+            assert f": {site.steps[unit]} to {site.steps[unit + 1] - 1}\n" in told
+            assert ("never leaves" if when is None else f"position {when} of {len(any_net.strata)},") in told
+    count = sum(len(site.steps) - 1 for site in any_net.sites) - len(gone)
+    assert f"never ({count} unit" in page.text_content("#heat-legend")
+    purple = page.evaluate(
+        """() => {
+            const { width, height } = document.getElementById("heat");
+            const rgba = document.getElementById("heat").getContext("2d").getImageData(0, 0, width, height).data;
+            for (let i = 0; i < rgba.length; i += 4)
+                if (rgba[i] === 192 && rgba[i + 1] === 68 && rgba[i + 2] === 143) return true;
+            return false;
+        }"""
+    )
+    assert purple == (count > 0)
+
+
+@pytest.mark.browser
+def test_the_heat_map_by_keyboard(net, look):
+    page = look(net)
+    page.focus("#heat")
+    for key, expected in (("ArrowDown", 0), ("ArrowDown", 1), ("ArrowRight", 1), ("ArrowUp", 0)):
+        page.keyboard.press(key)
+        assert page.text_content("#heat-status").startswith(f"{net.sites[expected].name}, unit ")
+
+
+@pytest.mark.browser
+def test_sizes_only(net, look):
+    page = look(net, run="my run")
+    note = page.text_content("#curve-note")
+    assert "stratavit curve 'my run' --data DIR --out curve" in note
+    assert "stratavit report 'my run' --curve curve" in note
+    assert page.is_hidden("#axes")
+    assert page.text_content("#nearest") == "none"
+
+
+@pytest.mark.browser
+def test_hostile_strings_are_shown_as_they_are(points, look):
+    odd = [Point(**vars(point) | {"asked": HOSTILE}) for point in points]
+    page = look(hostile_net(), odd, title=HOSTILE, run=HOSTILE)
+    shown = HOSTILE.replace("\ud800", "?")
+    assert page.title().startswith("</script><script>window.owned = 1</script><img")
+    assert page.text_content("#title") == shown
+    assert "</script><script>" in page.text_content("#facts")
+    page.hover(".point >> nth=0")
+    assert "onerror=" in page.inner_text("#tip")
+    assert page.evaluate("window.owned === undefined && document.images.length === 0")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("name", ["plain", "swin_tiny_patch4_window7_224", "hostile"])
+def test_narrow_windows(name, points, look):
+    hostile = name == "hostile"
+    net = hostile_net() if hostile else net_of(name)
+    odd = [Point(**vars(point) | {"asked": LONG}) for point in points] if name != "swin_tiny_patch4_window7_224" else []
+    page = look(net, odd, width=400, scheme="dark", title=LONG if hostile else None, run=LONG if hostile else "run")
+    page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    outside = page.eval_on_selector_all(
+        "main *", "all => all.filter(e => !e.closest('.scroll') && e.getBoundingClientRect().right > 400.5).length"
+    )
+    assert outside == 0
