@@ -48,7 +48,8 @@ def command(name: str, sub: argparse.ArgumentParser, summary: str) -> str:
         if group.title not in ("positional arguments", "options"):
             about = f": {group.description}" if group.description else ""
             text += f"\n{(group.title or '').capitalize()}{about}.\n"
-        text += "\n| | |\n|---|---|\n" + "\n".join(rows) + "\n"
+        what = "option | what it does" if group.title != "positional arguments" else "argument | what it is"
+        text += f"\n| {what} |\n|---|---|\n" + "\n".join(rows) + "\n"
     return text
 
 
@@ -65,7 +66,7 @@ def row(action: argparse.Action) -> str:
     if action.required and action.option_strings:
         about += " (required)"
     cells = (f"`{shown}`", about)
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(cell.replace("|", " or ") for cell in cells) + " |"  # a bar would end the cell
 
 
 def _metavar(action: argparse.Action) -> str:
