@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs docs-serve clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml
@@ -23,5 +23,11 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/installed  ## the documentation as a site, warnings are errors
+	$(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(VENV)/installed
+	$(BIN)/python -m mkdocs serve
+
 clean:
-	rm -rf $(VENV) stratavit-demo
+	rm -rf $(VENV) stratavit-demo site

@@ -1,5 +1,6 @@
 """Every command and code block in README and docs is true today."""
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -13,11 +14,13 @@ from helpers import make_images, make_net
 
 import stratavit
 from stratavit.cli import parser
+from stratavit.recipe import Recipe, read_toml
 
 ROOT = Path(__file__).parents[1]
 IMAGES = make_images(2, seed=9)
 MIXED = {"blocks.0.attn": 4, "blocks.0.mlp": 0, "blocks.1.attn": 0, "blocks.1.mlp": 33}
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+STRATAVIT = re.compile(r"(accelerate launch|torchrun) [^\n]*?-m stratavit ")
 BLOCK = re.compile(r"(?P<note><!-- not run: [^\n]+ -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", re.DOTALL)
 BLOCKS = [(page, match) for page in PAGES for match in BLOCK.finditer(page.read_text(encoding="utf-8"))]
 
@@ -37,12 +40,24 @@ def test_python_blocks(match, tmp_path):
 @pytest.mark.parametrize("match", named("console"))
 def test_command_lines(match):
     for line in match["code"].splitlines():
-        command, *arguments = shlex.split(line)
+        command, *arguments = shlex.split(STRATAVIT.sub("stratavit ", line))
         if command == "stratavit":
             assert parser().parse_args(arguments).run_command
+        elif command == "pip":
+            assert re.fullmatch(r"install \.(\[[a-z,]+\])?", " ".join(arguments))
+            for extra in re.findall(r"[a-z]+(?=[,\]])", arguments[1]):
+                assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
         else:
             assert command == "make"
             assert f"\n{arguments[0]}:" in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.parametrize("match", named("toml"))
+def test_recipes(match, tmp_path):
+    (tmp_path / "recipe.toml").write_text(match["code"], encoding="utf-8")
+    keys = read_toml(tmp_path / "recipe.toml")
+    assert keys
+    assert Recipe.from_dict(keys).to_dict().items() >= keys.items()
 
 
 def test_the_loader_without_this_library(tmp_path):
@@ -73,7 +88,7 @@ def test_the_loader_without_this_library(tmp_path):
 
 def test_every_block_is_checked():
     """No block escapes the tests above by its language or by a reason that they cannot read."""
-    assert {match["language"] for _, match in BLOCKS} == {"python", "console"}
+    assert {match["language"] for _, match in BLOCKS} == {"python", "console", "toml"}
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         notes = [match for found, match in BLOCKS if found == page and match["note"]]
@@ -85,3 +100,45 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_commands_of_benchmarks_exist():
+    """Every `python PATH` that a page names is a script of the repository."""
+    named_scripts = {name for page in PAGES for name in re.findall(r"`python ([\w/]+\.py)", page.read_text("utf-8"))}
+    assert len(named_scripts) > 10
+    assert not [name for name in named_scripts if not (ROOT / name).exists()]
+
+
+def test_every_public_name_is_in_the_reference():
+    """Once each; a function named like its module is found inside it."""
+    assert sorted(path.rpartition(".")[2] for path in reference()) == sorted(stratavit.__all__)
+    for path in reference():
+        assert path.removeprefix("stratavit.") in (name := path.rpartition(".")[2], f"{name}.{name}")
+
+
+def reference():
+    return re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_the_command_line_reference_is_current():
+    script = ROOT / "docs/tools/cli_page.py"
+    spec = importlib.util.spec_from_file_location("cli_page", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), f"run: python {script.relative_to(ROOT)}"
+
+
+def test_the_site_builds(tmp_path):
+    """With warnings as errors: links, anchors, navigation and the reference; and it needs no network to be read."""
+    for package in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(package)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for page in (ROOT / "docs").rglob("*.md"):
+        html = (tmp_path / "site" / page.relative_to(ROOT / "docs")).with_suffix(".html").read_text(encoding="utf-8")
+        loaded = re.findall(r"<(?:script|img|iframe)[^>]* src=[\"']?([^\"' >]+)", html)
+        loaded += re.findall(r"<link[^>]* rel=[\"']?(?:stylesheet|icon|preload)[^>]* href=[\"']?([^\"' >]+)", html)
+        assert not [address for address in loaded if address.startswith(("http:", "https:", "//"))], page.name
+    html = (tmp_path / "site/api.html").read_text(encoding="utf-8")
+    assert all(f'id="{path}"' in html for path in reference())
