@@ -16,7 +16,7 @@ from stratavit import SuperNet
 from stratavit.architecture import describe
 from stratavit.cost import linear_macs
 from stratavit.distance import distance
-from stratavit.foreign import tensor_of
+from stratavit.equivalent import tensor_of
 from stratavit.structure import classes_of
 
 pytestmark = pytest.mark.parametrize("name", architectures.ALL)

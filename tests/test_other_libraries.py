@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import stratavit
 from stratavit import ArtifactError, StrataViTError
 from stratavit.cli import main
-from stratavit.foreign import tensor_of
+from stratavit.equivalent import tensor_of
 from stratavit.hf_files import PROCESSOR, load_equivalent
 from stratavit.zoo import model_at
 
@@ -190,3 +190,155 @@ def test_the_names_are_torchvisions():
     from stratavit.torchvision_models import NAMES
 
     assert sorted(NAMES) == sorted(name for name in torchvision.models.list_models() if name.startswith("vit_"))
+
+
+CONFIG = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+
+
+def sliced(name, **options):
+    """A small model of a class of transformers."""
+    source = architectures.make(name)
+    net = stratavit.SuperNet(source, **options).contract([make_images()]).eval()
+    return net.extract(spec={site.name: max(1, site.width // 2) for site in net.sites}, verbose=False)
+
+
+@pytest.mark.parametrize("name", [HEADED, "Dinov2Model", "CLIPVisionModel"])
+def test_a_small_model_keeps_what_was_said_of_it(name, tmp_path):
+    """Data configuration, provenance and embedding pass through files, timm's form and a second conversion."""
+    small = sliced(name, data_config=CONFIG, embedding=True)
+    stratavit.save(small, tmp_path / "small")
+    for model in (stratavit.as_timm(small), stratavit.load(tmp_path / "small"), stratavit.SuperNet(small)):
+        assert model.data_config.items() >= CONFIG.items()
+        assert model.embedding
+    assert small.provenance
+    assert stratavit.load(tmp_path / "small").provenance == small.provenance
+
+
+def test_attention_stays_eager():
+    source = architectures.make(HEADED)
+    source.set_attn_implementation("eager")
+    small = stratavit.SuperNet(source).extract(spec={"blocks.1.attn": 0}, verbose=False)
+    assert len(small(make_images(1), output_attentions=True).attentions) == 1  # one of two layers has attention left
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("SwinForImageClassification", {"hidden_act": "relu"}),
+        ("SwinForImageClassification", {"image_size": 36}),
+        ("SwinForImageClassification", {"window_size": 6}),
+    ],
+)
+def test_what_timm_computes_otherwise_is_refused(name, change):
+    import transformers
+
+    config = architectures.make(name).config.to_dict() | change
+    kind = getattr(transformers, name)
+    with pytest.raises(StrataViTError, match="cannot cut this Swin"):
+        stratavit.as_timm(enliven(kind(kind.config_class.from_dict(config))).eval())
+
+
+@pytest.mark.parametrize("name", architectures.TRANSFORMERS)
+@pytest.mark.parametrize("gone", ["attn", "mlp"])
+def test_transformers_alone_does_not_fill_cut_modules_at_random(name, gone, tmp_path):
+    """Its own loader refuses the folder, though all the tensors that are left have their stock shape."""
+    net = stratavit.SuperNet(architectures.make(name))
+    site = [site.name for site in net.sites if site.name.endswith(gone)][-1]
+    small = net.extract(spec={site: 0}, verbose=False)
+    small.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        type(small).from_pretrained(tmp_path)
+    with torch.no_grad():
+        images = make_images(2)
+        assert torch.equal(tensor_of(stratavit.load_transformers(tmp_path)(images)), tensor_of(small(images)))
+
+
+def test_a_new_head_is_loaded_and_exported(folders, images, tmp_path):
+    pytest.importorskip("accelerate")
+    few = tmp_path / "few"
+    for name in ("0", "1"):
+        shutil.copytree(images / "train" / name, few / "train" / name)
+    stratavit.save(sliced(HEADED), tmp_path / "small")
+    short = ["--epochs", "1", "--batch-size", "2", "--workers", "0", "--device", "cpu", "--tracker", "none"]
+    command = ["finetune", str(tmp_path / "small"), "--new-head", "--data", str(few), "--out", str(tmp_path / "tuned")]
+    assert main([*command, *short]) == 0
+    tuned = stratavit.load(tmp_path / "tuned")
+    assert tuned.config.num_labels == 2
+    assert main(["export", str(tmp_path / "tuned"), "--format", "transformers"]) == 0
+
+
+def test_finetune_and_knn_take_models_of_transformers():
+    pytest.importorskip("accelerate")
+    small = sliced(HEADED)
+    data = torch.utils.data.TensorDataset(make_images(8), torch.arange(8) % CLASSES)
+    recipe = {"epochs": 1, "batch_size": 4, "workers": 0, "tracker": "none", "repeats": 1}
+    tuned = stratavit.finetune(small, data, config=recipe, cpu=True)
+    assert type(tuned) is type(small)
+    assert tuned.config.stratavit == small.config.stratavit
+    assert stratavit.knn(small, [data[:]], [data[:]], k=1).top1 == 100
+
+
+DINO = {"image_processor_type": "BitImageProcessor", "do_resize": True, "do_center_crop": True, "do_normalize": True}
+DINO |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 3, "do_rescale": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        (
+            "Dinov2Model",
+            DINO | {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}},
+            {"input_size": (3, 16, 16), "crop_pct": 16 / 20, "crop_mode": "center"},
+        ),
+        (
+            "DeiTForImageClassification",
+            DINO
+            | {"image_processor_type": "DeiTImageProcessor", "size": {"height": 36, "width": 36}}
+            | {"crop_size": {"height": 32, "width": 32}},
+            {"input_size": (3, 32, 32), "crop_mode": "squash"},
+        ),
+        (
+            "CLIPVisionModel",
+            DINO | {"image_processor_type": "CLIPImageProcessor", "size": 32, "crop_size": 32},
+            {"crop_pct": 1.0, "crop_mode": "center"},
+        ),
+        (
+            HEADED,
+            {"image_processor_type": "ViTImageProcessor", "size": 32, "do_normalize": False},
+            {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "crop_mode": "squash"},
+        ),
+    ],
+)
+def test_images_are_prepared_as_the_processor_does(folders, tmp_path, name, settings, expected):
+    import transformers
+    from timm.data import create_transform
+
+    shutil.copytree(folders / name, tmp_path / "source")
+    (tmp_path / "source" / PROCESSOR).write_text(json.dumps(settings))
+    config = load_equivalent(tmp_path / "source").data_config
+    assert config.items() >= expected.items()
+    smooth = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 6), (48, 48), mode="bicubic").clamp(0, 1)
+    image = Image.fromarray((255 * smooth[0].permute(1, 2, 0)).byte().numpy())
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "source")
+    theirs = processor(image, return_tensors="pt")["pixel_values"][0]
+    ours = create_transform(**config, is_training=False)(image)
+    assert ours.shape == theirs.shape
+    assert float((ours - theirs).abs().max()) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"do_resize": False}, "resized and rescaled"),
+        ({"do_rescale": False}, "resized and rescaled"),
+        ({"crop_size": {"height": 16, "width": 16}}, "makes images of 16 x 16, the model reads 32 x 32"),
+        ({"size": {"shortest_edge": 20}}, "larger than what it is cut from"),
+        ({"size": {"height": 64, "width": 40}}, "not the same part"),
+    ],
+)
+def test_a_processor_that_timm_has_no_words_for_is_refused(folders, tmp_path, change, words):
+    shutil.copytree(folders / HEADED, tmp_path / "source")
+    plain = DINO | {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
+    (tmp_path / "source" / PROCESSOR).write_text(json.dumps(plain | change))
+    with pytest.raises(ArtifactError, match=words):
+        load_equivalent(tmp_path / "source")

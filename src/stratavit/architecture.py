@@ -13,17 +13,18 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from timm.layers import DropPath, PatchDropout, get_norm_layer
+from timm.layers import DropPath, PatchDropout, PatchDropoutWithIndices, get_norm_layer
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
-from stratavit.errors import ArtifactError, UnsupportedModelError, one_line
+from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, one_line
 from stratavit.families import family_of, kind_of
 from stratavit.heads import ElasticBeit
 from stratavit.layers import build_layer, describe_layer
 from stratavit.plain import Constant, SplitAttention
 from stratavit.split_heads import ElasticSplit
 
+DATA_KEYS = {"input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode"}
 _ASIDE = {"training", "fused_attn", "grad_checkpointing", "data_config", "provenance", "init_values", "embedding"}
 
 
@@ -63,7 +64,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
             module = getattr(block, leaf)
             if _is_cut(module):
                 description["sites"][f"{block_name}.{leaf}"] = describe_layer(f"{block_name}.{leaf}", module)
-    other = difference(build(description, device="meta"), model)
+    bare = next(model.parameters()).is_meta  # then its buffers are nothing to compare with
+    other = difference(build(description, "meta", computed=not bare), model)
     if other:
         raise ArtifactError(f"cannot describe this model: {other} has a form that timm.create_model does not give")
     return description
@@ -77,12 +79,13 @@ def _is_cut(module: nn.Module) -> bool:
     return kind is not None and not issubclass(kind, ElasticSplit | ElasticBeit) and kind.refusal(module) is None
 
 
-def build(description: Mapping[str, Any], device: torch.device | str = "cpu") -> nn.Module:
+def build(description: Mapping[str, Any], device: torch.device | str = "cpu", computed: bool = True) -> nn.Module:
     """The architecture that `describe` wrote, with untrained weights, built by timm.
 
     Args:
         description: See `describe`.
         device: ``meta`` is without storage, for families that compute nothing when they are built; else it is the CPU.
+        computed: If not, ``meta`` is without storage for all families, buffers included.
 
     Raises:
         ArtifactError: The description is incomplete or timm cannot build it.
@@ -94,7 +97,7 @@ def build(description: Mapping[str, Any], device: torch.device | str = "cpu") ->
         if "norm_layer" in args:
             args["norm_layer"] = partial(get_norm_layer(args["norm_layer"]), eps=float(description["norm_eps"]))
         model: nn.Module = timm.create_model(description["architecture"], device=device, **args)
-        if torch.device(device).type == "meta" and family_of(model).has_buffers:
+        if torch.device(device).type == "meta" and computed and family_of(model).has_buffers:
             return build(description)
         model.embedding = bool(description.get("embedding", False))  # type: ignore[assignment]
         for name, numbers in description["sites"].items():
@@ -119,13 +122,14 @@ def width_of(module: Any) -> int:
 
 def difference(built: nn.Module, model: nn.Module) -> str | None:
     """Name of the first part in which two models differ, apart from dropout rates; None if alike."""
-    ours, theirs = _parts(built), _parts(model)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    ours, theirs = _parts(built, dtype), _parts(model, dtype)
     return next((name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)), None)
 
 
-def _parts(root: nn.Module) -> dict[str, str]:
+def _parts(root: nn.Module, dtype: torch.dtype) -> dict[str, str]:
     """What fixes a model's function but for its weights: every module, its plain attributes, and all shapes."""
-    transient = (nn.Dropout, DropPath, PatchDropout, nn.Identity)
+    transient = (nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices, nn.Identity)
     lines: dict[str, str] = {}
     for name, module in root.named_modules():
         if isinstance(module, transient):
@@ -135,9 +139,13 @@ def _parts(root: nn.Module) -> dict[str, str]:
         for key, value in vars(module).items():
             if key not in _ASIDE and not key.startswith("_") and _is_plain(value):
                 lines[f"{name}.{key}".lstrip(".")] = str(value)
-    for name, buffer in root.named_buffers():  # those that are not saved follow from the arguments, or differ
-        if not buffer.is_meta:
-            lines[name] = hashlib.blake2b(buffer.detach().double().cpu().numpy().tobytes()).hexdigest()
+    for name, module in root.named_modules():
+        for key in module._non_persistent_buffers_set:  # not saved: they follow from the arguments, or differ
+            buffer = getattr(module, key)
+            if buffer is not None and not buffer.is_meta:
+                rounded = buffer.detach().to(dtype) if buffer.is_floating_point() else buffer.detach()
+                content = rounded.double().cpu().numpy().tobytes()
+                lines[f"{name}.{key}".lstrip(".")] = hashlib.blake2b(content).hexdigest()
     return lines | {name: str(tuple(p.shape)) for name, p in root.named_parameters()}
 
 
@@ -145,6 +153,19 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(_is_plain(part) for part in value)
     return isinstance(value, int | float | str | bool)
+
+
+def merged_data_config(model: nn.Module, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The data configuration of a model, with what a user says in place of its own.
+
+    Raises:
+        StrataViTError: A key is none of those that timm has.
+    """
+    config = resolve_data_config(model)
+    unknown = sorted(set(given or {}) - set(config) - DATA_KEYS)
+    if unknown:
+        raise StrataViTError(f"data_config: {unknown[0]!r} is none of {', '.join(sorted(DATA_KEYS))}")
+    return config | dict(given or {})
 
 
 def resolve_data_config(model: nn.Module) -> dict[str, Any]:

@@ -212,6 +212,12 @@ def _load_model(content: Mapping[str, Any], folder: Path, device: torch.device |
     architecture_name = content["model"]["architecture"]
     model.pretrained_cfg = {"architecture": architecture_name}
     model.source_args = dict(content["model"]["args"])
+    dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
+    for module in model.modules():  # what is not saved was computed in float32
+        for key in module._non_persistent_buffers_set:
+            buffer = getattr(module, key)
+            if buffer is not None and buffer.is_floating_point():
+                setattr(module, key, buffer.to(dtype))
     loaded: nn.Module = model.to(device).eval()
     return loaded
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stratavit.batches import check_labels, unpack
+from stratavit.equivalent import tensor_of
 from stratavit.errors import StrataViTError
-from stratavit.foreign import tensor_of
 from stratavit.progress import track
 from stratavit.structure import classes_of, eval_mode, model_device, model_dtype
 

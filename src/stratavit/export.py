@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from stratavit.architecture import resolve_data_config
+from stratavit.equivalent import tensor_of
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.folders import open_to_others, write_folder
-from stratavit.foreign import as_timm, tensor_of
+from stratavit.foreign import as_timm
 from stratavit.hf_files import load_transformers, save_transformers
 from stratavit.structure import eval_mode, model_dtype
 

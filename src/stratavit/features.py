@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stratavit.batches import unpack
+from stratavit.equivalent import tensor_of
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.evaluate import Metrics, Tally
 from stratavit.folders import read_tensors
-from stratavit.foreign import tensor_of
+from stratavit.foreign import as_timm
 from stratavit.progress import track
 from stratavit.structure import classes_of, eval_mode, model_device, model_dtype
 
@@ -72,6 +73,7 @@ def knn(
     """
     if k < 1 or not temperature > 0:
         raise StrataViTError(f"knn: expected k of at least 1 and a temperature above 0, got {k!r} and {temperature!r}")
+    model = as_timm(model)
     with eval_mode(model):
         known = [(features(model, x, spec), y) for x, y in _labelled(bank, f"{description}, bank")]
         if not known:
@@ -121,7 +123,7 @@ def zero_shot(
     Raises:
         StrataViTError: Widths differ, or there are no images or labels.
     """
-    tally, rows = Tally(), F.normalize(embeddings.float(), dim=-1)
+    model, tally, rows = as_timm(model), Tally(), F.normalize(embeddings.float(), dim=-1)
     with eval_mode(model):
         for images, truth in _labelled(loader, description):
             found = features(model, images, spec)

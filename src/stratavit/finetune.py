@@ -23,6 +23,8 @@ from stratavit.checkpoint import SMALL_FILES, publish, put_weights, weights_of
 from stratavit.cost import linear_macs
 from stratavit.errors import StrataViTError
 from stratavit.evaluate import evaluate
+from stratavit.foreign import as_source, as_timm
+from stratavit.hf_models import is_transformers
 from stratavit.launch import Config, batches, folder_of, recipe_for, train
 from stratavit.recipe import FINETUNING, Recipe
 from stratavit.sampling import Drawn
@@ -60,7 +62,7 @@ def finetune(
         teacher: A model with the same classes whose answers are ``config.distil`` of every target.
 
     Returns:
-        `model`, in eval mode, with the weights that `Recipe.keep` names.
+        `model`, in eval mode, with the weights that `Recipe.keep` names; of transformers a new model of its class.
 
     Raises:
         StrataViTError: Bad data or recipe, a loss that is not finite (the last state stays), Accelerate is missing.
@@ -72,6 +74,7 @@ def finetune(
     if isinstance(config, Recipe):
         config = dataclasses.replace(config, mode="plain")
     recipe = recipe_for(config, out, resume, FINETUNING)
+    foreign, model = is_transformers(model), as_timm(model)
     architecture.describe(model)  # refused before any work if it could not be saved
     data_config = resolve_data_config(model)
 
@@ -82,7 +85,7 @@ def finetune(
     taught = None if teacher is None else Teacher.of(teacher, data_config)
     with folder_of(out) as folder:
         train(learner, model, train_data, recipe, folder, evaluation, resume, overwrite, cpu, taught)
-    return model
+    return as_source(model) if foreign else model
 
 
 class Plain(nn.Module):

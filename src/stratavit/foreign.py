@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from stratavit import hf_models, torchvision_models
 
@@ -30,12 +30,3 @@ def as_source(small: Any) -> nn.Module:
     origin = getattr(small, "origin", None)
     model: nn.Module = small if not origin else hf_models.from_timm(small, origin)
     return model
-
-
-def tensor_of(answer: Any) -> Tensor:
-    """The logits or features of a model's answer, be it a tensor or an output of transformers."""
-    if isinstance(answer, Tensor):
-        return answer
-    logits = getattr(answer, "logits", None)
-    found: Tensor = answer.pooler_output if logits is None else logits
-    return found

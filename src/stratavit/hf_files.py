@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ from stratavit.errors import ArtifactError, one_line
 from stratavit.folders import read_json
 from stratavit.hf_layouts import LAYOUTS
 from stratavit.hf_models import KEY, from_timm, library, resize, to_timm
+from stratavit.hf_processors import PROCESSOR, processor_of, read_processor
 
-CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
-_RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # timm's name -> Pillow's number
+CONFIG = "config.json"
 
 
 def is_folder_of_transformers(path: str | Path) -> bool:
@@ -62,54 +61,20 @@ def save_transformers(model: nn.Module, path: str | Path) -> None:
         model: With an ``origin``, see `hf_models.to_timm`.
         path: A folder; files in it are replaced.
     """
-    transformers = library()
-    config = resolve_data_config(model)
-    height, width = config["input_size"][1:]
-    edge = math.floor(min(height, width) / config["crop_pct"])  # as timm does
-    squash = config["crop_mode"] == "squash"
-    processor = transformers.CLIPImageProcessor(
-        size={"height": height, "width": width} if squash else {"shortest_edge": edge},
-        do_center_crop=not squash,
-        crop_size={"height": height, "width": width},
-        resample=_RESAMPLING[config["interpolation"]],
-        image_mean=list(config["mean"]),
-        image_std=list(config["std"]),
-    )
     from_timm(model, model.origin).save_pretrained(path)  # type: ignore[arg-type]
-    processor.save_pretrained(path)
+    processor_of(resolve_data_config(model)).save_pretrained(path)
 
 
 def load_equivalent(path: str | Path) -> nn.Module:
     """timm's equivalent of the model in a folder of transformers, its images prepared as the processor there says.
 
     Raises:
-        ArtifactError: See `load_transformers`.
+        ArtifactError: See `load_transformers`; or the processor does what timm's preparation of images does not.
         UnsupportedModelError: See `hf_models.to_timm`.
     """
     model: Any = to_timm(load_transformers(path))
-    processor = Path(path) / PROCESSOR
-    if processor.is_file():
-        try:
-            model.data_config |= _data_config(read_json(processor), min(model.data_config["input_size"][1:]))
-        except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-            raise ArtifactError(f"{processor}: not the settings of an image processor ({error})") from error
+    if (Path(path) / PROCESSOR).is_file():
+        flexible = bool(getattr(model, "dynamic_img_size", False))
+        model.data_config |= read_processor(path, model.data_config["input_size"], flexible)
     made: nn.Module = model
     return made
-
-
-def _data_config(found: dict[str, Any], side: int) -> dict[str, Any]:
-    """timm's data configuration, as far as a processor tells it."""
-    names = {number: name for name, number in _RESAMPLING.items()}
-    edge = (found.get("size") or {}).get("shortest_edge")
-    config: dict[str, Any] = {
-        ours: tuple(float(number) for number in found[theirs])
-        for ours, theirs in (("mean", "image_mean"), ("std", "image_std"))
-        if found.get(theirs)
-    }
-    if found.get("resample") in names:
-        config["interpolation"] = names[found["resample"]]
-    if edge:
-        share = side / float(edge)
-        share = share if math.floor(side / share) == edge else math.nextafter(share, 0)
-        return config | {"crop_pct": share, "crop_mode": "center"}
-    return config | ({"crop_pct": 1.0, "crop_mode": "squash"} if found.get("size") else {})

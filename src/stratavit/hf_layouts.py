@@ -85,7 +85,7 @@ def activation(config: Any) -> str | None:
 
 
 def _dinov2(config: Any) -> dict[str, Any]:
-    args = _plain(config, init_values=1e-5)
+    args = _plain(config, init_values=1e-5, dynamic_img_size=True)  # published for 518 pixels, processed to 224
     if config.use_swiglu_ffn:
         hidden = (int(int(config.hidden_size * config.mlp_ratio) * 2 / 3) + 7) // 8 * 8
         args |= {"mlp_ratio": 2 * hidden / config.hidden_size, "act_layer": None}

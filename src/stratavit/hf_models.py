@@ -9,9 +9,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stratavit import architecture
+from stratavit.equivalent import check_equivalent
 from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, one_line
 from stratavit.hf_layouts import LAYOUTS, Layout
 from stratavit.hf_weights import blocks_of, load_state, mlp_layers, to_state
@@ -20,6 +22,7 @@ from stratavit.structure import model_device, model_dtype
 from stratavit.weights import load_weights
 
 KEY = "stratavit"  # of the configuration
+CARRIED = ("provenance", "data_config", "embedding")  # attributes that a small model keeps, whatever its class
 
 
 class ConstantAttention(Constant):
@@ -28,6 +31,17 @@ class ConstantAttention(Constant):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:  # type: ignore[override]
         """Tokens ``[B, N, C]`` to the same constant for each, and no attention weights."""
         return super().forward(hidden_states), None
+
+
+class Absent(nn.Module):
+    """A layer without outputs under a stock name.
+
+    transformers' own loader does not know of cut modules and would fill them with random weights; this it refuses.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(0, dim))
 
 
 def is_transformers(model: Any) -> bool:
@@ -59,6 +73,8 @@ def describe(model: Any) -> dict[str, Any]:
     name = type(model).__name__
     if name == "SwinForImageClassification" and abs(config.layer_norm_eps - 1e-5) > 1e-9:
         raise UnsupportedModelError(f"cannot cut this {name}: layer_norm_eps is {config.layer_norm_eps}, timm's 1e-5")
+    if name == "SwinForImageClassification" and config.hidden_act != "gelu":
+        raise UnsupportedModelError(f"cannot cut this {name}: hidden_act is {config.hidden_act!r}, timm's gelu")
     if getattr(config, "use_absolute_embeddings", False):
         raise UnsupportedModelError(f"cannot cut this {name}: absolute positions (use_absolute_embeddings)")
     if name == "SiglipVisionModel" and not getattr(config, "vision_use_head", True):
@@ -84,7 +100,7 @@ def to_timm(model: Any) -> nn.Module:
     came from.
 
     Raises:
-        UnsupportedModelError: See `describe`.
+        UnsupportedModelError: See `describe`; or timm's model answers otherwise.
     """
     layout = layout_of(model)
     description = describe(model)
@@ -99,9 +115,14 @@ def to_timm(model: Any) -> nn.Module:
         "crop_pct": 0.9,
         "crop_mode": "center",
     }
+    for attribute in CARRIED:  # of a small model
+        if hasattr(model, attribute):
+            setattr(made, attribute, getattr(model, attribute))
     config = {key: value for key, value in json.loads(model.config.to_json_string()).items() if key != KEY}
-    made.origin = {"library": "transformers", "class": type(model).__name__, "config": config}
+    attention = getattr(model.config, "_attn_implementation", None)
+    made.origin = {"library": "transformers", "class": type(model).__name__, "config": config, "attention": attention}
     ready: nn.Module = made.eval()
+    check_equivalent(ready, model, (channels, *size))
     return ready
 
 
@@ -125,13 +146,19 @@ def from_timm(small: Any, origin: Mapping[str, Any]) -> Any:
     try:
         config = kind.config_class.from_dict(dict(origin["config"]))
         config.stratavit = {"widths": _widths(numbers)}
-        model = kind(config)
-        resize(model)
+        if small.num_classes and config.num_labels != small.num_classes:  # a head put there since
+            config.num_labels = small.num_classes
+        if origin.get("attention") == "eager":
+            config._attn_implementation = "eager"
+        with initialization().no_init_weights():
+            model = kind(config)
+            resize(model)
         load_state(model, layout, state)
     except Exception as error:  # a configuration from a file can be wrong in any way that transformers does not check
         raise ArtifactError(f"origin: {name} cannot be built: {type(error).__name__}: {one_line(error)}") from error
-    for attribute in ("provenance", "data_config"):
-        setattr(model, attribute, getattr(small, attribute, {}))
+    for attribute in CARRIED:
+        if hasattr(small, attribute):
+            setattr(model, attribute, getattr(small, attribute))
     model.to(dtype=model_dtype(small), device=model_device(small))
     return model.eval()
 
@@ -144,20 +171,32 @@ def resize(model: Any) -> None:
         attention = block.get_submodule(layout.attention)
         out = getattr(attention, layout.out)
         if width == 0:
-            setattr(block, layout.attention, ConstantAttention(out.out_features if constant else 0))
+            gone: Constant = ConstantAttention(out.out_features if constant else 0)
+            gone.q_proj = Absent(attention.q_proj.in_features)
+            setattr(block, layout.attention, gone)
         else:
             _narrow_attention(attention, layout, width)
         width, constant = _split(widths[f"{ours}.mlp"])
         mlp = block.get_submodule(layout.mlp)
         first, last = mlp_layers(mlp)
         if width == 0:
-            setattr(block, layout.mlp, Constant(last.out_features if constant else 0))
+            gone = Constant(last.out_features if constant else 0)
+            name = next(name for name, layer in mlp.named_children() if layer is first[0])
+            setattr(gone, name, Absent(first[0].in_features))
+            setattr(block, layout.mlp, gone)
         else:
             for name, layer in mlp.named_children():
                 if layer in first:
                     setattr(mlp, name, nn.Linear(layer.in_features, width, layer.bias is not None))
                 elif layer is last:
                     setattr(mlp, name, nn.Linear(width, layer.out_features))
+
+
+def initialization() -> Any:
+    """The module of transformers that can leave weights as they are when a model is built, to fill them afterwards."""
+    from transformers import initialization as module
+
+    return module
 
 
 def library() -> Any:

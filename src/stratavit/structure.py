@@ -92,7 +92,7 @@ class Stages:
 
 
 def classes_of(model: nn.Module) -> int:
-    """Classes that a model tells apart; 0 where it answers with features (no head, or one into an embedding).
+    """Classes that a model tells apart; 0 where it answers with features: no head, one into an embedding, one output.
 
     Args:
         model: A timm model, or a super-network of one; any other is taken to have classes.
@@ -101,8 +101,12 @@ def classes_of(model: nn.Module) -> int:
     if getattr(inner, "embedding", False):
         return 0
     if hasattr(inner, "config") and not hasattr(inner, "num_classes"):  # of transformers
-        return int(getattr(inner, "num_labels", 0))
-    return int(getattr(inner, "num_classes", 1))
+        return _several(getattr(inner, "num_labels", 0))
+    return _several(getattr(inner, "num_classes", 2))
+
+
+def _several(classes: int) -> int:
+    return int(classes) if classes > 1 else 0
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:

@@ -40,8 +40,8 @@ class SuperNet(Sized):
     Args:
         model: A timm model of a supported family (`stratavit models`), or one of transformers or torchvision that has
             an equivalent there; it is copied, never changed.
-        data_config: Input size, mean, std, interpolation and crop as timm resolves them; read from the
-            model if None.
+        data_config: Input size, mean, std, interpolation and crop as timm resolves them; what is not given is read
+            from the model.
         embedding: The head does not tell classes apart but leads into an embedding, as that of a CLIP image tower: the
             answer is taken for a feature. A model without a head (``num_classes=0``) always answers with features.
 
@@ -62,7 +62,7 @@ class SuperNet(Sized):
 
     Raises:
         UnsupportedModelError: A part of the model cannot be cut.
-        StrataViTError: The weights hold NaN or infinite values.
+        StrataViTError: The weights hold NaN or infinite values, or `data_config` has an unknown key.
     """
 
     embedding: bool
@@ -81,7 +81,7 @@ class SuperNet(Sized):
                 raise StrataViTError(f"weights: {name} holds NaN or infinite values; give a sound checkpoint")
         self.embedding = bool(embedding)
         self.description = architecture.describe(model) | ({"embedding": True} if embedding else {})
-        self.data_config = dict(data_config) if data_config is not None else architecture.resolve_data_config(model)
+        self.data_config = architecture.merged_data_config(model, data_config)
         self.origin: dict[str, Any] | None = getattr(model, "origin", None)
         copied: Any = copy.deepcopy(model)
         copied.embedding = self.embedding

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import timm
 
-from stratavit.errors import StrataViTError, UnsupportedModelError
+from stratavit import architecture
+from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError
 from stratavit.families import elastic_sites, family_of
 from stratavit.hf_layouts import LAYOUTS
 
@@ -57,7 +58,8 @@ def support_of(name: str) -> Support:
     try:
         title = family_of(model).title
         found, whole = elastic_sites(model)
-    except UnsupportedModelError as error:
+        architecture.describe(model)
+    except (UnsupportedModelError, ArtifactError) as error:
         return Support(name, "", "whole", "whole", str(error).removeprefix("cannot cut this model: "))
     attention = [module for module in found.values() if module.attention]
     cut = "whole" if not attention else "q, k, v" if all(module.tied for module in attention) else "v"

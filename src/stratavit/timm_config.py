@@ -12,6 +12,7 @@ from typing import Any
 import timm
 
 from stratavit import architecture
+from stratavit.families import family_of
 
 FILE = "config.json"
 
@@ -24,10 +25,11 @@ def timm_config(description: Mapping[str, Any], data_config: Mapping[str, Any]) 
         data_config: See `architecture.resolve_data_config`.
     """
     name, built = description["architecture"], architecture.build(description, device="meta")
+    computed = family_of(built).has_buffers  # and they are compared
     for own in ((), ("norm_layer",), ("norm_layer", "act_layer")):  # left to the architecture: it may bring its own eps
         args = {key: value for key, value in description["args"].items() if value is not None and key not in own}
         try:
-            said = timm.create_model(name, device="meta", **args)
+            said = timm.create_model(name, device="cpu" if computed else "meta", **args)
         except (TypeError, ValueError, AssertionError, RuntimeError):  # an argument that this architecture sets itself
             continue
         if architecture.difference(said, built) is None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stratavit import architecture
+from stratavit.equivalent import check_equivalent
 from stratavit.errors import UnsupportedModelError
 from stratavit.weights import load_weights, unreachable
 
@@ -42,13 +43,19 @@ def to_timm(model: Any) -> nn.Module:
     Raises:
         UnsupportedModelError: Its stem or head is not the plain one.
     """
-    head = list(model.heads.children())
-    if not isinstance(model.conv_proj, nn.Conv2d) or len(head) > 1:
+    heads = [(name, module) for name, module in model.heads.named_modules() if not list(module.children())]
+    linear = [(name, module) for name, module in heads if isinstance(module, nn.Linear)]
+    idle = (nn.Linear, nn.Identity, nn.Dropout, nn.Sequential)
+    if (
+        not isinstance(model.conv_proj, nn.Conv2d)
+        or len(linear) > 1
+        or any(not isinstance(head, idle) for _, head in heads)
+    ):
         raise UnsupportedModelError(
             "cannot cut this torchvision VisionTransformer: expected one convolution as stem and one linear head"
         )
     layer = model.encoder.layers[0]
-    classes = head[0].out_features if head and isinstance(head[0], nn.Linear) else 0
+    classes = linear[0][1].out_features if linear else 0
     args = {
         "img_size": [model.image_size, model.image_size],
         "patch_size": [model.patch_size, model.patch_size],
@@ -64,7 +71,11 @@ def to_timm(model: Any) -> nn.Module:
     }
     eps = float(model.encoder.ln.eps)
     made: Any = architecture.build({"architecture": "vit_base_patch16_224", "args": args, "norm_eps": eps, "sites": {}})
-    state = {_renamed(name): tensor for name, tensor in model.state_dict().items()}
+    head = ".".join(filter(None, ("heads", linear[0][0]))) if linear else "heads"
+    state = {
+        _renamed(f"heads.head{name.removeprefix(head)}" if name.startswith(f"{head}.") else name): tensor
+        for name, tensor in model.state_dict().items()
+    }
     load_weights(made, state, "torchvision VisionTransformer", assign=False)
     parameter = next(model.parameters())
     made.to(dtype=parameter.dtype, device=parameter.device)
@@ -77,6 +88,7 @@ def to_timm(model: Any) -> nn.Module:
         "crop_mode": "center",
     }
     ready: nn.Module = made.eval()
+    check_equivalent(ready, model, made.data_config["input_size"])
     return ready
 
 

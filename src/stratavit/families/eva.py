@@ -47,8 +47,10 @@ class EvaFamily(Family):
         return with_bias(model.norm if isinstance(model.fc_norm, nn.Identity) else model.fc_norm)
 
     def arguments(self, model: Eva) -> dict[str, Any]:
-        """Sizes; all else is the architecture's own."""
-        return _arguments(model)
+        """Sizes and tokens; all else is the architecture's own."""
+        registers = 0 if model.reg_token is None else model.reg_token.shape[1]
+        found = {"class_token": model.cls_token is not None, "num_reg_tokens": registers}
+        return _arguments(model) | found | ({"dynamic_img_size": True} if model.dynamic_img_size else {})
 
 
 class BeitFamily(Family):

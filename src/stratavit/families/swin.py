@@ -39,9 +39,8 @@ class Swin(Family):
 
     def arguments(self, model: Any) -> dict[str, Any]:
         """Sizes; all else is the architecture's own."""
-        windows = [
-            tuple(block.window_size) for _, block in self.blocks(model)
-        ]  # no wider than what is left of the image
+        windows = [max(list(block.window_size) for block in stage.blocks) for stage in model.layers]
+        same = len({tuple(window) for window in windows}) == 1
         heads = [
             [block.attn.num_heads for block in stage.blocks if hasattr(block.attn, "num_heads")][:1]
             for stage in model.layers
@@ -50,8 +49,15 @@ class Swin(Family):
             **({"num_heads": [found[0] for found in heads]} if all(heads) else {}),
             **sizes(model),
             "depths": [len(stage.blocks) for stage in model.layers],
-            "window_size": list(max(windows)),
+            "window_size": windows[0] if same else windows,
+            **_options(model),
         }
+
+
+def _options(model: Any) -> dict[str, Any]:
+    """Arguments that a block remembers."""
+    block = model.layers[0].blocks[0]
+    return {"mlp_ratio": block.mlp_ratio} | ({"strict_img_size": False} if block.dynamic_mask else {})
 
 
 class SwinV2(Swin):
