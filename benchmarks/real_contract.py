@@ -38,8 +38,8 @@ def main() -> None:
         rows.append({"model": name} | checked(model, real_batches(model, "train", args.images)))
         print(rows[-1], flush=True)
     note = (
-        f"Calibrated on {args.images} images; differences are the largest ones on 8 validation images, the first two over "
-        "the largest answer. Sizes: 10/12, 8/12 and 6/12 of the MACs. A unit is the dearest of the list."
+        f"Calibrated on {args.images} images; largest differences on 8 validation images, the first two over the "
+        "largest answer. Sizes: 10/12, 8/12 and 6/12 of the MACs. A unit is the dearest of the list."
     )
     write_results("real-contract", rows, note)
 
