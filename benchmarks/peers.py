@@ -65,7 +65,7 @@ def versions() -> str:
 
 def within(
     model: nn.Module, gradients: Mapping[str, torch.Tensor], share: float, prune: Prune
-) -> tuple[nn.Module, float]:
+) -> tuple[nn.Module, float] | None:
     """The largest pruned model that keeps at most a share of the MACs, found by halving the tool's ratio.
 
     Args:
@@ -75,7 +75,7 @@ def within(
         prune: The setting.
 
     Returns:
-        The model and the share that it keeps.
+        The model and the share that it keeps; None if even the largest ratio keeps more.
     """
     size = resolve_data_config(model)["input_size"]
     dense = linear_macs(model, size)
@@ -88,7 +88,6 @@ def within(
             best, high = (small, kept), ratio
         else:
             low = ratio
-    assert best is not None
     return best
 
 

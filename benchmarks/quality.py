@@ -12,7 +12,10 @@ widths and MLPs) by other scores, all else as in the paper. Other tools are driv
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import peers
@@ -20,11 +23,13 @@ from common import MODELS, Batches, draw_lines, real_batches, real_model, write_
 from torch import nn
 
 import stratavit
-from stratavit.wpac import CRITERIA
+from stratavit.wpac import CRITERIA, Criterion
 
 TWELFTHS = (10, 8, 6, 4)
 TITLES = {"wpac": "paper: WPAC", "pca": "criterion: PCA"}
+OURS = "StrataViT, default"
 Row = dict[str, Any]
+Made = tuple[str, Callable[[], Row]]  # title of a row, and how to measure it
 
 
 def main() -> None:
@@ -32,16 +37,24 @@ def main() -> None:
     arguments.add_argument("--model", choices=MODELS, default="deit_tiny")
     arguments.add_argument("--only", nargs="+", choices=("ours", "criteria", "peers"), help="parts (default: all)")
     arguments.add_argument("--picture", help="PNG of the rows")
+    arguments.add_argument(
+        "--journal", type=Path, help="file that rows are kept in; an interrupted run goes on from it"
+    )
     args = arguments.parse_args()
     model = real_model(args.model)
     calibration, validation = real_batches(model, "train"), real_batches(model, "val")
     dense = stratavit.evaluate(model, validation)
     parts = {"criteria": criteria_rows, "peers": peer_rows, "ours": our_rows}
+    lines = args.journal.read_text().splitlines() if args.journal and args.journal.exists() else []
+    known = {row["what"]: row for row in map(json.loads, lines)}
     rows: list[Row] = []
     for part in args.only or parts:
-        for row in parts[part](model, calibration, validation):
-            rows.append(row)
-            print(row, flush=True)
+        for title, make in parts[part](model, calibration, validation):
+            rows.append(known.get(title) or make())
+            print(rows[-1], flush=True)
+            if args.journal and title not in known:
+                with args.journal.open("a") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
     note = (
         f"Top-1 of {args.model}, dense {dense.top1:.1f}, on {dense.n} validation images (standard error about 2);"
         f" calibrated on {sum(len(y) for _, y in calibration)} training images, nothing trained. Every sub-network "
@@ -53,11 +66,12 @@ def main() -> None:
     write_results(f"quality-{args.model}", rows, note)
 
 
-def row_of(what: str, size: Callable[[int], tuple[float, float]]) -> Row:
-    """A row of the table; `size` gives top-1 and share of the MACs at so many twelfths."""
+def row_of(what: str, size: Callable[[int], tuple[float, float] | None]) -> Row:
+    """A row of the table; `size` gives top-1 and share of the MACs at so many twelfths, None for out of reach."""
     found = {twelfths: size(twelfths) for twelfths in TWELFTHS}
-    top1 = {f"{twelfths}/12": round(value, 1) for twelfths, (value, _) in found.items()}
-    return {"what": what, **top1, **{f"kept {t}/12": round(share, 4) for t, (_, share) in found.items()}}
+    top1 = {f"{t}/12": "-" if pair is None else round(pair[0], 1) for t, pair in found.items()}
+    kept = {f"kept {t}/12": "-" if pair is None else round(pair[1], 4) for t, pair in found.items()}
+    return {"what": what, **top1, **kept}
 
 
 def sliced(net: stratavit.SuperNet, validation: Batches) -> Callable[[int], tuple[float, float]]:
@@ -70,40 +84,54 @@ def sliced(net: stratavit.SuperNet, validation: Batches) -> Callable[[int], tupl
     return size
 
 
-def criteria_rows(model: nn.Module, calibration: Batches, validation: Batches) -> Iterator[Row]:
+def criteria_rows(model: nn.Module, calibration: Batches, validation: Batches) -> Iterator[Made]:
     """Other scores in the place of WPAC, and WPAC, each with the list that the paper makes from it."""
-    for criterion in CRITERIA[::-1]:
-        if criterion == "output":
-            continue  # our own coordinates, without the rest of the default
+
+    def make(title: str, criterion: Criterion) -> Row:
         net = stratavit.SuperNet(model).contract(calibration, criterion=criterion).stratify(calibration)
-        yield row_of(TITLES.get(criterion, f"criterion: {criterion}"), sliced(net, validation))
+        return row_of(title, sliced(net, validation))
+
+    for criterion in CRITERIA[::-1]:
+        if criterion != "output":  # our own coordinates, without the rest of the default
+            title = TITLES.get(criterion, f"criterion: {criterion}")
+            yield title, partial(make, title, criterion)
 
 
-def our_rows(model: nn.Module, calibration: Batches, validation: Batches) -> Iterator[Row]:
+def our_rows(model: nn.Module, calibration: Batches, validation: Batches) -> Iterator[Made]:
     """The default method."""
-    net = stratavit.SuperNet(model).contract(calibration).stratify(calibration)
-    yield row_of("StrataViT, default", sliced(net, validation))
+
+    def make() -> Row:
+        net = stratavit.SuperNet(model).contract(calibration).stratify(calibration)
+        return row_of(OURS, sliced(net, validation))
+
+    yield OURS, make
 
 
-def peer_rows(model: nn.Module, calibration: Batches, validation: Batches) -> Iterator[Row]:
+def peer_rows(model: nn.Module, calibration: Batches, validation: Batches) -> Iterator[Made]:
     """Other tools, each model pruned anew for every size."""
-    gradients = peers.gradients_of(model, calibration)
+    gradients = cache(lambda: peers.gradients_of(model, calibration))
+
+    def make(title: str, prune: peers.Prune) -> Row:
+        def size(twelfths: int) -> tuple[float, float] | None:
+            found = peers.within(model, gradients(), twelfths / 12, prune)
+            return None if found is None else (stratavit.evaluate(found[0], validation).top1, found[1])
+
+        return row_of(title, size)
+
     for title, prune in peers.PEERS.items():
-        if not peers.installed(prune):
+        if peers.installed(prune):
+            yield title, partial(make, title, prune)
+        else:
             print(f"{title}: not installed, left out")
-            continue
-
-        def size(twelfths: int, prune: peers.Prune = prune) -> tuple[float, float]:
-            small, share = peers.within(model, gradients, twelfths / 12, prune)
-            return stratavit.evaluate(small, validation).top1, share
-
-        yield row_of(title, size)
 
 
 def draw(rows: list[Row], dense: float, path: str, title: str) -> None:
     """Top-1 against share of MACs, a line a row."""
-    lines = {row["what"]: [(1.0, dense), *((row[f"kept {n}/12"], row[f"{n}/12"]) for n in TWELFTHS)] for row in rows}
-    draw_lines(lines, path, title, best="StrataViT, default", first=":")
+    lines = {}
+    for row in rows:
+        reached = [n for n in TWELFTHS if row[f"{n}/12"] != "-"]
+        lines[row["what"]] = [(1.0, dense), *((row[f"kept {n}/12"], row[f"{n}/12"]) for n in reached)]
+    draw_lines(lines, path, title, best=OURS, first=":")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,8 @@ def main() -> None:
         f"and all, batches of {BATCH}. Elastic step and latency: {SHARE:.0%} of the MACs, same ratio everywhere; their "
         "ratio is time over the dense one's, over the share of MACs kept: 1 is as fast as MACs promise. Extraction: "
         "everything recomputed. Growth: a linear map's cost grows with the square of the width; exponents of the plain "
-        "pass stand beside."
+        "pass stand beside. With so few images the part of contract that does not depend on them, linear algebra that "
+        "grows with the cube of the hidden width, weighs heavily: most of DeiT-B's time is that."
     )
     write_results("speed", rows, note)
 
