@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stratavit import architecture, moments_file, timm_config
+from stratavit import announced, architecture, hashes, moments_file, timm_config
 from stratavit.errors import ArtifactError, StrataViTError
-from stratavit.folders import read_json, read_tensors, write_folder, write_json
+from stratavit.folders import read_json, read_shapes, read_tensors, write_folder, write_json
 from stratavit.foreign import as_source, as_timm
 from stratavit.hf_layouts import LAYOUTS
 from stratavit.strata import Strata
@@ -153,6 +153,7 @@ def load_supernet(cls: type[SuperNet], path: str | Path, device: torch.device | 
     net.description = content["model"]
     net.provenance = dict(content.get("provenance", {}))
     source = folder / MOMENTS_FILE
+    hashes.check_file(content, source)
     moments_file.from_tensors(net, read_tensors(source, without=None if moments else moments_file.FACTOR), str(source))
     if not moments:
         net.final_mean = None
@@ -170,7 +171,8 @@ def _units(content: Mapping[str, Any], folder: Path) -> list[int]:
 
 
 def _write_json_files(folder: Path, content: dict[str, Any]) -> None:
-    write_json(folder / JSON_FILE, content)
+    files = [folder / name for name in (WEIGHTS_FILE, MOMENTS_FILE) if (folder / name).exists()]
+    write_json(folder / JSON_FILE, hashes.added(content, JSON_FILE, files))
     config = timm_config.timm_config(content["model"], content["data_config"])
     if config is not None:
         write_json(folder / timm_config.FILE, config)
@@ -198,6 +200,7 @@ def _read_header(folder: Path, expected: str) -> dict[str, Any]:
             f"{folder}: format version {content.get('format_version')!r} is not {FORMAT_VERSION}; "
             "load it with the StrataViT release that wrote it, named under 'versions'"
         )
+    hashes.check_content(content, folder / JSON_FILE)
     if not isinstance(content.get("provenance", {}), dict):
         raise ArtifactError(f"{folder / JSON_FILE}: provenance should be a JSON object")
     if not isinstance(content.get("model"), dict):
@@ -206,9 +209,11 @@ def _read_header(folder: Path, expected: str) -> dict[str, Any]:
 
 
 def _load_model(content: Mapping[str, Any], folder: Path, device: torch.device | str) -> nn.Module:
-    model: Any = architecture.build(content["model"], device="meta")
-    tensors = read_tensors(folder / WEIGHTS_FILE)
-    load_weights(model, tensors, str(folder / WEIGHTS_FILE), assign=True)
+    source, weights = str(folder / JSON_FILE), folder / WEIGHTS_FILE
+    hashes.check_file(content, weights)
+    model: Any = announced.build_model(content["model"], read_shapes(weights), source, str(weights))
+    tensors = read_tensors(weights)
+    load_weights(model, tensors, str(weights), assign=True)
     architecture_name = content["model"]["architecture"]
     model.pretrained_cfg = {"architecture": architecture_name}
     model.source_args = dict(content["model"]["args"])

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from stratavit import order, processes
 from stratavit.augment import drop_path
-from stratavit.checkpoint import read_state
+from stratavit.checkpoint import read_state, sound
 from stratavit.errors import StrataViTError
 from stratavit.folders import check_free
 from stratavit.learner import Learner
@@ -42,7 +42,8 @@ def recipe_for(config: Config, out: str | Path | None, resume: bool, base: Mappi
     if resume:
         if out is None:
             raise StrataViTError("resume: give the folder of the interrupted run")
-        begun = Recipe.from_dict(read_state(Path(out))["recipe"], str(out))
+        with sound(Path(out)):
+            begun = Recipe.from_dict(dict(read_state(Path(out))["recipe"]), str(out))
     if not isinstance(config, Recipe):
         filled = base if begun is None else begun.to_dict()
         config = Recipe.read(None, config, filled) if isinstance(config, Mapping) else Recipe.read(config, None, filled)
