@@ -22,6 +22,7 @@ from stratavit.weights import Shape, check_fit
 RESERVED = {*inspect.signature(timm.create_model).parameters, "device", "dtype", "pretrained_strict"} - {"kwargs"}
 LARGEST = 1 << 16  # of a number that no tensor has as a dimension: nothing that timm names comes near
 POSITIONS = 1 << 17
+DEPTHS = ("depth", "num_hidden_layers", "num_layers")
 BUFFERS = 1 << 26  # numbers that a model may compute beside its weights, whatever their count
 
 
@@ -65,7 +66,7 @@ def check_numbers(announced: Any, shapes: Mapping[str, Shape], source: str) -> N
         raise ArtifactError(f"{source}: {refused[0]!r} is no argument that describes a model; save the model again")
     largest = max([LARGEST, *(side for shape in shapes.values() for side in shape)])
     for name, number in _numbers(announced):
-        limit = len(shapes) if name.startswith("depth") else largest
+        limit = len(shapes) if name.startswith(DEPTHS) else largest
         if not abs(number) <= limit:
             raise ArtifactError(
                 f"{source}: {name} is {str(number)[:40]}, more than the {len(shapes)} tensors in the weights can have "
@@ -75,6 +76,17 @@ def check_numbers(announced: Any, shapes: Mapping[str, Shape], source: str) -> N
     positions = math.prod(side / max(patch, 1) for side, patch in zip(sides, patches, strict=True))
     if positions > POSITIONS:
         raise ArtifactError(f"{source}: img_size makes {positions:.2g} tokens, expected at most {POSITIONS}")
+
+
+def check_config(config: Mapping[str, Any], shapes: Mapping[str, Shape], source: str) -> None:
+    """The same for a configuration of transformers.
+
+    Raises:
+        ArtifactError: See `check_numbers`.
+    """
+    sizes = {"img_size": config.get("image_size"), "patch_size": config.get("patch_size")}
+    known = {key: value for key, value in config.items() if key not in RESERVED and key not in ("id2label", "label2id")}
+    check_numbers(known | sizes, shapes, source)
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:

@@ -115,9 +115,11 @@ def check_archive(path: Path, prefix: str, advice: str = "copy it again") -> Non
     Raises:
         ArtifactError: A part differs, or is compressed: torch never does that, and it may be of any size when unpacked.
     """
+    if not path.is_file():
+        raise ArtifactError(f"{prefix}{path} is not a file; {advice}")
     try:
         with path.open("rb") as file:
-            if not path.is_file() or file.read(2) != b"PK":
+            if file.read(2) != b"PK":
                 return
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()

@@ -131,9 +131,16 @@ def check_links(folder: Path) -> None:
             raise StrataViTError(f"data: {path} is a link to a folder that holds it; take it out")
         try:
             with os.scandir(path) as entries:
-                waiting += [(entry.path, (*above, real)) for entry in entries if entry.is_dir()]
+                waiting += [(entry.path, (*above, real)) for entry in entries if _is_folder(entry)]
         except OSError as error:
             raise StrataViTError(f"data: {path} cannot be read ({error.strerror})") from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def read_class_map(path: Path) -> dict[str, int]:

@@ -27,6 +27,8 @@ def of_file(path: Path) -> str:
     """
     found = hashlib.sha256()
     try:
+        if path.exists() and not path.is_file():
+            raise ArtifactError(f"cannot read {path}: it is not a regular file")
         with path.open("rb") as file:
             while chunk := file.read(CHUNK):
                 found.update(chunk)

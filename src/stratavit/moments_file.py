@@ -57,6 +57,10 @@ def from_tensors(net: SuperNet, tensors: Mapping[str, Tensor], source: str) -> N
                 f"{source}: {ascii(name)[1:-1][:200]} ({str(tensor.dtype).removeprefix('torch.')}) is nothing that is "
                 "known of this model's channels; copy the file or save the model again"
             )
+    factors = [f"{site.name}{FACTOR}" in tensors for site in net.sites]
+    if any(factors) and not all(factors):
+        name = net.sites[factors.index(False)].name
+        raise ArtifactError(f"{source}: the factor of {name} is missing, others are there; save the model again")
     for site in net.sites:
         module = net.elastic[site.name]
         mean = tensors.get(f"{site.name}.mean")
