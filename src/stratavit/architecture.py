@@ -17,7 +17,7 @@ from timm.layers import DropPath, PatchDropout, PatchDropoutWithIndices, get_nor
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
-from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, one_line
+from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, described, one_line
 from stratavit.families import family_of, kind_of
 from stratavit.heads import ElasticBeit
 from stratavit.layers import build_layer, describe_layer
@@ -92,7 +92,7 @@ def build(description: Mapping[str, Any], device: torch.device | str = "cpu", co
     """
     try:
         if not timm.is_model(description["architecture"]):
-            raise ArtifactError(f"timm {timm.__version__} has no model named {description['architecture']!r}")
+            raise ArtifactError(f"timm {timm.__version__} has no model named {described(description['architecture'])}")
         args = dict(description["args"])
         if "norm_layer" in args:
             args["norm_layer"] = partial(get_norm_layer(args["norm_layer"]), eps=float(description["norm_eps"]))

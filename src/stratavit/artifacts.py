@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stratavit import architecture, moments_file, timm_config
-from stratavit.errors import ArtifactError, StrataViTError
-from stratavit.folders import read_json, read_tensors, write_folder, write_json
+from stratavit import announced, architecture, hashes, moments_file, timm_config
+from stratavit.errors import ArtifactError, StrataViTError, described
+from stratavit.folders import read_json, read_shapes, read_tensors, write_folder, write_json
 from stratavit.foreign import as_source, as_timm
 from stratavit.hf_layouts import LAYOUTS
 from stratavit.strata import Strata
@@ -91,7 +91,7 @@ def kind(path: str | Path) -> str:
         raise ArtifactError(f"{folder} is not a folder; expected one saved by StrataViT")
     found = read_json(folder / JSON_FILE).get("format")
     if found not in (f"stratavit/{SUPER}", f"stratavit/{SUB}"):
-        raise ArtifactError(f"{folder / JSON_FILE}: format {found!r} is not one of StrataViT's")
+        raise ArtifactError(f"{folder / JSON_FILE}: format {described(found)} is not one of StrataViT's")
     return str(found).removeprefix("stratavit/")
 
 
@@ -153,6 +153,7 @@ def load_supernet(cls: type[SuperNet], path: str | Path, device: torch.device | 
     net.description = content["model"]
     net.provenance = dict(content.get("provenance", {}))
     source = folder / MOMENTS_FILE
+    hashes.check_file(content, source)
     moments_file.from_tensors(net, read_tensors(source, without=None if moments else moments_file.FACTOR), str(source))
     if not moments:
         net.final_mean = None
@@ -165,12 +166,13 @@ def load_supernet(cls: type[SuperNet], path: str | Path, device: torch.device | 
 def _units(content: Mapping[str, Any], folder: Path) -> list[int]:
     units = content.get("units", [HEAD_DIM_UNIT, MLP_UNITS])
     if not isinstance(units, list) or [type(n) for n in units] != [int, int] or min(units) < 1:
-        raise ArtifactError(f"{folder / JSON_FILE}: units should be two whole numbers above 0, got {units!r}")
+        raise ArtifactError(f"{folder / JSON_FILE}: units should be two whole numbers above 0, got {described(units)}")
     return units
 
 
 def _write_json_files(folder: Path, content: dict[str, Any]) -> None:
-    write_json(folder / JSON_FILE, content)
+    files = [folder / name for name in (WEIGHTS_FILE, MOMENTS_FILE) if (folder / name).exists()]
+    write_json(folder / JSON_FILE, hashes.added(content, JSON_FILE, files))
     config = timm_config.timm_config(content["model"], content["data_config"])
     if config is not None:
         write_json(folder / timm_config.FILE, config)
@@ -195,9 +197,10 @@ def _read_header(folder: Path, expected: str) -> dict[str, Any]:
     content = read_json(folder / JSON_FILE)
     if content.get("format_version") != FORMAT_VERSION:
         raise ArtifactError(
-            f"{folder}: format version {content.get('format_version')!r} is not {FORMAT_VERSION}; "
+            f"{folder}: format version {described(content.get('format_version'))} is not {FORMAT_VERSION}; "
             "load it with the StrataViT release that wrote it, named under 'versions'"
         )
+    hashes.check_content(content, folder / JSON_FILE)
     if not isinstance(content.get("provenance", {}), dict):
         raise ArtifactError(f"{folder / JSON_FILE}: provenance should be a JSON object")
     if not isinstance(content.get("model"), dict):
@@ -206,9 +209,11 @@ def _read_header(folder: Path, expected: str) -> dict[str, Any]:
 
 
 def _load_model(content: Mapping[str, Any], folder: Path, device: torch.device | str) -> nn.Module:
-    model: Any = architecture.build(content["model"], device="meta")
-    tensors = read_tensors(folder / WEIGHTS_FILE)
-    load_weights(model, tensors, str(folder / WEIGHTS_FILE), assign=True)
+    source, weights = str(folder / JSON_FILE), folder / WEIGHTS_FILE
+    hashes.check_file(content, weights)
+    model: Any = announced.build_model(content["model"], read_shapes(weights), source, str(weights))
+    tensors = read_tensors(weights)
+    load_weights(model, tensors, str(weights), assign=True)
     architecture_name = content["model"]["architecture"]
     model.pretrained_cfg = {"architecture": architecture_name}
     model.source_args = dict(content["model"]["args"])
@@ -239,7 +244,31 @@ def _data_config(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if not isinstance(size, list) or [type(n) for n in size] != [int, int, int] or min(size) < 1:
         raise ArtifactError(f"{folder / JSON_FILE}: data_config needs an input_size of three whole numbers above 0")
     assert isinstance(config, dict)
+    wrong = [key for key, fits in _FITS.items() if key in config and not fits(config[key])]
+    wrong += ["input_size"] if max(size) > 1 << 14 else []
+    if wrong:
+        raise ArtifactError(
+            f"{folder / JSON_FILE}: data_config: {wrong[0]} is {described(config[wrong[0]])}, "
+            "which prepares no images; save the model again"
+        )
     return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and 0 < len(value) < 1000 and all(_number(number) for number in value)
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "mean": _numbers,
+    "std": lambda value: _numbers(value) and min(value) > 0,
+    "crop_pct": lambda value: _number(value) and 0.01 <= value <= 10,
+    "interpolation": lambda value: value in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"),
+    "crop_mode": lambda value: value in ("center", "squash", "border"),
+}
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

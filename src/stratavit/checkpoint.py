@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import nn
 
 from stratavit.artifacts import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
-from stratavit.errors import ArtifactError, StrataViTError
+from stratavit.errors import ArtifactError, StrataViTError, one_line
 from stratavit.timm_config import FILE as TIMM_FILE
 
 FORMAT = "stratavit/training-state/1"
@@ -36,7 +36,7 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
     temporary = folder / f".{STATE_FILE}.part"
     try:
         with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
+            torch.save({"format": FORMAT, "release": _release(), **state}, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(folder / STATE_FILE)
@@ -53,15 +53,90 @@ def read_state(folder: Path) -> dict[str, Any]:
         ArtifactError: There is none, it is damaged or of another version.
     """
     path = folder / STATE_FILE
+    if not path.exists():
+        raise ArtifactError(f"{folder} holds no interrupted training ({STATE_FILE}); start without resuming")
+    anew = "start the training anew in another folder"
     try:
+        check_archive(path, "", anew)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{folder} holds no interrupted training ({STATE_FILE}); start without resuming") from error
-    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
-        raise ArtifactError(f"{path} is damaged; start the training anew in another folder") from error
+    except ArtifactError:
+        raise
+    except Exception as error:  # what torch raises for damage differs with its place
+        raise ArtifactError(f"{path} is damaged; {anew}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ArtifactError(f"{path} is not a training state of this version of StrataViT ({FORMAT})")
-    return state
+    return Kept(state, path)
+
+
+class Kept(dict[str, Any]):
+    """A state that was read: a key that it lacks is told in a sentence.
+
+    Args:
+        state: Its content.
+        path: Of its file.
+    """
+
+    def __init__(self, state: dict[str, Any], path: Path) -> None:
+        super().__init__(state)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        wrote = self.get("release")
+        release = f"StrataViT {wrote}" if isinstance(wrote, str) else "an older StrataViT, before states named theirs"
+        raise ArtifactError(
+            f"{self.path} lacks {key!r}, which StrataViT {_release()} needs to go on: it was written by {release}; "
+            "resume with that release, or start the training anew in another folder"
+        )
+
+
+@contextmanager
+def sound(folder: Path) -> Iterator[None]:
+    """Turns whatever a part of a state raises that is not of the form it should have into one sentence.
+
+    Raises:
+        ArtifactError: Of the state in `folder`.
+    """
+    try:
+        yield
+    except StrataViTError:
+        raise
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise ArtifactError(
+            f"{folder / STATE_FILE} is not the state of such a run ({type(error).__name__}: {one_line(error)}); "
+            "start the training anew in another folder"
+        ) from error
+
+
+def check_archive(path: Path, prefix: str, advice: str = "copy it again") -> None:
+    """Compares the parts of a file that `torch.save` wrote with their checksums, which `torch.load` does not.
+
+    Files of the old form, which are no archives, are left to `torch.load`.
+
+    Raises:
+        ArtifactError: A part differs, or is compressed: torch never does that, and it may be of any size when unpacked.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"{prefix}{path} is not a file; {advice}")
+    try:
+        with path.open("rb") as file:
+            if file.read(2) != b"PK":
+                return
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+            packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+            if packed or sum(part.file_size for part in parts) > path.stat().st_size:
+                raise zipfile.BadZipFile("compressed")
+            broken = archive.testzip()
+    except (OSError, ValueError, NotImplementedError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        raise ArtifactError(f"{prefix}{path} is damaged; {advice}") from error
+    if broken is not None:
+        raise ArtifactError(f"{prefix}{path} is damaged (the checksum of {broken} differs); {advice}")
+
+
+def _release() -> str:
+    from stratavit import __version__
+
+    return __version__
 
 
 def weights_of(model: nn.Module, averaged: nn.Module | None) -> dict[str, Any]:
@@ -75,11 +150,12 @@ def put_weights(state: dict[str, Any], model: nn.Module, averaged: nn.Module | N
     Raises:
         StrataViTError: They are another model's.
     """
+    weights, ema = state["weights"], state["ema"]
     try:
-        model.load_state_dict(state["weights"])
+        model.load_state_dict(weights)
         if averaged is not None:
-            averaged.load_state_dict(state["ema"])
-    except RuntimeError as error:
+            averaged.load_state_dict(ema)
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise StrataViTError("this is the state of another model; resume with the one it began with") from error
 
 

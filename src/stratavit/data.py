@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from timm.data.readers import create_reader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from stratavit.errors import StrataViTError
+from stratavit.errors import StrataViTError, described
+from stratavit.folders import read_small
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
 Sample = tuple[Tensor | None, int, str]
@@ -34,6 +37,7 @@ class ImageFolder(Dataset[Sample]):
     """
 
     def __init__(self, folder: Path, data_config: Mapping[str, Any], class_map: str | Path | None = None) -> None:
+        check_links(folder)
         self.class_index = None if class_map is None else read_class_map(Path(class_map))
         try:
             self.reader = create_reader("", root=str(folder), class_map=self.class_index or "")
@@ -113,6 +117,32 @@ def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
     return images, torch.tensor([label for _, label in good]), [path for image, _, path in samples if image is None]
 
 
+def check_links(folder: Path) -> None:
+    """Whether a folder can be walked to its end: timm's reader follows links.
+
+    Raises:
+        StrataViTError: A link leads back to a folder that holds it, so that images would be found many times.
+    """
+    waiting: list[tuple[str, tuple[str, ...]]] = [(str(folder), ())]
+    while waiting:
+        path, above = waiting.pop()
+        real = os.path.realpath(path)
+        if real in above:
+            raise StrataViTError(f"data: {path} is a link to a folder that holds it; take it out")
+        try:
+            with os.scandir(path) as entries:
+                waiting += [(entry.path, (*above, real)) for entry in entries if _is_folder(entry)]
+        except OSError as error:
+            raise StrataViTError(f"data: {path} cannot be read ({error.strerror})") from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def read_class_map(path: Path) -> dict[str, int]:
     """Class folder name -> index from a text file of one name per line.
 
@@ -120,12 +150,13 @@ def read_class_map(path: Path) -> dict[str, int]:
         StrataViTError: The file is not readable text, or names a class twice.
     """
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line.strip() for line in read_small(path).decode().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise StrataViTError(f"class map {path}: cannot be read as text, one class folder name per line") from error
-    repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated or not names:
-        raise StrataViTError(f"class map {path}: " + (f"{repeated[0]!r} appears twice" if repeated else "is empty"))
+        what = f"{described(repeated[0])} appears twice" if repeated else "is empty"
+        raise StrataViTError(f"class map {path}: {what}")
     return {name: index for index, name in enumerate(names)}
 
 

@@ -1,5 +1,7 @@
 """The errors a user can cause and mend."""
 
+from typing import Any
+
 
 class StrataViTError(ValueError):
     """Bad input: one sentence that says what was wrong, what was expected and what to do."""
@@ -21,3 +23,12 @@ def one_line(error: BaseException, longest: int = 200) -> str:
     """What another library's error says, as part of one of our sentences: its first line, or its type."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:longest]
+
+
+def described(found: Any, longest: int = 60) -> str:
+    """A value from a file, short enough for one of our sentences."""
+    try:
+        text = repr(found)
+    except ValueError:  # a whole number of thousands of digits
+        text = f"a very large {type(found).__name__}"
+    return text if len(text) <= longest else text[:longest] + "..."

@@ -21,6 +21,7 @@ from stratavit.folders import read_tensors
 from stratavit.foreign import as_timm
 from stratavit.progress import track
 from stratavit.structure import classes_of, eval_mode, model_device, model_dtype
+from stratavit.weights import FLOATS
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # as DINO and DINOv2 are evaluated
 SCALE = 100.0  # CLIP's largest
@@ -147,7 +148,13 @@ def read_embeddings(path: str | Path) -> Tensor:
         raise ArtifactError(f"zero-shot: {path} is not a file")
     tensors = read_tensors(path)
     found = next(iter(tensors.values())) if len(tensors) == 1 else None
-    if found is None or found.dim() != 2 or not found.is_floating_point() or not found.isfinite().all():
+    if (
+        found is None
+        or found.dim() != 2
+        or not found.numel()
+        or found.dtype not in FLOATS
+        or not found.isfinite().all()
+    ):
         raise ArtifactError(f"zero-shot: {path} should hold one tensor [classes, width] of finite numbers")
     return found
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stratavit.errors import ArtifactError
+from stratavit.errors import ArtifactError, one_line
+
+LARGEST_TEXT = 64 << 20  # bytes of a JSON or text file; the longest list that a model can have is a few MB
 
 
 def write_folder(path: str | Path, write: Callable[[Path], None], overwrite: bool = False) -> Path:
@@ -150,32 +155,85 @@ def write_json(path: Path, content: Any) -> None:
     """Writes readable JSON.
 
     Raises:
-        ArtifactError: The content has NaN, infinity or an object that JSON does not have.
+        ArtifactError: See `json_text`.
+    """
+    path.write_text(json_text(content, path.name) + "\n", encoding="utf-8")
+
+
+def json_text(content: Any, name: str) -> str:
+    """Readable JSON.
+
+    Raises:
+        ArtifactError: The content has NaN, infinity or an object that JSON does not have; `name` is named.
     """
     try:
-        text = json.dumps(content, indent=1, allow_nan=False)
+        return json.dumps(content, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ArtifactError(f"{path.name}: holds something that JSON cannot ({error}); check the provenance") from error
-    path.write_text(text + "\n", encoding="utf-8")
+        raise ArtifactError(f"{name}: holds something that JSON cannot ({error}); check the provenance") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        ArtifactError: The file is missing, unreadable or not a JSON object.
+        ArtifactError: The file is missing, unreadable, too large, or not a JSON object: one that names a key twice or
+            has a number that is not finite is none.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(
+            read_small(path).decode(),
+            object_pairs_hook=_unique,
+            parse_constant=_finite,
+            parse_float=_finite,
+        )
     except FileNotFoundError as error:
         raise ArtifactError(f"{path.parent} is not a folder saved by StrataViT: {path.name} is missing") from error
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {_reason(error)}") from error
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not valid JSON ({error}); save the model again") from error
+        raise ArtifactError(f"{path} is not valid JSON ({one_line(error)}); save the model again") from error
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} should hold a JSON object, found {type(content).__name__}")
     return content
+
+
+def read_small(path: Path) -> bytes:
+    """The bytes of a file that people could read.
+
+    Raises:
+        OSError: It cannot be read, is no regular file, or is larger than such a file can be.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    if found.st_size > LARGEST_TEXT:
+        raise OSError(errno.EFBIG, f"larger than {LARGEST_TEXT >> 20} MB")
+    return path.read_bytes()
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it names {next(name for name in names if names.count(name) > 1)!r} twice")
+    return content
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is not a finite number")
+    return number
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a safetensors file, from its header alone.
+
+    Raises:
+        ArtifactError: See `read_tensors`.
+    """
+    with _reading(path), safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def read_tensors(path: Path, without: str | None = None) -> dict[str, Tensor]:
@@ -188,12 +246,21 @@ def read_tensors(path: Path, without: str | None = None) -> dict[str, Tensor]:
     Raises:
         ArtifactError: The file is missing, truncated or otherwise damaged.
     """
-    try:
+    with _reading(path):
         if without is None:
             return load_file(path)
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys() if not name.endswith(without)}  # noqa: SIM118
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "not a regular file")
+        yield
     except FileNotFoundError as error:
         raise ArtifactError(f"{path.parent} is incomplete: {path.name} is missing") from error
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
-        raise ArtifactError(f"{path} is damaged or not a safetensors file ({_reason(error)})") from error
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError) as error:
+        reason = " ".join(_reason(error).split())[:200]
+        raise ArtifactError(f"{path} is damaged or not a safetensors file ({reason})") from error

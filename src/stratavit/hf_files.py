@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from stratavit.announced import check_config
 from stratavit.architecture import resolve_data_config
 from stratavit.errors import ArtifactError, one_line
-from stratavit.folders import read_json
+from stratavit.folders import read_json, read_shapes
 from stratavit.hf_layouts import LAYOUTS
 from stratavit.hf_models import KEY, from_timm, library, resize, to_timm
 from stratavit.hf_processors import PROCESSOR, processor_of, read_processor
@@ -30,8 +31,11 @@ def load_transformers(path: str | Path) -> Any:
         ArtifactError: The folder holds no such model.
     """
     transformers = library()
+    weights = Path(path) / "model.safetensors"
+    if weights.is_file():
+        check_config(read_json(Path(path) / CONFIG), read_shapes(weights), str(Path(path) / CONFIG))
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         kind = getattr(transformers, (config.architectures or [""])[0], None)
     except Exception as error:
         raise ArtifactError(f"{path}: not a model of transformers ({one_line(error)})") from error

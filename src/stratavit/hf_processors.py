@@ -42,7 +42,7 @@ def read_processor(folder: str | Path, input_size: tuple[int, int, int], flexibl
     """
     path = Path(folder) / PROCESSOR
     try:
-        processor = library().AutoImageProcessor.from_pretrained(folder)
+        processor = library().AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
         return _config(processor, input_size, flexible)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error

@@ -277,15 +277,16 @@ class Trainer:
         Raises:
             StrataViTError: It belongs to another model, data set, method, teacher or number of processes.
         """
-        for key, value in self.identity().items():
-            if state[key] != value:
-                raise StrataViTError(f"{self.out} was trained with {key} = {state[key]}; now it is {value}")
-        self.learner.restore(state)
-        self.optimiser.load_state_dict(state["optimiser"])
-        if state["scaler"] is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.begun, self.ended = state["step"], state["begun"], state["ended"]
-        self.losses.sum, self.losses.count = state["loss"]
+        with checkpoint.sound(self.out):
+            for key, value in self.identity().items():
+                if state[key] != value:
+                    raise StrataViTError(f"{self.out} was trained with {key} = {state[key]}; now it is {value}")
+            self.learner.restore(state)
+            self.optimiser.load_state_dict(state["optimiser"])
+            if state["scaler"] is not None and self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.step, self.begun, self.ended = (int(state[key]) for key in ("step", "begun", "ended"))
+            self.losses.sum, self.losses.count = state["loss"]
         processes.on_main(self.accelerator, lambda: self.journal.rewind(self.ended))
 
     def finish(self) -> None:

@@ -12,6 +12,7 @@ from stratavit.compensation import Moments
 from stratavit.errors import ArtifactError
 from stratavit.final_mean import FinalMean
 from stratavit.structure import Site
+from stratavit.weights import FLOATS
 
 if TYPE_CHECKING:
     from stratavit.supernet import SuperNet
@@ -48,6 +49,18 @@ def from_tensors(net: SuperNet, tensors: Mapping[str, Tensor], source: str) -> N
     Raises:
         ArtifactError: A tensor does not fit the model or is not finite; it is named.
     """
+    parts = (".mean", FACTOR, ".scalars")
+    known = {SHARES, VECTORS, *(f"{site.name}{part}" for site in net.sites for part in parts)}
+    for name, tensor in sorted(tensors.items()):
+        if name not in known or tensor.dtype not in FLOATS:
+            raise ArtifactError(
+                f"{source}: {ascii(name)[1:-1][:200]} ({str(tensor.dtype).removeprefix('torch.')}) is nothing that is "
+                "known of this model's channels; copy the file or save the model again"
+            )
+    factors = [f"{site.name}{FACTOR}" in tensors for site in net.sites]
+    if any(factors) and not all(factors):
+        name = net.sites[factors.index(False)].name
+        raise ArtifactError(f"{source}: the factor of {name} is missing, others are there; save the model again")
     for site in net.sites:
         module = net.elastic[site.name]
         mean = tensors.get(f"{site.name}.mean")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from stratavit.errors import StrataViTError
+from stratavit.errors import StrataViTError, described, one_line
+from stratavit.folders import read_small
 from stratavit.objectives import Objective
 from stratavit.progressive import Growth
 from stratavit.sampling import Sampling
@@ -196,7 +197,7 @@ class Recipe:
         known = field_types()
         for name in values:
             if name not in known:
-                raise StrataViTError(f"{source}: unknown key {name!r}; the keys are {', '.join(known)}")
+                raise StrataViTError(f"{source}: unknown key {described(name)}; the keys are {', '.join(known)}")
         try:
             return cls(**values)
         except StrataViTError as error:
@@ -239,6 +240,7 @@ _NOT_NEGATIVE = (
     *("lr", "min_lr", "warmup_epochs", "weight_decay", "clip", "mixup", "cutmix"),
     *("ema_horizon", "workers", "save_steps", "seed"),
 )
+_LARGEST = 2**32  # of any number: seeds go as far
 _SHARES = ("drop_path", "smoothing", "erasing", "ema_decay", "layer_drop")
 
 
@@ -254,12 +256,11 @@ def read_toml(path: Path) -> dict[str, Any]:
         StrataViTError: It cannot be read, or is not TOML.
     """
     try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
+        return tomllib.loads(read_small(path).decode())
     except OSError as error:
         raise StrataViTError(f"recipe {path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise StrataViTError(f"recipe {path}: not valid TOML ({error})") from error
+    except (ValueError, RecursionError) as error:  # of a number of thousands of digits, too
+        raise StrataViTError(f"recipe {path}: not valid TOML ({one_line(error)})") from error
 
 
 def _check(sound: bool, message: str) -> None:
@@ -270,10 +271,15 @@ def _check(sound: bool, message: str) -> None:
 def _check_type(name: str, value: Any, kind: Any) -> None:
     if get_origin(kind) is Literal:
         choices = ", ".join(get_args(kind))
-        _check(isinstance(value, str) and value in get_args(kind), f"{name} must be one of {choices}, got {value!r}")
+        _check(
+            isinstance(value, str) and value in get_args(kind),
+            f"{name} must be one of {choices}, got {described(value)}",
+        )
         return
     accepted = (int, float) if kind is float else (kind,)
     words = {int: "a whole number", float: "a number", str: "a text"}
     sound = isinstance(value, accepted) and not isinstance(value, bool)
-    _check(sound, f"{name} must be {words[kind]}, got {value!r}")
-    _check(kind is not float or abs(value) < float("inf"), f"{name} must be finite, got {value!r}")
+    _check(sound, f"{name} must be {words[kind]}, got {described(value)}")
+    _check(kind is not float or abs(value) < float("inf"), f"{name} must be finite, got {described(value)}")
+    small = kind is str or abs(value) <= _LARGEST
+    _check(small, f"{name} must be at most {_LARGEST:,}, got {described(value)}")

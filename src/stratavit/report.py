@@ -14,13 +14,15 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from stratavit.budget import human
-from stratavit.errors import ArtifactError, StrataViTError
+from stratavit.errors import ArtifactError, StrataViTError, one_line
 from stratavit.evaluate import Metrics, evaluate
 from stratavit.features import NEIGHBOURS, knn, zero_shot
+from stratavit.folders import read_small
 from stratavit.structure import classes_of
 from stratavit.supernet import SuperNet
 
 LADDER = tuple(f"{twelfths}/12" for twelfths in range(12, 1, -1))
+_LARGEST = 2**63
 _INK, _LINE, _MUTED = "#1f2937", "#2563eb", "#9ca3af"
 
 
@@ -141,10 +143,24 @@ def read_csv(path: Path) -> list[Point]:
         return []
     types = get_type_hints(Point)
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return [Point(**{key: types[key](value) for key, value in row.items()}) for row in csv.DictReader(file)]
+        lines = csv.DictReader(read_small(path).decode().splitlines(keepends=True))
+        points = [Point(**{key: types[key](value) for key, value in row.items()}) for row in lines]
+        if sorted(lines.fieldnames or types) != sorted(types):
+            raise ValueError("a column is missing, unknown or there twice")
+        for point in points:
+            _check_point(point)
+        return points
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
-        raise ArtifactError(f"{path} is not a curve written by StrataViT ({error})") from error
+        raise ArtifactError(f"{path} is not a curve written by StrataViT ({one_line(error)})") from error
+
+
+def _check_point(point: Point) -> None:
+    """Whether the numbers are those of a network that was measured."""
+    parse_share(point.asked)
+    percent = 0 <= point.top1 <= 100 and 0 <= point.top5 <= 100
+    sizes = 0 < point.share <= 1 and 0 < point.macs < _LARGEST and 0 < point.params < _LARGEST
+    if not (percent and sizes and 0 <= point.loss < float("inf") and 0 < point.n < _LARGEST):
+        raise ValueError(f"{point.asked}: a number is out of range")
 
 
 def points_in(folder: str | Path) -> list[Point]:

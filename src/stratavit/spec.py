@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from operator import index
 from typing import Any, SupportsIndex
 
-from stratavit.errors import StrataViTError
+from stratavit.errors import StrataViTError, described, one_line
 
 
 class Spec(Mapping[str, int]):
@@ -80,8 +80,8 @@ class Spec(Mapping[str, int]):
         """
         try:
             widths: Any = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise StrataViTError(f"spec: not valid JSON ({error})") from error
+        except (ValueError, RecursionError) as error:
+            raise StrataViTError(f"spec: not valid JSON ({one_line(error)})") from error
         if not isinstance(widths, dict):
             raise StrataViTError(f"spec: expected a JSON object of site: width, got {type(widths).__name__}")
         return cls(widths)
@@ -89,5 +89,5 @@ class Spec(Mapping[str, int]):
 
 def _width(name: str, width: Any) -> int:
     if isinstance(width, bool) or not isinstance(width, SupportsIndex) or index(width) < 0:
-        raise StrataViTError(f"spec: the width of {name!r} must be a whole number >= 0, got {width!r}")
+        raise StrataViTError(f"spec: the width of {name!r} must be a whole number >= 0, got {described(width)}")
     return index(width)

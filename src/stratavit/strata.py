@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from stratavit.errors import ArtifactError
+from stratavit.errors import ArtifactError, described
 from stratavit.spec import Spec
 from stratavit.structure import Site
 
@@ -48,10 +48,12 @@ class Strata:
         widths = dict(self._full)
         for number, entry in enumerate(self.entries):
             if entry.site not in widths:
-                raise ArtifactError(f"dropout list: entry {number} names {entry.site!r}, which the model does not have")
+                raise ArtifactError(
+                    f"dropout list: entry {number} names {described(entry.site)}, which the model does not have"
+                )
             if not 0 <= entry.width < widths[entry.site] or entry.width not in steps[entry.site]:
                 raise ArtifactError(
-                    f"dropout list: entry {number} sets {entry.site} to width {entry.width}, "
+                    f"dropout list: entry {number} sets {entry.site} to width {described(entry.width)}, "
                     f"expected a unit's end below {widths[entry.site]}"
                 )
             widths[entry.site] = entry.width
@@ -88,7 +90,7 @@ class Strata:
         for number, row in enumerate(rows if isinstance(rows, list) else [None]):
             types = [type(cell) for cell in row] if isinstance(row, list) else []
             if types != [str, int, int]:
-                raise ArtifactError(f"dropout list: entry {number} must be [site, width, group], got {row!r}")
+                raise ArtifactError(f"dropout list: entry {number} must be [site, width, group], got {described(row)}")
             entries.append(Entry(*row))
         return cls(sites, entries)
 

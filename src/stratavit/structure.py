@@ -55,6 +55,7 @@ def attention_steps(head_dim: int, unit: int = HEAD_DIM_UNIT) -> tuple[int, ...]
 
 def mlp_steps(hidden: int, units: int = MLP_UNITS) -> tuple[int, ...]:
     """Unit ends of an MLP hidden width: `units` groups as equal as whole numbers allow."""
+    units = max(1, min(units, hidden))  # more would be the same: every channel its own
     return tuple(sorted({hidden * i // units for i in range(units + 1)}))
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from stratavit.errors import ArtifactError, StrataViTError, one_line
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+Shape = tuple[int, ...]
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
@@ -16,23 +20,46 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str, a
     Raises:
         ArtifactError: A tensor is missing, unknown, of the wrong shape, or not finite; the first one is named.
     """
-    expected = model.state_dict()
-    for name in sorted(expected.keys() | tensors.keys()):
-        if name not in tensors:
-            raise ArtifactError(f"{source}: {name} is missing; is this checkpoint of the same architecture?")
-        if name not in expected:
+    check_fit(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, source)
+    for name, expected in sorted(model.state_dict().items()):
+        tensor = tensors[name]
+        fits = tensor.dtype in FLOATS if expected.is_floating_point() else tensor.dtype == expected.dtype
+        if not fits or tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
             raise ArtifactError(
-                f"{source}: {name} is not part of the model; is this checkpoint of the same architecture?"
+                f"{source}: {name} is of type {_kind(tensor)}, the model expects {_kind(expected)}; give dense numbers"
             )
-        ours, theirs = tuple(expected[name].shape), tuple(tensors[name].shape)
-        if ours != theirs:
-            hint = "; set --num-classes to the checkpoint's" if name.startswith("head") else ""
-            raise ArtifactError(f"{source}: {name} has shape {theirs}, the model expects {ours}{hint}")
-        if tensors[name].is_floating_point() and not tensors[name].isfinite().all():
+        if not tensor.isfinite().all():
             raise ArtifactError(f"{source}: {name} holds NaN or infinite values; give a sound checkpoint")
     model.load_state_dict(dict(tensors), strict=True, assign=assign)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+
+
+def check_fit(model: nn.Module, shapes: Mapping[str, Shape], source: str) -> None:
+    """Compares names and shapes of tensors with those of a model, which may be without storage.
+
+    Raises:
+        ArtifactError: A tensor is missing, unknown or of the wrong shape; the first one is named.
+    """
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | shapes.keys()):
+        shown = name if name.isprintable() and len(name) <= 200 else ascii(name)[:200]
+        if name not in shapes:
+            raise ArtifactError(f"{source}: {name} is missing; is this checkpoint of the same architecture?")
+        if name not in expected:
+            raise ArtifactError(
+                f"{source}: {shown} is not part of the model; is this checkpoint of the same architecture?"
+            )
+        ours, theirs = tuple(expected[name].shape), shapes[name]
+        if ours != theirs:
+            hint = "; set --num-classes to the checkpoint's" if name.startswith("head") else ""
+            raise ArtifactError(f"{source}: {name} has shape {theirs}, the model expects {ours}{hint}")
+
+
+def _kind(tensor: Tensor) -> str:
+    place = "without numbers " if tensor.is_meta else ""
+    form = "" if tensor.layout == torch.strided else f"{tensor.layout} ".removeprefix("torch.")
+    return f"{place}{form}{tensor.dtype}".replace("torch.", "")
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import pickle
 from pathlib import Path
 
 import timm
@@ -12,6 +11,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from stratavit import artifacts, hf_files, torchvision_models
+from stratavit.checkpoint import check_archive
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.folders import read_tensors
 from stratavit.weights import load_weights, unreachable
@@ -83,21 +83,13 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise ArtifactError(f"weights: {path} is not a file")
     if path.suffix == ".safetensors":
         return read_tensors(path)
+    check_archive(path, "weights: ")
     try:
         state = load_state_dict(str(path), weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except Exception as error:  # what torch and timm raise for damage differs with its place
         raise ArtifactError(
             f"weights: {path} is damaged or holds more than plain tensors, which is not loaded"
         ) from error
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not state or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise ArtifactError(f"weights: {path} does not hold a state dict of tensors")
     return dict(state)
