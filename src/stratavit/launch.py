@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from stratavit import order, processes
 from stratavit.augment import drop_path
 from stratavit.checkpoint import read_state, sound
-from stratavit.errors import StrataViTError
+from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.folders import check_free
 from stratavit.learner import Learner
+from stratavit.lock import Lock
 from stratavit.loop import Trainer
 from stratavit.recipe import Recipe
 from stratavit.structure import classes_of
@@ -75,12 +76,12 @@ def train(
         check_teaching(recipe, teacher)
     elif teacher is None:
         raise StrataViTError("train: the model has no head; give a teacher, which says what its features should be")
-    state = read_state(out) if resume else None
-    accelerator = processes.accelerator(recipe, out, cpu)
+    accelerator, lock = processes.accelerator(recipe, out, cpu), Lock(out)
     with ExitStack() as stack:
         stack.callback(processes.forget, accelerator)
-        if state is None:
-            processes.on_main(accelerator, lambda: make_folder(out, overwrite))
+        stack.callback(lock.release)
+        processes.on_main(accelerator, lock.take if resume else lambda: make_folder(out, overwrite, lock))
+        state = read_state(out) if resume else None
         stack.enter_context(order.kept_generators())
         stack.enter_context(drop_path(model, recipe.drop_path))
         stop = stack.enter_context(processes.stop_on_signal())
@@ -105,12 +106,21 @@ def check_teaching(recipe: Recipe, teacher: Teacher | None) -> None:
         raise StrataViTError("train: distil needs a teacher here: there is no larger network that could teach")
 
 
-def make_folder(out: Path, overwrite: bool) -> None:
-    """An empty folder for a run; what was there goes, if that was asked for."""
+def make_folder(out: Path, overwrite: bool, lock: Lock) -> None:
+    """An empty folder for a run, locked; what was there goes, if that was asked for and no other run is there.
+
+    Raises:
+        ArtifactError: It is not free, or cannot be made.
+    """
+    lock.check()
     check_free(out, overwrite)
-    if out.is_dir():
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
+    try:
+        if out.is_dir():
+            shutil.rmtree(out)
+        out.mkdir(parents=True)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {out}: {error.strerror}; give a folder that can be written") from error
+    lock.take()
 
 
 def spread(data: Dataset[Any], count: int) -> Dataset[Any]:

@@ -1,0 +1,126 @@
+"""One training at a time in a folder: a lock file that names who holds it, and is taken over when they are gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from stratavit.errors import ArtifactError
+from stratavit.folders import read_small
+
+FILE = "training.lock"
+
+
+class Lock:
+    """The lock of a run's folder.
+
+    Args:
+        folder: Of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE
+        self.content = b""
+
+    def check(self) -> bytes | None:
+        """The lock of a process that is gone, or None where there is no lock.
+
+        Raises:
+            ArtifactError: A process holds the folder, or may.
+        """
+        try:
+            content = read_small(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise ArtifactError(f"cannot read {self.path}: {error.strerror}") from error
+        holder = _holder(content)
+        if holder is None:
+            raise ArtifactError(f"{self.path} is no lock of StrataViT; remove it if no training writes to this folder")
+        if holder["host"] == socket.gethostname() and not _lives(holder):
+            return content
+        raise ArtifactError(
+            f"{self.path.parent} is written to by process {holder['pid']} on {holder['host']}, begun "
+            f"{holder['begun']}: wait for it, or give another folder; if it is gone, remove {self.path}"
+        )
+
+    def take(self) -> None:
+        """Takes the folder; the lock of a process that is gone is taken over, which is told on standard error.
+
+        Raises:
+            ArtifactError: See `check`; or the lock cannot be written.
+        """
+        stale = self.check()
+        try:
+            if stale is not None:
+                self._put_aside(stale)
+            me = {"pid": os.getpid(), "host": socket.gethostname(), "ticks": _ticks(os.getpid())}
+            self.content = json.dumps(me | {"begun": time.strftime("%Y-%m-%d %H:%M:%S")}).encode()
+            handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            with os.fdopen(handle, "wb") as file:
+                file.write(self.content)
+        except FileExistsError as error:
+            raise ArtifactError(f"{self.path.parent} was just taken by another process; give another folder") from error
+        except OSError as error:
+            raise ArtifactError(f"cannot write {self.path}: {error.strerror}") from error
+
+    def release(self) -> None:
+        """Gives the folder back, if it is held."""
+        with suppress(OSError):
+            if self.content and self.path.read_bytes() == self.content:
+                self.path.unlink()
+
+    def _put_aside(self, stale: bytes) -> None:
+        """Takes a lock away unless another process has put its own there meanwhile."""
+        aside = self.path.with_name(f".{FILE}.{os.getpid()}")
+        self.path.rename(aside)
+        taken = aside.read_bytes() != stale
+        if taken:
+            aside.rename(self.path)
+            raise FileExistsError
+        aside.unlink()
+        holder = _holder(stale) or {}
+        print(f"took over {self.path.parent} from process {holder.get('pid')}, which is gone", file=sys.stderr)
+
+
+def _holder(content: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    types = {"pid": int, "host": str, "begun": str}
+    sound = isinstance(found, dict) and all(type(found.get(key)) is kind for key, kind in types.items())
+    readable = sound and 0 < found["pid"] < 1 << 31 and (found["host"] + found["begun"]).isprintable()
+    return found if readable else None
+
+
+def _lives(holder: dict[str, Any]) -> bool:
+    """Whether the process runs; a number that was given to another one meanwhile is told by when that began."""
+    ticks = _ticks(holder["pid"])
+    if ticks is not None and holder.get("ticks") is not None:
+        return bool(ticks == holder["ticks"])
+    if os.name != "posix":  # there, asking would end the process
+        return True
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _ticks(pid: int) -> int | None:
+    """When a process began, in ticks since the machine started; None where the system does not tell, or it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        fields = stat.rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else int(fields[19])
+    except (OSError, ValueError, IndexError):
+        return None
