@@ -97,7 +97,7 @@ def test_training_mode_and_weights_are_left_as_they_were(tmp_path):
 
 
 def test_mistakes(tmp_path, monkeypatch):
-    with pytest.raises(StrataViTError, match="expected format 'onnx' or 'torch', got 'tflite'"):
+    with pytest.raises(StrataViTError, match="expected a format of onnx, torch, transformers, got 'tflite'"):
         stratavit.export(small(), tmp_path / "m", "tflite")
     with pytest.raises(StrataViTError, match="extract one first"):
         stratavit.export(make_net("plain"), tmp_path / "m")

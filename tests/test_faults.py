@@ -1,5 +1,6 @@
 """What can happen to a training run from outside: the last good state stays, and the error is one sentence."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,10 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import TINY, CrashError, Images, crash, fresh, run, trainer  # noqa: F401
+from helpers import CLASSES
+from PIL import Image
+from test_train import TINY, CrashError, Images, crash, fresh, run
 
 import stratavit
 from stratavit import ArtifactError, StrataViTError, checkpoint, lock
+from stratavit.augment import TrainingFolder, training_transform
+from stratavit.data import ImageFolder, image_loader
 from stratavit.lock import Lock
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -69,13 +74,16 @@ def test_a_state_that_does_not_name_its_release(folder):
     assert "written by an older StrataViT, before states named theirs" in refused(folder, resume=True)
 
 
+SOUND = {("recipe", "[]"), ("recipe", "{}"), ("given", "[]"), ("strata", "[]"), ("step", "5")}
+
+
 @pytest.mark.parametrize("junk", [None, 5, "x", [], {}, torch.zeros(3)])
 @pytest.mark.parametrize("key", ["recipe", "kind", "given", "strata", "weights", "means", "optimiser", "step", "loss"])
 def test_a_state_with_something_else_in_it(folder, key, junk):
     before = sorted(path.name for path in folder.iterdir())
     rewrite(folder, lambda state: state.update({key: junk}))
-    if key == "recipe" and junk in ([], {}):
-        return  # a recipe of defaults
+    if (key, str(junk)) in SOUND:
+        return
     refused(folder, resume=True)
     assert sorted(path.name for path in folder.iterdir()) == before
 
@@ -195,3 +203,53 @@ def test_a_disk_that_fills_while_the_state_is_written(folder):
     assert "the last state is left" in lines[0]
     assert (folder / "state.pt").read_bytes() == before["state.pt"]
     run(folder, resume=True)
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_worker_that_is_killed(folder):
+    recipe = dataclasses.replace(TINY, workers=1)
+    state = (folder / "state.pt").read_bytes()
+    message = refused(folder, data=Images(3, kill), recipe=recipe, resume=True)
+    assert "a process that reads images was ended from outside" in message
+    assert f"the last state in {folder} is sound" in message
+    assert (folder / "state.pt").read_bytes() == state
+    assert not (folder / lock.FILE).exists()
+    run(folder, recipe=recipe, resume=True)
+
+
+def image_set(path, damaged):
+    """24 images of 7 classes, of which some are no images."""
+    for number in range(24):
+        label = path / str(number % CLASSES)
+        label.mkdir(parents=True, exist_ok=True)
+        if number in damaged:
+            (label / f"{number}.png").write_bytes(b"no image")
+        else:
+            Image.new("RGB", (40, 40), (9 * number, 90, 200)).save(label / f"{number}.png")
+    config = fresh().data_config
+    return TrainingFolder(ImageFolder(path, config), training_transform(config, TINY))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_images_in_the_midst_of_an_epoch(tmp_path, workers, capfd):
+    """A few are passed over; if there are many in a row, it is told, and the last state is sound."""
+    recipe = dataclasses.replace(TINY, workers=workers, epochs=2)
+    net = run(tmp_path / "run", data=image_set(tmp_path / "few", {3, 4}), recipe=recipe)
+    assert all(parameter.isfinite().all() for parameter in net.parameters())
+    assert "is unreadable; the next image takes its place" in capfd.readouterr().err
+    message = refused(tmp_path / "all", data=image_set(tmp_path / "none", set(range(24))), recipe=recipe)
+    assert "images in a row are unreadable" in message
+    assert checkpoint.read_state(tmp_path / "all")["step"] == 0
+    assert not (tmp_path / "all" / lock.FILE).exists()
+
+
+def test_a_worker_of_an_evaluation_that_is_killed(tmp_path, monkeypatch):
+    image_set(tmp_path, set())
+    loader = image_loader(tmp_path, fresh().data_config, "val", None, workers=1)
+    monkeypatch.setattr(ImageFolder, "__getitem__", lambda self, index: kill())
+    with pytest.raises(StrataViTError, match="images: a process that reads images was ended from outside"):
+        list(loader)

