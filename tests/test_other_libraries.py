@@ -133,7 +133,7 @@ def test_damaged_weights_of_transformers(folders, tmp_path, damage):
     if damage == "pickled":
         torch.save({"classifier.bias": Bomb(tmp_path / "exploded")}, tmp_path / "source" / "pytorch_model.bin")
     with pytest.raises(
-        ArtifactError, match="source: the ViTForImageClassification there cannot be loaded|safetensors is damaged"
+        ArtifactError, match=r"source: the ViTForImageClassification there cannot be loaded|safetensors is damaged"
     ) as caught:
         load_equivalent(tmp_path / "source")
     assert "\n" not in str(caught.value)
