@@ -126,7 +126,7 @@ def draw_lines(
         best: Label of the line that stands out; the last one if empty.
         first: Style of the first line, in grey.
     """
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    figure = Figure(figsize=(7.5 + 2.5 * (len(lines) > 8), 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for number, (label, points) in enumerate(lines.items()):
@@ -139,7 +139,8 @@ def draw_lines(
     axes.set(xlabel="share of the dense model's MACs", ylabel="top-1, %", title=title, ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7, frameon=False)
+    beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(lines) > 8 else {}
+    axes.legend(fontsize=7, frameon=False, **beside)
     figure.savefig(path, dpi=150)
 
 
