@@ -23,6 +23,7 @@ from stratavit.heads import ElasticBeit
 from stratavit.layers import build_layer, describe_layer
 from stratavit.plain import Constant, SplitAttention
 from stratavit.split_heads import ElasticSplit
+from stratavit.structure import computed_buffers
 
 DATA_KEYS = {"input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode"}
 _ASIDE = {"training", "fused_attn", "grad_checkpointing", "data_config", "provenance", "init_values", "embedding"}
@@ -139,13 +140,10 @@ def _parts(root: nn.Module, dtype: torch.dtype) -> dict[str, str]:
         for key, value in vars(module).items():
             if key not in _ASIDE and not key.startswith("_") and _is_plain(value):
                 lines[f"{name}.{key}".lstrip(".")] = str(value)
-    for name, module in root.named_modules():
-        for key in module._non_persistent_buffers_set:  # not saved: they follow from the arguments, or differ
-            buffer = getattr(module, key)
-            if buffer is not None and not buffer.is_meta:
-                rounded = buffer.detach().to(dtype) if buffer.is_floating_point() else buffer.detach()
-                content = rounded.double().cpu().numpy().tobytes()
-                lines[f"{name}.{key}".lstrip(".")] = hashlib.blake2b(content).hexdigest()
+    for name, _, _, buffer in computed_buffers(root):  # they follow from the arguments, or differ
+        if not buffer.is_meta:
+            rounded = buffer.detach().to(dtype) if buffer.is_floating_point() else buffer.detach()
+            lines[name] = hashlib.blake2b(rounded.double().cpu().numpy().tobytes()).hexdigest()
     return lines | {name: str(tuple(p.shape)) for name, p in root.named_parameters()}
 
 

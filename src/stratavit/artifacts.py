@@ -17,7 +17,7 @@ from stratavit.folders import read_json, read_shapes, read_tensors, write_folder
 from stratavit.foreign import as_source, as_timm
 from stratavit.hf_layouts import LAYOUTS
 from stratavit.strata import Strata
-from stratavit.structure import HEAD_DIM_UNIT, MLP_UNITS
+from stratavit.structure import HEAD_DIM_UNIT, MLP_UNITS, computed_buffers
 from stratavit.weights import load_weights
 
 if TYPE_CHECKING:
@@ -218,11 +218,9 @@ def _load_model(content: Mapping[str, Any], folder: Path, device: torch.device |
     model.pretrained_cfg = {"architecture": architecture_name}
     model.source_args = dict(content["model"]["args"])
     dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
-    for module in model.modules():  # what is not saved was computed in float32
-        for key in module._non_persistent_buffers_set:
-            buffer = getattr(module, key)
-            if buffer is not None and buffer.is_floating_point():
-                setattr(module, key, buffer.to(dtype))
+    for _, module, key, buffer in computed_buffers(model):  # in float32
+        if buffer.is_floating_point():
+            setattr(module, key, buffer.to(dtype))
     loaded: nn.Module = model.to(device).eval()
     return loaded
 

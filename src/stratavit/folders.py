@@ -37,23 +37,10 @@ def write_folder(path: str | Path, write: Callable[[Path], None], overwrite: boo
         ArtifactError: `path` is taken, or cannot be written (disk full, no permission).
     """
     path = check_free(path, overwrite)
-    temporary: Path | None = None
-    new_parents = [parent for parent in path.absolute().parents if not parent.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    with _folder_beside(path) as temporary:
         write(temporary)
         open_to_others(temporary)
         _replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"cannot write {path}: {_reason(error)}; nothing was left there") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if not path.exists():
-            for parent in new_parents:
-                with suppress(OSError):
-                    parent.rmdir()
     return path
 
 
@@ -81,27 +68,36 @@ def write_file(path: str | Path, content: bytes, overwrite: bool = False) -> Pat
         ArtifactError: `path` is taken, or cannot be written (disk full, no permission).
     """
     path = check_free_file(path, overwrite)
+    with _folder_beside(path) as temporary:
+        file = temporary / "file"
+        file.write_bytes(content)
+        open_to_others(file)
+        file.replace(path)
+    return path
+
+
+@contextmanager
+def _folder_beside(path: Path) -> Iterator[Path]:
+    """A temporary folder on the disk of `path`, gone afterwards, and so are parents that were made for nothing.
+
+    Raises:
+        ArtifactError: Something cannot be written.
+    """
     temporary: Path | None = None
     new_parents = [parent for parent in path.absolute().parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        open_to_others(temporary)
-        temporary.replace(path)
-    except OSError as error:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:100]}.", dir=path.parent))
+        yield temporary
+    except (OSError, SafetensorError) as error:
         raise ArtifactError(f"cannot write {path}: {_reason(error)}; nothing was left there") from error
     finally:
-        with suppress(OSError):
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
         if not path.exists():
             for parent in new_parents:
                 with suppress(OSError):
                     parent.rmdir()
-    return path
 
 
 def check_free_file(path: str | Path, overwrite: bool) -> Path:

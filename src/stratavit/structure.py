@@ -110,6 +110,15 @@ def _several(classes: int) -> int:
     return int(classes) if classes > 1 else 0
 
 
+def computed_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Buffers that are not saved, because a model computes them when it is built: full name, module, key, tensor."""
+    for name, module in model.named_modules():
+        for key in module._non_persistent_buffers_set:
+            buffer = getattr(module, key)
+            if buffer is not None:
+                yield f"{name}.{key}".lstrip("."), module, key, buffer
+
+
 def model_dtype(model: nn.Module) -> torch.dtype:
     """Floating-point type of a model's weights."""
     return next(p.dtype for p in model.parameters() if p.is_floating_point())

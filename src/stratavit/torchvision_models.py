@@ -117,7 +117,8 @@ def named(name: str, weights: Mapping[str, Tensor] | None, source: str, num_clas
         load_weights(model, weights, source)
         return to_timm(model)
     with unreachable(name):
-        made: Any = to_timm(torchvision.models.get_model(name, weights="DEFAULT"))
+        model = torchvision.models.get_model(name, weights="DEFAULT")
+    made: Any = to_timm(model)
     if num_classes is not None:
         made.reset_classifier(num_classes)
     ready: nn.Module = made.eval()
