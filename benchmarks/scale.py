@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import cost_model
+import timm
 import torch
 from common import plain, timed, write_results
 from piad_cost import in_training
@@ -83,16 +84,17 @@ def rate(what: str, processes: int, threads: int, images: int) -> float:
 def work(what: str, images: int) -> None:
     """Does it once, in this process, and prints the seconds."""
     torch.manual_seed(0)
-    net = in_training()
     data = TensorDataset(torch.randn(images, 3, 224, 224), torch.randint(0, 1000, (images,)))
     batches = [data[i : i + BATCH] for i in range(0, images, BATCH)]
     if what == "plain":
-        model = net.source_copy().train()
+        model = timm.create_model(MODEL).train()
         plain(model, batches[:2])
         seconds = timed(lambda: plain(model, batches))
     elif what == "calibration":
-        seconds = timed(lambda: SuperNet(net.source_copy()).contract(batches))
+        net = SuperNet(timm.create_model(MODEL))
+        seconds = timed(lambda: net.contract(batches))
     else:
+        net = in_training()
         seconds = timed(lambda: train(net, data))
     with contextlib.suppress(OSError):
         print("seconds", seconds, flush=True)
