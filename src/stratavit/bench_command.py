@@ -63,7 +63,7 @@ def sizes(net: SuperNet, shares: tuple[str, ...], asked: Any) -> dict[str, nn.Mo
         met = net.budget(**asked)
         models[f"{human(net.macs(met.spec))} MACs"] = net.extract(spec=met.spec)
         return models
-    lowest = 1.0 if net.strata is None else net.macs(net.strata.spec(len(net.strata))) / net.macs()
+    lowest = 1.0 if net.strata is None else net.macs(net.strata.smallest()) / net.macs()
     for share in shares:
         if lowest <= parse_share(share) < 1:
             models[share] = net.extract(macs=parse_share(share), verbose=False)

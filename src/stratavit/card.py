@@ -94,7 +94,7 @@ def _sizes(net: SuperNet | None, model: nn.Module, points: Sequence[Point]) -> s
         return f"## Size\n\n{own}\n\nAccuracy was not measured."
     rows = []
     if net.strata is not None:
-        low = net.macs(net.strata.spec(len(net.strata)))
+        low = net.macs(net.strata.smallest())
         for share in SHARES:
             if int(share.partition("/")[0]) / 12 * net.macs() >= low:
                 spec = net.spec(macs=int(share.partition("/")[0]) / 12)

@@ -117,7 +117,7 @@ def info(args: Namespace) -> Outcome:
     if kind == artifacts.SUPER:
         net = SuperNet.load(args.target)
         widths = dict(net.resolve(None))
-        smallest = net.macs() if net.strata is None else net.macs(net.strata.spec(len(net.strata)))
+        smallest = net.macs() if net.strata is None else net.macs(net.strata.smallest())
         facts: dict[str, Any] = {
             "macs": net.macs(),
             "macs_with_attention": net.macs(attention=True),

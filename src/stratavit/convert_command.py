@@ -82,7 +82,7 @@ def convert(args: Namespace) -> Outcome:
     }
     net.save(args.out, args.overwrite, moments=not args.no_moments)
     assert net.strata is not None
-    smallest = net.strata.spec(len(net.strata))
+    smallest = net.strata.smallest()
     result = {
         "run": str(args.out),
         "images": net.provenance["contract"]["images"],

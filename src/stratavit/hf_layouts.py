@@ -36,7 +36,6 @@ class Layout:
         out: Name of the map out of the heads, within `attention`.
         scale: Attribute of `attention` that holds the factor of the scores.
         normal: Mean and std that the weights published under this class expect.
-        answer: Field of the output that timm's model answers with.
         flat: Tensors that lack timm's leading dimensions -> timm's shape is ``[1, ...]`` with so many in front.
     """
 
@@ -50,7 +49,6 @@ class Layout:
     out: str = "o_proj"
     scale: str = "scaling"
     normal: Mapping[str, Any] = None  # type: ignore[assignment]
-    answer: str = "logits"
     flat: Mapping[str, int] = None  # type: ignore[assignment]
 
 
@@ -156,7 +154,6 @@ LAYOUTS: dict[str, Layout] = {
         "encoder.layer.{}",
         {"norm1": "norm1", "norm2": "norm2", "layer_scale1.lambda1": "ls1.gamma", "layer_scale2.lambda1": "ls2.gamma"},
         normal=_IMAGENET,
-        answer="pooler_output",
     ),
     "CLIPVisionModel": Layout(
         "vit_base_patch16_clip_224",
@@ -174,7 +171,6 @@ LAYOUTS: dict[str, Layout] = {
         out="out_proj",
         scale="scale",
         normal=_CLIP,
-        answer="pooler_output",
         flat={"cls_token": 2, "pos_embed": 1},
     ),
     "SiglipVisionModel": Layout(
@@ -196,7 +192,6 @@ LAYOUTS: dict[str, Layout] = {
         out="out_proj",
         scale="scale",
         normal=_HALF,
-        answer="pooler_output",
         flat={"pos_embed": 1},
     ),
     "SwinForImageClassification": Layout(

@@ -12,6 +12,7 @@ from timm.utils import ModelEmaV3
 from stratavit import contraction, processes, progressive, report
 from stratavit.checkpoint import LOG_FILE, SUPER_FILES, Journal, publish, put_weights, weights_of
 from stratavit.compensation import Moments
+from stratavit.conversion import TOKEN_WEIGHT
 from stratavit.errors import StrataViTError
 from stratavit.objectives import Objective
 from stratavit.recipe import Recipe
@@ -19,7 +20,7 @@ from stratavit.sampling import Drawn, Prefixes, draw, random_widths, without_lay
 from stratavit.spec import Spec
 from stratavit.statistics import collect
 from stratavit.strata import Entry, Strata
-from stratavit.supernet import TOKEN_WEIGHT, SuperNet
+from stratavit.supernet import SuperNet
 
 
 class Pupil:
@@ -66,7 +67,7 @@ class Pupil:
     @property
     def smallest(self) -> float:
         """Share of the dense MACs that the smallest sub-network of the list costs."""
-        return self.net.macs(self.strata.spec(len(self.entries))) / self.net.macs()
+        return self.net.macs(self.strata.smallest()) / self.net.macs()
 
     def facts(self) -> dict[str, Any]:
         """Length of the list and its smallest network, for the log."""

@@ -89,7 +89,7 @@ def curve(net: SuperNet, loader: Iterable[Any], ladder: Sequence[str] = LADDER, 
         ladder: Shares such as ``"8/12"`` or ``"0.5"``; those below the reachable range are left out.
         judge: How accuracy is measured, see `judge_of`.
     """
-    lowest = 0 if net.strata is None else net.macs(net.strata.spec(len(net.strata)))
+    lowest = 0 if net.strata is None else net.macs(net.strata.smallest())
     points: list[Point] = []
     for asked in ladder:
         if parse_share(asked) * net.macs() < lowest:

@@ -205,7 +205,7 @@ class Sized(nn.Module):
         if not whole or not 0 <= (position := index(position)) <= len(self.strata):
             raise BudgetError(f"position: expected a whole number from 0 to {len(self.strata)}, got {position!r}")
         spec = self.strata.spec(position)
-        low = self.macs(self.strata.spec(len(self.strata)))
+        low = self.macs(self.strata.smallest())
         return Budget((Bound("macs", self.macs(spec), self.macs(spec), low, self.macs()),), position, spec)
 
     def spec(self, **asked: Unpack[Asked]) -> Spec:

@@ -69,6 +69,10 @@ class Strata:
             widths[entry.site] = entry.width
         return Spec(widths)
 
+    def smallest(self) -> Spec:
+        """Widths of every site once all entries have left."""
+        return self.spec(len(self))
+
     def group_ends(self) -> list[int]:
         """Positions at which no merged tail is cut in two: where ``method="paper"`` may stop."""
         groups = [entry.group for entry in self.entries]

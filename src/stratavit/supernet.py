@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from stratavit import architecture, artifacts, contraction, listing, sensitivity, strata
+from stratavit import architecture, artifacts, strata
 from stratavit.answers import Answers
+from stratavit.conversion import Convertible
 from stratavit.cost import cost_model
 from stratavit.elastic import ElasticSite, set_widths
 from stratavit.errors import BudgetError, StrataViTError
@@ -22,19 +23,11 @@ from stratavit.families import elastic_sites, find_sites, last_norm
 from stratavit.final_mean import FinalMean, Shift
 from stratavit.foreign import as_source, as_timm
 from stratavit.limits import Asked
-from stratavit.objectives import Objective
-from stratavit.prices import priced
-from stratavit.sizes import Method, Sized, known_method
-from stratavit.statistics import SiteStatistics, collect
-from stratavit.structure import HEAD_DIM_UNIT, MLP_UNITS, in_float32
-from stratavit.timing import Setting
-from stratavit.walk import Walk
-from stratavit.wpac import CRITERIA, Criterion, scatter_needed
-
-TOKEN_WEIGHT = 0.5
+from stratavit.sizes import Method
+from stratavit.structure import HEAD_DIM_UNIT, MLP_UNITS
 
 
-class SuperNet(Sized):
+class SuperNet(Convertible):
     """A pre-trained ViT made elastic: one set of weights, every size a prefix of it.
 
     Args:
@@ -107,135 +100,6 @@ class SuperNet(Sized):
     def elastic(self) -> dict[str, ElasticSite]:
         """Site name -> elastic module."""
         return {site.name: self.model.get_submodule(site.name) for site in self.sites}
-
-    # ---- conversion -------------------------------------------------------------------------------
-
-    def contract(
-        self,
-        loader: Iterable[Any],
-        method: Method | None = None,
-        criterion: Criterion | None = None,
-        objective: Objective = "auto",
-        seed: int = 0,
-        token_weight: float = TOKEN_WEIGHT,
-    ) -> SuperNet:
-        """Sorts the knowledge inside every module, in place, without changing the function.
-
-        One forward and one backward pass over the calibration images (the paper uses 1,024).
-
-        Args:
-            loader: Yields images ``[B, 3, H, W]``, ``(images,)`` or ``(images, labels [B])``.
-            method: ``paper`` is exactly the paper (WPAC); ``default`` sorts by what each module adds to the
-                residual stream and gathers what `compensation` needs. If None, what the criterion implies.
-            criterion: What channels are sorted by: ``output`` (default method), ``wpac`` (paper), or a baseline
-                (``random``, ``magnitude``, ``taylor``, ``hessian``, ``pca``); only ``output`` goes with ``default``.
-            objective: What is differentiated, see `statistics.collect`; ``auto`` suits the method and the labels.
-            seed: For ``random`` and for the objective ``sampled``.
-            token_weight: Share of a token's weight that follows the gradient norm at the module's output
-                (default method).
-
-        Returns:
-            self.
-
-        Raises:
-            StrataViTError: Bad images, labels or options.
-        """
-        if criterion is not None and criterion not in CRITERIA:
-            raise StrataViTError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion!r}")
-        if not 0 <= token_weight <= 1:
-            raise StrataViTError(f"token_weight: expected a share from 0 to 1, got {token_weight!r}")
-        implied: Method = "default" if criterion in (None, "output") else "paper"
-        method = implied if method is None else known_method(method)
-        if criterion is not None and method != implied:
-            raise StrataViTError(f"criterion {criterion!r} belongs to method={implied!r}, got method={method!r}")
-        criterion = criterion or ("output" if method == "default" else "wpac")
-        self.set_widths(None)
-        share = token_weight if criterion == "output" else None
-        answers = None if share is None else Answers()
-        with in_float32(self.model):
-            scatter = scatter_needed(criterion)
-            statistics = collect(self.model, loader, objective, scatter, "contract", share, seed, answers)
-        contraction.apply(self.model, statistics, criterion, seed)
-        self.released = False
-        if answers is not None:
-            answers.seal(self.model)  # contraction keeps the function
-        self._answers = answers
-        self.strata, self.final_mean, self.method = None, None, method
-        self.provenance["contract"] = {
-            "method": method,
-            "criterion": criterion,
-            "objective": objective,
-            "images": next(iter(statistics.values())).images,
-            "seed": seed,
-            "token_weight": share,
-        }
-        return self
-
-    def stratify(
-        self,
-        loader: Iterable[Any],
-        method: Method | None = None,
-        objective: Objective = "auto",
-        measure: sensitivity.Measure = "auto",
-        plan: Walk | None = None,
-        seed: int = 0,
-        price: Literal["macs", "latency"] = "macs",
-        setting: Setting | None = None,
-    ) -> SuperNet:
-        """Makes the one-shot dropout list, down to the smallest size, in place; no training.
-
-        Args:
-            loader: The calibration images, several times over. Best those of `contract`, in the same order (no
-                shuffling) and on the same object: each is then measured with moments that do not contain it.
-            method: ``default`` measures at cut networks what one more unit brings (`walk`); ``paper`` ranks units by
-                sensitivity of the module times Taylor importance, per MAC, with tails merged (method
-                section 2). As set by `contract` if None.
-            objective: ``paper``: for the Taylor importance, see `statistics.collect`.
-            measure: ``paper``: of sensitivity, ``top1``, ``cost`` or ``auto``, see `sensitivity.bypass_sensitivity`.
-            plan: ``default``: sizes and numbers of images.
-            seed: ``paper``: for the objective ``sampled``.
-            price: What a unit's importance is divided by: its MACs (paper), or its ``latency`` on the device that the
-                weights are on.
-            setting: For ``latency``; one image, eager, if None.
-
-        Returns:
-            self.
-
-        Raises:
-            StrataViTError: Bad images, labels or options.
-        """
-        method = self.method if method is None else known_method(method)
-        self.set_widths(None)
-        final_mean, cost = None, priced(self.cost, self.elastic, price, setting)
-        with in_float32(self.model):
-            if method == "paper":
-                entries, statistics, facts = listing.by_importance(
-                    self.model, self.sites, cost, loader, objective, measure, seed
-                )
-                self._fill_means(statistics)
-            else:
-                if any(module.channel_mean.numel() == 0 for module in self.elastic.values()):
-                    self._fill_means(collect(self.model, loader, objective, "none", "means"))
-                known = self._answers if self._answers is not None and self._answers.belong_to(self.model) else None
-                before, self.compensation = self.compensation, "full"
-                try:
-                    entries, final_mean, facts = listing.by_effects(
-                        self.model, self.sites, cost, loader, plan or Walk(), known
-                    )
-                finally:
-                    self.compensation = before
-        self._answers = None
-        if method != self.method:
-            self.method = method
-        self.final_mean = final_mean
-        self.strata = strata.Strata(self.sites, entries)
-        self.provenance["stratify"] = {"method": method, "price": price, "prices": cost.prices, **facts}
-        return self
-
-    def _fill_means(self, statistics: Mapping[str, SiteStatistics]) -> None:
-        for name, module in self.elastic.items():
-            if module.channel_mean.numel() == 0:
-                contraction.set_mean(module, statistics[name].channel_mean)
 
     # ---- execution --------------------------------------------------------------------------------
 

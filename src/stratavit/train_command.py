@@ -181,7 +181,7 @@ def train(args: Namespace) -> tuple[dict[str, Any], list[Any]]:
     if _follower(args):
         return {}, []
     assert net.strata is not None
-    smallest = net.macs(net.strata.spec(len(net.strata)))
+    smallest = net.macs(net.strata.smallest())
     result = _outcome(args, net.provenance["train"], len(images.train))
     result |= {"run": str(args.out), "macs": net.macs(), "smallest_macs": smallest, "entries": len(net.strata)}
     text = (
