@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs docs-serve clean
+.PHONY: demo test lint coverage docs docs-serve clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml
@@ -22,6 +22,12 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+coverage: $(VENV)/installed  ## which lines of src/ no test runs; an error if there is one without a reason
+	rm -rf coverage && mkdir coverage
+	$(BIN)/python -m coverage run -m pytest -n auto --dist loadfile
+	$(BIN)/python -m coverage combine --quiet coverage
+	$(BIN)/python -m coverage report --fail-under 100
 
 docs: $(VENV)/installed  ## the documentation as a site, warnings are errors
 	$(BIN)/python -m mkdocs build --strict
