@@ -26,24 +26,26 @@ ELSEWHERE = {"TZ": "Pacific/Auckland", "LC_ALL": "C", "PYTHONHASHSEED": "1"}  # 
 DIST_INFO = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
 
 
-class Failed(Exception):
+class ReleaseError(Exception):
     """A check of the release does not hold; the message says which."""
 
 
-def call(what: str, *command: str | Path, cwd: Path = ROOT, **changes: str) -> bytes:
+def call(what: str, *command: str | Path, cwd: Path | None = None, changes: dict[str, str] | None = None) -> bytes:
     """What a command prints, run without this shell's Python settings."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")} | changes
-    done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")} | (changes or {})
+    done = subprocess.run([*map(str, command)], cwd=cwd or ROOT, env=environment, capture_output=True)
     if done.returncode:
         print((done.stdout + done.stderr).decode(errors="replace"), file=sys.stderr)
-        raise Failed(f"{what} failed (exit code {done.returncode}, output above)")
+        raise ReleaseError(f"{what} failed (exit code {done.returncode}, output above)")
     return done.stdout
 
 
 def committed(folder: Path) -> tuple[set[str], str]:
     """Unpacks the last commit; its files, and its date in seconds."""
     if changed := call("git status", "git", "status", "--porcelain").decode().splitlines():
-        raise Failed(f"{len(changed)} files are not committed, the first is {changed[0][3:]}: commit or remove them")
+        raise ReleaseError(
+            f"{len(changed)} files are not committed, the first is {changed[0][3:]}: commit or remove them"
+        )
     with tarfile.open(fileobj=io.BytesIO(call("git archive", "git", "archive", "HEAD"))) as archive:
         archive.extractall(folder, filter="data")
         names = {member.name for member in archive if not member.isdir()}
@@ -51,17 +53,21 @@ def committed(folder: Path) -> tuple[set[str], str]:
 
 
 def build(first: Path, second: Path, dist: Path, epoch: str) -> tuple[Path, Path]:
-    """sdist, and the wheel from it; a second build elsewhere, its wheel straight from the tree, must have the same bytes."""
+    """The sdist, and the wheel made from it.
+
+    A second build in another folder, time zone and locale, its wheel straight from the tree, must have the same bytes.
+    """
     again = second.parent / "again"
     run = (sys.executable, "-m", "build", "--outdir")
-    call("building", *run, dist, first, SOURCE_DATE_EPOCH=epoch)
-    call("building again", *run, again, "--sdist", "--wheel", second, SOURCE_DATE_EPOCH=epoch, **ELSEWHERE)
+    date = {"SOURCE_DATE_EPOCH": epoch}
+    call("building", *run, dist, first, changes=date)
+    call("building again", *run, again, "--sdist", "--wheel", second, changes=date | ELSEWHERE)
     made = sorted(dist.iterdir())
     if [path.suffix for path in made] != [".whl", ".gz"]:
-        raise Failed(f"expected one wheel and one sdist, got {[path.name for path in made]}")
+        raise ReleaseError(f"expected one wheel and one sdist, got {[path.name for path in made]}")
     for path in made:
         if path.read_bytes() != (again / path.name).read_bytes():
-            raise Failed(f"two builds of {path.name} differ")
+            raise ReleaseError(f"two builds of {path.name} differ")
     return made[1], made[0]
 
 
@@ -80,7 +86,7 @@ def compare(what: str, found: set[str], expected: set[str]) -> None:
     """One sentence with the names that are too many or too few."""
     for names, verb in ((expected - found, "lacks"), (found - expected, "holds by mistake")):
         if names:
-            raise Failed(f"{what} {verb} {', '.join(sorted(names)[:5])} ({len(names)} files)")
+            raise ReleaseError(f"{what} {verb} {', '.join(sorted(names)[:5])} ({len(names)} files)")
 
 
 def bill(python: Path, work: Path, target: Path, version: str, epoch: str) -> dict[str, str]:
@@ -90,10 +96,10 @@ def bill(python: Path, work: Path, target: Path, version: str, epoch: str) -> di
     described.write_text(text.replace('dynamic = ["version"]', f'version = "{version}"'), encoding="utf-8")
     command = [sys.executable, "-m", "cyclonedx_py", "environment", "--output-reproducible", "--mc-type", "library"]
     command += ["--pyproject", str(described), "--of", "JSON", "-o", str(target), str(python)]
-    call("the bill of materials", *command, SOURCE_DATE_EPOCH=epoch)
+    call("the bill of materials", *command, changes={"SOURCE_DATE_EPOCH": epoch})
     listed = json.loads(target.read_text(encoding="utf-8"))
     if listed["metadata"]["component"].get("version") != version or "file:" in json.dumps(listed):
-        raise Failed("the bill of materials lacks the version, or names a file of this machine")
+        raise ReleaseError("the bill of materials lacks the version, or names a file of this machine")
     return {item["name"]: item["version"] for item in listed["components"]}
 
 
@@ -101,13 +107,13 @@ def audit(site: Path) -> str:
     """What is known about vulnerabilities of the packages in a folder; packages that nobody answered for do not count.
 
     Raises:
-        Failed: A package has a known vulnerability that a newer release mends.
+        ReleaseError: A package has a known vulnerability that a newer release mends.
     """
     command = [sys.executable, "-m", "pip_audit", "--path", str(site), "--format", "json", "--progress-spinner", "off"]
-    answer = subprocess.run(command, capture_output=True, text=True).stdout
+    answer = subprocess.run(command, capture_output=True, text=True).stdout  # findings give exit code 1
     try:
         found: list[dict[str, Any]] = json.loads(answer)["dependencies"]
-    except ValueError:
+    except ValueError:  # no JSON
         return "not checked, the service did not answer"
     known = {item["name"]: item["vulns"] for item in found if "vulns" in item}
     unknown = sorted(item["name"] for item in found if "vulns" not in item and item["name"] != "stratavit")
@@ -115,7 +121,7 @@ def audit(site: Path) -> str:
         return f"not checked, the service knows none of {len(unknown)} packages"
     bad = [f"{name} {vulnerability['id']}" for name, all_ in known.items() for vulnerability in all_]
     if any(vulnerability["fix_versions"] for all_ in known.values() for vulnerability in all_):
-        raise Failed(f"known vulnerabilities, of which newer releases mend some: {', '.join(bad)}")
+        raise ReleaseError(f"known vulnerabilities, of which newer releases mend some: {', '.join(bad)}")
     told = f"none known in {len(known)} packages" if not bad else f"known, not mended yet: {', '.join(bad)}"
     return told + (f"; not checked: {', '.join(unknown)}" if unknown else "")
 
@@ -138,9 +144,8 @@ def release(work: Path, dist: Path) -> None:
     call("pip check", *pip, "check")
     (work / "smoke").mkdir()
     shutil.copy(work / "first/release/smoke.py", work / "smoke")
-    print(
-        "smoke test", call("the smoke test", python, "-I", "smoke.py", cwd=work / "smoke").decode().strip(), sep="\n  "
-    )
+    said = call("the smoke test", python, "-I", "smoke.py", cwd=work / "smoke").decode().splitlines()
+    print("smoke test  ", "\n             ".join(said))
     version = wheel.name.split("-")[1]
     components = bill(python, work, dist / f"stratavit-{version}.cdx.json", version, epoch)
     print(f"bill         {len(components)} components")
@@ -152,18 +157,16 @@ def release(work: Path, dist: Path) -> None:
 def main() -> int:
     """0, or 1 after one sentence that says what does not hold."""
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("release: stopped; dist/ is as it was"))
     target = ROOT / "dist"
+    aside = tempfile.TemporaryDirectory(dir=ROOT, prefix="dist-")  # on the same disk: what is done is renamed
     try:
-        with (
-            tempfile.TemporaryDirectory(prefix="stratavit-") as work,
-            tempfile.TemporaryDirectory(dir=ROOT, prefix="dist-") as beside,
-        ):
-            release(Path(work), Path(beside) / "new")
+        with aside as beside, tempfile.TemporaryDirectory(prefix="release-") as work:
+            ready = Path(beside) / "new"
+            release(Path(work), ready)
             if target.exists():
                 target.rename(Path(beside) / "old")
-            (Path(beside) / "new").rename(target)
-    except Failed as error:
+            ready.rename(target)
+    except ReleaseError as error:
         print(f"release: {error}; dist/ is as it was", file=sys.stderr)
         return 1
     for path in sorted(target.iterdir()):
@@ -172,4 +175,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("release: stopped; dist/ is as it was"))
     sys.exit(main())

@@ -90,6 +90,7 @@ def tells() -> None:
     for extra, asked in (
         ("demo", ("demo", "--out", "out")),
         ("export", ("export", "small", "--out", "out")),
+        ("export", ("bench", "small", "--runtimes", "onnx", "--batches", "1", "--device", "cpu")),
         ("train", ("train", "run", *data, "--out", "out")),
         ("train", ("finetune", "small", *data, "--out", "out")),
         ("transformers", ("convert", "foreign", "--data", "images", "--workers", "0", "--out", "out")),
@@ -101,7 +102,7 @@ def tells() -> None:
         assert len(lines) == 1, (asked, told.stderr)
         assert f"pip install 'stratavit[{extra}]'" in lines[0], (asked, told.stderr)
         assert sorted(Path().rglob("*")) == before, f"{asked} left something behind"
-        print(f"  {lines[0]}")
+        print(lines[0])
 
 
 if __name__ == "__main__":
