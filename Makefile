@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint coverage docs docs-serve clean
+.PHONY: demo test lint coverage docs docs-serve release clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml
@@ -35,5 +35,13 @@ docs: $(VENV)/installed  ## the documentation as a site, warnings are errors
 docs-serve: $(VENV)/installed
 	$(BIN)/python -m mkdocs serve
 
+$(VENV)-release/installed: release/requirements.txt
+	$(PYTHON) -m venv $(VENV)-release
+	$(VENV)-release/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -r release/requirements.txt
+	touch $@
+
+release: $(VENV)-release/installed  ## sdist, wheel, bill of materials and checksums of the last commit in dist/
+	$(VENV)-release/bin/python release/make.py
+
 clean:
-	rm -rf $(VENV) stratavit-demo site
+	rm -rf $(VENV) $(VENV)-release stratavit-demo site dist

@@ -1,0 +1,316 @@
+"""What is declared, what is shipped, and what works with the core dependencies alone."""
+
+import ast
+import fnmatch
+import importlib.util
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.metadata import packages_distributions, requires
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from stratavit.recipe import read_toml
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+PYPROJECT = read_toml(ROOT / "pyproject.toml")
+CORE = PYPROJECT["project"]["dependencies"]
+EXTRAS = PYPROJECT["project"]["optional-dependencies"]
+OURS = ("demo", "export", "train", "transformers")  # extras that the package itself imports from
+BROUGHT = {"torchvision": "timm"}  # not declared: comes with a dependency
+NOT_SOUGHT = "the oldest release that works was not sought; pip takes the newest"
+ANY_VERSION = {
+    "numpy": NOT_SOUGHT,
+    "pillow": NOT_SOUGHT,
+    "onnxscript": NOT_SOUGHT,
+    "tensorboard": NOT_SOUGHT,
+    "hatchling": "a build in isolation takes the newest",
+}
+TOOLS = [line for line in (ROOT / "release/requirements.txt").read_text("utf-8").splitlines() if line[0] != "#"]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"release_{name}", ROOT / "release" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+make = load("make")
+DISTRIBUTIONS = packages_distributions()
+
+
+def names(requirements):
+    return {canonicalize_name(Requirement(text).name) for text in requirements}
+
+
+# ---- dependencies ---------------------------------------------------------------------------------
+
+
+def every_requirement():
+    found = [*CORE, *PYPROJECT["build-system"]["requires"], *(line.partition("#")[0].strip() for line in TOOLS)]
+    found += [text for texts in EXTRAS.values() for text in texts]
+    return [text for text in found if not text.startswith("stratavit[")]
+
+
+def bounds(text, *operators):
+    return [part for part in Requirement(text).specifier if part.operator in operators]
+
+
+def test_every_dependency_has_a_lower_bound_or_a_reason_for_none():
+    free = {Requirement(text).name for text in every_requirement() if not bounds(text, ">=", ">", "==", "~=")}
+    assert free <= set(ANY_VERSION)
+
+
+def test_no_dependency_has_an_upper_bound_without_a_comment():
+    lines = [*(ROOT / "pyproject.toml").read_text("utf-8").splitlines(), *TOOLS]
+    for text in every_requirement():
+        if bounds(text, "<", "<=", "==", "===", "~=", "!="):
+            (place,) = (number for number, line in enumerate(lines) if text in line)
+            said = lines[place - 1].lstrip().startswith("#") or "#" in lines[place].partition(text)[2]
+            assert said, f"{text}: say why, in a comment on its line or above it"
+
+
+def imports(path):
+    """Third-party distributions that a module imports, and whether outside of functions."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    later = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            modules = [node.module]
+        for module in {name.partition(".")[0] for name in modules} - {"stratavit", *sys.stdlib_module_names}:
+            (distribution, *_) = DISTRIBUTIONS.get(module, [module])
+            yield canonicalize_name(distribution), id(node) not in later
+
+
+@pytest.fixture(scope="module")
+def imported():
+    found = {path: set(imports(path)) for path in SOURCES}
+    assert {("torch", True), ("scikit-learn", False)} <= set().union(*found.values())
+    return found
+
+
+def test_importing_the_package_needs_its_core_dependencies_only(imported):
+    for path, found in imported.items():
+        assert {name for name, at_once in found if at_once} <= names(CORE), path.name
+
+
+def test_every_import_is_declared(imported):
+    declared = names(CORE).union(*(names(EXTRAS[extra]) for extra in OURS))
+    for path, found in imported.items():
+        assert {name for name, _ in found} <= declared | set(BROUGHT), path.name
+    for name, bringer in BROUGHT.items():
+        assert name in {canonicalize_name(Requirement(text).name) for text in requires(bringer)}
+
+
+def test_every_dependency_is_imported_or_needed_by_one_that_is(imported):
+    used = {name for found in imported.values() for name, _ in found}
+    assert names(CORE) - used == set()
+    assert set().union(*(names(EXTRAS[extra]) for extra in OURS)) - used == set()
+
+
+def test_a_module_that_imports_from_an_extra_names_it(imported):
+    """In the sentence that a user without it reads."""
+    for path, found in imported.items():
+        for extra in OURS:
+            if names(EXTRAS[extra]) & {name for name, _ in found}:
+                assert f"pip install 'stratavit[{extra}]'" in path.read_text(encoding="utf-8"), path.name
+
+
+def test_with_core_dependencies_alone_the_main_job_works_and_the_rest_names_its_extra(tmp_path):
+    """The smoke test of a release, here with the extras hidden from a process that has them."""
+    code = f"""
+import contextlib, io, runpy, subprocess, sys
+smoke = runpy.run_path({str(ROOT / "release/smoke.py")!r})
+sys.modules.update(dict.fromkeys(smoke["EXTRAS"]))  # importing them fails
+import torch
+torch.set_num_threads(1)
+from stratavit.cli import main
+
+def command(*arguments):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as error:
+        code = main(arguments)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), error.getvalue())
+
+for name in ("works", "tells"):
+    smoke[name].__globals__["command"] = command
+    smoke[name]()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 6
+
+
+def test_the_smoke_test_hides_every_extra():
+    hidden = {canonicalize_name(DISTRIBUTIONS[module][0]) for module in load("smoke").EXTRAS}
+    assert hidden == set().union(*(names(EXTRAS[extra]) for extra in OURS))
+
+
+# ---- what is shipped ------------------------------------------------------------------------------
+
+
+def committed():
+    """Files of the repository; in an unpacked sdist, which has no history, all but what is ignored and its own."""
+    if (ROOT / ".git").exists():
+        return subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
+    ignored = [*(ROOT / ".gitignore").read_text().replace("/", "").split(), "PKG-INFO"]
+    found = []
+    for folder, inner, files in os.walk(ROOT):
+        inner[:] = [name for name in inner if not any(fnmatch.fnmatch(name, pattern) for pattern in ignored)]
+        found += [str((Path(folder) / name).relative_to(ROOT)) for name in files if name not in ignored]
+    return found
+
+
+def test_the_sdist_holds_all_that_is_committed():
+    """So tests and documentation run from it; `make release` compares file by file."""
+    included = {entry.strip("/") for entry in PYPROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]}
+    assert included == {path.partition("/")[0] for path in committed()}
+
+
+def test_the_wheel_holds_the_package_with_its_types_and_pages():
+    assert PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"] == {"packages": ["src/stratavit"]}
+    package = {path.removeprefix("src/stratavit/") for path in committed() if path.startswith("src/")}
+    assert {"py.typed", "page/page.html", "page/page.css"} <= package
+    assert {path.partition(".")[2] for path in package} == {"py", "typed", "html", "css", "js"}
+
+
+# ---- making a release -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def archives(tmp_path):
+    """A function that packs files as an sdist and a wheel."""
+
+    def pack(source, package):
+        sdist, wheel = tmp_path / "stratavit-1.0.tar.gz", tmp_path / "stratavit-1.0-py3-none-any.whl"
+        with tarfile.open(sdist, "w:gz") as archive:
+            for name in [*source, "PKG-INFO"]:
+                archive.addfile(tarfile.TarInfo(f"stratavit-1.0/{name}"), io.BytesIO())
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for name in [*package, *(f"stratavit-1.0.dist-info/{name}" for name in make.DIST_INFO)]:
+                archive.writestr(name, "")
+        return sdist, wheel
+
+    return pack
+
+
+FILES = ["README.md", "tests/test_a.py", "src/stratavit/__init__.py", "src/stratavit/page/page.html"]
+PACKAGE = ["stratavit/__init__.py", "stratavit/page/page.html"]
+
+
+def test_whole_archives_pass(archives):
+    make.check_contents(*archives(FILES, PACKAGE), set(FILES))
+
+
+@pytest.mark.parametrize(
+    ("source", "package", "told"),
+    [
+        (FILES[1:], PACKAGE, "stratavit-1.0.tar.gz lacks README.md"),
+        ([*FILES, "notes.txt"], PACKAGE, "stratavit-1.0.tar.gz holds by mistake notes.txt"),
+        (FILES, PACKAGE[:1], "stratavit-1.0-py3-none-any.whl lacks stratavit/page/page.html"),
+        (FILES, [*PACKAGE, "tests/test_a.py"], "stratavit-1.0-py3-none-any.whl holds by mistake tests/test_a.py"),
+    ],
+)
+def test_a_file_too_many_or_too_few_ends_a_release(archives, source, package, told):
+    with pytest.raises(make.ReleaseError, match=re.escape(told)):
+        make.check_contents(*archives(source, package), set(FILES))
+
+
+def vulnerable(*fixes):
+    return {"name": "torch", "version": "1", "vulns": [{"id": "V-1", "fix_versions": list(fixes)}]}
+
+
+SOUND = {"name": "timm", "version": "1", "vulns": []}
+SKIPPED = [{"name": name, "skip_reason": "not found"} for name in ("rich", "stratavit")]
+
+
+@pytest.mark.parametrize(
+    ("packages", "told"),
+    [
+        (None, "not checked, the service did not answer"),
+        (SKIPPED, "not checked, the service knows none of 1 packages"),
+        ([SOUND], "none known in 1 packages"),
+        ([SOUND, *SKIPPED], "none known in 1 packages; not checked: rich"),
+        ([vulnerable(), SOUND], "known, not mended yet: torch V-1"),
+    ],
+)
+def test_only_packages_that_were_answered_for_count_as_checked(monkeypatch, tmp_path, packages, told):
+    answer_with(monkeypatch, "no connection" if packages is None else json.dumps({"dependencies": packages}))
+    assert make.audit(tmp_path) == told
+
+
+def test_a_vulnerability_that_a_newer_release_mends_ends_a_release(monkeypatch, tmp_path):
+    answer_with(monkeypatch, json.dumps({"dependencies": [SOUND, vulnerable("2")]}))
+    with pytest.raises(make.ReleaseError, match="torch V-1"):
+        make.audit(tmp_path)
+
+
+def answer_with(monkeypatch, text):
+    done = subprocess.CompletedProcess([], 1, text, "")
+    monkeypatch.setattr(make.subprocess, "run", lambda *_, **__: done)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository of one commit, with an earlier release in dist/."""
+    monkeypatch.setattr(make, "ROOT", tmp_path)
+    (tmp_path / ".gitignore").write_text("dist/\ndist-*/\n")
+    (tmp_path / "dist").mkdir()
+    (tmp_path / "dist" / "earlier").write_text("release")
+    who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for arguments in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "one"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+def test_files_that_are_not_committed_are_told_and_dist_stays(checkout, capsys):
+    (checkout / "forgotten.py").write_text("")
+    assert make.main() == 1
+    assert capsys.readouterr().err == (
+        "release: 1 files are not committed, the first is forgotten.py: commit or remove them; dist/ is as it was\n"
+    )
+    assert sorted(path.name for path in checkout.iterdir()) == [".git", ".gitignore", "dist", "forgotten.py"]
+    assert [path.name for path in (checkout / "dist").iterdir()] == ["earlier"]
+
+
+@pytest.mark.parametrize("fault", [make.ReleaseError("a check"), KeyboardInterrupt(), SystemExit("stopped")])
+def test_a_release_that_ends_early_leaves_dist_and_nothing_else(checkout, monkeypatch, fault):
+    def half(work, dist):
+        dist.mkdir()
+        (dist / "half.whl").write_text("")
+        raise fault
+
+    monkeypatch.setattr(make, "release", half)
+    if isinstance(fault, make.ReleaseError):
+        assert make.main() == 1
+    else:
+        with pytest.raises(type(fault)):
+            make.main()
+    assert sorted(path.name for path in checkout.iterdir()) == [".git", ".gitignore", "dist"]
+    assert [path.name for path in (checkout / "dist").iterdir()] == ["earlier"]
+
+
+def test_a_release_takes_the_place_of_the_last_one(checkout, monkeypatch):
+    def whole(work, dist):
+        dist.mkdir()
+        (dist / "new.whl").write_text("")
+
+    monkeypatch.setattr(make, "release", whole)
+    assert make.main() == 0
+    assert sorted(path.name for path in checkout.iterdir()) == [".git", ".gitignore", "dist"]
+    assert [path.name for path in (checkout / "dist").iterdir()] == ["new.whl"]
