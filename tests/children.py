@@ -71,6 +71,7 @@ def done(work, *args):
 
 
 def _work(said, work, args):
+    multiprocessing.set_start_method("fork", force=True)  # of its own children, as by default on Linux
     handle = said.detach()
     for stream in (1, 2):
         os.dup2(handle, stream)

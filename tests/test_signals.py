@@ -197,12 +197,11 @@ def test_killed_while_training_touches_the_disk(tmp_path):
 def work(tmp_path_factory):
     """Images of seven classes, a super-network, a small and a dense model."""
     folder = tmp_path_factory.mktemp("work")
-    for split in ("train", "val"):
-        for name in range(CLASSES):
-            (folder / "data" / split / str(name)).mkdir(parents=True)
-            for number in range(4):
-                picture = Image.new("RGB", (40, 36), (30 * name, 60 * number, 200))
-                picture.save(folder / "data" / split / str(name) / f"{number}.png")
+    for name in range(CLASSES):
+        (folder / "data" / str(name)).mkdir(parents=True)
+        for number in range(4):
+            picture = Image.new("RGB", (40, 36), (30 * name, 60 * number, 200))
+            picture.save(folder / "data" / str(name) / f"{number}.png")
     net = make_net("plain", stratified=True)
     net.save(folder / "run")
     stratavit.save(net.extract(macs=0.5, verbose=False), folder / "small")
@@ -237,15 +236,25 @@ def stopped(work, command, out, kills, at):
 
 def resumed(work, command, out):
     assert main([*argv(work, command, out), "--resume"]) == 0
-    assert main(argv(work, command, out.with_name("whole"))) == 0
+
+
+@pytest.fixture(scope="module")
+def wholes(work):
+    """Command -> folder of an uninterrupted run."""
+    found = {command: work / f"whole-{command}" for command in ("train", "finetune")}
+    for command, out in found.items():
+        assert main(argv(work, command, out)) == 0
+    return found
 
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
 
 
-@pytest.mark.parametrize("command", ["train", "finetune"])
-@pytest.mark.parametrize("kills", [(TERM,), (INT,), (INT, INT), (TERM, TERM)])
-def test_a_training_that_is_stopped(work, tmp_path, command, kills):
+@pytest.mark.parametrize(
+    ("command", "kills"),
+    [("train", (TERM,)), ("train", (INT, INT)), ("finetune", (INT,)), ("finetune", (TERM, TERM)), ("train", (INT,))],
+)
+def test_a_training_that_is_stopped(work, wholes, tmp_path, command, kills):
     out = tmp_path / "run"
     ended = child(stopped, work, command, out, kills, 30)
     assert ended.code == 128 + kills[0], ended.said
@@ -256,8 +265,8 @@ def test_a_training_that_is_stopped(work, tmp_path, command, kills):
     assert "Traceback" not in ended.said
     assert {path.name for path in out.iterdir()} == {"state.pt", "log.jsonl"}
     done(resumed, work, command, out)
-    for name in ("model.safetensors", "log.jsonl")[: 1 if kills else 2]:
-        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert {path.name for path in out.iterdir()} == {path.name for path in wholes[command].iterdir()}
+    assert (out / "model.safetensors").read_bytes() == (wholes[command] / "model.safetensors").read_bytes()
 
 
 # ---- conversion -------------------------------------------------------------------------------------------------
@@ -295,20 +304,24 @@ def test_a_conversion_that_is_stopped(work, tmp_path, place, kill):
     assert SuperNet.load(tmp_path / "out")
 
 
-def stopped_with_its_workers(work, out):
+def stopped_with_its_workers(work, out, kill):
     os.setpgrp()
     collate = data._collate
 
     def called(samples):
-        if torch.utils.data.get_worker_info().id == 1:
-            os.killpg(0, signal.SIGTERM)
+        if torch.utils.data.get_worker_info() is not None:
+            os.killpg(0, kill)
         return collate(samples)
 
     data._collate = called
     return main([*argv(work, "convert", out), "--workers", "2"])
 
 
-def test_a_conversion_whose_whole_group_is_terminated(work, tmp_path):
-    ended = child(stopped_with_its_workers, work, tmp_path / "out")
-    assert (ended.code, ended.lines) == (143, ["stratavit convert: terminated; nothing half-written was left"])
+@pytest.mark.parametrize("kill", [TERM, INT])
+def test_a_conversion_that_is_stopped_with_all_its_workers(work, tmp_path, kill):
+    """As by a scheduler, or by Ctrl-C at a terminal."""
+    ended = child(stopped_with_its_workers, work, tmp_path / "out", kill)
+    assert ended.code == 128 + kill, ended.said
+    said = {TERM: "terminated", INT: "interrupted"}[kill]
+    assert ended.said == f"stratavit convert: {said}; nothing half-written was left\n"
     assert list(tmp_path.iterdir()) == []

@@ -53,7 +53,7 @@ def watched(said: str) -> Iterator[None]:
     Torch tells what a worker died of wherever the program stands.
 
     Args:
-        said: Who reads, for the message.
+        said: Who reads, and a colon, for the message; or nothing.
 
     Raises:
         StrataViTError: A worker was ended from outside, or said so itself; or memory ran out.
@@ -68,11 +68,11 @@ def watched(said: str) -> Iterator[None]:
     except (MemoryError, RuntimeError, OSError) as error:
         if out_of_memory(error):
             where = "in a process that reads images" if "DataLoader worker" in str(error) else "on the device or here"
-            raise StrataViTError(f"{said}: memory ran out {where}; {_LESS}") from error
+            raise StrataViTError(f"{said}memory ran out {where}; {_LESS}") from error
         if not str(error).startswith("DataLoader worker"):
             raise
         raise StrataViTError(
-            f"{said}: a process that reads images was ended from outside, most likely for want of memory; {_LESS}"
+            f"{said}a process that reads images was ended from outside, most likely for want of memory; {_LESS}"
         ) from error
 
 
@@ -80,7 +80,7 @@ def guarded(batches: Iterable[Any], said: str) -> Iterator[Any]:
     """The same batches, `watched` while they are waited for."""
     iterator, end = iter(batches), object()
     while True:
-        with watched(said):
+        with watched(f"{said}: "):
             batch = next(iterator, end)
         if batch is end:
             return

@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     try:
-        with signals.raised(), watched("images"):
+        with signals.raised(), watched(""):
             result, view = args.run_command(args)
     except StrataViTError as error:
         print(f"stratavit {args.command}: {error}", file=sys.stderr)

@@ -92,7 +92,11 @@ def train(
         stack.callback(processes.release, accelerator, trainer.model)
         if state is not None:
             trainer.restore(state)
-        with interrupted(out), watched(f"train (the last state in {out} is sound)"):
+        with (
+            interrupted(out),
+            watched(f"train (the last state in {out} is sound): "),
+            processes.together(accelerator, out),
+        ):
             trainer.run()
 
 

@@ -167,6 +167,25 @@ def on_main(accelerator: Any, work: Callable[[], None]) -> None:
         raise StrataViTError(message)
 
 
+@contextmanager
+def together(accelerator: Any, out: Path) -> Iterator[None]:
+    """Says when another process of the training is gone, which torch tells wherever one waits for it.
+
+    Raises:
+        StrataViTError: It is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if accelerator.num_processes == 1 or not lost:
+            raise
+        raise StrataViTError(
+            f"train: another process of this training has gone, or cannot be reached; the last state in {out} is "
+            f"sound, resume it with {accelerator.num_processes} processes"
+        ) from error
+
+
 class StopRequest:
     """Whether the run was asked to stop.
 
