@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from children import unmountable
 from helpers import FAMILIES, make_batches, make_images, make_model
 from hypothesis import settings
 from safetensors.torch import load_file
+
+from stratavit import placing
 
 settings.register_profile("stratavit", deadline=None, max_examples=20, derandomize=True, database=None)
 settings.load_profile("stratavit")
@@ -73,6 +76,23 @@ def batches():
 def images():
     """Images that no calibration has seen."""
     return make_images(4, seed=9)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_power_fails():
+    """Writing to the disk is not waited for, which takes most of the time of a small model's saving."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placing, "_sync", lambda path: None)
+        yield
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder to mount a disk on, see `children.mounted`."""
+    if unmountable():
+        pytest.skip(unmountable())
+    (tmp_path / "disk").mkdir()
+    return tmp_path / "disk"
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import stratavit
-from stratavit import ArtifactError, StrataViTError, SuperNet, artifacts, folders, moments_file, timm_config
+from stratavit import ArtifactError, StrataViTError, SuperNet, artifacts, folders, moments_file, placing, timm_config
 
 IMAGES = make_images(2, seed=9)
 MIXED = {"blocks.0.attn": 4, "blocks.0.mlp": 0, "blocks.1.attn": 0, "blocks.1.mlp": 33}
@@ -496,17 +496,17 @@ def test_a_failed_write_leaves_no_new_parents(tmp_path, monkeypatch):
     assert content(tmp_path) == {}
 
 
-def test_a_failed_exchange_keeps_the_old(tmp_path, monkeypatch):
-    """The new folder is written but cannot be moved into place."""
+@pytest.mark.parametrize("swaps", [True, False])
+def test_a_failed_exchange_keeps_the_old(tmp_path, monkeypatch, swaps):
+    """The new folder is written but cannot be moved into place, in one step or in two."""
     save_super(tmp_path / "out")
     before, rename = content(tmp_path), folders.Path.rename
 
-    def fail_on_the_new_one(self, target):
-        if (self / "model.safetensors").exists() and target == tmp_path / "out" and self.name != "folder":
-            raise OSError(errno.EACCES, "Permission denied")
-        return rename(self, target)
+    def fail(*args):
+        raise OSError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(folders.Path, "rename", fail_on_the_new_one)
+    monkeypatch.setattr(placing, "_exchanged", fail if swaps else lambda *args: False)
+    monkeypatch.setattr(folders.Path, "rename", lambda self, to: (fail if self.name == "new" else rename)(self, to))
     with pytest.raises(ArtifactError, match="Permission denied"):
         save_small(tmp_path / "out", overwrite=True)
     assert content(tmp_path) == before

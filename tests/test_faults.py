@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import socket
@@ -11,21 +13,23 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import CLASSES
+from children import ENVIRONMENT, child, content, done
+from helpers import CLASSES, make_model
 from PIL import Image
-from test_train import TINY, CrashError, Images, crash, fresh, run
+from safetensors.torch import save_file
+from test_train import TINY, CrashError, Images, assert_same, crash, fresh, outcome, run
 
 import stratavit
-from stratavit import ArtifactError, StrataViTError, checkpoint, lock
+from stratavit import ArtifactError, StrataViTError, SuperNet, checkpoint, folders, lock
 from stratavit.augment import TrainingFolder, training_transform
+from stratavit.cli import main
 from stratavit.data import ImageFolder, image_loader
 from stratavit.lock import Lock
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-paths = [str(Path(stratavit.__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
-ENVIRONMENT["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+from stratavit.progress import track
+from stratavit.timing import Setting, time_model
 
 
 @pytest.fixture(scope="module")
@@ -253,3 +257,154 @@ def test_a_worker_of_an_evaluation_that_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(ImageFolder, "__getitem__", lambda self, index: kill())
     with pytest.raises(StrataViTError, match="images: a process that reads images was ended from outside"):
         list(loader)
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------
+
+
+def exhaust():
+    raise MemoryError
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_worker_without_memory(folder):
+    recipe = dataclasses.replace(TINY, workers=1)
+    state = (folder / "state.pt").read_bytes()
+    message = refused(folder, data=Images(3, exhaust), recipe=recipe, resume=True)
+    assert message.startswith(f"train (the last state in {folder} is sound): memory ran out in a process that reads")
+    assert "try again with fewer workers (--workers) or smaller batches (--batch-size)" in message
+    assert (folder / "state.pt").read_bytes() == state
+    run(folder, recipe=recipe, resume=True)
+
+
+def test_a_worker_of_an_evaluation_without_memory(tmp_path, monkeypatch):
+    image_set(tmp_path, set())
+    loader = image_loader(tmp_path, fresh().data_config, "val", None, workers=1)
+    monkeypatch.setattr(ImageFolder, "__getitem__", lambda self, index: exhaust())
+    with pytest.raises(StrataViTError, match="images: memory ran out in a process that reads images; try again with"):
+        list(loader)
+
+
+def limited(more=64 << 20):
+    """From now on this process gets so many bytes more, and no others."""
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + more, size + more))
+
+
+def greedy(what):
+    limited()
+    {"torch": torch.zeros, "python": bytearray, "numpy": np.zeros}[what](1 << 28)
+
+
+def trained_without_memory(folder, what):
+    state = (folder / "state.pt").read_bytes()
+    message = refused(folder, data=Images(20, lambda: greedy(what)), resume=True)
+    assert message == (
+        f"train (the last state in {folder} is sound): memory ran out on the device or here; "
+        "try again with fewer workers (--workers) or smaller batches (--batch-size)"
+    ), message
+    assert (folder / "state.pt").read_bytes() == state
+    assert sorted(path.name for path in folder.iterdir()) == ["log.jsonl", "state.pt"]
+
+
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="memory is limited by Linux's means")
+
+
+@ON_LINUX
+@pytest.mark.parametrize("what", ["torch", "python", "numpy"])
+def test_training_without_memory(folder, what):
+    done(trained_without_memory, folder, what)
+    run(folder, resume=True)
+
+
+def converted_without_memory(tmp_path, what):
+    SuperNet.stratify = lambda *args, **kwargs: greedy(what)
+    command = ["convert", str(tmp_path / "dense"), "--data", str(tmp_path / "images"), "--workers", "0"]
+    return main([*command, "--out", str(tmp_path / "out"), "--overwrite"])
+
+
+@ON_LINUX
+@pytest.mark.parametrize("what", ["torch", "python"])
+def test_a_conversion_without_memory(tmp_path, what):
+    image_set(tmp_path / "images", set())
+    stratavit.save(make_model("plain"), tmp_path / "dense")
+    stratavit.save(make_model("plain"), tmp_path / "out")
+    before = content(tmp_path)
+    ended = child(converted_without_memory, tmp_path, what)
+    advice = "try again with fewer workers (--workers) or smaller batches (--batch-size)"
+    assert ended == (2, f"stratavit convert: memory ran out on the device or here; {advice}\n")
+    assert content(tmp_path) == before
+
+
+def read_without_memory(folder):
+    """Sound files that do not fit are not called damaged."""
+    big = torch.zeros(64 << 18)
+    save_file({"a": big}, folder / "a.safetensors")
+    checkpoint.write_state(folder, {"a": big})
+    del big
+    limited(16 << 20)
+    for read in (lambda: folders.read_tensors(folder / "a.safetensors"), lambda: checkpoint.read_state(folder)):
+        with pytest.raises(MemoryError):
+            read()
+
+
+@ON_LINUX
+def test_files_larger_than_memory(tmp_path):
+    done(read_without_memory, tmp_path)
+
+
+# ---- clocks -----------------------------------------------------------------------------------------------------
+
+DAY = 86400.0
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of an uninterrupted run."""
+    run(folder := tmp_path_factory.mktemp("whole") / "run")
+    return folder
+
+
+def jumping(monkeypatch, step):
+    """The clock on the wall jumps at every look at it."""
+    real, jumps = {name: getattr(time, name) for name in ("time", "time_ns", "strftime")}, []
+
+    def shifted():
+        jumps.append(step)
+        return real["time"]() + step * len(jumps)
+
+    monkeypatch.setattr(time, "time", shifted)
+    monkeypatch.setattr(time, "time_ns", lambda: int(shifted() * 1e9))
+    monkeypatch.setattr(time, "strftime", lambda form, *at: real["strftime"](form, *(at or (time.gmtime(shifted()),))))
+    return jumps
+
+
+@pytest.mark.parametrize("step", [DAY, -DAY])
+def test_a_clock_that_jumps(begun, whole, tmp_path, monkeypatch, step):
+    """Runs, resumption, take-over of a lock, progress and timings go by the clock that only runs forward."""
+    recipe, folder = dataclasses.replace(TINY, tracker="tensorboard"), tmp_path / "run"
+    shutil.copytree(begun, folder)
+    jumps = jumping(monkeypatch, step)
+    holder(folder, ticks=1, begun=time.strftime("%Y-%m-%d %H:%M:%S"))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    run(folder, recipe=recipe, resume=True)
+    assert len(jumps) > 5
+    assert_same(outcome(folder)[1:], outcome(whole)[1:])
+    seconds = [row["seconds"] for row in checkpoint.Journal(folder / "log.jsonl").rows() if row["kind"] == "epoch"]
+    assert all(0 < second < 60 for second in seconds), seconds
+    timing = time_model(make_model("plain"), (3, 32, 32), Setting(seconds=0.02))
+    assert 0 < timing.median_ms <= timing.p90_ms < 10_000
+    assert list(track(range(3), "three")) == [0, 1, 2]
+
+
+def test_no_elapsed_time_is_read_off_the_wall():
+    """`time.time` and what else goes by that clock is for people to read, never to subtract."""
+    source = Path(stratavit.__file__).parent
+    found = {
+        f"{path.name}: {match}"
+        for path in source.rglob("*.py")
+        for match in re.findall(
+            r"time\.(?:time|time_ns|ctime|localtime|gmtime|strftime)\b|datetime|st_[mc]time", path.read_text()
+        )
+    }
+    assert found == {"lock.py: time.strftime"}

@@ -83,7 +83,7 @@ def test_terminated_and_resumed(work, tmp_path, capsys, monkeypatch):
         return read(self, index)
 
     monkeypatch.setattr(augment.TrainingFolder, "__getitem__", killed)
-    error = complaint(capsys, command(work, tmp_path / "out"), 130)
+    error = complaint(capsys, command(work, tmp_path / "out"), 143)
     assert "stopped after step 4 of 6; resume" in error
     monkeypatch.undo()
     assert main([*command(work, tmp_path / "out"), "--resume"]) == 0

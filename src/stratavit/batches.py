@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from stratavit.errors import StrataViTError
+from stratavit.errors import StrataViTError, out_of_memory
+
+_LESS = "try again with fewer workers (--workers) or smaller batches (--batch-size)"
 
 
 def unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -46,13 +48,15 @@ def check_labels(labels: Tensor, classes: int) -> None:
 
 @contextmanager
 def watched(said: str) -> Iterator[None]:
-    """Tells in one sentence what goes wrong in a loader's worker processes; torch tells it wherever the program stands.
+    """Tells in one sentence what goes wrong in a loader's worker processes, or for want of memory.
+
+    Torch tells what a worker died of wherever the program stands.
 
     Args:
-        said: Who reads, for the message.
+        said: Who reads, and a colon, for the message; or nothing.
 
     Raises:
-        StrataViTError: A worker was ended from outside, or said so itself.
+        StrataViTError: A worker was ended from outside, or said so itself; or memory ran out.
     """
     try:
         yield
@@ -61,12 +65,14 @@ def watched(said: str) -> Iterator[None]:
             raise
         # torch puts the worker's traceback into it
         raise StrataViTError(str(error).rsplit("StrataViTError: ", 1)[-1].strip()) from error
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError, OSError) as error:
+        if out_of_memory(error):
+            where = "in a process that reads images" if "DataLoader worker" in str(error) else "on the device or here"
+            raise StrataViTError(f"{said}memory ran out {where}; {_LESS}") from error
         if not str(error).startswith("DataLoader worker"):
             raise
         raise StrataViTError(
-            f"{said}: a process that reads images was ended from outside, most likely for want of memory; "
-            "try again with fewer workers (--workers)"
+            f"{said}a process that reads images was ended from outside, most likely for want of memory; {_LESS}"
         ) from error
 
 
@@ -74,7 +80,7 @@ def guarded(batches: Iterable[Any], said: str) -> Iterator[Any]:
     """The same batches, `watched` while they are waited for."""
     iterator, end = iter(batches), object()
     while True:
-        with watched(said):
+        with watched(f"{said}: "):
             batch = next(iterator, end)
         if batch is end:
             return

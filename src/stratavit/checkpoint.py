@@ -15,12 +15,15 @@ import torch
 from torch import nn
 
 from stratavit.artifacts import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
-from stratavit.errors import ArtifactError, StrataViTError, one_line
+from stratavit.errors import ArtifactError, StrataViTError, one_line, out_of_memory, reason_of
+from stratavit.placing import told
 from stratavit.timm_config import FILE as TIMM_FILE
 
 FORMAT = "stratavit/training-state/1"
 STATE_FILE, LOG_FILE = "state.pt", "log.jsonl"
-SUPER_FILES, SMALL_FILES = (WEIGHTS_FILE, MOMENTS_FILE, TIMM_FILE, JSON_FILE), (WEIGHTS_FILE, TIMM_FILE, JSON_FILE)
+CURVE_FILE, PLOT_FILE, HISTORY_FILE = "curve.csv", "curve.png", "history.png"
+SUPER_FILES = (WEIGHTS_FILE, MOMENTS_FILE, TIMM_FILE, CURVE_FILE, PLOT_FILE, HISTORY_FILE, JSON_FILE)
+SMALL_FILES = (WEIGHTS_FILE, TIMM_FILE, JSON_FILE)
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
@@ -34,16 +37,17 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
         ArtifactError: It cannot be written; the old state is left.
     """
     temporary = folder / f".{STATE_FILE}.part"
+    left = "the last state is left" if (folder / STATE_FILE).exists() else "there is no state to resume yet"
     try:
-        with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, "release": _release(), **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / STATE_FILE)
-    except (OSError, RuntimeError) as error:
+        with told(folder / STATE_FILE, left):
+            with temporary.open("wb") as file:
+                torch.save({"format": FORMAT, "release": _release(), **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(folder / STATE_FILE)
+    finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise ArtifactError(f"cannot write {folder / STATE_FILE}: {error}; the last state is left") from error
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -62,6 +66,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     except ArtifactError:
         raise
     except Exception as error:  # what torch raises for damage differs with its place
+        if out_of_memory(error):
+            raise MemoryError(one_line(error)) from error
         raise ArtifactError(f"{path} is damaged; {anew}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ArtifactError(f"{path} is not a training state of this version of StrataViT ({FORMAT})")
@@ -101,6 +107,8 @@ def sound(folder: Path) -> Iterator[None]:
     except StrataViTError:
         raise
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        if out_of_memory(error):
+            raise MemoryError(one_line(error)) from error
         raise ArtifactError(
             f"{folder / STATE_FILE} is not the state of such a run ({type(error).__name__}: {one_line(error)}); "
             "start the training anew in another folder"
@@ -171,17 +179,17 @@ def publish(save: Callable[[Path], None], names: Sequence[str], folder: Path) ->
         ArtifactError: They cannot be written.
     """
     temporary = folder / ".result"
-    for left in folder.glob(f".{temporary.name}.*"):  # of a run that was killed while it saved
-        shutil.rmtree(left, ignore_errors=True)
-    save(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while it moved them
+    again = "the last state is left, resume the training to write its result"
     try:
+        save(temporary)
         for name in names:
             if (temporary / name).exists():
                 (temporary / name).replace(folder / name)
             else:
                 (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {folder}: {error.strerror}; resume the training to try again") from error
+    except (OSError, ArtifactError) as error:
+        raise ArtifactError(f"cannot write the result to {folder}: {reason_of(error)}; {again}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -197,8 +205,12 @@ class Journal:
         self.path = path
 
     def append(self, row: dict[str, Any]) -> None:
-        """Adds a row."""
-        with self.path.open("a", encoding="utf-8") as file:
+        """Adds a row.
+
+        Raises:
+            ArtifactError: It cannot be written.
+        """
+        with told(self.path, "the last state is left"), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
@@ -211,8 +223,17 @@ class Journal:
         return found
 
     def rewind(self, epoch: int) -> None:
-        """Forgets what was written after so many epochs: a run that is resumed there writes it again."""
+        """Forgets what was written after so many epochs: a run that is resumed there writes it again.
+
+        Raises:
+            ArtifactError: It cannot be written; the log is as it was.
+        """
         kept = "".join(json.dumps(row) + "\n" for row in self.rows() if row["epoch"] <= epoch)
         part = self.path.with_name(f".{self.path.name}.part")
-        part.write_text(kept, encoding="utf-8")
-        part.replace(self.path)
+        try:
+            with told(self.path, "the last state is left"):
+                part.write_text(kept, encoding="utf-8")
+                part.replace(self.path)
+        finally:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)

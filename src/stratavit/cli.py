@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -18,11 +19,12 @@ from stratavit import (
     measure_command,
     models_command,
     report_command,
+    signals,
     train_command,
 )
 from stratavit.arguments import positive
 from stratavit.batches import watched
-from stratavit.errors import StrataViTError
+from stratavit.errors import StrataViTError, reason_of
 from stratavit.export import SUFFIXES
 from stratavit.report import LADDER
 from stratavit.timing import Precision, Runtime
@@ -271,22 +273,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0; 2 for an error of the user's, told in one line; 130 when interrupted.
+        0; 2 for an error of the user's, told in one line; 130 when interrupted, 143 when terminated.
     """
     args = parser().parse_args(argv)
     try:
-        with watched("images"):
+        with signals.raised(), watched(""):
             result, view = args.run_command(args)
     except StrataViTError as error:
         print(f"stratavit {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"stratavit {args.command}: {str(stop) or 'interrupted; nothing half-written was left'}", file=sys.stderr)
-        return 130
-    if args.json:
-        print(json.dumps(result, indent=1))
-    elif view:
-        Console(soft_wrap=True).print(*view, sep="\n")
+        said = "terminated" if isinstance(stop, signals.Terminated) else "interrupted"
+        print(f"stratavit {args.command}: {str(stop) or f'{said}; nothing half-written was left'}", file=sys.stderr)
+        return signals.exit_code(stop)
+    try:
+        if args.json:
+            print(json.dumps(result, indent=1))
+        elif view:
+            Console(soft_wrap=True).print(*view, sep="\n")
+        sys.stdout.flush()
+    except OSError as error:  # the disk that it goes to is full, or nobody reads it any more
+        print(f"stratavit {args.command}: done, but cannot print the answer: {reason_of(error)}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter tries again at its end
+        return 2
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -89,7 +90,9 @@ class ImageLoader:
         # evenly spread over the classes, which lie one after another in the folder's order
         indices = [index * len(dataset) // count for index in range(count)] if count else []
         subset = torch.utils.data.Subset(dataset, indices)
-        self.loader = DataLoader(subset, batch_size, num_workers=workers, collate_fn=_collate)
+        self.loader = DataLoader(
+            subset, batch_size, num_workers=workers, collate_fn=_collate, worker_init_fn=_leave_quietly
+        )
         self.unreadable: list[str] = []
 
     @property
@@ -110,6 +113,12 @@ class ImageLoader:
         if unreadable and unreadable != self.unreadable:
             print(f"left out {len(unreadable)} unreadable images, first {unreadable[0]}", file=sys.stderr)
         self.unreadable = unreadable
+
+
+def _leave_quietly(worker: int) -> None:
+    """What ends all processes of a group is told by the first of them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
 
 
 def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:

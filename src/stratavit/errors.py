@@ -1,6 +1,11 @@
 """The errors a user can cause and mend."""
 
+import errno
+import os
 from typing import Any
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory", "std::bad_alloc")
 
 
 class StrataViTError(ValueError):
@@ -32,3 +37,22 @@ def described(found: Any, longest: int = 60) -> str:
     except ValueError:  # a whole number of thousands of digits
         text = f"a very large {type(found).__name__}"
     return text if len(text) <= longest else text[:longest] + "..."
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, in Python, in torch on any device, or in the system."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why something could not be read or written: what the system said, of which some libraries keep a part only."""
+    found: BaseException | None = error
+    while found is not None:
+        if getattr(found, "errno", None) in _FULL or "No space left on device" in str(found):
+            return f"the disk is full ({os.strerror(getattr(found, 'errno', None) or errno.ENOSPC)})"
+        if isinstance(found, OSError) and found.strerror:
+            return found.strerror
+        found = found.__cause__ or found.__context__
+    return "memory ran out" if out_of_memory(error) else one_line(error)

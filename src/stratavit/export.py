@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +14,11 @@ from torch import Tensor, nn
 
 from stratavit.architecture import resolve_data_config
 from stratavit.equivalent import tensor_of
-from stratavit.errors import ArtifactError, StrataViTError
-from stratavit.folders import open_to_others, write_folder
+from stratavit.errors import StrataViTError
+from stratavit.folders import check_free, check_free_file, open_to_others, write_folder
 from stratavit.foreign import as_timm
 from stratavit.hf_files import load_transformers, save_transformers
+from stratavit.placing import beside, put
 from stratavit.structure import eval_mode, model_dtype
 
 Format = Literal["onnx", "torch", "transformers"]
@@ -98,8 +97,10 @@ def export(
     if model_dtype(model) is not torch.float32:
         raise StrataViTError(f"export: the model is in {model_dtype(model)}; call model.float() first")
     model, path = as_timm(model), Path(path)
-    if format != "transformers" and (path.is_dir() or (path.exists() and not overwrite)):
-        raise ArtifactError(f"{path} exists; give another file or ask to overwrite (--overwrite)")
+    if format == "transformers":
+        check_free(path, overwrite)
+    else:
+        check_free_file(path, overwrite)
     if images is None:
         size = resolve_data_config(model)["input_size"]
         images = torch.randn(NOISE_IMAGES, *size, generator=torch.Generator().manual_seed(0))
@@ -108,34 +109,24 @@ def export(
         with eval_mode(model), torch.no_grad():
             if format == "transformers":
                 return _transformers(model.cpu(), path, images.float().cpu(), tolerance, overwrite)
-            return _checked(model.cpu(), path, format, images.float().cpu(), tolerance)
+            return _checked(model.cpu(), path, format, images.float().cpu(), tolerance, overwrite)
     finally:
         model.to(device)
 
 
-def _checked(model: nn.Module, path: Path, format: Format, images: Tensor, tolerance: float) -> Parity:
-    """Writes beside `path`, compares, renames."""
+def _checked(model: nn.Module, path: Path, format: Format, images: Tensor, tolerance: float, overwrite: bool) -> Parity:
+    """Writes beside `path`, compares, puts it there."""
     write, run = (_to_onnx, _run_onnx) if format == "onnx" else (_to_program, _run_program)
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=SUFFIXES[format], dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+    with beside(path) as place:
+        new = place.with_suffix(SUFFIXES[format])  # torch asks for its own
         # a copy: the program keeps its example, and a view would keep all images
-        write(model, images[:2].clone() if len(images) > 1 else images.repeat(2, 1, 1, 1), temporary)
-        expected, answer = model(images), run(temporary)
+        write(model, images[:2].clone() if len(images) > 1 else images.repeat(2, 1, 1, 1), new)
+        expected, answer = model(images), run(new)
         found = torch.cat([answer(images), answer(images[:1])])
         difference = _difference(found, torch.cat([expected, expected[:1]]), format, tolerance)
-        open_to_others(temporary)
-        size = temporary.stat().st_size
-        temporary.replace(path)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error
-    finally:
-        if temporary is not None:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        open_to_others(new)
+        size = new.stat().st_size
+        put(new, path, overwrite)
     return Parity(str(path), format, size, len(images), difference, float(expected.abs().max()))
 
 
@@ -209,7 +200,9 @@ def _to_program(model: nn.Module, example: Tensor, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(model, (example,), dynamic_shapes=_free_batch())
-        torch.export.save(program, path)
+        content = io.BytesIO()  # torch aborts the process if the end of a file cannot be written
+        torch.export.save(program, content)
+        path.write_bytes(content.getbuffer())
 
 
 def _run_program(path: Path) -> Runner:

@@ -6,11 +6,9 @@ import errno
 import json
 import math
 import os
-import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stratavit.errors import ArtifactError, one_line
+from stratavit.errors import ArtifactError, one_line, out_of_memory, reason_of
+from stratavit.placing import beside, put
 
 LARGEST_TEXT = 64 << 20  # bytes of a JSON or text file; the longest list that a model can have is a few MB
 
 
 def write_folder(path: str | Path, write: Callable[[Path], None], overwrite: bool = False) -> Path:
-    """Calls `write` on a temporary folder beside `path`, then renames it to `path`.
+    """Calls `write` on a temporary folder beside `path`, then lets it take the place of `path`.
 
-    If writing fails or is interrupted, `path` is as it was and nothing is left behind.
+    If writing fails or is interrupted, `path` is as it was and nothing is left behind; if the process is killed, `path`
+    is as it was, or new and whole.
 
     Args:
         path: The folder to make.
@@ -37,18 +37,25 @@ def write_folder(path: str | Path, write: Callable[[Path], None], overwrite: boo
         ArtifactError: `path` is taken, or cannot be written (disk full, no permission).
     """
     path = check_free(path, overwrite)
-    with _folder_beside(path) as temporary:
-        write(temporary)
-        open_to_others(temporary)
-        _replace(temporary, path)
+    place = _followed(path)
+    with beside(place) as new:
+        new.mkdir()
+        write(new)
+        open_to_others(new)
+        put(new, place, overwrite)
     return path
 
 
-def check_free(path: str | Path, overwrite: bool) -> Path:
+def check_free(path: str | Path, overwrite: bool, whole: bool = True) -> Path:
     """The path, if a folder may be written there; worth asking before long work.
 
+    Args:
+        path: The folder.
+        overwrite: It may hold something.
+        whole: It will be written as a whole, beside its place first.
+
     Raises:
-        ArtifactError: It is a file, or a folder that is not empty while `overwrite` is off.
+        ArtifactError: It is a file, cannot be written, or is a folder that is not empty while `overwrite` is off.
     """
     path = Path(path)
     try:
@@ -56,55 +63,33 @@ def check_free(path: str | Path, overwrite: bool) -> Path:
             raise ArtifactError(f"{path} is a file; give a folder to write to")
         if path.is_dir() and not overwrite and any(path.iterdir()):
             raise ArtifactError(f"{path} is not empty; give another folder or ask to overwrite (--overwrite)")
+        if whole:
+            _check_writable(path)
     except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {_reason(error)}") from error
+        raise ArtifactError(f"cannot write {path}: {reason_of(error)}") from error
     return path
 
 
 def write_file(path: str | Path, content: bytes, overwrite: bool = False) -> Path:
-    """Writes one file whole or not at all: a temporary one beside it, then a rename.
+    """Writes one file whole or not at all, see `write_folder`.
 
     Raises:
         ArtifactError: `path` is taken, or cannot be written (disk full, no permission).
     """
     path = check_free_file(path, overwrite)
-    with _folder_beside(path) as temporary:
-        file = temporary / "file"
-        file.write_bytes(content)
-        open_to_others(file)
-        file.replace(path)
+    place = _followed(path)
+    with beside(place) as new:
+        new.write_bytes(content)
+        open_to_others(new)
+        put(new, place, overwrite)
     return path
-
-
-@contextmanager
-def _folder_beside(path: Path) -> Iterator[Path]:
-    """A temporary folder on the disk of `path`, gone afterwards, and so are parents that were made for nothing.
-
-    Raises:
-        ArtifactError: Something cannot be written.
-    """
-    temporary: Path | None = None
-    new_parents = [parent for parent in path.absolute().parents if not parent.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:100]}.", dir=path.parent))
-        yield temporary
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"cannot write {path}: {_reason(error)}; nothing was left there") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if not path.exists():
-            for parent in new_parents:
-                with suppress(OSError):
-                    parent.rmdir()
 
 
 def check_free_file(path: str | Path, overwrite: bool) -> Path:
     """The path, if a file may be written there; worth asking before long work.
 
     Raises:
-        ArtifactError: It is a folder, or a file while `overwrite` is off.
+        ArtifactError: It is a folder, cannot be written, or is a file while `overwrite` is off.
     """
     path = Path(path)
     try:
@@ -112,9 +97,32 @@ def check_free_file(path: str | Path, overwrite: bool) -> Path:
             raise ArtifactError(f"{path} is a folder; give a file to write to")
         if path.exists() and not overwrite:
             raise ArtifactError(f"{path} exists; give another file or ask to overwrite (--overwrite)")
+        _check_writable(path)
     except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {_reason(error)}") from error
+        raise ArtifactError(f"cannot write {path}: {reason_of(error)}") from error
     return path
+
+
+def _check_writable(path: Path) -> None:
+    """Whether something can be put in the place of `path`: it is written beside it first.
+
+    Raises:
+        OSError: No.
+    """
+    place = _followed(path)
+    if os.path.ismount(place):
+        raise OSError(errno.EBUSY, "a disk is mounted there; give a folder in it")
+    parent = next((parent for parent in place.absolute().parents if parent.exists()), place)
+    if not parent.is_dir():
+        raise OSError(errno.ENOTDIR, f"{parent} is a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        fixed = os.name == "posix" and os.statvfs(parent).f_flag & os.ST_RDONLY
+        raise OSError(errno.EACCES, f"{parent} is read-only" if fixed else f"no permission to write to {parent}")
+
+
+def _followed(path: Path) -> Path:
+    """What a link leads to; any other path as it is."""
+    return path.resolve() if path.is_symlink() else path
 
 
 def open_to_others(path: Path) -> None:
@@ -126,25 +134,6 @@ def open_to_others(path: Path) -> None:
         file.chmod(0o666 & ~umask)
     if path.is_dir():
         path.chmod(0o777 & ~umask)
-
-
-def _replace(temporary: Path, path: Path) -> None:
-    if not path.exists():
-        temporary.rename(path)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-    path.rename(old / "folder")
-    try:
-        temporary.rename(path)
-    except OSError:
-        (old / "folder").rename(path)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -185,7 +174,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ArtifactError(f"{path.parent} is not a folder saved by StrataViT: {path.name} is missing") from error
     except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {_reason(error)}") from error
+        raise ArtifactError(f"cannot read {path}: {reason_of(error)}") from error
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not valid JSON ({one_line(error)}); save the model again") from error
     if not isinstance(content, dict):
@@ -258,5 +247,7 @@ def _reading(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise ArtifactError(f"{path.parent} is incomplete: {path.name} is missing") from error
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError) as error:
-        reason = " ".join(_reason(error).split())[:200]
+        if out_of_memory(error) or "os error 12" in str(error):
+            raise MemoryError(str(error)) from error
+        reason = " ".join(reason_of(error).split())[:200]
         raise ArtifactError(f"{path} is damaged or not a safetensors file ({reason})") from error

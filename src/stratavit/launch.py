@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from stratavit import order, processes
 from stratavit.augment import drop_path
 from stratavit.batches import watched
 from stratavit.checkpoint import read_state, sound
-from stratavit.errors import ArtifactError, StrataViTError
+from stratavit.errors import ArtifactError, StrataViTError, reason_of
 from stratavit.folders import check_free
 from stratavit.learner import Learner
 from stratavit.lock import Lock
@@ -81,19 +81,34 @@ def train(
     with ExitStack() as stack:
         stack.callback(processes.forget, accelerator)
         stack.callback(lock.release)
+        places = order.of(data, recipe, accelerator.num_processes)
         processes.on_main(accelerator, lock.take if resume else lambda: make_folder(out, overwrite, lock))
         state = read_state(out) if resume else None
         stack.enter_context(order.kept_generators())
         stack.enter_context(drop_path(model, recipe.drop_path))
         stop = stack.enter_context(processes.stop_on_signal())
-        places = order.of(data, recipe, accelerator.num_processes)
         made = learner(places.steps * recipe.epochs, accelerator)
         trainer = Trainer(made, data, places, recipe, out, evaluation, accelerator, stop, teacher)
         stack.callback(processes.release, accelerator, trainer.model)
         if state is not None:
             trainer.restore(state)
-        with watched(f"train (the last state in {out} is sound)"):
+        with (
+            interrupted(out),
+            watched(f"train (the last state in {out} is sound): "),
+            processes.together(accelerator, out),
+        ):
             trainer.run()
+
+
+@contextmanager
+def interrupted(out: Path) -> Iterator[None]:
+    """Says what a second Ctrl-C leaves."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if not str(stop):
+            raise type(stop)(f"interrupted at once; the last state in {out} is sound, resume it to go on") from stop
+        raise
 
 
 def check_teaching(recipe: Recipe, teacher: Teacher | None) -> None:
@@ -115,14 +130,22 @@ def make_folder(out: Path, overwrite: bool, lock: Lock) -> None:
         ArtifactError: It is not free, or cannot be made.
     """
     lock.check()
-    check_free(out, overwrite)
+    check_free(out, overwrite, whole=False)
+    made = not out.exists()
     try:
-        if out.is_dir():
-            shutil.rmtree(out)
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
+        lock.take()
+        found = [path for path in out.iterdir() if path != lock.path]
+        if found and not overwrite:  # of a run that began and ended meanwhile
+            raise ArtifactError(f"{out} is not empty; give another folder or ask to overwrite (--overwrite)")
+        for path in found:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     except OSError as error:
-        raise ArtifactError(f"cannot write {out}: {error.strerror}; give a folder that can be written") from error
-    lock.take()
+        raise ArtifactError(f"cannot write {out}: {reason_of(error)}; give a folder that can be written") from error
+    finally:
+        if made:
+            with suppress(OSError):  # not empty, as it should be
+                out.rmdir()
 
 
 def spread(data: Dataset[Any], count: int) -> Dataset[Any]:

@@ -7,12 +7,18 @@ import os
 import socket
 import sys
 import time
-from contextlib import suppress
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from stratavit.errors import ArtifactError
+from stratavit.errors import ArtifactError, reason_of
 from stratavit.folders import read_small
+from stratavit.placing import put_file
+
+if sys.platform != "win32":
+    import fcntl
 
 FILE = "training.lock"
 
@@ -56,25 +62,34 @@ class Lock:
         Raises:
             ArtifactError: See `check`; or the lock cannot be written.
         """
-        stale = self.check()
         try:
-            if stale is not None:
-                self._put_aside(stale)
-            me = {"pid": os.getpid(), "host": socket.gethostname(), "ticks": _ticks(os.getpid())}
-            self.content = json.dumps(me | {"begun": time.strftime("%Y-%m-%d %H:%M:%S")}).encode()
-            handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-            with os.fdopen(handle, "wb") as file:
-                file.write(self.content)
+            with _alone(self.path.parent):
+                stale = self.check()
+                if stale is not None:
+                    self._put_aside(stale)
+                self._write()
         except FileExistsError as error:
             raise ArtifactError(f"{self.path.parent} was just taken by another process; give another folder") from error
         except OSError as error:
-            raise ArtifactError(f"cannot write {self.path}: {error.strerror}") from error
+            raise ArtifactError(f"cannot write {self.path}: {reason_of(error)}") from error
 
     def release(self) -> None:
         """Gives the folder back, if it is held."""
         with suppress(OSError):
             if self.content and self.path.read_bytes() == self.content:
                 self.path.unlink()
+
+    def _write(self) -> None:
+        """Makes the file, with its content from the first moment on."""
+        me = {"pid": os.getpid(), "host": socket.gethostname(), "ticks": _ticks(os.getpid())}
+        content = json.dumps(me | {"begun": time.strftime("%Y-%m-%d %H:%M:%S")}).encode()
+        new = self.path.with_name(f".{FILE}.{uuid.uuid4().hex}")
+        try:
+            new.write_bytes(content)
+            put_file(new, self.path)
+            self.content = content
+        finally:
+            new.unlink(missing_ok=True)
 
     def _put_aside(self, stale: bytes) -> None:
         """Takes a lock away unless another process has put its own there meanwhile."""
@@ -87,6 +102,21 @@ class Lock:
         aside.unlink()
         holder = _holder(stale) or {}
         print(f"took over {self.path.parent} from process {holder.get('pid')}, which is gone", file=sys.stderr)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Lets one process at a time look for a lock and set its own; the system ends this when the process dies."""
+    if sys.platform == "win32":
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system that cannot
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _holder(content: bytes) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from stratavit.checkpoint import Journal, write_state
 from stratavit.errors import StrataViTError
 from stratavit.learner import Learner
 from stratavit.optimising import Losses, optimiser_and_schedule
+from stratavit.placing import told
 from stratavit.progress import track
 from stratavit.recipe import Recipe
 from stratavit.sampling import Drawn, stream
@@ -73,7 +74,8 @@ class Trainer:
         optimiser, self.schedule = optimiser_and_schedule(self.net.model, recipe, images, self.order.steps)
         self.model, self.optimiser = processes.prepare(accelerator, self.net, optimiser)
         if recipe.tracker != "none":
-            accelerator.init_trackers("stratavit")
+            with self.tracking():
+                accelerator.init_trackers("stratavit")
 
     # ---- the run ----------------------------------------------------------------------------------
 
@@ -126,7 +128,7 @@ class Trainer:
         """
         if self.stop.agreed(self.accelerator, self.step, at_once):
             self.save()
-            raise KeyboardInterrupt(f"stopped after step {self.step} of {self.total}; resume {self.out} to go on")
+            raise self.stop.by(f"stopped after step {self.step} of {self.total}; resume {self.out} to go on")
 
     def update(self, batches: list[Any]) -> None:
         """One step of the optimiser: every batch draws its own prefixes, gradients are averaged."""
@@ -213,11 +215,19 @@ class Trainer:
 
     def log(self, kind: str, row: dict[str, Any], values: dict[str, float]) -> None:
         """Writes a row of the log, and values for the tracker."""
-        if self.accelerator.is_main_process:
+
+        def write() -> None:
             self.journal.append({"kind": kind, "epoch": self.ended, "step": self.step, **row})
             shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
             print(f"epoch {self.ended} of {self.recipe.epochs}: {shown}", file=sys.stderr)
-        self.accelerator.log(values, step=self.step)
+            with self.tracking():
+                self.accelerator.log(values, step=self.step)
+
+        processes.on_main(self.accelerator, write)
+
+    def tracking(self) -> AbstractContextManager[None]:
+        """Around what a tracker writes."""
+        return told(self.out, f"the tracker ({self.recipe.tracker}) failed; the last state is left")
 
     @property
     def rate(self) -> float:

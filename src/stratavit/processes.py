@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from stratavit.compensation import Moments
-from stratavit.errors import StrataViTError
+from stratavit.errors import StrataViTError, reason_of
 from stratavit.recipe import Recipe
+from stratavit.signals import Terminated
 
 T = TypeVar("T")
 CHECK_EVERY = 8  # steps between agreements of several processes on whether to stop: an agreement waits for all
@@ -104,7 +106,10 @@ def release(accelerator: Any, model: Any) -> None:
     for name in ("forward", "_original_forward"):  # bound to the object by Accelerate where precision is mixed
         vars(plain).pop(name, None)
     for tracker in accelerator.trackers:
-        tracker.finish()
+        try:
+            tracker.finish()
+        except (OSError, RuntimeError) as error:  # of a run that has its result, or failed already
+            print(f"train: the tracker's last numbers are lost: {reason_of(error)}", file=sys.stderr)
 
 
 def agree(accelerator: Any, value: Any) -> Any:
@@ -162,11 +167,36 @@ def on_main(accelerator: Any, work: Callable[[], None]) -> None:
         raise StrataViTError(message)
 
 
+@contextmanager
+def together(accelerator: Any, out: Path) -> Iterator[None]:
+    """Says when another process of the training is gone, which torch tells wherever one waits for it.
+
+    Raises:
+        StrataViTError: It is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if accelerator.num_processes == 1 or not lost:
+            raise
+        raise StrataViTError(
+            f"train: another process of this training has gone, or cannot be reached; the last state in {out} is "
+            f"sound, resume it with {accelerator.num_processes} processes"
+        ) from error
+
+
 class StopRequest:
-    """Whether the run was asked to stop."""
+    """Whether the run was asked to stop.
+
+    Attributes:
+        asked: Whether this process was.
+        by: What its caller raises then.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self.by: type[KeyboardInterrupt] = KeyboardInterrupt
 
     def agreed(self, accelerator: Any, step: int, at_once: bool = False) -> bool:
         """Whether any process was asked; several look every few steps only, all at the same ones, or `at_once`."""
@@ -189,6 +219,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
     def handle(number: int, frame: Any) -> None:
         request.asked = True
+        request.by = Terminated if number == signal.SIGTERM else KeyboardInterrupt
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     try:

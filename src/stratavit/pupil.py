@@ -10,7 +10,17 @@ from typing import Any
 from timm.utils import ModelEmaV3
 
 from stratavit import contraction, processes, progressive, report
-from stratavit.checkpoint import LOG_FILE, SUPER_FILES, Journal, publish, put_weights, weights_of
+from stratavit.checkpoint import (
+    CURVE_FILE,
+    HISTORY_FILE,
+    LOG_FILE,
+    PLOT_FILE,
+    SUPER_FILES,
+    Journal,
+    publish,
+    put_weights,
+    weights_of,
+)
 from stratavit.compensation import Moments
 from stratavit.conversion import TOKEN_WEIGHT
 from stratavit.errors import StrataViTError
@@ -158,12 +168,16 @@ class Pupil:
 
     def publish(self, folder: Path, points: list[report.Point]) -> None:
         """Writes the super-network into the run's folder, and the curve of the last evaluation if there was one."""
-        publish(lambda path: self.net.save(path, overwrite=True), SUPER_FILES, folder)
-        if points:
-            report.write_csv(points, folder / "curve.csv")
-            title = f"{self.net.description['architecture']}, {self.recipe.mode}"
-            report.plot(points, folder / "curve.png", title)
-            report.plot_history(evaluations(folder), folder / "history.png", title)
+
+        def write(path: Path) -> None:
+            self.net.save(path, overwrite=True)
+            if points:
+                title = f"{self.net.description['architecture']}, {self.recipe.mode}"
+                report.write_csv(points, path / CURVE_FILE)
+                report.plot(points, path / PLOT_FILE, title)
+                report.plot_history(evaluations(folder), path / HISTORY_FILE, title)
+
+        publish(write, SUPER_FILES, folder)
 
     def state(self) -> dict[str, Any]:
         """Weights, averaged weights, means and list."""

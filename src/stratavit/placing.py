@@ -1,0 +1,221 @@
+"""Files and folders that appear whole or not at all: written beside their place, brought to the disk, moved there.
+
+Killed at any moment, the old one or the new one is in its place. What a killed process leaves beside it is taken away
+by the next that writes there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from stratavit.errors import ArtifactError, StrataViTError, reason_of
+
+if sys.platform != "win32":
+    import fcntl
+
+NEW, OLD, END = "new", "old", ".part"
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
+_HERE, _SWAP = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """The place `new` in a folder of its own on the disk of `path`, gone afterwards, as are parents made for nothing.
+
+    Raises:
+        ArtifactError: Something cannot be written.
+    """
+    folder, held = None, None
+    new_parents = [parent for parent in path.absolute().parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        folder, held = _held_folder(path)
+        yield folder / NEW
+    except (OSError, SafetensorError, ArtifactError) as error:
+        if isinstance(error, ArtifactError) and str(folder) not in str(error):
+            raise
+        raise ArtifactError(f"cannot write {path}: {reason_of(error)}; nothing was changed there") from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+        if not path.exists():
+            for parent in new_parents:
+                with suppress(OSError):
+                    parent.rmdir()
+
+
+def put(new: Path, path: Path, overwrite: bool) -> None:
+    """Moves a file or a folder that `beside` gave the place of to where it belongs.
+
+    Args:
+        new: The place that `beside` gave.
+        path: Where it belongs.
+        overwrite: Replace what is there; else an empty folder only.
+
+    Raises:
+        ArtifactError: Another process wrote there meanwhile.
+        OSError: It cannot be moved; what was there is as it was.
+    """
+    to_disk(new)
+    try:
+        if overwrite:
+            _put_over(new, path)
+        elif new.is_dir():
+            _put_folder(new, path)
+        else:
+            put_file(new, path)
+    except OSError as error:
+        if error.errno not in _TAKEN or overwrite:
+            raise
+        raise ArtifactError(
+            f"another process wrote {path} meanwhile; give another name or ask to overwrite (--overwrite)"
+        ) from error
+    with suppress(OSError):
+        _sync(path.parent)
+
+
+def put_file(new: Path, path: Path) -> None:
+    """Gives a file its name, if no other has it.
+
+    Raises:
+        FileExistsError: One has.
+        OSError: It cannot be moved.
+    """
+    try:
+        os.link(new, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        new.rename(path)
+
+
+def to_disk(path: Path) -> None:
+    """Waits until a file, or a folder with all in it, is on the disk: a rename may get there before it."""
+    for file in [*path.rglob("*"), path] if path.is_dir() else [path]:
+        _sync(file)
+
+
+def _sync(path: Path) -> None:
+    if os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _put_over(new: Path, path: Path) -> None:
+    if not new.is_dir():
+        new.replace(path)
+    elif not path.exists():
+        _put_folder(new, path)
+    elif not _exchanged(new, path):
+        old = new.with_name(OLD)
+        path.rename(old)
+        try:
+            new.rename(path)
+        except BaseException:
+            old.rename(path)
+            raise
+
+
+def _put_folder(new: Path, path: Path) -> None:
+    if os.name != "posix" and path.is_dir():  # renamed over empty folders elsewhere
+        path.rmdir()
+    new.rename(path)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Lets two folders change places in one step; False where system or file system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if swap is None:
+        return False
+    if swap(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _SWAP) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number))
+
+
+def _held_folder(path: Path) -> tuple[Path, int | None]:
+    """A new folder beside `path`, held so that others see that it is in use for as long as this process lives."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_start(path), suffix=END, dir=path.parent))
+        try:
+            held = _hold(folder)
+            if held is None or os.path.samestat(os.fstat(held), folder.stat()):
+                return folder, held
+            os.close(held)
+        except FileNotFoundError:  # swept away before it was held
+            continue
+
+
+def _hold(folder: Path) -> int | None:
+    """Holds a folder; None if another process does, or the file system cannot."""
+    if sys.platform == "win32":
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _sweep(path: Path) -> None:
+    """Takes away what killed processes left beside `path`; if one died between two renames, puts the old one back."""
+    ours = re.compile(re.escape(_start(path)) + "[a-z0-9_]{8}" + re.escape(END))  # as mkdtemp names them
+    for left in filter(ours.fullmatch, os.listdir(path.parent)):
+        folder = path.parent / left
+        with suppress(OSError):
+            held = _hold(folder)
+            if held is None:
+                continue
+            if (folder / OLD).exists() and not path.exists():
+                (folder / OLD).rename(path)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(held)
+
+
+def _start(path: Path) -> str:
+    return f".{path.name[:100]}."
+
+
+@contextmanager
+def told(path: Path, then: str) -> Iterator[None]:
+    """Turns what the system says against writing a file into one sentence.
+
+    Args:
+        path: Of the file, for the message.
+        then: What is left, or what to do.
+
+    Raises:
+        ArtifactError: Something cannot be written.
+    """
+    try:
+        yield
+    except StrataViTError:
+        raise
+    except (OSError, RuntimeError) as error:
+        raise ArtifactError(f"cannot write {path}: {reason_of(error)}; {then}") from error

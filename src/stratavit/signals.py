@@ -1,0 +1,36 @@
+"""SIGTERM and Ctrl-C: what is begun is tidied up or saved first, and the exit code tells which of them it was."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where the program stands, as Python does for Ctrl-C."""
+
+
+def exit_code(stop: KeyboardInterrupt) -> int:
+    """What a shell says of a program that such a signal ended: 128 and its number."""
+    return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+
+
+@contextmanager
+def raised() -> Iterator[None]:
+    """Turns SIGTERM into `Terminated` once, so that files half-written are taken away; further ones are left alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)

@@ -1,0 +1,367 @@
+"""Disks that are full, read-only or of another clock: the older file stays, and one sentence says which disk it was."""
+
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from functools import partial
+
+import pytest
+import torch
+from children import ENVIRONMENT, child, content, done, fill, mounted
+from helpers import CLASSES, make_model, make_net
+from PIL import Image
+from test_train import TINY, assert_same, fresh, outcome, run
+
+import stratavit
+from stratavit import ArtifactError, StrataViTError, SuperNet, checkpoint, hub, loop, report
+from stratavit.cli import main
+
+FULL = "the disk is full (No space left on device)"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Images of seven classes, a small model, and a super-network."""
+    folder = tmp_path_factory.mktemp("work")
+    for split in ("train", "val"):
+        for name in range(CLASSES):
+            (folder / "data" / split / str(name)).mkdir(parents=True)
+            Image.new("RGB", (40, 36), (30 * name, 90, 200)).save(folder / "data" / split / str(name) / "0.png")
+    net = make_net("plain", stratified=True)
+    net.save(folder / "run")
+    stratavit.save(net.extract(macs=0.5, verbose=False), folder / "small")
+    stratavit.save(make_model("plain"), folder / "dense")
+    return folder
+
+
+def argv(work, command):
+    """The command line of a command, but for ``--out``."""
+    data = ["--data", str(work / "data"), "--workers", "0"]
+    return {
+        "convert": ["convert", str(work / "dense"), *data],
+        "extract": ["extract", str(work / "run"), "--macs", "50%"],
+        "curve": ["curve", str(work / "run"), *data, "--shares", "1,0.5"],
+        "report": ["report", str(work / "run")],
+        "export": ["export", str(work / "small"), "--format", "torch"],
+    }[command]
+
+
+# ---- full -------------------------------------------------------------------------------------------------------
+
+
+def small_model():
+    return make_net("plain").extract(spec={"blocks.0.attn": 8, "blocks.1.mlp": 20}, verbose=False)
+
+
+def points():
+    return [report.Point(share, eval(share), 100, 100, top1=50.0, top5=60.0, loss=1.0, n=7) for share in ("1", "6/12")]
+
+
+def write_curve(out):
+    from stratavit.measure_command import write_curve as write
+
+    write(points(), out, "title", True)
+
+
+WRITERS = {
+    "super-network": lambda out: fresh().save(out, overwrite=True),
+    "small model": lambda out: stratavit.save(small_model(), out, overwrite=True),
+    "torch.export": lambda out: stratavit.export(small_model(), out, "torch", overwrite=True),
+    "onnx": lambda out: stratavit.export(small_model(), out, "onnx", overwrite=True),
+    "curve": write_curve,
+    "report": lambda out: stratavit.write_report(make_net("plain", stratified=True), out, overwrite=True),
+    "what would be uploaded": lambda out: hub.write_upload(small_model(), out, "me/it", points(), overwrite=True),
+}
+
+
+def size_of(path):
+    return sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
+
+
+def refused(write, *said):
+    """What `write` says."""
+    try:
+        write()
+    except StrataViTError as error:
+        text = str(error)
+    else:
+        raise AssertionError("nothing was refused")
+    assert text.isprintable(), text
+    assert "\n" not in text, text
+    for words in said:
+        assert words in text, text
+    return text
+
+
+def written_on_a_full_disk(place, what):
+    """With no room at all, with half of it, and with too little by a page; a new name, and an older one."""
+    disk, write = mounted(place, "8m"), WRITERS[what]
+    if what == "onnx":  # the exporter takes seconds
+        (disk / "out").write_text("older")
+        fill(disk, 8192)
+        refused(partial(write, disk / "out"), f"cannot write {disk / 'out'}: {FULL}; nothing was changed there")
+        assert content(disk) == {"out": b"older"}
+        return
+    for old in (True,) if what == "torch.export" else (False, True):
+        write(disk / "out")
+        need = size_of(disk / "out")
+        if not old:
+            shutil.rmtree(disk / "out") if (disk / "out").is_dir() else (disk / "out").unlink()
+        before = content(disk)
+        for left in (0, need // 2, need - 4096):
+            fill(disk, left)
+            refused(partial(write, disk / "out"), f"cannot write {disk / 'out'}: {FULL}; nothing was changed there")
+            assert content(disk) == before, (old, left, content(disk).keys())
+        (disk / "ballast").unlink()
+        write(disk / "out")
+        assert content(disk).keys() >= before.keys()
+
+
+@pytest.mark.parametrize("what", WRITERS)
+def test_what_is_written_on_a_full_disk(place, what):
+    done(written_on_a_full_disk, place, what)
+
+
+def commands_on_a_full_disk(place, work):
+    disk = mounted(place, "2m")
+    for command in ("convert", "extract", "curve", "report"):
+        fill(disk)
+        print(f"-- {command}", flush=True)
+        code = main([*argv(work, command), "--out", str(disk / "new" / "out")])
+        assert code == 2, code
+        assert content(disk) == {}, content(disk).keys()
+
+
+def test_commands_on_a_full_disk(place, work):
+    ended = child(commands_on_a_full_disk, place, work)
+    assert ended.code == 0, ended.said
+    for command in ("convert", "extract", "curve", "report"):
+        told = [line for line in ended.lines if line.startswith(f"stratavit {command}:")]
+        assert len(told) == 1, ended.said
+        assert f"{place / 'new' / 'out'}: {FULL}" in told[0]
+    assert "Traceback" not in ended.said
+
+
+def test_an_answer_that_cannot_be_printed(work):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "stratavit", "info", str(work / "small"), "--json"]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines() == [f"stratavit info: done, but cannot print the answer: {FULL}"]
+
+
+# ---- full while training ----------------------------------------------------------------------------------------
+
+TRACKED = {**TINY.to_dict(), "tracker": "tensorboard"}
+
+
+def once(owner, name, happens, at=1):
+    """Lets something happen before the nth call of a function."""
+    function, calls = getattr(owner, name), []
+
+    def called(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == at:
+            happens()
+        return function(*args, **kwargs)
+
+    setattr(owner, name, called)
+
+
+MOMENTS = {
+    "a state": (loop, "write_state", 2, "state.pt", "the last state is left"),
+    "the log": (checkpoint.Journal, "append", 1, "log.jsonl", "the last state is left"),
+    "the result": (SuperNet, "save", 1, "", "the last state is left, resume the training to write its result"),
+    "the curve": (report, "write_csv", 1, "", "the last state is left, resume the training to write its result"),
+    "the pictures": (report, "plot_history", 1, "", "the last state is left, resume the training to write its result"),
+}
+
+
+def trained_on_a_full_disk(place, whole, moment):
+    disk = mounted(place, "8m")
+    owner, name, at, file, then = MOMENTS[moment]
+    kept = {}
+
+    def happens():
+        kept.update(state=(disk / "run" / "state.pt").read_bytes())
+        fill(disk)
+
+    once(owner, name, happens, at)
+    said = refused(partial(run, disk / "run"), str(disk / "run" / file), FULL, then)
+    assert "nothing was changed" not in said
+    assert (disk / "run" / "state.pt").read_bytes() == kept["state"]
+    names = {path.name for path in (disk / "run").iterdir()}
+    assert names <= {"state.pt", "log.jsonl"}, names
+    fill(disk)
+    refused(partial(run, disk / "run", resume=True), f"cannot write {disk / 'run' / 'training.lock'}: {FULL}")
+    assert {path.name for path in (disk / "run").iterdir()} == names
+    (disk / "ballast").unlink()
+    run(disk / "run", resume=True)
+    assert_same(outcome(disk / "run"), outcome(whole))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(folder)
+    return folder
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_training_on_a_full_disk(place, whole, moment):
+    done(trained_on_a_full_disk, place, whole, moment)
+
+
+def states_on_a_full_disk(place):
+    """Wherever the disk ends."""
+    disk = mounted(place, "2m")
+    state = {"weights": {str(number): torch.randn(300) for number in range(20)}}
+    checkpoint.write_state(disk, {"step": 1, **state})
+    kept = (disk / "state.pt").read_bytes()
+    for left in range(0, len(kept), 4096):
+        fill(disk, left)
+        words = f"cannot write {disk / 'state.pt'}: {FULL}; the last state is left"
+        refused(lambda: checkpoint.write_state(disk, {"step": 2, **state}), words)
+        assert content(disk) == {"state.pt": kept}
+    fill(disk, len(kept) + 4096)
+    checkpoint.write_state(disk, {"step": 2, **state})
+    assert checkpoint.read_state(disk)["step"] == 2
+
+
+def test_states_on_a_full_disk(place):
+    done(states_on_a_full_disk, place)
+
+
+def begun_on_a_full_disk(place):
+    disk = mounted(place, "8m")
+    fill(disk)
+    refused(partial(run, disk / "run"), str(disk / "run"), FULL)
+    assert content(disk) == {}
+    (disk / "ballast").unlink()
+    once(loop, "write_state", partial(fill, disk))
+    refused(partial(run, disk / "run"), str(disk / "run" / "state.pt"), FULL, "there is no state to resume yet")
+    (disk / "ballast").unlink()
+    run(disk / "run")
+
+
+def test_training_that_begins_on_a_full_disk(place):
+    done(begun_on_a_full_disk, place)
+
+
+def tracked_on_a_full_disk(place):
+    """The tracker writes in a thread of its own, now or later."""
+    disk = mounted(place, "8m")
+    recipe = stratavit.Recipe.from_dict(TRACKED)
+    once(checkpoint.Journal, "append", partial(fill, disk), at=2)
+    checkpoint.Journal.append = lambda self, row, append=checkpoint.Journal.append: tolerant(append, self, row)
+    with suppress(ArtifactError):
+        run(disk / "run", recipe=recipe)
+    (disk / "ballast").unlink()
+    run(disk / "run", recipe=recipe, resume=True)
+    SuperNet.load(disk / "run")
+
+
+def tolerant(append, journal, row):
+    with suppress(ArtifactError):
+        append(journal, row)
+
+
+def test_a_tracker_on_a_full_disk(place):
+    ended = child(tracked_on_a_full_disk, place)
+    assert ended.code == 0, ended.said
+    assert "Traceback" not in ended.said, ended.said
+
+
+# ---- read-only --------------------------------------------------------------------------------------------------
+
+
+def commands_on_a_read_only_disk(place, work):
+    """Refused before any work is done; what is there can be read."""
+    (place / "old").mkdir()
+    for name in ("run", "small", "dense"):
+        shutil.copytree(work / name, place / name)
+    mounted(place, read_only=True)
+    before = content(place)
+    contract, SuperNet.contract = SuperNet.contract, None
+    for command in ("convert", "extract", "curve", "report", "export"):
+        for out in ("new", "new/below"):
+            code = main([*argv(work, command), "--out", str(place / out)])
+            assert code == 2, code
+    SuperNet.contract = contract
+    refused(partial(run, place / "trained"), f"cannot write {place / 'trained'}: Read-only file system")
+    for path in (place / "run", place / "small"):
+        shutil.rmtree(work / "elsewhere", ignore_errors=True)
+        assert main(["info", str(path)]) == 0
+    assert main([*argv(place, "extract"), "--out", str(work / "elsewhere")]) == 0
+    assert main(["evaluate", str(place / "small"), *argv(work, "curve")[2:6]]) == 0
+    assert content(place) == before
+
+
+def test_commands_on_a_read_only_disk(place, work):
+    ended = child(commands_on_a_read_only_disk, place, work)
+    assert ended.code == 0, ended.said
+    told = [line for line in ended.lines if line.startswith("stratavit ")]
+    assert len(told) == 10, ended.said
+    assert all(line.endswith(f": {place} is read-only") for line in told), ended.said
+    assert "Traceback" not in ended.said
+
+
+def resumed_on_a_read_only_disk(place, whole):
+    shutil.copytree(whole, place / "run")
+    mounted(place, read_only=True)
+    refused(partial(run, place / "run", resume=True), f"cannot write {place / 'run' / 'training.lock'}: Read-only")
+
+
+def test_resumed_on_a_read_only_disk(place, whole):
+    done(resumed_on_a_read_only_disk, place, whole)
+
+
+def written_without_permission(tmp_path):
+    """As another user, to whom a folder does not belong."""
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "mine", 1, 1)
+        for parent in [tmp_path, *tmp_path.parents][:3]:
+            parent.chmod(0o755)
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    out = tmp_path / "mine" / "out"
+    refused(lambda: fresh().save(out), f"cannot write {out}: no permission to write to {tmp_path / 'mine'}")
+    refused(lambda: run(tmp_path / "mine" / "run"), f"cannot write {tmp_path / 'mine' / 'run'}: Permission denied")
+
+
+def test_a_folder_of_another_user(tmp_path):
+    (tmp_path / "mine").mkdir(mode=0o555)
+    done(written_without_permission, tmp_path)
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def written_to_a_disk_itself(place):
+    """A mounted folder cannot be exchanged; it can be trained in."""
+    disk = mounted(place, "8m")
+    refused(lambda: fresh().save(disk), f"cannot write {disk}: a disk is mounted there; give a folder in it")
+    run(disk)
+    SuperNet.load(disk)
+
+
+def test_a_mounted_disk_itself(place):
+    done(written_to_a_disk_itself, place)
+
+
+# ---- files from the future --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("day", [4102444800, 0])  # 2100, 1970
+def test_files_of_another_time(work, whole, tmp_path, day):
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(work, tmp_path / "work")
+    for path in tmp_path.rglob("*"):
+        os.utime(path, (day, day))
+    run(tmp_path / "run", resume=True)
+    assert_same(outcome(tmp_path / "run"), outcome(whole))
+    for command in ("convert", "extract", "report"):
+        (tmp_path / command).mkdir()
+        assert main([*argv(tmp_path / "work", command), "--out", str(tmp_path / command / "out")]) == 0
