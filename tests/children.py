@@ -56,7 +56,7 @@ def started(work, *args):
             process.join()
 
 
-def child(work, *args, timeout=60):
+def child(work, *args, timeout=300):
     """Waits for a child, see `started`."""
     with started(work, *args) as process:
         process.join(timeout)

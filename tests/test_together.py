@@ -26,14 +26,14 @@ def racing(work, out, barrier, overwrite):  # noqa: F811
     train = loop.Trainer.run
 
     def last(self):
-        barrier.wait(60)
+        barrier.wait(300)
         train(self)
 
     loop.Trainer.run = last
     make = launch.make_folder
 
     def together(*args):
-        barrier.wait(60)
+        barrier.wait(300)
         make(*args)
 
     launch.make_folder = together
@@ -42,7 +42,7 @@ def racing(work, out, barrier, overwrite):  # noqa: F811
         flags = ["--overwrite"] if overwrite else []
         codes.append(main([*argv(work, "train", out / str(number)), "--epochs", "1", "--list-epochs", "1", *flags]))
         if codes[-1] == 2:
-            barrier.wait(60)
+            barrier.wait(300)
     print("codes", *codes)
 
 
@@ -56,7 +56,7 @@ def test_two_trainings_in_one_folder(work, tmp_path, overwrite):  # noqa: F811
     with ExitStack() as stack:
         both = [stack.enter_context(started(racing, work, tmp_path, barrier, overwrite)) for _ in range(2)]
         for one in both:
-            one.join(90)
+            one.join(300)
         said = [one.said() for one in both]
     codes = [[int(code) for code in re.search(r"^codes (.*)$", text, re.MULTILINE)[1].split()] for text in said]
     assert [sorted(pair) for pair in zip(*codes, strict=True)] == [[0, 2]] * ROUNDS, said
@@ -74,7 +74,7 @@ def converting(work, out, barrier, overwrite):  # noqa: F811
     put = stratavit.folders.put
 
     def together(*args):
-        barrier.wait(60)
+        barrier.wait(300)
         put(*args)
 
     stratavit.folders.put = together
@@ -89,7 +89,7 @@ def test_two_conversions_to_one_folder(work, tmp_path, overwrite):  # noqa: F811
     with ExitStack() as stack:
         both = [stack.enter_context(started(converting, work, tmp_path / "out", barrier, overwrite)) for _ in range(2)]
         for one in both:
-            one.join(90)
+            one.join(300)
         said = [one.said() for one in both]
         assert sorted(one.exitcode for one in both) == ([0, 0] if overwrite else [0, 2]), said
     told = [line for text in said for line in text.splitlines() if line.startswith("stratavit convert:")]
@@ -113,7 +113,7 @@ def rank(number, port, out, waits, resume):
             if self.step == 2:
                 (out.parent / f"waiting{number}").touch()
                 if number == waits - 1:
-                    time.sleep(60)
+                    time.sleep(300)
             update(self, batches)
 
         loop.Trainer.update = watched
@@ -133,7 +133,7 @@ def pair(stack, out, waits=0, resume=False):
 
 
 def wait_for(path):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
 
@@ -148,7 +148,7 @@ def test_one_of_two_processes_is_killed(tmp_path, dies):
         wait_for(tmp_path / f"waiting{dies}")
         second = pair(stack, out)
         for one in second:
-            one.join(60)
+            one.join(300)
             told = [line for line in one.said().splitlines() if line.startswith("refused:")]
             assert len(told) == 1, one.said()
             assert "resume" not in told[0]
@@ -156,12 +156,12 @@ def test_one_of_two_processes_is_killed(tmp_path, dies):
             assert one.exitcode == 2
         os.kill(first[dies].pid, signal.SIGKILL)
         other = first[1 - dies]
-        other.join(60)
+        other.join(300)
         assert other.exitcode == 2, other.said()
         assert "refused: train: another process of this training has gone" in other.said()
     assert stratavit.checkpoint.read_state(out)["step"] == 2
     with ExitStack() as stack:
         for one in pair(stack, out, resume=True):
-            one.join(60)
+            one.join(300)
             assert one.exitcode == 0, one.said() + other.said()
     assert SuperNet.load(out).provenance["train"]["processes"] == 2
