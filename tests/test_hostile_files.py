@@ -17,7 +17,7 @@ import torch
 from helpers import Bomb, make_images, make_model, make_net
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from safetensors.torch import load_file, save_file
 
 import stratavit
@@ -260,6 +260,15 @@ def test_arguments_that_lead_out_of_the_folder_are_refused(saved, tmp_path, argu
         stratavit.load(saved / "small")
 
 
+@pytest.mark.parametrize("found", [[], {}, 5, {"class": [], "config": {}}, {"class": {}, "config": {}}])
+def test_an_origin_that_is_none(saved, found):
+    without_hashes(saved / "small")
+    path = saved / "small" / "stratavit.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"origin": found}))
+    with pytest.raises(ArtifactError, match="origin should be a class of"):
+        stratavit.load(saved / "small")
+
+
 def header(path):
     """Of a safetensors file: its header as an object, and what follows."""
     content = path.read_bytes()
@@ -320,6 +329,17 @@ def test_moments_of_an_older_folder_that_say_less_than_they_should(saved, change
         del tensors["blocks.0.mlp.factor"]
     save_file(tensors, path)
     assert outcome(SuperNet.load, saved / "super") is None
+
+
+@pytest.mark.parametrize("name", ["blocks.0.mlp.mean", "final_mean.vectors"])
+def test_moments_that_are_finite_in_the_file_only(saved, name):
+    without_hashes(saved / "super")
+    path = saved / "super" / "moments.safetensors"
+    tensors = load_file(path)
+    tensors[name] = torch.full_like(tensors[name], 1e300, dtype=torch.float64)
+    save_file(tensors, path)
+    with pytest.raises(ArtifactError, match="finite numbers"):
+        SuperNet.load(saved / "super")
 
 
 # ---- what is announced and never built ------------------------------------------------------------------
@@ -510,11 +530,34 @@ def test_a_compressed_checkpoint_is_not_unpacked(tmp_path):
     assert outcome(zoo.read_checkpoint, tmp_path / "bomb.pth") is None
 
 
+def test_an_array_of_any_length_in_a_checkpoint_is_not_made(tmp_path):
+    """torch's reader without code makes a bytearray of as many bytes as the file says."""
+    torch.save({"a": torch.zeros(2)}, tmp_path / "w.pth")
+    pickled = b"\x80\x02cbuiltins\nbytearray\n(J" + struct.pack("<i", 10**6) + b"tR."
+    with zipfile.ZipFile(tmp_path / "w.pth") as old, zipfile.ZipFile(tmp_path / "state.pt", "w") as new:
+        for part in old.infolist():
+            new.writestr(part.filename, pickled if part.filename.endswith("data.pkl") else old.read(part))
+    assert len(torch.load(tmp_path / "state.pt", weights_only=True)) == 10**6
+    with pytest.raises(ArtifactError, match=r"state\.pt is damaged; copy"):
+        checkpoint.check_archive(tmp_path / "state.pt", "")
+
+
 def test_code_in_a_state_is_not_run(tmp_path):
     torch.save({"format": checkpoint.FORMAT, "x": Bomb(tmp_path / "made")}, tmp_path / "state.pt")
     with pytest.raises(ArtifactError, match="is damaged"):
         checkpoint.read_state(tmp_path)
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("line", [b"\xff", DEEP.encode(), b"5", b"{}", b'{"kind": "eval"}', b'{"kind": "eval", "epo'])
+def test_lines_of_a_log_that_are_no_rows_are_left_out(tmp_path, line):
+    rows = [{"kind": "epoch", "epoch": 1}, {"kind": "epoch", "epoch": 2}]
+    lines = [json.dumps(rows[0]).encode(), line, json.dumps(rows[1]).encode()]
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines))
+    journal = checkpoint.Journal(tmp_path / "log.jsonl")
+    assert journal.rows() == rows
+    journal.rewind(1)
+    assert journal.rows() == rows[:1]
 
 
 TOML = [
@@ -572,6 +615,19 @@ def test_hostile_specs(raw):
         assert found is None or all(width >= 0 for width in found.values())
 
 
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize("text", [f'{{"{LONG}": -1}}', f'{{"{LONG}": {{"qk": 1}}}}', f'{{"a": {{"{LONG}": 1}}}}'])
+def test_long_names_in_a_spec_are_cut_short_in_the_refusal(text):
+    assert outcome(Spec.from_json, text) is None
+
+
+@pytest.mark.parametrize("spec", [{LONG: 1}, {"blocks.0.mlp": 10**4000}, {"blocks.0.mlp": {"qk": 10**4000, "v": 1}}])
+def test_long_names_and_widths_that_fit_no_model_are_cut_short_in_the_refusal(spec):
+    assert outcome(make_net("plain").resolve, spec) is None
+
+
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from([*MIXED]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
@@ -624,6 +680,21 @@ def test_an_image_that_announces_a_huge_size_is_left_out(tmp_path, capsys):
     path.write_bytes(content)
     assert [labels.tolist() for _, labels in image_loader(folder, make_net("plain").data_config, "val", None)] == [[1]]
     assert "left out 1 unreadable" in capsys.readouterr().err
+
+
+DDS = b"DDS " + struct.pack("<7I", 124, 0x1007, 1, 1, 0, 0, 0) + bytes(44) + struct.pack("<2I", 32, 0) + bytes(44)
+
+
+@pytest.mark.parametrize(
+    "content", [DDS, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"]
+)
+def test_other_formats_under_the_name_of_an_image_are_left_out_and_not_run(tmp_path, monkeypatch, content):
+    """One for which Pillow raises no usual error; one that is a program, which Pillow gives to Ghostscript."""
+    folder, ran = image_folder(tmp_path / "images"), []
+    (folder / "cat" / "0.png").write_bytes(content)
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args: ran.append(args) or Image.new("RGB", (9, 9)).im)
+    assert [labels.tolist() for _, labels in image_loader(folder, make_net("plain").data_config, "val", None)] == [[1]]
+    assert not ran
 
 
 @pytest.mark.parametrize("target", [".", "..", "cat"])

@@ -230,7 +230,7 @@ def _origin(content: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
     origin = content.get("origin")
     if origin is None:
         return None
-    sound = isinstance(origin, dict) and origin.get("class") in LAYOUTS and isinstance(origin.get("config"), dict)
+    sound = isinstance(origin, dict) and origin.get("class") in [*LAYOUTS] and isinstance(origin.get("config"), dict)
     if not sound:
         raise ArtifactError(f"{folder / JSON_FILE}: origin should be a class of {', '.join(LAYOUTS)} and its config")
     return dict(origin)

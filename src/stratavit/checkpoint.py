@@ -122,6 +122,7 @@ def check_archive(path: Path, prefix: str, advice: str = "copy it again") -> Non
 
     Raises:
         ArtifactError: A part differs, or is compressed: torch never does that, and it may be of any size when unpacked.
+            So may a bytearray be, which no state of tensors has.
     """
     if not path.is_file():
         raise ArtifactError(f"{prefix}{path} is not a file; {advice}")
@@ -134,6 +135,9 @@ def check_archive(path: Path, prefix: str, advice: str = "copy it again") -> Non
             packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
             if packed or sum(part.file_size for part in parts) > path.stat().st_size:
                 raise zipfile.BadZipFile("compressed")
+            pickled = [archive.read(part) for part in parts if part.filename.endswith(".pkl")]
+            if any(b"bytearray\n" in content for content in pickled):  # torch makes one of any length announced
+                raise zipfile.BadZipFile("bytearray")
             broken = archive.testzip()
     except (OSError, ValueError, NotImplementedError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
         raise ArtifactError(f"{prefix}{path} is damaged; {advice}") from error
@@ -214,12 +218,14 @@ class Journal:
             file.write(json.dumps(row) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows; a last line that was cut short is left out."""
+        """All rows; lines that are none, such as a last one that was cut short, are left out."""
         found = []
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
         for line in text.splitlines():
-            with suppress(ValueError):
-                found.append(json.loads(line))
+            with suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and {"kind", "epoch"} <= row.keys():
+                    found.append(row)
         return found
 
     def rewind(self, epoch: int) -> None:

@@ -72,8 +72,10 @@ class ImageFolder(Dataset[Sample]):
         path, label = self.reader.samples[index]
         try:
             with Image.open(path) as image:
+                if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
+                    return None, label, path
                 return self.transform(image.convert(self.mode)), label, path
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        except Exception:  # what Pillow raises for damage differs with the format that it takes a file for
             return None, label, path
 
 

@@ -65,11 +65,12 @@ def from_tensors(net: SuperNet, tensors: Mapping[str, Tensor], source: str) -> N
         module = net.elastic[site.name]
         mean = tensors.get(f"{site.name}.mean")
         if mean is not None:
+            mean = mean.to(module.out.weight)  # what is finite in a wider type may not be in this one
             if mean.shape != (site.heads, site.width) or not mean.isfinite().all():
                 raise ArtifactError(
                     f"{source}: the mean of {site.name} should be {site.heads} x {site.width} finite numbers"
                 )
-            module.channel_mean = mean.to(module.out.weight)
+            module.channel_mean = mean
         if f"{site.name}{FACTOR}" in tensors:
             module.moments = _moments(site, tensors, source).to(module.out.weight.device)
     if VECTORS in tensors:
@@ -108,7 +109,7 @@ def _moments(site: Site, tensors: Mapping[str, Tensor], source: str) -> Moments:
 
 
 def _final_mean(net: SuperNet, tensors: Mapping[str, Tensor], source: str) -> FinalMean:
-    vectors, shares = tensors[VECTORS], tensors.get(SHARES, torch.zeros(0)).flatten().tolist()
+    vectors, shares = tensors[VECTORS].float(), tensors.get(SHARES, torch.zeros(0)).flatten().tolist()
     falling = shares == sorted(set(shares), reverse=True) and all(0 < share < 1 for share in shares)
     width = int(net.model.num_features)  # of what the head reads
     if vectors.shape != (len(shares), width) or not shares or not vectors.isfinite().all() or not falling:
@@ -116,4 +117,4 @@ def _final_mean(net: SuperNet, tensors: Mapping[str, Tensor], source: str) -> Fi
             f"{source}: the final mean should be one vector of {width} finite numbers "
             "for each share, shares falling and between 0 and 1"
         )
-    return FinalMean(tuple(shares), vectors.float())
+    return FinalMean(tuple(shares), vectors)

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from stratavit.budget import Bound, Budget
 from stratavit.cost import CostModel
 from stratavit.elastic import Compensation, ElasticSite
-from stratavit.errors import BudgetError, StrataViTError
+from stratavit.errors import BudgetError, StrataViTError, described
 from stratavit.final_mean import FinalMean
 from stratavit.limits import Asked, given, limits_of
 from stratavit.search import meet
@@ -89,16 +89,18 @@ class Sized(nn.Module):
         asked = spec if isinstance(spec, Spec) else Spec(spec or {})
         for name, width in asked.items():
             if name not in full:
-                raise StrataViTError(f"spec: unknown site {name!r}; the sites are {', '.join(list(full)[:2])}, ...")
+                raise StrataViTError(
+                    f"spec: unknown site {described(name)}; the sites are {', '.join(list(full)[:2])}, ..."
+                )
             if width > full[name]:
-                raise StrataViTError(f"spec: {name} can keep at most {full[name]} channels, got {width}")
+                raise StrataViTError(f"spec: {name} can keep at most {full[name]} channels, got {described(width)}")
             full[name] = width
         for name, width in asked.qk.items():
             whole = next(site.qk_width for site in self.sites if site.name == name)
             needed = whole if whole and full[name] else full[name]
             if width != needed:
                 why = f"stays whole, {whole}" if whole else "is as wide as v"
-                raise StrataViTError(f"spec: qk of {name} {why}; asked qk {width} with v {full[name]}")
+                raise StrataViTError(f"spec: qk of {name} {why}; asked qk {described(width)} with v {full[name]}")
         return Spec(full)
 
     def macs(self, spec: Mapping[str, int] | None = None, attention: bool = False) -> int:

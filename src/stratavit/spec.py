@@ -37,10 +37,12 @@ class Spec(Mapping[str, int]):
             raise StrataViTError(f"spec: expected a mapping of site names to widths, got {type(widths).__name__}")
         for name, width in dict(widths or {}).items():
             if not isinstance(name, str):
-                raise StrataViTError(f"spec: site names are strings such as 'blocks.0.attn', got {name!r}")
+                raise StrataViTError(f"spec: site names are strings such as 'blocks.0.attn', got {described(name)}")
             if isinstance(width, Mapping):
                 if set(width) != {"qk", "v"}:
-                    raise StrataViTError(f"spec: {name!r} needs 'qk' and 'v', or one width, got {dict(width)!r}")
+                    raise StrataViTError(
+                        f"spec: {described(name)} needs 'qk' and 'v', or one width, got {described(dict(width))}"
+                    )
                 self.qk[name] = _width(name, width["qk"])
                 width = width["v"]
             self._widths[name] = _width(name, width)
@@ -89,5 +91,7 @@ class Spec(Mapping[str, int]):
 
 def _width(name: str, width: Any) -> int:
     if isinstance(width, bool) or not isinstance(width, SupportsIndex) or index(width) < 0:
-        raise StrataViTError(f"spec: the width of {name!r} must be a whole number >= 0, got {described(width)}")
+        raise StrataViTError(
+            f"spec: the width of {described(name)} must be a whole number >= 0, got {described(width)}"
+        )
     return index(width)
