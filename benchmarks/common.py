@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import datetime
+import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import stratavit
+from stratavit.allocation import allocate
 from stratavit.architecture import resolve_data_config
+from stratavit.compensation import Moments
 from stratavit.data import image_loader
 from stratavit.zoo import dense_model
 
@@ -79,6 +84,18 @@ def interleaved(runs: Mapping[str, Callable[[], object]], repeat: int) -> dict[s
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def noise(images: int, batch_size: int) -> Batches:
+    """Random images of 224 pixels in batches."""
+    sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)]
+    return [(torch.randn(size, 3, 224, 224), torch.randint(0, 1000, (size,))) for size in sizes]
+
+
+def even(net: stratavit.SuperNet, share: float) -> stratavit.Spec:
+    """Every site at the same ratio, a share of the MACs."""
+    full = dict(net.resolve(None))
+    return stratavit.Spec(allocate(net.cost, dict.fromkeys(full, 0.0), share, full))
+
+
 def plain(model: nn.Module, batches: Batches) -> None:
     """What a user would run to get gradients: forward and backward through everything."""
     for images, labels in batches:
@@ -90,6 +107,44 @@ def peak() -> int:
     """Largest resident set of this process so far, KiB (Linux; getrusage would count the parent's too)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+
+
+def grown(run: Callable[[], object]) -> int:
+    """By how much a call raises this process's largest resident set, KiB."""
+    before = peak()
+    run()
+    return peak() - before
+
+
+def anew(*words: str) -> str:
+    """The last word that the running script prints in a fresh process, with other arguments."""
+    command = [sys.executable, sys.argv[0], *words]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1]
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns in a process of its own, forked from this one, which saves the imports."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def as_if_contracted(model: nn.Module, crossed: bool = False) -> stratavit.SuperNet:
+    """A super-network with moments that are made up: neither time nor memory depends on the numbers.
+
+    Args:
+        model: Its source.
+        crossed: With the moments of either fold, too, as `contract` leaves them for `stratify`.
+    """
+    net = stratavit.SuperNet(model)
+    for module in net.elastic.values():
+        made = []
+        for _ in range(3 if crossed else 1):
+            n = module.heads * module.full_width
+            factor = torch.eye(n) + 0.01 * torch.randn(n, n).tril()
+            made.append((torch.zeros(module.heads, module.full_width), Moments(factor, 1e-3, 1.0)))
+        (module.channel_mean, module.moments), *folds = made
+        module.crossed = tuple(folds)
+    return net
 
 
 def write_results(name: str, rows: Sequence[Mapping[str, Any]], note: str = "") -> None:

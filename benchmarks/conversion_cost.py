@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 
 import timm
-import torch
-from common import interleaved, peak, plain, real_batches, real_model, timed, write_results
+from common import anew, as_if_contracted, grown, interleaved, plain, real_batches, real_model, timed, write_results
 
 import stratavit
-from stratavit.compensation import Moments
 from stratavit.statistics import collect
 
 TITLES = {
@@ -46,14 +42,12 @@ def main() -> None:
         "default": lambda: stratavit.SuperNet(model).contract(batches).stratify(batches),
     }
     if args.peak != "none":
-        before = peak()
-        runs[args.peak]()
-        print(peak() - before)
+        print(grown(runs[args.peak]))
         return
     rows: list[dict[str, str | float]] = []
     plain(model, batches[:2])  # warm up
     seconds = interleaved(runs, args.repeat)
-    memory = {name: growth(name, args.images) for name in ("plain", "default")}
+    memory = {name: int(anew("--images", str(args.images), "--peak", name)) for name in ("plain", "default")}
     base = seconds["plain"]
     for name in runs:
         median = seconds[name]
@@ -73,11 +67,7 @@ def main() -> None:
 
 def extraction() -> dict[str, float]:
     """Seconds to extract from DeiT-Base, the numbers in it random: time does not depend on them."""
-    net = stratavit.SuperNet(timm.create_model("deit_base_patch16_224"))
-    for module in net.elastic.values():
-        n = module.heads * module.full_width
-        module.channel_mean = torch.zeros(module.heads, module.full_width)
-        module.moments = Moments(torch.eye(n) + 0.01 * torch.randn(n, n).tril(), 1e-3, 1.0)
+    net = as_if_contracted(timm.create_model("deit_base_patch16_224"))
     found = {}
     for compensation in ("mean", "full"):
         net.compensation = compensation
@@ -91,11 +81,6 @@ def extraction() -> dict[str, float]:
             what = f"extract DeiT-Base, every width x {share}, compensation {compensation}, seconds"
             found[what] = statistics.median(times)
     return found
-
-
-def growth(name: str, images: int) -> int:
-    command = [sys.executable, __file__, "--images", str(images), "--peak", name]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
 if __name__ == "__main__":

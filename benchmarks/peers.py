@@ -23,6 +23,7 @@ from torch import nn
 from stratavit.architecture import resolve_data_config
 from stratavit.cost import linear_macs
 
+NAMES = {"torch_pruning": "torch-pruning", "modelopt": "nvidia-modelopt"}  # package -> what installs it
 STEPS = 7  # halvings of the ratio
 
 
@@ -52,15 +53,15 @@ PEERS = {
 }
 
 
-def installed(prune: Prune) -> bool:
-    """Whether the tool of a setting is here."""
-    return importlib.util.find_spec(prune.package) is not None
+def installed(package: str) -> bool:
+    """Whether a tool is here."""
+    return importlib.util.find_spec(package) is not None
 
 
 def versions() -> str:
     """Of the tools that are here."""
-    names = sorted({prune.package for prune in PEERS.values() if installed(prune)})
-    return ", ".join(f"{name} {importlib.metadata.version(name.replace('_', '-'))}" for name in names) or "none"
+    found = [name for package, name in NAMES.items() if installed(package)]
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in found) or "none"
 
 
 def within(

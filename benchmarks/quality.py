@@ -6,7 +6,7 @@
 Everything is calibrated on the same 1,000 training images and measured on the same 433 validation images, at 10/12,
 8/12, 6/12 and 4/12 of the linear MACs; what a row really kept is in the CSV. `criterion` rows cut the same places (head
 widths and MLPs) by other scores, all else as in the paper. Other tools are driven by their own public interface, in
-`peers.py`; rows whose tool is not installed are left out, and said so.
+`peers.py` and `fastnas.py`; rows whose tool is not installed are left out, and said so.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import fastnas
 import peers
 from common import MODELS, Batches, draw_lines, real_batches, real_model, write_results
 from torch import nn
@@ -123,16 +124,21 @@ def peer_rows(model: nn.Module, calibration: Batches, validation: Batches) -> It
     """Other tools, each model pruned anew for every size."""
     gradients = cache(lambda: peers.gradients_of(model, calibration))
 
-    def make(title: str, prune: peers.Prune) -> Row:
+    def make(title: str, within: Callable[[float], tuple[nn.Module, float] | None]) -> Row:
         def size(twelfths: int) -> tuple[float, float] | None:
-            found = peers.within(model, gradients(), twelfths / 12, prune)
+            found = within(twelfths / 12)
             return None if found is None else (stratavit.evaluate(found[0], validation).top1, found[1])
 
         return row_of(title, size)
 
     for title, prune in peers.PEERS.items():
-        if peers.installed(prune):
-            yield title, partial(make, title, prune)
+        if peers.installed(prune.package):
+            yield title, partial(make, title, lambda share, prune=prune: peers.within(model, gradients(), share, prune))
+        else:
+            print(f"{title}: not installed, left out")
+    for title, score in fastnas.TITLES.items():
+        if peers.installed(fastnas.PACKAGE):
+            yield title, partial(make, title, fastnas.FastNAS(model, score, calibration).within)
         else:
             print(f"{title}: not installed, left out")
 

@@ -10,8 +10,6 @@ set of a fresh process for each.
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -20,12 +18,11 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from common import Batches, interleaved, peak, plain, write_results
+from common import Batches, anew, even, grown, interleaved, noise, plain, write_results
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from stratavit import SuperNet
-from stratavit.allocation import allocate
 from stratavit.spec import Spec
 from stratavit.statistics import collect
 
@@ -50,8 +47,8 @@ def main() -> None:
         return
     rows: list[Row] = []
     for shape, (name, images) in SHAPES.items():
-        rows += shape_rows(shape, timm.create_model(name).eval(), noise(images), args.repeat)
-        grown = {what: int(run_anew(shape, what)) for what in ("plain", "contract")}
+        rows += shape_rows(shape, timm.create_model(name).eval(), noise(images, BATCH), args.repeat)
+        grown = {what: int(anew("--peak", shape, what)) for what in ("plain", "contract")}
         rows.append(
             row(shape, "contract, peak MiB", grown["contract"] / 1024, grown["contract"] / grown["plain"], "plain pass")
         )
@@ -73,16 +70,6 @@ def row(shape: str, what: str, value: float, ratio: float | str, to: str) -> Row
     return {"shape": shape, "what": what, "value": value, "ratio": ratio, "to": to}
 
 
-def noise(images: int) -> Batches:
-    """Random images in batches."""
-    return [(torch.randn(BATCH, 3, 224, 224), torch.randint(0, 1000, (BATCH,))) for _ in range(images // BATCH)]
-
-
-def even(net: SuperNet) -> Spec:
-    """Every site at the same ratio, half of the MACs."""
-    return Spec(allocate(net.cost, dict.fromkeys(net.resolve(None), 0.0), SHARE, dict(net.resolve(None))))
-
-
 def shape_rows(shape: str, model: nn.Module, batches: Batches, repeat: int) -> list[Row]:
     """All stages of one shape."""
     net = SuperNet(model)
@@ -100,7 +87,7 @@ def shape_rows(shape: str, model: nn.Module, batches: Batches, repeat: int) -> l
         row(shape, f"{what}, {count} images, s", value, value / base, "plain pass") for what, value in passes.items()
     ]
     net.contract(batches)
-    spec = even(net)
+    spec = even(net, SHARE)
     kept = net.macs(spec) / net.macs()
     steps = interleaved(
         {"dense": partial(step, net, batches[0], None), "half": partial(step, net, batches[0], spec)}, repeat
@@ -146,19 +133,12 @@ def answer(model: nn.Module, images: torch.Tensor) -> None:
 def peak_of(shape: str, what: str) -> int:
     """Growth of this process's resident set, KiB."""
     name, images = SHAPES[shape]
-    model, batches = timm.create_model(name).eval(), noise(images)
+    model, batches = timm.create_model(name).eval(), noise(images, BATCH)
     runs: Mapping[str, Callable[[], object]] = {
         "plain": partial(plain, model, batches),
         "contract": lambda: SuperNet(model).contract(batches),
     }
-    before = peak()
-    runs[what]()
-    return peak() - before
-
-
-def run_anew(shape: str, what: str) -> str:
-    command = [sys.executable, __file__, "--peak", shape, what]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+    return grown(runs[what])
 
 
 def growth_rows(what: str, values: tuple[int, ...], repeat: int) -> list[Row]:
@@ -167,7 +147,7 @@ def growth_rows(what: str, values: tuple[int, ...], repeat: int) -> list[Row]:
     for value in values:
         sizes = {"images": BATCH, "width": 192, "depth": 3} | {what: value}
         model = VisionTransformer(embed_dim=sizes["width"], depth=sizes["depth"], num_heads=sizes["width"] // 64).eval()
-        batches = noise(sizes["images"])
+        batches = noise(sizes["images"], BATCH)
         runs = {"plain pass": partial(plain, model, batches), "contract, default": partial(contract, model, batches)}
         for name, time in interleaved(runs, repeat).items():
             seconds[name].append(time)
