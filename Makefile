@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint coverage docs docs-serve release clean
+.PHONY: demo test test-matrix lint coverage docs docs-serve release clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml
@@ -17,6 +17,10 @@ demo: $(VENV)/installed  ## the main job on embedded images, no network at run t
 
 test: $(VENV)/installed lint  ## everything that CI checks
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+test-matrix: $(VENV)/installed  ## the suite on the oldest, the usual and the newest versions; needs python3.10 and python3.13
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[matrix]'
+	VENV=$(VENV) $(BIN)/python -m nox
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

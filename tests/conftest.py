@@ -27,6 +27,9 @@ DATA = Path(os.environ.get("STRATAVIT_DATA", ROOT.parent / "shared" / "data"))
 
 
 def pytest_configure(config):
+    # processes that tests start hold to the same; a filter by module would need the module's full name there
+    rules = [rule for rule in config.getini("filterwarnings") if not rule.startswith("error:::")]
+    os.environ["PYTHONWARNINGS"] = ",".join(rules)
     config.addinivalue_line("markers", "real_weights: needs the weights and images in STRATAVIT_DATA")
     config.addinivalue_line("markers", "browser: needs Chromium and playwright")
 

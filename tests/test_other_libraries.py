@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import architectures
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import stratavit
-from stratavit import ArtifactError, StrataViTError
+from stratavit import ArtifactError, StrataViTError, SuperNet
 from stratavit.cli import main
 from stratavit.equivalent import tensor_of
 from stratavit.hf_files import PROCESSOR, load_equivalent
@@ -344,3 +345,17 @@ def test_a_processor_that_timm_has_no_words_for_is_refused(folders, tmp_path, ch
     (tmp_path / "source" / PROCESSOR).write_text(json.dumps(plain | change))
     with pytest.raises(ArtifactError, match=words):
         load_equivalent(tmp_path / "source")
+
+
+def test_a_release_with_other_names_is_refused(monkeypatch):
+    """In a sentence that names the bound which the package declares, not by an attribute that is missing."""
+    import transformers
+
+    from stratavit.hf_models import OLDEST
+
+    bound = ".".join(map(str, OLDEST))
+    assert f'"transformers>={bound}"' in (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    model = architectures.make("ViTForImageClassification")
+    monkeypatch.setattr(transformers, "__version__", "5.8.1")
+    with pytest.raises(StrataViTError, match=rf"need release {bound} or newer of it, found 5\.8\.1: pip install"):
+        SuperNet(model)

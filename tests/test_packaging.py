@@ -27,12 +27,7 @@ CORE = PYPROJECT["project"]["dependencies"]
 EXTRAS = PYPROJECT["project"]["optional-dependencies"]
 OURS = ("demo", "export", "train", "transformers")  # extras that the package itself imports from
 BROUGHT = {"torchvision": "timm"}  # not declared: comes with a dependency
-NOT_SOUGHT = "the oldest release that works was not sought; pip takes the newest"
 ANY_VERSION = {
-    "numpy": NOT_SOUGHT,
-    "pillow": NOT_SOUGHT,
-    "onnxscript": NOT_SOUGHT,
-    "tensorboard": NOT_SOUGHT,
     "hatchling": "a build in isolation takes the newest",
 }
 TOOLS = [line for line in (ROOT / "release/requirements.txt").read_text("utf-8").splitlines() if line[0] != "#"]

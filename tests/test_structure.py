@@ -1,5 +1,6 @@
 """Which models can be cut, how, and which are refused with a sentence."""
 
+import inspect
 from itertools import pairwise
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from helpers import make_images, make_model
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.models.eva import Eva
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import nn
 
@@ -124,6 +126,8 @@ WHOLE = {
 
 @pytest.mark.parametrize("case", WHOLE)
 def test_a_module_that_cannot_be_cut_is_left_whole_with_a_reason(case):
+    if case == "grouped queries" and "num_kv_heads" not in inspect.signature(Eva).parameters:
+        pytest.skip(f"timm {timm.__version__} has no attention with grouped queries")
     make, name, words = WHOLE[case]
     found, whole = elastic_sites(make())
     assert name not in found

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -160,6 +161,14 @@ def _free_batch() -> tuple[dict[int, Any]]:
     return ({0: torch.export.Dim("batch", min=1)},)
 
 
+@contextmanager
+def without_their_warnings() -> Iterator[None]:
+    """Drops what exporters and compilers warn about their own parts; what they say of our calls is kept."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(?!stratavit\b)")
+        yield
+
+
 def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
     try:
         import onnx  # noqa: F401
@@ -167,8 +176,7 @@ def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise StrataViTError("export to ONNX needs more packages: pip install 'stratavit[export]'") from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter, on its own parts
+    with without_their_warnings():
         torch.onnx.export(
             model,
             (example,),
@@ -197,8 +205,7 @@ def _run_onnx(path: Path) -> Runner:
 
 
 def _to_program(model: nn.Module, example: Tensor, path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with without_their_warnings():
         program = torch.export.export(model, (example,), dynamic_shapes=_free_batch())
         content = io.BytesIO()  # torch aborts the process if the end of a file cannot be written
         torch.export.save(program, content)

@@ -1,6 +1,6 @@
 """Where six classes of Hugging Face transformers keep what timm's models hold: names, sizes, and nothing else.
 
-Written for transformers 5, whose modules have other names than the files they are saved to.
+Written for transformers 5.18 and later, whose modules have other names than the files they are saved to.
 """
 
 from __future__ import annotations

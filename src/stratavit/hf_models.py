@@ -22,6 +22,7 @@ from stratavit.structure import model_device, model_dtype
 from stratavit.weights import load_weights
 
 KEY = "stratavit"  # of the configuration
+OLDEST = (5, 18)  # of transformers; as in pyproject.toml
 CARRIED = ("provenance", "data_config", "embedding")  # attributes that a small model keeps, whatever its class
 
 
@@ -54,12 +55,14 @@ def layout_of(model: Any) -> Layout:
 
     Raises:
         UnsupportedModelError: It is of no known class, or has an option that timm does not have.
+        StrataViTError: See `library`.
     """
     name = type(model).__name__
     if name not in LAYOUTS:
         raise UnsupportedModelError(
             f"cannot cut a {name} of transformers: expected one of {', '.join(LAYOUTS)}; `stratavit models` lists them"
         )
+    library()
     return LAYOUTS[name]
 
 
@@ -203,7 +206,7 @@ def library() -> Any:
     """transformers itself.
 
     Raises:
-        StrataViTError: It is not installed.
+        StrataViTError: It is not installed, or names its modules otherwise than our layouts.
     """
     try:
         import transformers
@@ -211,6 +214,12 @@ def library() -> Any:
         raise StrataViTError(
             "models of transformers need that library: pip install 'stratavit[transformers]'"
         ) from error
+    found = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if found < OLDEST:
+        raise StrataViTError(
+            f"models of transformers need release {OLDEST[0]}.{OLDEST[1]} or newer of it, found "
+            f"{transformers.__version__}: pip install 'stratavit[transformers]'"
+        )
     return transformers
 
 

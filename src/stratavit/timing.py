@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from stratavit.errors import StrataViTError
-from stratavit.export import INPUT, export, onnx_session
+from stratavit.export import INPUT, export, onnx_session, without_their_warnings
 from stratavit.structure import eval_mode, model_device, model_dtype
 
 Runtime = Literal["eager", "compiled", "onnx"]
@@ -150,8 +149,7 @@ def runner(model: nn.Module, image_size: Sequence[int], setting: Setting, sessio
     images = noise(setting.batch_size, image_size)
     dtype = setting.dtype_of(model)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of exporter and compiler, on their own parts
+        with without_their_warnings():
             if setting.runtime == "onnx":
                 loaded = session or session_of(model, image_size, setting.used_threads)
                 feed = {INPUT: images.numpy()}
