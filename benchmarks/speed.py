@@ -1,6 +1,8 @@
 """What each stage costs, as a ratio within one run, for three shapes; and how it grows.
 
-    python benchmarks/speed.py [--repeat 3]
+    python benchmarks/speed.py [--repeat 3] [--growth]
+
+`--growth`: only how an elastic step, extraction and latency grow, a few minutes.
 
 DeiT-Ti, -S and -B at 224 pixels, weights and images random (times do not depend on them). Growth: seconds against
 images, width and depth, one of them at a time, with the exponent of the power law that fits best. Peaks: the resident
@@ -18,7 +20,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from common import Batches, anew, even, grown, interleaved, noise, plain, write_results
+from common import Batches, anew, as_if_contracted, even, grown, interleaved, noise, plain, write_results
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -32,6 +34,7 @@ SHAPES = {
     "DeiT-B": ("deit_base_patch16_224", 16),
 }
 BATCH, SHARE = 16, 0.5
+ALONE = "One quantity varied, the others at width 192, depth 3 and 16 images in one batch; extraction has no images."
 GROWTH = {"images": (16, 32, 64, 128), "width": (192, 384, 576, 768), "depth": (3, 6, 12, 24)}
 Row = dict[str, Any]
 
@@ -39,11 +42,18 @@ Row = dict[str, Any]
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--repeat", type=int, default=3)
+    arguments.add_argument("--growth", action="store_true", help="of step, extraction and latency; nothing else")
     arguments.add_argument("--peak", nargs=2, metavar=("SHAPE", "WHAT"), help=argparse.SUPPRESS)
     args = arguments.parse_args()
     torch.manual_seed(0)
     if args.peak:
         print(peak_of(*args.peak))
+        return
+    if args.growth:
+        grown_rows = [line for what, values in GROWTH.items() for line in slice_growth_rows(what, values, args.repeat)]
+        write_results(
+            "speed-growth", grown_rows, f"Medians of {args.repeat}; half of the MACs, moments made up. {ALONE}"
+        )
         return
     rows: list[Row] = []
     for shape, (name, images) in SHAPES.items():
@@ -156,6 +166,36 @@ def growth_rows(what: str, values: tuple[int, ...], repeat: int) -> list[Row]:
         exponent = float(np.polyfit(np.log(values), np.log(times), 1)[0])
         rows.append(row(f"{what} {values[0]} to {values[-1]}", f"{name}, growth exponent", exponent, "", ""))
         print(rows[-1], [round(time, 3) for time in times], flush=True)
+    return rows
+
+
+def slice_growth_rows(what: str, values: tuple[int, ...], repeat: int) -> list[Row]:
+    """Exponents of an elastic step, of extraction and of a small model's latency against one quantity."""
+    seconds: dict[str, list[float]] = {}
+    for value in values:
+        sizes = {"images": BATCH, "width": 192, "depth": 3} | {what: value}
+        model = VisionTransformer(embed_dim=sizes["width"], depth=sizes["depth"], num_heads=sizes["width"] // 64).eval()
+        net = as_if_contracted(model)
+        net.compensation = "full"
+        (batch,), spec = noise(sizes["images"], sizes["images"]), even(net, SHARE)
+        small = net.extract(spec=spec).eval()
+        runs: dict[str, Callable[[], object]] = {
+            "dense step": partial(step, net, batch, None),
+            "elastic step": partial(step, net, batch, spec),
+            "latency": partial(answer, small, batch[0]),
+        }
+        if what != "images":
+            runs["extraction"] = partial(extract_anew, net, spec)
+        for name, time in interleaved(runs, repeat).items():
+            seconds.setdefault(name, []).append(time)
+    rows = []
+    for name, times in seconds.items():
+        exponent = float(np.polyfit(np.log(values), np.log(times), 1)[0])
+        each = {f"s at {place}": time for place, time in zip(("first", "second", "third", "last"), times, strict=True)}
+        rows.append(
+            {"quantity": f"{what} {values[0]} to {values[-1]}", "what": name, "growth exponent": exponent} | each
+        )
+        print(rows[-1], flush=True)
     return rows
 
 
