@@ -43,10 +43,12 @@ def counted(reports: Sequence[Path], stopped: bool = False) -> dict[str, Any]:
     """Tests by outcome, reasons of skips and names of failures, of JUnit files; later ones replace what they repeat."""
     cases: dict[str, tuple[str, str]] = {}
     seconds = 0.0
+    mended: list[str] = []
     for report in reports:
         root = ElementTree.parse(report)
         found = {f"{case.get('classname')}::{case.get('name')}": _outcome(case) for case in root.iter("testcase")}
         last = _file(list(found)[-1])
+        mended += [name for name in found if cases.get(name, ("", ""))[0] == "failed" and found[name][0] == "passed"]
         cases |= {name: outcome for name, outcome in found.items() if not (stopped and _file(name) == last)}
         seconds += sum(float(suite.get("time", 0)) for suite in root.iter("testsuite"))
     outcomes = Counter(outcome for outcome, _ in cases.values())
@@ -55,6 +57,7 @@ def counted(reports: Sequence[Path], stopped: bool = False) -> dict[str, Any]:
         "seconds": round(seconds),
         "files": sorted({_file(name) for name in cases}),
         "reasons": Counter(reason for outcome, reason in cases.values() if outcome == "skipped"),
+        "mended": mended,
         "failures": [name for name, (outcome, _) in cases.items() if outcome == "failed"],
     }
 
@@ -82,6 +85,8 @@ def table(folder: Path) -> int:
     lines += [f"- {e['name']}: {count} x {why}" for e in found for why, count in e["reasons"].items()] or ["- none"]
     lines += ["", "Failed:", ""]
     lines += [f"- {entry['name']}: {name}" for entry in found for name in entry["failures"]] or ["- none"]
+    lines += ["", "Failed, and passed when run again:", ""]
+    lines += [f"- {entry['name']}: {name}" for entry in found for name in entry["mended"]] or ["- none"]
     every = {path.stem for path in (Path(__file__).parents[1] / "tests").glob("test_*.py")}
     for entry in found:
         if left := sorted(every - set(entry["files"])):

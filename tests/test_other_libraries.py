@@ -349,13 +349,11 @@ def test_a_processor_that_timm_has_no_words_for_is_refused(folders, tmp_path, ch
 
 def test_a_release_with_other_names_is_refused(monkeypatch):
     """In a sentence that names the bound which the package declares, not by an attribute that is missing."""
-    import transformers
-
-    from stratavit.hf_models import OLDEST
+    from stratavit.hf_models import OLDEST, library
 
     bound = ".".join(map(str, OLDEST))
     assert f'"transformers>={bound}"' in (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     model = architectures.make("ViTForImageClassification")
-    monkeypatch.setattr(transformers, "__version__", "5.8.1")
+    monkeypatch.setattr(library(), "__version__", "5.8.1")
     with pytest.raises(StrataViTError, match=rf"need release {bound} or newer of it, found 5\.8\.1: pip install"):
         SuperNet(model)
