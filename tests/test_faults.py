@@ -251,14 +251,6 @@ def test_unreadable_images_in_the_midst_of_an_epoch(tmp_path, workers, capfd):
     assert not (tmp_path / "all" / lock.FILE).exists()
 
 
-def test_a_worker_of_an_evaluation_that_is_killed(tmp_path, monkeypatch):
-    image_set(tmp_path, set())
-    loader = image_loader(tmp_path, fresh().data_config, "val", None, workers=1)
-    monkeypatch.setattr(ImageFolder, "__getitem__", lambda self, index: kill())
-    with pytest.raises(StrataViTError, match="images: a process that reads images was ended from outside"):
-        list(loader)
-
-
 # ---- memory -----------------------------------------------------------------------------------------------------
 
 
@@ -277,11 +269,18 @@ def test_a_worker_without_memory(folder):
     run(folder, recipe=recipe, resume=True)
 
 
-def test_a_worker_of_an_evaluation_without_memory(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (kill, "images: a process that reads images was ended from outside"),
+        (exhaust, "images: memory ran out in a process that reads images; try again with"),
+    ],
+)
+def test_a_worker_of_an_evaluation_that_fails(tmp_path, monkeypatch, fault, message):
     image_set(tmp_path, set())
     loader = image_loader(tmp_path, fresh().data_config, "val", None, workers=1)
-    monkeypatch.setattr(ImageFolder, "__getitem__", lambda self, index: exhaust())
-    with pytest.raises(StrataViTError, match="images: memory ran out in a process that reads images; try again with"):
+    monkeypatch.setattr(ImageFolder, "__getitem__", lambda self, index: fault())
+    with pytest.raises(StrataViTError, match=message):
         list(loader)
 
 
