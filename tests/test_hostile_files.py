@@ -19,11 +19,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
 from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
 
 import stratavit
 from stratavit import ArtifactError, Recipe, Spec, StrataViTError, SuperNet, artifacts, checkpoint, hub, report, zoo
 from stratavit.data import image_loader, read_class_map
 from stratavit.features import read_embeddings
+from stratavit.pupil import evaluations
 from stratavit.strata import Strata
 
 IMAGES = make_images(2, seed=9)
@@ -260,6 +262,39 @@ def test_arguments_that_lead_out_of_the_folder_are_refused(saved, tmp_path, argu
         stratavit.load(saved / "small")
 
 
+@pytest.mark.parametrize("size", [[3, 32, 33], [3, 33, 32], [6, 32, 32], [3, 64, 64], [3, 1, 1], [1, 32, 32]])
+@pytest.mark.parametrize("kind", LOADERS)
+def test_images_that_the_model_does_not_take(saved, kind, size):
+    """Fuzzing found: a super-network counts its MACs on such an image, a small model is evaluated on them."""
+    without_hashes(saved / kind)
+    path = saved / kind / "stratavit.json"
+    content = json.loads(path.read_text())
+    assert content["data_config"]["input_size"] == [3, 32, 32]
+    content["data_config"]["input_size"] = size
+    path.write_text(json.dumps(content))
+    with pytest.raises(ArtifactError, match=r"data_config prepares images of .* the model was made for \[3, 32, 32\]"):
+        LOADERS[kind](saved / kind)
+
+
+@pytest.mark.parametrize("size", [32, 64, 16, 30, 4, 16000])
+def test_images_of_a_model_that_takes_several_sizes(tmp_path, size):
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, dynamic_img_size=True)
+    stratavit.save(model, tmp_path / "small")
+    without_hashes(tmp_path / "small")
+    path = tmp_path / "small" / "stratavit.json"
+    content = json.loads(path.read_text())
+    content["data_config"]["input_size"] = [3, size, size]
+    path.write_text(json.dumps(content))
+    if size in (30, 4):  # no multiple of the patch
+        with pytest.raises(ArtifactError, match="data_config prepares images of"):
+            stratavit.load(tmp_path / "small")
+    elif size == 16000:
+        with pytest.raises(ArtifactError, match=r"data_config makes .* tokens, expected at most"):
+            stratavit.load(tmp_path / "small")
+    else:
+        assert stratavit.load(tmp_path / "small").data_config["input_size"] == (3, size, size)
+
+
 @pytest.mark.parametrize("found", [[], {}, 5, {"class": [], "config": {}}, {"class": {}, "config": {}}])
 def test_an_origin_that_is_none(saved, found):
     without_hashes(saved / "small")
@@ -304,6 +339,51 @@ def test_hostile_headers_of_an_older_folder(saved, kind, name):
     HEADERS[name](announced)
     with_header(path, json.dumps(announced), rest)
     assert outcome(LOADERS[kind], saved / kind) is None
+
+
+def test_another_float_type_of_an_older_folder(saved, tmp_path):
+    """bfloat16 for float16 is the same number of bytes: other numbers, in silence."""
+    stratavit.save(stratavit.load(saved / "small").half(), tmp_path / "half")
+    path = tmp_path / "half" / "model.safetensors"
+    without_hashes(tmp_path / "half")
+    stratavit.load(tmp_path / "half")
+    announced, rest = header(path)
+    announced["norm.bias"].update(dtype="BF16")
+    with_header(path, json.dumps(announced), rest)
+    with pytest.raises(ArtifactError, match=r"is of type float16, norm.bias of bfloat16; without a hash"):
+        stratavit.load(tmp_path / "half")
+
+
+def test_weights_of_several_float_types_are_read_as_they_were_saved(saved, tmp_path):
+    """Norms in float32 are usual; hashes vouch for them."""
+    model = stratavit.load(saved / "small").half()
+    model.norm.float()
+    stratavit.save(model, tmp_path / "mixed")
+    assert stratavit.load(tmp_path / "mixed").norm.bias.dtype == torch.float32
+
+
+@pytest.mark.parametrize("depth", [100, 101, 500, 900])
+def test_a_json_file_nested_too_deeply(saved, depth):
+    """Deeper than ours ever are, but not so deep that Python's reader minds."""
+    without_hashes(saved / "small")
+    path = saved / "small" / "stratavit.json"
+    nested = "[" * (depth - 2) + "]" * (depth - 2)  # in the provenance, in the file's object
+    path.write_text(path.read_text().replace('"provenance": {', f'"provenance": {{"x": {nested}, ', 1))
+    if depth <= 100:
+        stratavit.load(saved / "small")
+    else:
+        with pytest.raises(ArtifactError, match=r"is not valid JSON .it is nested deeper than 100 levels"):
+            stratavit.load(saved / "small")
+
+
+def test_what_would_be_nested_too_deeply_is_not_written(saved, tmp_path):
+    model, nested = stratavit.load(saved / "small"), []
+    for _ in range(200):
+        nested = [nested]
+    model.provenance = {"x": nested}
+    with pytest.raises(ArtifactError, match=r"holds something that JSON cannot .it is nested deeper"):
+        stratavit.save(model, tmp_path / "deep")
+    assert not (tmp_path / "deep").exists()
 
 
 def test_a_header_that_never_ends(saved):
@@ -519,6 +599,26 @@ def test_tensors_of_other_kinds_in_a_checkpoint(tmp_path, name):
         zoo.load_weights(make_model("plain"), zoo.read_checkpoint(tmp_path / "w.pth"), "w.pth")
 
 
+NO_CURVES: list[object] = [None, 5, "points", [5], [{"asked": "1"}], [{}]]
+
+
+@pytest.mark.parametrize("points", NO_CURVES)
+def test_evaluations_of_a_log_that_are_none_are_left_out(tmp_path, points):
+    point = report.Point("1/2", 0.5, 100, 10, 50.0, 60.0, 1.5, 8)
+    rows = [{"kind": "eval", "epoch": 1, "points": [vars(point)]}, {"kind": "eval", "epoch": 2, "points": points}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluations(tmp_path) == [(1, [point])]
+
+
+@pytest.mark.parametrize("value", [None, "0.5", [], 10**30, -1, True, float("nan")])
+@pytest.mark.parametrize("name", ["asked", "share", "macs", "top1", "n"])
+def test_points_of_a_log_with_other_values_are_left_out(tmp_path, name, value):
+    point = vars(report.Point("1/2", 0.5, 100, 10, 50.0, 60.0, 1.5, 8))
+    (tmp_path / "log.jsonl").write_text(json.dumps({"kind": "eval", "epoch": 1, "points": [point | {name: value}]}))
+    kept = (name == "asked" and value == "0.5") or (name != "asked" and value is True)  # JSON's true is 1
+    assert len(evaluations(tmp_path)) == kept
+
+
 def test_a_compressed_checkpoint_is_not_unpacked(tmp_path):
     torch.save({"a": torch.zeros(1000)}, tmp_path / "w.pth")
     with (
@@ -542,6 +642,24 @@ def test_an_array_of_any_length_in_a_checkpoint_is_not_made(tmp_path):
         checkpoint.check_archive(tmp_path / "state.pt", "")
 
 
+def test_the_same_in_a_checkpoint_of_the_old_form(tmp_path):
+    """Pickles one after the other, no archive."""
+    torch.save({"a": torch.zeros(2)}, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    assert outcome(zoo.read_checkpoint, tmp_path / "w.pth").keys() == {"a"}
+    content, pickled = (tmp_path / "w.pth").read_bytes(), b"\x80\x02cbuiltins\nbytearray\n(J"
+    heads = content[: content.index(b"\x80\x02}", content.index(b"little_endian"))]
+    (tmp_path / "bomb.pth").write_bytes(heads + pickled + struct.pack("<i", 10**6) + b"tR." + b"\x80\x02].")
+    assert len(torch.load(tmp_path / "bomb.pth", weights_only=True)) == 10**6
+    with pytest.raises(ArtifactError, match=r"bomb\.pth is damaged; copy"):
+        zoo.read_checkpoint(tmp_path / "bomb.pth")
+
+
+@pytest.mark.parametrize("content", [b"", b"P", b"\x80"])
+def test_a_checkpoint_of_hardly_any_bytes(tmp_path, content):
+    (tmp_path / "w.pth").write_bytes(content)
+    assert outcome(zoo.read_checkpoint, tmp_path / "w.pth") is None
+
+
 def test_code_in_a_state_is_not_run(tmp_path):
     torch.save({"format": checkpoint.FORMAT, "x": Bomb(tmp_path / "made")}, tmp_path / "state.pt")
     with pytest.raises(ArtifactError, match="is damaged"):
@@ -549,7 +667,11 @@ def test_code_in_a_state_is_not_run(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("line", [b"\xff", DEEP.encode(), b"5", b"{}", b'{"kind": "eval"}', b'{"kind": "eval", "epo'])
+NO_ROWS = ["5", "{}", DEEP, '{"kind": "eval"}', '{"kind": "eval", "epo', '{"kind": "epoch", "epoch": "1"}']
+NO_ROWS += ['{"kind": "epoch", "epoch": 1, "seconds": null}']
+
+
+@pytest.mark.parametrize("line", [b"\xff", *(text.encode() for text in NO_ROWS)])
 def test_lines_of_a_log_that_are_no_rows_are_left_out(tmp_path, line):
     rows = [{"kind": "epoch", "epoch": 1}, {"kind": "epoch", "epoch": 2}]
     lines = [json.dumps(rows[0]).encode(), line, json.dumps(rows[1]).encode()]

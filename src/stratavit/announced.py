@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import timm
+from timm.layers import PatchEmbed
 from torch import nn
 
 from stratavit import architecture
@@ -72,10 +73,36 @@ def check_numbers(announced: Any, shapes: Mapping[str, Shape], source: str) -> N
                 f"{source}: {name} is {str(number)[:40]}, more than the {len(shapes)} tensors in the weights can have "
                 f"(at most {limit}); save the model again"
             )
-    sides, patches = _pair(announced.get("img_size")), _pair(announced.get("patch_size"))
-    positions = math.prod(side / max(patch, 1) for side, patch in zip(sides, patches, strict=True))
+    _check_positions(_pair(announced.get("img_size")), _pair(announced.get("patch_size")), f"{source}: img_size")
+
+
+def _check_positions(lengths: Sequence[float], patches: Sequence[float], source: str) -> None:
+    positions = math.prod(length / max(side, 1) for length, side in zip(lengths, patches, strict=True))
     if positions > POSITIONS:
-        raise ArtifactError(f"{source}: img_size makes {positions:.2g} tokens, expected at most {POSITIONS}")
+        raise ArtifactError(f"{source} makes {positions:.2g} tokens, expected at most {POSITIONS}")
+
+
+def check_images(model: nn.Module, size: Sequence[int], source: str) -> None:
+    """Whether a model takes images of a size ``(C, H, W)`` that a file prepares for it.
+
+    Raises:
+        ArtifactError: It does not, or there would be too many tokens.
+    """
+    patches: Any = getattr(model, "patch_embed", None)
+    channels = getattr(getattr(patches, "proj", None), "in_channels", size[0])
+    expected = [channels, *(getattr(patches, "img_size", None) or size[1:])]
+    sides = _pair(list(getattr(patches, "patch_size", None) or [1, 1]))
+    fits = channels == size[0] and all(side <= length for side, length in zip(sides, size[1:], strict=True))
+    if getattr(patches, "strict_img_size", False):
+        fits = fits and expected == list(size)
+    elif isinstance(patches, PatchEmbed) and not patches.dynamic_img_pad:
+        fits = fits and all(length % side == 0 for side, length in zip(sides, size[1:], strict=True))
+    if not fits:
+        raise ArtifactError(
+            f"{source}: data_config prepares images of {list(size)}, the model was made for {expected}; "
+            "save the model again"
+        )
+    _check_positions(size[1:], sides, f"{source}: data_config")
 
 
 def check_config(config: Mapping[str, Any], shapes: Mapping[str, Shape], source: str) -> None:

@@ -18,7 +18,7 @@ from stratavit.foreign import as_source, as_timm
 from stratavit.hf_layouts import LAYOUTS
 from stratavit.strata import Strata
 from stratavit.structure import HEAD_DIM_UNIT, MLP_UNITS, computed_buffers
-from stratavit.weights import load_weights
+from stratavit.weights import check_one_type, load_weights
 
 if TYPE_CHECKING:
     from stratavit.supernet import SuperNet
@@ -75,7 +75,7 @@ def load(path: str | Path, device: torch.device | str = "cpu", timm_form: bool =
     content = _read_header(folder, SUB)
     model: Any = _load_model(content, folder, device)
     model.provenance = content.get("provenance", {})
-    model.data_config = _data_config(content, folder)
+    model.data_config = _data_config(content, folder, model)
     model.origin = _origin(content, folder)
     return model if timm_form else as_source(model)
 
@@ -143,7 +143,7 @@ def load_supernet(cls: type[SuperNet], path: str | Path, device: torch.device | 
     content = _read_header(folder, SUPER)
     model: Any = _load_model(content, folder, device)
     model.origin = _origin(content, folder)
-    net = cls(model, _data_config(content, folder))
+    net = cls(model, _data_config(content, folder, model))
     try:
         net.method = content.get("method", "default")
         net.compensation = content.get("compensation", net.compensation)
@@ -213,6 +213,8 @@ def _load_model(content: Mapping[str, Any], folder: Path, device: torch.device |
     hashes.check_file(content, weights)
     model: Any = announced.build_model(content["model"], read_shapes(weights), source, str(weights))
     tensors = read_tensors(weights)
+    if hashes.KEY not in content:
+        check_one_type(tensors, str(weights))
     load_weights(model, tensors, str(weights), assign=True)
     architecture_name = content["model"]["architecture"]
     model.pretrained_cfg = {"architecture": architecture_name}
@@ -236,7 +238,7 @@ def _origin(content: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
     return dict(origin)
 
 
-def _data_config(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _data_config(content: Mapping[str, Any], folder: Path, model: nn.Module) -> dict[str, Any]:
     config = content.get("data_config")
     size = config.get("input_size") if isinstance(config, dict) else None
     if not isinstance(size, list) or [type(n) for n in size] != [int, int, int] or min(size) < 1:
@@ -249,6 +251,7 @@ def _data_config(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             f"{folder / JSON_FILE}: data_config: {wrong[0]} is {described(config[wrong[0]])}, "
             "which prepares no images; save the model again"
         )
+    announced.check_images(model, size, str(folder / JSON_FILE))
     return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
 
 

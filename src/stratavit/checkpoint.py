@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import zipfile
@@ -24,6 +25,7 @@ STATE_FILE, LOG_FILE = "state.pt", "log.jsonl"
 CURVE_FILE, PLOT_FILE, HISTORY_FILE = "curve.csv", "curve.png", "history.png"
 SUPER_FILES = (WEIGHTS_FILE, MOMENTS_FILE, TIMM_FILE, CURVE_FILE, PLOT_FILE, HISTORY_FILE, JSON_FILE)
 SMALL_FILES = (WEIGHTS_FILE, TIMM_FILE, JSON_FILE)
+_BYTEARRAY = b"bytearray\n"  # in a pickle: torch would make one of any length announced
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
@@ -118,17 +120,20 @@ def sound(folder: Path) -> Iterator[None]:
 def check_archive(path: Path, prefix: str, advice: str = "copy it again") -> None:
     """Compares the parts of a file that `torch.save` wrote with their checksums, which `torch.load` does not.
 
-    Files of the old form, which are no archives, are left to `torch.load`.
+    Files of the old form, which are no archives, have no checksums.
 
     Raises:
         ArtifactError: A part differs, or is compressed: torch never does that, and it may be of any size when unpacked.
-            So may a bytearray be, which no state of tensors has.
+            So may a bytearray be, which no state of tensors has, in files of either form.
     """
     if not path.is_file():
         raise ArtifactError(f"{prefix}{path} is not a file; {advice}")
     try:
         with path.open("rb") as file:
             if file.read(2) != b"PK":
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                    if content.find(_BYTEARRAY) >= 0:
+                        raise zipfile.BadZipFile("bytearray")
                 return
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
@@ -136,7 +141,7 @@ def check_archive(path: Path, prefix: str, advice: str = "copy it again") -> Non
             if packed or sum(part.file_size for part in parts) > path.stat().st_size:
                 raise zipfile.BadZipFile("compressed")
             pickled = [archive.read(part) for part in parts if part.filename.endswith(".pkl")]
-            if any(b"bytearray\n" in content for content in pickled):  # torch makes one of any length announced
+            if any(_BYTEARRAY in content for content in pickled):
                 raise zipfile.BadZipFile("bytearray")
             broken = archive.testzip()
     except (OSError, ValueError, NotImplementedError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
@@ -218,13 +223,14 @@ class Journal:
             file.write(json.dumps(row) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows; lines that are none, such as a last one that was cut short, are left out."""
+        """All rows: objects with kind and epoch. Lines that are none, such as a last one cut short, are left out."""
         found = []
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
         for line in text.splitlines():
             with suppress(ValueError, RecursionError):
                 row = json.loads(line)
-                if isinstance(row, dict) and {"kind", "epoch"} <= row.keys():
+                numbers = isinstance(row, dict) and [row.get("epoch"), row.get("seconds", 0)]
+                if numbers and "kind" in row and all(isinstance(number, int | float) for number in numbers):
                     found.append(row)
         return found
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from stratavit.errors import ArtifactError, one_line, out_of_memory, reason_of
 from stratavit.placing import beside, put
 
 LARGEST_TEXT = 64 << 20  # bytes of a JSON or text file; the longest list that a model can have is a few MB
+DEEPEST = 100  # objects and arrays of a JSON file in one another; ours have less than ten
 
 
 def write_folder(path: str | Path, write: Callable[[Path], None], overwrite: bool = False) -> Path:
@@ -149,11 +150,14 @@ def json_text(content: Any, name: str) -> str:
     """Readable JSON.
 
     Raises:
-        ArtifactError: The content has NaN, infinity or an object that JSON does not have; `name` is named.
+        ArtifactError: The content has NaN, infinity or an object that JSON does not have, or is nested too deeply to be
+            read again; `name` is named.
     """
     try:
-        return json.dumps(content, indent=1, allow_nan=False)
-    except (TypeError, ValueError) as error:
+        text = json.dumps(content, indent=1, allow_nan=False)
+        _check_depth(content)
+        return text
+    except (TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{name}: holds something that JSON cannot ({error}); check the provenance") from error
 
 
@@ -161,8 +165,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        ArtifactError: The file is missing, unreadable, too large, or not a JSON object: one that names a key twice or
-            has a number that is not finite is none.
+        ArtifactError: The file is missing, unreadable, too large, or not a JSON object: one that names a key twice,
+            has a number that is not finite or is nested deeper than anything we write is none.
     """
     try:
         content = json.loads(
@@ -171,6 +175,7 @@ def read_json(path: Path) -> dict[str, Any]:
             parse_constant=_finite,
             parse_float=_finite,
         )
+        _check_depth(content)
     except FileNotFoundError as error:
         raise ArtifactError(f"{path.parent} is not a folder saved by StrataViT: {path.name} is missing") from error
     except OSError as error:
@@ -202,6 +207,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"it names {next(name for name in names if names.count(name) > 1)!r} twice")
     return content
+
+
+def _check_depth(content: Any) -> None:
+    level = [content]
+    for _ in range(DEEPEST):
+        level = [inner for value in level if isinstance(value, dict | list | tuple) for inner in _inside(value)]
+        if not level:
+            return
+    raise ValueError(f"it is nested deeper than {DEEPEST} levels")
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def _finite(text: str) -> float:

@@ -303,6 +303,6 @@ class Trainer:
         order.seed_all(self.recipe.seed, "end")
         facts = {"recipe": self.recipe.to_dict(), "steps": self.step, **self.identity()}
         self.learner.graduate(facts)
-        measured = [row["points"] for row in self.journal.rows() if row["kind"] == "eval"]
-        points = [report.Point(**point) for point in measured[-1]] if measured else []
+        measured = report.curves(self.journal.rows())
+        points = measured[-1][1] if measured else []
         processes.on_main(self.accelerator, lambda: self.learner.publish(self.out, points))

@@ -222,8 +222,7 @@ def forget_moments(net: SuperNet, recipe: Recipe) -> None:
 
 def evaluations(folder: Path) -> list[tuple[int, list[report.Point]]]:
     """The ladders of budgets that a run has logged, with the epochs after which they were measured."""
-    rows = [row for row in Journal(folder / LOG_FILE).rows() if row["kind"] == "eval"]
-    return [(row["epoch"], [report.Point(**point) for point in row["points"]]) for row in rows]
+    return report.curves(Journal(folder / LOG_FILE).rows())
 
 
 def given_list(net: SuperNet, recipe: Recipe) -> list[Entry]:

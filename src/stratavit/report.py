@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, get_type_hints
@@ -154,8 +155,24 @@ def read_csv(path: Path) -> list[Point]:
         raise ArtifactError(f"{path} is not a curve written by StrataViT ({one_line(error)})") from error
 
 
+def curves(rows: Iterable[Mapping[str, Any]]) -> list[tuple[int, list[Point]]]:
+    """The curves in the rows of a run's log, with the epochs that had ended; rows of none are left out."""
+    found = []
+    for row in rows:
+        with suppress(ValueError, TypeError, KeyError):
+            if row["kind"] == "eval":
+                points = [Point(**point) for point in row["points"]]
+                for point in points:
+                    _check_point(point)
+                found.append((row["epoch"], points))
+    return found
+
+
 def _check_point(point: Point) -> None:
-    """Whether the numbers are those of a network that was measured."""
+    """Whether the values are those of a network that was measured."""
+    for name, kind in get_type_hints(Point).items():
+        if not isinstance(getattr(point, name), int | float if kind is float else kind):
+            raise TypeError(f"{point.asked}: {name} is of another type")
     parse_share(point.asked)
     percent = 0 <= point.top1 <= 100 and 0 <= point.top5 <= 100
     sizes = 0 < point.share <= 1 and 0 < point.macs < _LARGEST and 0 < point.params < _LARGEST

@@ -58,7 +58,7 @@ class Sized(nn.Module):
     @compensation.setter
     def compensation(self, compensation: Compensation) -> None:
         if compensation not in ("none", "mean", "full"):
-            raise StrataViTError(f"compensation: expected 'none', 'mean' or 'full', got {compensation!r}")
+            raise StrataViTError(f"compensation: expected 'none', 'mean' or 'full', got {described(compensation)}")
         for site in self.elastic.values():
             site.compensation = compensation
 
@@ -254,5 +254,5 @@ def known_method(method: Method) -> Method:
         StrataViTError: It is not.
     """
     if method not in ("default", "paper"):
-        raise StrataViTError(f"method: expected 'default' or 'paper', got {method!r}")
+        raise StrataViTError(f"method: expected 'default' or 'paper', got {described(method)}")
     return method

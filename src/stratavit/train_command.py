@@ -230,10 +230,10 @@ def new_head(model: Any, classes: int, seed: int) -> None:
 
 def _outcome(args: Namespace, facts: Mapping[str, Any], images: int) -> dict[str, Any]:
     log = Journal(Path(args.out) / LOG_FILE).rows()
-    measured = [row["points"] for row in log if row["kind"] == "eval"]
+    measured = report.curves(log)
     return {
         "images": images,
         "steps": facts["steps"],
         "seconds": sum(row["seconds"] for row in log if row["kind"] == "epoch"),
-        "points": measured[-1] if measured else [],
+        "points": [vars(point) for point in measured[-1][1]] if measured else [],
     }

@@ -35,6 +35,21 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str, a
         parameter.requires_grad_(True)
 
 
+def check_one_type(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Whether all numbers are of one floating type; of a file without a hash, where one flipped bit makes another one.
+
+    Raises:
+        ArtifactError: They are not; the first one that differs is named.
+    """
+    found = [(name, tensor.dtype) for name, tensor in sorted(tensors.items()) if tensor.is_floating_point()]
+    for name, dtype in found:
+        if dtype != found[0][1]:
+            raise ArtifactError(
+                f"{source}: {found[0][0]} is of type {found[0][1]}, {name} of {dtype}".replace("torch.", "")
+                + "; without a hash that vouches for the file, one type is expected: copy it or save the model again"
+            )
+
+
 def check_fit(model: nn.Module, shapes: Mapping[str, Shape], source: str) -> None:
     """Compares names and shapes of tensors with those of a model, which may be without storage.
 
