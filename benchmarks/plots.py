@@ -41,12 +41,18 @@ def main() -> None:
 
 
 def bars(
-    series: str, labels_of: tuple[str, ...], value: str, xlabel: str, log: bool = False, one: bool = False
+    series: str,
+    labels_of: tuple[str, ...],
+    value: str,
+    xlabel: str,
+    log: bool = False,
+    one: bool = False,
+    only: str = "",
 ) -> Callable[..., None]:
-    """A drawing with a group of bars for each of `labels_of`, a colour for each of `series`."""
+    """A drawing with a group of bars for each of `labels_of`, a colour for each of `series` whose name begins so."""
 
     def draw(rows: Rows, path: Path) -> None:
-        rows = [row for row in rows if row[value]]
+        rows = [row for row in rows if row[value] and row.get(series, "").startswith(only)]
         labels = list(dict.fromkeys(label(row, labels_of) for row in rows))
         kinds = list(dict.fromkeys(row.get(series, "") for row in rows))
         axes, save = canvas(path, 0.35 * len(labels) * max(1.0, 0.6 * len(kinds)) + 1.6)
@@ -125,6 +131,8 @@ PLOTS: dict[str, Callable[..., None]] = {
     "quality-vit_tiny_augreg": sizes("what", "StrataViT, default", "ViT-Tiny (AugReg), 1,000 images, no training"),
     "dinov2-knn-112px": sizes("method", "default", "DINOv2 ViT-S/14, nearest neighbours on CIFAR-10, no training"),
     "speed": bars("shape", ("what",), "ratio", "ratio within one run", log=True, one=True),
+    "memory": bars("shape", ("what",), "ratio", "ratio of peaks", one=True, only="DeiT"),
+    "speed-growth": bars("quantity", ("what",), "growth exponent", "exponent of the power law that fits best", one=True),
     "scale": bars(
         "",
         ("what", "processes", "threads of each"),
