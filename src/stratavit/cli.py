@@ -253,7 +253,7 @@ def _shares(text: str) -> tuple[str, ...]:
     for part in text.split(","):
         try:
             parse_share(part)
-        except (ValueError, ZeroDivisionError) as error:
+        except ValueError as error:
             raise argparse.ArgumentTypeError(f"cannot read {part!r} as a share above 0 and at most 1") from error
     return tuple(text.split(","))
 

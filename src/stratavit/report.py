@@ -109,7 +109,8 @@ def parse_share(text: str) -> float:
         ValueError: It is none of these.
     """
     top, _, bottom = text.strip().removesuffix("%").partition("/")
-    share = float(top) / (float(bottom) if bottom else 1) / (100 if text.strip().endswith("%") else 1)
+    parts = float(bottom) if bottom else 1.0
+    share = float(top) / parts / (100 if text.strip().endswith("%") else 1) if parts else 0.0
     if not 0 < share <= 1:
         raise ValueError(f"a share must be above 0 and at most 1, got {text!r}")
     return share
