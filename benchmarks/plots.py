@@ -132,7 +132,9 @@ PLOTS: dict[str, Callable[..., None]] = {
     "dinov2-knn-112px": sizes("method", "default", "DINOv2 ViT-S/14, nearest neighbours on CIFAR-10, no training"),
     "speed": bars("shape", ("what",), "ratio", "ratio within one run", log=True, one=True),
     "memory": bars("shape", ("what",), "ratio", "ratio of peaks", one=True, only="DeiT"),
-    "speed-growth": bars("quantity", ("what",), "growth exponent", "exponent of the power law that fits best", one=True),
+    "speed-growth": bars(
+        "quantity", ("what",), "growth exponent", "exponent of the power law that fits best", one=True
+    ),
     "scale": bars(
         "",
         ("what", "processes", "threads of each"),

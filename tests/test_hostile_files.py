@@ -654,6 +654,27 @@ def test_the_same_in_a_checkpoint_of_the_old_form(tmp_path):
         zoo.read_checkpoint(tmp_path / "bomb.pth")
 
 
+def test_a_text_of_any_length_in_a_checkpoint_of_the_old_form(tmp_path):
+    """Fuzzing found: torch asks for as much memory as the text is said to be long."""
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "w.pth").read_bytes()
+    assert content.count(b"X\x06\x00\x00\x00weight") == 1
+    (tmp_path / "w.pth").write_bytes(content.replace(b"X\x06\x00\x00\x00weight", b"X\xff\xff\xff\xffweight"))
+    with pytest.raises(ArtifactError, match=r"w\.pth is damaged; copy"):
+        zoo.read_checkpoint(tmp_path / "w.pth")
+
+
+def test_names_of_parts_are_told_in_one_line(tmp_path):
+    """Fuzzing found: one with a backspace in it."""
+    torch.save({"a": torch.zeros(2)}, tmp_path / "w.pth")
+    with zipfile.ZipFile(tmp_path / "w.pth", "a") as archive:
+        archive.writestr("w/a\x08\nb", b"0123456789")
+    content = (tmp_path / "w.pth").read_bytes()
+    (tmp_path / "w.pth").write_bytes(content.replace(b"0123456789", b"0123456780"))
+    with pytest.raises(ArtifactError, match=r"the checksum of w/a\\x08\\nb differs"):
+        zoo.read_checkpoint(tmp_path / "w.pth")
+
+
 @pytest.mark.parametrize("content", [b"", b"P", b"\x80"])
 def test_a_checkpoint_of_hardly_any_bytes(tmp_path, content):
     (tmp_path / "w.pth").write_bytes(content)

@@ -73,7 +73,9 @@ def test_shares_are_read(text, share):
     assert parse_share(text) == pytest.approx(share, rel=1e-12)
 
 
-@pytest.mark.parametrize("text", ["0", "-0.5", "1.01", "150%", "13/12", "half", "", "%", "nan", "inf", "1/x", "1/0", "1/1e-999", "0/0"])
+@pytest.mark.parametrize(
+    "text", ["0", "-0.5", "1.01", "150%", "13/12", "half", "", "%", "nan", "inf", "1/x", "1/0", "1/1e-999", "0/0"]
+)
 def test_what_is_no_share_is_refused(text):
     with pytest.raises(ValueError, match=r".+"):
         parse_share(text)
