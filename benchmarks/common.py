@@ -30,6 +30,7 @@ from stratavit.data import image_loader
 from stratavit.zoo import dense_model
 
 RESULTS = Path(__file__).parent / "results"
+WORK = Path(__file__).parent / "work"  # where converted models are kept
 DATA = Path(os.environ.get("STRATAVIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 MODELS = {
     "deit_tiny": ("deit_tiny_patch16_224", "deit_tiny_patch16_224.safetensors"),
@@ -41,6 +42,8 @@ Batches = list[tuple[Tensor, Tensor]]
 def real_model(name: str) -> nn.Module:
     """A real pre-trained model of the development data."""
     architecture, weights = MODELS[name]
+    if not (DATA / weights).exists():
+        sys.exit(f"{DATA / weights} is missing: benchmarks/README.md says what STRATAVIT_DATA should hold")
     return dense_model(architecture, DATA / weights)
 
 

@@ -1,6 +1,6 @@
 """Do exported files answer as the models do? DeiT-Tiny at five budgets, ONNX and torch.export, on real images.
 
-python benchmarks/export_parity.py --work WORK
+python benchmarks/export_parity.py [--work WORK]
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import converted, real_batches, write_results
+from common import WORK, converted, real_batches, write_results
 
 from stratavit import export
 from stratavit.export import SUFFIXES
@@ -21,7 +21,7 @@ IMAGES = 32
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--work", type=Path, required=True, help="folder where the converted model is kept")
+    arguments.add_argument("--work", type=Path, default=WORK, help="folder where the converted model is kept")
     net = converted("deit_tiny", arguments.parse_args().work)
     images = torch.cat([batch for batch, _ in real_batches(net.model, "val", IMAGES)])
     smallest = net.spec(macs=4 / 12)

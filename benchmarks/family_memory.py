@@ -1,6 +1,6 @@
 """What a whole family costs in memory: one set of weights that serves several sizes. DeiT-Tiny.
 
-    python benchmarks/family_memory.py --work WORK
+    python benchmarks/family_memory.py [--work WORK]
 
 Bytes are counted tensor by tensor (`SuperNet.memory`) and checked against the resident memory of a fresh process that
 loads and serves: the family, or the largest model alone.
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
-from common import converted, write_results
+from common import WORK, converted, write_results
 
 import stratavit
 from stratavit import SuperNet
@@ -27,7 +27,7 @@ WAYS = ("largest alone", "means only", "4 sizes specialised", "with moments")
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--work", type=Path, required=True, help="folder where the converted model is kept")
+    arguments.add_argument("--work", type=Path, default=WORK, help="folder where the converted model is kept")
     arguments.add_argument(
         "--way", choices=WAYS, help="serve in this process and print bytes; used by the script itself"
     )

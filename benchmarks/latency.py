@@ -1,6 +1,6 @@
 """Does latency follow MACs? Extracted models beside the dense one, eager and in ONNX Runtime.
 
-    python benchmarks/latency.py --work WORK
+    python benchmarks/latency.py [--work WORK]
 
 DeiT-Tiny: real weights and list. DeiT-Small: random weights, the same keep ratio at every site. Models take turns.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import timm
 import torch
-from common import converted, write_results
+from common import WORK, converted, write_results
 
 from stratavit import Setting, SuperNet
 from stratavit.allocation import allocate
@@ -24,7 +24,7 @@ SIZE = (3, 224, 224)
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--work", type=Path, required=True, help="folder where the converted model is kept")
+    arguments.add_argument("--work", type=Path, default=WORK, help="folder where the converted model is kept")
     arguments.add_argument("--batch-size", type=int, default=64)
     arguments.add_argument("--threads", type=int, default=0)
     arguments.add_argument("--seconds", type=float, default=5.0, help="per model and runtime")

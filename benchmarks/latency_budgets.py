@@ -1,6 +1,6 @@
 """Is a latency budget kept? Five targets; what comes back is extracted and timed anew.
 
-python benchmarks/latency_budgets.py --work WORK
+python benchmarks/latency_budgets.py [--work WORK]
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 import time
 from pathlib import Path
 
-from common import converted, write_results
+from common import WORK, converted, write_results
 
 from stratavit import Setting, time_model
 
@@ -18,7 +18,7 @@ SHARES = (0.9, 0.75, 0.6, 0.45, 0.35)
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--work", type=Path, required=True, help="folder where the converted model is kept")
+    arguments.add_argument("--work", type=Path, default=WORK, help="folder where the converted model is kept")
     arguments.add_argument("--batch-size", type=int, default=1)
     arguments.add_argument("--threads", type=int, default=0)
     args = arguments.parse_args()

@@ -1,6 +1,6 @@
 """A list that follows latency against one that follows MACs, at equal measured latency. DeiT-Tiny, no training.
 
-python benchmarks/latency_list.py --work WORK
+python benchmarks/latency_list.py [--work WORK]
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common import converted, correct, real_batches, write_results
+from common import WORK, converted, correct, real_batches, write_results
 
 from stratavit import Setting
 from stratavit.bench import bench
@@ -19,7 +19,7 @@ PRICES = ("macs", "latency")
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--work", type=Path, required=True, help="folder where converted models are kept")
+    arguments.add_argument("--work", type=Path, default=WORK, help="folder where converted models are kept")
     arguments.add_argument("--batch-size", type=int, default=1)
     args = arguments.parse_args()
     setting = Setting(args.batch_size)
