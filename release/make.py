@@ -110,9 +110,11 @@ def audit(site: Path) -> str:
         ReleaseError: A package has a known vulnerability that a newer release mends.
     """
     command = [sys.executable, "-m", "pip_audit", "--path", str(site), "--format", "json", "--progress-spinner", "off"]
-    answer = subprocess.run(command, capture_output=True, text=True).stdout  # findings give exit code 1
+    answer = subprocess.run(command, capture_output=True, text=True)
+    if answer.returncode not in (0, 1):  # 1: there are findings
+        raise ReleaseError(f"pip-audit failed: {answer.stderr.strip()[-500:]}")
     try:
-        found: list[dict[str, Any]] = json.loads(answer)["dependencies"]
+        found: list[dict[str, Any]] = json.loads(answer.stdout)["dependencies"]
     except ValueError:  # no JSON
         return "not checked, the service did not answer"
     known = {item["name"]: item["vulns"] for item in found if "vulns" in item}
@@ -154,6 +156,18 @@ def release(work: Path, dist: Path) -> None:
     (dist / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")
 
 
+def put(ready: Path, target: Path, aside: Path) -> None:
+    """Lets a folder take the place of another, which comes back if that does not succeed."""
+    try:
+        if target.exists():
+            target.rename(aside)
+        ready.rename(target)
+    except BaseException:
+        if aside.exists() and not target.exists():
+            aside.rename(target)
+        raise
+
+
 def main() -> int:
     """0, or 1 after one sentence that says what does not hold."""
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
@@ -163,11 +177,9 @@ def main() -> int:
         with aside as beside, tempfile.TemporaryDirectory(prefix="release-") as work:
             ready = Path(beside) / "new"
             release(Path(work), ready)
-            if target.exists():
-                target.rename(Path(beside) / "old")
-            ready.rename(target)
-    except ReleaseError as error:
-        print(f"release: {error}; dist/ is as it was", file=sys.stderr)
+            put(ready, target, Path(beside) / "old")
+    except (ReleaseError, OSError, KeyboardInterrupt) as error:
+        print(f"release: {str(error) or 'interrupted'}; dist/ is as it was", file=sys.stderr)
         return 1
     for path in sorted(target.iterdir()):
         print(f"dist/        {path.name}, {path.stat().st_size:,} bytes")

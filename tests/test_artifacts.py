@@ -512,6 +512,16 @@ def test_a_failed_exchange_keeps_the_old(tmp_path, monkeypatch, swaps):
     assert content(tmp_path) == before
 
 
+@pytest.mark.parametrize(("said", "kind"), [("(os error 12)", MemoryError), ("(os error 123)", ArtifactError)])
+def test_errors_of_the_system_that_safetensors_passes_on(saved, monkeypatch, said, kind):
+    def fail(path):
+        raise SafetensorError(f"Error while reading: {said}")
+
+    monkeypatch.setattr(folders, "load_file", fail)
+    with pytest.raises(kind):
+        folders.read_tensors(saved / "super" / FILES[1])
+
+
 def test_numbers_that_json_lacks_are_our_error(tmp_path):
     net = copy.deepcopy(make_net("plain"))
     net.provenance["accuracy"] = float("nan")

@@ -32,6 +32,24 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
+def test_want_of_memory_is_no_damage(folder, monkeypatch):
+    """An image that was left out for it would make another calibration set."""
+
+    def without_memory(self, mode):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", without_memory)
+    with pytest.raises(StrataViTError, match="memory ran out"):
+        list(load(folder))
+
+
+def test_a_fault_of_the_transform_is_no_damage(folder):
+    loader = load(folder)
+    loader.dataset.transform = lambda image: image / 0
+    with pytest.raises(TypeError):
+        list(loader)
+
+
 def load(folder, split="val", num_classes=3, config=CONFIG, **options):
     return image_loader(folder, config, split, num_classes, **options)
 

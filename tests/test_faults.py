@@ -123,6 +123,18 @@ def test_the_lock_of_a_process_that_is_gone_is_taken_over(folder, gone, capsys):
     assert not (folder / lock.FILE).exists()
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="a system that tells states of processes")
+def test_the_lock_of_a_process_that_nobody_waited_for(folder):
+    """As in a container whose first process reaps nobody."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    holder(folder, pid=pid, ticks=None)
+    lock.Lock(folder).check()
+    os.waitpid(pid, 0)
+
+
 @pytest.mark.parametrize("content", [b"", b"x", b"[]", b'{"pid": -1, "host": "a", "begun": "b"}', b"\xff"])
 def test_something_else_under_the_name_of_the_lock(folder, content):
     (folder / lock.FILE).write_bytes(content)
@@ -204,7 +216,7 @@ def test_a_disk_that_fills_while_the_state_is_written(folder):
     lines = [line for line in done.stdout.splitlines() if line.startswith("refused:")]
     assert len(lines) == 1, done.stdout + done.stderr
     assert "state.pt" in lines[0]
-    assert "the last state is left" in lines[0]
+    assert f"the last state in {folder} is sound, resume it to go on" in lines[0]
     assert (folder / "state.pt").read_bytes() == before["state.pt"]
     run(folder, resume=True)
 
@@ -263,8 +275,10 @@ def test_a_worker_without_memory(folder):
     recipe = dataclasses.replace(TINY, workers=1)
     state = (folder / "state.pt").read_bytes()
     message = refused(folder, data=Images(3, exhaust), recipe=recipe, resume=True)
-    assert message.startswith(f"train (the last state in {folder} is sound): memory ran out in a process that reads")
-    assert "try again with fewer workers (--workers) or smaller batches (--batch-size)" in message
+    assert message == (
+        "train: memory ran out in a process that reads images; try again with fewer workers (--workers) or smaller "
+        f"batches (--batch-size); the last state in {folder} is sound, resume it to go on"
+    )
     assert (folder / "state.pt").read_bytes() == state
     run(folder, recipe=recipe, resume=True)
 
@@ -299,8 +313,8 @@ def trained_without_memory(folder, what):
     state = (folder / "state.pt").read_bytes()
     message = refused(folder, data=Images(20, lambda: greedy(what)), resume=True)
     assert message == (
-        f"train (the last state in {folder} is sound): memory ran out on the device or here; "
-        "try again with fewer workers (--workers) or smaller batches (--batch-size)"
+        "train: memory ran out on the device or here; try again with fewer workers (--workers) or smaller batches "
+        f"(--batch-size); the last state in {folder} is sound, resume it to go on"
     ), message
     assert (folder / "state.pt").read_bytes() == state
     assert sorted(path.name for path in folder.iterdir()) == ["log.jsonl", "state.pt"]

@@ -265,15 +265,33 @@ def test_arguments_that_lead_out_of_the_folder_are_refused(saved, tmp_path, argu
 @pytest.mark.parametrize("size", [[3, 32, 33], [3, 33, 32], [6, 32, 32], [3, 64, 64], [3, 1, 1], [1, 32, 32]])
 @pytest.mark.parametrize("kind", LOADERS)
 def test_images_that_the_model_does_not_take(saved, kind, size):
-    """Fuzzing found: a super-network counts its MACs on such an image, a small model is evaluated on them."""
+    """Fuzzing found: a super-network counts its MACs on such an image, a small model is evaluated on them.
+
+    Height and width of a model that takes no others are its own; older releases wrote others for some.
+    """
     without_hashes(saved / kind)
     path = saved / kind / "stratavit.json"
     content = json.loads(path.read_text())
     assert content["data_config"]["input_size"] == [3, 32, 32]
     content["data_config"]["input_size"] = size
     path.write_text(json.dumps(content))
-    with pytest.raises(ArtifactError, match=r"data_config prepares images of .* the model was made for \[3, 32, 32\]"):
-        LOADERS[kind](saved / kind)
+    if size[0] == 3:
+        assert LOADERS[kind](saved / kind).data_config["input_size"] == (3, 32, 32)
+    else:
+        with pytest.raises(
+            ArtifactError, match=r"data_config prepares images of .* the model reads 3 channels in patch"
+        ):
+            LOADERS[kind](saved / kind)
+
+
+def test_a_model_of_another_size_is_saved_as_it_is(saved, tmp_path):
+    model = stratavit.load(saved / "small")
+    model.set_input_size((64, 64))
+    stratavit.save(model, tmp_path / "larger")
+    again = stratavit.load(tmp_path / "larger")
+    images = torch.randn(2, 3, 64, 64)
+    assert again.data_config["input_size"] == (3, 64, 64)
+    assert torch.equal(again(images), model(images))
 
 
 @pytest.mark.parametrize("size", [32, 64, 16, 30, 4, 16000])
@@ -638,7 +656,7 @@ def test_an_array_of_any_length_in_a_checkpoint_is_not_made(tmp_path):
         for part in old.infolist():
             new.writestr(part.filename, pickled if part.filename.endswith("data.pkl") else old.read(part))
     assert len(torch.load(tmp_path / "state.pt", weights_only=True)) == 10**6
-    with pytest.raises(ArtifactError, match=r"state\.pt is damaged; copy"):
+    with pytest.raises(ArtifactError, match=r"state\.pt holds a bytearray, .* save a state dict"):
         checkpoint.check_archive(tmp_path / "state.pt", "")
 
 
@@ -650,7 +668,7 @@ def test_the_same_in_a_checkpoint_of_the_old_form(tmp_path):
     heads = content[: content.index(b"\x80\x02}", content.index(b"little_endian"))]
     (tmp_path / "bomb.pth").write_bytes(heads + pickled + struct.pack("<i", 10**6) + b"tR." + b"\x80\x02].")
     assert len(torch.load(tmp_path / "bomb.pth", weights_only=True)) == 10**6
-    with pytest.raises(ArtifactError, match=r"bomb\.pth is damaged; copy"):
+    with pytest.raises(ArtifactError, match=r"bomb\.pth holds a bytearray"):
         zoo.read_checkpoint(tmp_path / "bomb.pth")
 
 

@@ -42,9 +42,16 @@ def test_unreachable_budget_names_the_range():
     with pytest.raises(BudgetError, match=r"macs: asked 5000 = 5K, but"):
         find(macs(5000))
     with pytest.raises(BudgetError, match=r"latency_ms: asked 0\.5 = 0\.5, but the reachable range is 1 to 4 \(25"):
-        find(latency(0.5, {0: [4], 3: [1]}))
+        find(latency(0.5, {0: [4, 4], 3: [1, 1]}))
     with pytest.raises(BudgetError, match=r"top1: asked 85 = 85, but the reachable range is 10 to 80$"):
         find(top1(85, [80, 70, 30, 10]))
+
+
+def test_a_busy_moment_refuses_no_latency():
+    """The smallest seemed slower than asked; before anything is refused, both ends are timed once more."""
+    assert find(latency("50%", {0: [2, 4], 1: [3], 2: [2, 2], 3: [9, 1]})).got == 2
+    with pytest.raises(BudgetError, match=r"asked '50%' = 2, but the reachable range is 3 to 4 \(75"):
+        find(latency("50%", {0: [9, 4], 3: [9, 3]}))
 
 
 def test_what_is_printed():

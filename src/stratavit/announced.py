@@ -16,7 +16,7 @@ from timm.layers import PatchEmbed
 from torch import nn
 
 from stratavit import architecture
-from stratavit.errors import ArtifactError
+from stratavit.errors import ArtifactError, shown
 from stratavit.families import family_of
 from stratavit.weights import Shape, check_fit
 
@@ -70,8 +70,8 @@ def check_numbers(announced: Any, shapes: Mapping[str, Shape], source: str) -> N
         limit = len(shapes) if name.startswith(DEPTHS) else largest
         if not abs(number) <= limit:
             raise ArtifactError(
-                f"{source}: {name} is {str(number)[:40]}, more than the {len(shapes)} tensors in the weights can have "
-                f"(at most {limit}); save the model again"
+                f"{source}: {shown(name)} is {str(number)[:40]}, more than the {len(shapes)} tensors in the weights "
+                f"can have (at most {limit}); save the model again"
             )
     _check_positions(_pair(announced.get("img_size")), _pair(announced.get("patch_size")), f"{source}: img_size")
 
@@ -83,24 +83,20 @@ def _check_positions(lengths: Sequence[float], patches: Sequence[float], source:
 
 
 def check_images(model: nn.Module, size: Sequence[int], source: str) -> None:
-    """Whether a model takes images of a size ``(C, H, W)`` that a file prepares for it.
+    """Whether a model takes images of a size ``(C, H, W)``.
 
     Raises:
         ArtifactError: It does not, or there would be too many tokens.
     """
     patches: Any = getattr(model, "patch_embed", None)
     channels = getattr(getattr(patches, "proj", None), "in_channels", size[0])
-    expected = [channels, *(getattr(patches, "img_size", None) or size[1:])]
     sides = _pair(list(getattr(patches, "patch_size", None) or [1, 1]))
-    fits = channels == size[0] and all(side <= length for side, length in zip(sides, size[1:], strict=True))
-    if getattr(patches, "strict_img_size", False):
-        fits = fits and expected == list(size)
-    elif isinstance(patches, PatchEmbed) and not patches.dynamic_img_pad:
-        fits = fits and all(length % side == 0 for side, length in zip(sides, size[1:], strict=True))
-    if not fits:
+    padded = not isinstance(patches, PatchEmbed) or patches.dynamic_img_pad or patches.strict_img_size
+    whole = all(length >= side and (padded or length % side == 0) for side, length in zip(sides, size[1:], strict=True))
+    if channels != size[0] or not whole:
         raise ArtifactError(
-            f"{source}: data_config prepares images of {list(size)}, the model was made for {expected}; "
-            "save the model again"
+            f"{source}: data_config prepares images of {list(size)}, the model reads {channels} channels in patches of "
+            f"{sides[0]} x {sides[1]} pixels; save the model again"
         )
     _check_positions(size[1:], sides, f"{source}: data_config")
 

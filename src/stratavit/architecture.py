@@ -6,7 +6,7 @@ Only plain data is read and written, so loading a model never runs code from a f
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -166,11 +166,18 @@ def merged_data_config(model: nn.Module, given: Mapping[str, Any] | None) -> dic
     return config | dict(given or {})
 
 
+def own_size(model: nn.Module, size: Sequence[int]) -> tuple[int, ...]:
+    """The size ``(C, H, W)`` of images for a model: as given, but H and W its own if it takes no other."""
+    patches: Any = getattr(model, "patch_embed", None)
+    fixed = getattr(patches, "img_size", None) if getattr(patches, "strict_img_size", False) else None
+    return (size[0], *(fixed or size[1:]))
+
+
 def resolve_data_config(model: nn.Module) -> dict[str, Any]:
     """timm's data configuration of a model, its input size checked against the model itself."""
     stored = getattr(model, "data_config", None)
     if isinstance(stored, dict):
-        return dict(stored)
+        return stored | {"input_size": own_size(model, stored["input_size"])}
     config = dict(resolve_model_data_config(model))
     patches: Any = model.patch_embed
     channels = patches.proj.in_channels if hasattr(patches, "proj") else 3

@@ -251,7 +251,8 @@ def _data_config(content: Mapping[str, Any], folder: Path, model: nn.Module) -> 
             f"{folder / JSON_FILE}: data_config: {wrong[0]} is {described(config[wrong[0]])}, "
             "which prepares no images; save the model again"
         )
-    announced.check_images(model, size, str(folder / JSON_FILE))
+    config["input_size"] = architecture.own_size(model, size)
+    announced.check_images(model, config["input_size"], str(folder / JSON_FILE))
     return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stratavit.errors import StrataViTError, out_of_memory
 
-_LESS = "try again with fewer workers (--workers) or smaller batches (--batch-size)"
+LESS = "try again with fewer workers (--workers) or smaller batches (--batch-size)"
 
 
 def unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -47,13 +47,14 @@ def check_labels(labels: Tensor, classes: int) -> None:
 
 
 @contextmanager
-def watched(said: str) -> Iterator[None]:
+def watched(said: str, less: Callable[[], str] = lambda: LESS) -> Iterator[None]:
     """Tells in one sentence what goes wrong in a loader's worker processes, or for want of memory.
 
     Torch tells what a worker died of wherever the program stands.
 
     Args:
         said: Who reads, and a colon, for the message; or nothing.
+        less: Says what to do for want of memory.
 
     Raises:
         StrataViTError: A worker was ended from outside, or said so itself; or memory ran out.
@@ -68,11 +69,11 @@ def watched(said: str) -> Iterator[None]:
     except (MemoryError, RuntimeError, OSError) as error:
         if out_of_memory(error):
             where = "in a process that reads images" if "DataLoader worker" in str(error) else "on the device or here"
-            raise StrataViTError(f"{said}memory ran out {where}; {_LESS}") from error
+            raise StrataViTError(f"{said}memory ran out {where}; {less()}") from error
         if not str(error).startswith("DataLoader worker"):
             raise
         raise StrataViTError(
-            f"{said}a process that reads images was ended from outside, most likely for want of memory; {_LESS}"
+            f"{said}a process that reads images was ended from outside, most likely for want of memory; {less()}"
         ) from error
 
 

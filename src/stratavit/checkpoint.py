@@ -11,13 +11,13 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import nn
 
 from stratavit.artifacts import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
-from stratavit.errors import ArtifactError, StrataViTError, one_line, out_of_memory, reason_of
+from stratavit.errors import ArtifactError, StrataViTError, one_line, out_of_memory, reason_of, shown
 from stratavit.placing import told
 from stratavit.timm_config import FILE as TIMM_FILE
 
@@ -28,6 +28,15 @@ SUPER_FILES = (WEIGHTS_FILE, MOMENTS_FILE, TIMM_FILE, CURVE_FILE, PLOT_FILE, HIS
 SMALL_FILES = (WEIGHTS_FILE, TIMM_FILE, JSON_FILE)
 OLD_FORM = 5  # pickles before the tensors' numbers: two about the format, one about the machine, content, keys
 _BYTEARRAY = b"bytearray\n"  # in a pickle: torch would make one of any length announced
+_HOLDS = "holds a bytearray, which may be of any length; save a state dict of tensors only"
+
+
+def left(folder: Path) -> str:
+    """What is left of a run if it ends now, for a sentence."""
+    resumable = (folder / STATE_FILE).exists()
+    return (
+        f"the last state in {folder} is sound, resume it to go on" if resumable else "there is no state to resume yet"
+    )
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
@@ -41,9 +50,8 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
         ArtifactError: It cannot be written; the old state is left.
     """
     temporary = folder / f".{STATE_FILE}.part"
-    left = "the last state is left" if (folder / STATE_FILE).exists() else "there is no state to resume yet"
     try:
-        with told(folder / STATE_FILE, left):
+        with told(folder / STATE_FILE, left(folder)):
             with temporary.open("wb") as file:
                 torch.save({"format": FORMAT, "release": _release(), **state}, file)
                 file.flush()
@@ -134,7 +142,8 @@ def check_archive(path: Path, prefix: str, advice: str = "copy it again") -> Non
         with path.open("rb") as file:
             if file.read(2) != b"PK":
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                    _check_pickles(content)
+                    if _announces(cast(IO[bytes], content)):
+                        raise ArtifactError(f"{prefix}{path} {_HOLDS}")
                 return
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
@@ -143,20 +152,24 @@ def check_archive(path: Path, prefix: str, advice: str = "copy it again") -> Non
                 raise zipfile.BadZipFile("compressed")
             pickled = [archive.read(part) for part in parts if part.filename.endswith(".pkl")]
             if any(_BYTEARRAY in content for content in pickled):
-                raise zipfile.BadZipFile("bytearray")
+                raise ArtifactError(f"{prefix}{path} {_HOLDS}")
             broken = archive.testzip()
+    except ArtifactError:
+        raise
     except (OSError, ValueError, NotImplementedError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
         raise ArtifactError(f"{prefix}{path} is damaged; {advice}") from error
     if broken is not None:
-        raise ArtifactError(f"{prefix}{path} is damaged (the checksum of {ascii(broken)[1:-1]} differs); {advice}")
+        raise ArtifactError(f"{prefix}{path} is damaged (the checksum of {shown(broken)} differs); {advice}")
 
 
-def _check_pickles(content: mmap.mmap) -> None:
-    """Looks at the operations of a file of the old form, without doing any: each text in it ends within the file."""
-    for _ in range(OLD_FORM):
-        for operation, argument, _ in pickletools.genops(content):
-            if operation.name == "GLOBAL" and str(argument).endswith(" bytearray"):
-                raise ValueError("bytearray")
+def _announces(content: IO[bytes]) -> bool:
+    """Whether a file of the old form makes bytearrays; its operations are looked at, and none is done.
+
+    Raises:
+        ValueError: A text or number in it does not end within the file.
+    """
+    operations = (step for _ in range(OLD_FORM) for step in pickletools.genops(content))
+    return any(step[0].name == "GLOBAL" and str(step[1]).endswith(" bytearray") for step in operations)
 
 
 def _release() -> str:
@@ -198,7 +211,6 @@ def publish(save: Callable[[Path], None], names: Sequence[str], folder: Path) ->
     """
     temporary = folder / ".result"
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while it moved them
-    again = "the last state is left, resume the training to write its result"
     try:
         save(temporary)
         for name in names:
@@ -207,7 +219,7 @@ def publish(save: Callable[[Path], None], names: Sequence[str], folder: Path) ->
             else:
                 (folder / name).unlink(missing_ok=True)
     except (OSError, ArtifactError) as error:
-        raise ArtifactError(f"cannot write the result to {folder}: {reason_of(error)}; {again}") from error
+        raise ArtifactError(f"cannot write the result to {folder}: {reason_of(error)}; {left(folder)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -228,7 +240,7 @@ class Journal:
         Raises:
             ArtifactError: It cannot be written.
         """
-        with told(self.path, "the last state is left"), self.path.open("a", encoding="utf-8") as file:
+        with told(self.path, left(self.path.parent)), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
@@ -252,7 +264,7 @@ class Journal:
         kept = "".join(json.dumps(row) + "\n" for row in self.rows() if row["epoch"] <= epoch)
         part = self.path.with_name(f".{self.path.name}.part")
         try:
-            with told(self.path, "the last state is left"):
+            with told(self.path, left(self.path.parent)):
                 part.write_text(kept, encoding="utf-8")
                 part.replace(self.path)
         finally:

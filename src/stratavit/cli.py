@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, get_args
 
 from rich.console import Console
@@ -23,7 +24,7 @@ from stratavit import (
     train_command,
 )
 from stratavit.arguments import positive
-from stratavit.batches import watched
+from stratavit.batches import LESS, watched
 from stratavit.errors import StrataViTError, reason_of
 from stratavit.export import SUFFIXES
 from stratavit.report import LADDER
@@ -276,8 +277,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 2 for an error of the user's, told in one line; 130 when interrupted, 143 when terminated.
     """
     args = parser().parse_args(argv)
+    less = LESS if "workers" in args else "free some memory, or take a smaller model"
     try:
-        with signals.raised(), watched(""):
+        with signals.raised(), watched("", lambda: less):
             result, view = args.run_command(args)
     except StrataViTError as error:
         print(f"stratavit {args.command}: {error}", file=sys.stderr)
@@ -291,10 +293,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(result, indent=1))
         elif view:
             Console(soft_wrap=True).print(*view, sep="\n")
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is where the shell closed it
+            sys.stdout.flush()
     except OSError as error:  # the disk that it goes to is full, or nobody reads it any more
         print(f"stratavit {args.command}: done, but cannot print the answer: {reason_of(error)}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter tries again at its end
+        with suppress(OSError), open(os.devnull, "wb") as nowhere:  # the interpreter tries again at its end
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return 2
     return 0
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from stratavit.batches import guarded
-from stratavit.errors import StrataViTError, described
+from stratavit.errors import StrataViTError, described, out_of_memory
 from stratavit.folders import read_small
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
@@ -74,9 +74,12 @@ class ImageFolder(Dataset[Sample]):
             with Image.open(path) as image:
                 if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
                     return None, label, path
-                return self.transform(image.convert(self.mode)), label, path
-        except Exception:  # what Pillow raises for damage differs with the format that it takes a file for
+                picture = image.convert(self.mode)
+        except Exception as error:  # what Pillow raises for damage differs with the format that it takes a file for
+            if out_of_memory(error):  # no damage: without this image the others would be another set
+                raise
             return None, label, path
+        return self.transform(picture), label, path
 
 
 class ImageLoader:

@@ -39,6 +39,11 @@ def described(found: Any, longest: int = 60) -> str:
     return text if len(text) <= longest else text[:longest] + "..."
 
 
+def shown(name: str, longest: int = 200) -> str:
+    """A name from a file as it is, or without what would break or fill our line."""
+    return name if name.isprintable() and len(name) <= longest else ascii(name)[1:-1][:longest]
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, in Python, in torch on any device, or in the system."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:

@@ -19,7 +19,7 @@ from stratavit.errors import StrataViTError
 from stratavit.folders import check_free, check_free_file, open_to_others, write_folder
 from stratavit.foreign import as_timm
 from stratavit.hf_files import load_transformers, save_transformers
-from stratavit.placing import beside, put
+from stratavit.placing import beside, followed, put
 from stratavit.structure import eval_mode, model_dtype
 
 Format = Literal["onnx", "torch", "transformers"]
@@ -118,7 +118,8 @@ def export(
 def _checked(model: nn.Module, path: Path, format: Format, images: Tensor, tolerance: float, overwrite: bool) -> Parity:
     """Writes beside `path`, compares, puts it there."""
     write, run = (_to_onnx, _run_onnx) if format == "onnx" else (_to_program, _run_program)
-    with beside(path) as place:
+    target = followed(path)
+    with beside(target) as place:
         new = place.with_suffix(SUFFIXES[format])  # torch asks for its own
         # a copy: the program keeps its example, and a view would keep all images
         write(model, images[:2].clone() if len(images) > 1 else images.repeat(2, 1, 1, 1), new)
@@ -127,7 +128,7 @@ def _checked(model: nn.Module, path: Path, format: Format, images: Tensor, toler
         difference = _difference(found, torch.cat([expected, expected[:1]]), format, tolerance)
         open_to_others(new)
         size = new.stat().st_size
-        put(new, path, overwrite)
+        put(new, target, overwrite)
     return Parity(str(path), format, size, len(images), difference, float(expected.abs().max()))
 
 

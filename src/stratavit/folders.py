@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stratavit.errors import ArtifactError, one_line, out_of_memory, reason_of
-from stratavit.placing import beside, put
+from stratavit.placing import beside, followed, put
 
 LARGEST_TEXT = 64 << 20  # bytes of a JSON or text file; the longest list that a model can have is a few MB
 DEEPEST = 100  # objects and arrays of a JSON file in one another; ours have less than ten
@@ -38,7 +38,7 @@ def write_folder(path: str | Path, write: Callable[[Path], None], overwrite: boo
         ArtifactError: `path` is taken, or cannot be written (disk full, no permission).
     """
     path = check_free(path, overwrite)
-    place = _followed(path)
+    place = followed(path)
     with beside(place) as new:
         new.mkdir()
         write(new)
@@ -78,7 +78,7 @@ def write_file(path: str | Path, content: bytes, overwrite: bool = False) -> Pat
         ArtifactError: `path` is taken, or cannot be written (disk full, no permission).
     """
     path = check_free_file(path, overwrite)
-    place = _followed(path)
+    place = followed(path)
     with beside(place) as new:
         new.write_bytes(content)
         open_to_others(new)
@@ -110,7 +110,7 @@ def _check_writable(path: Path) -> None:
     Raises:
         OSError: No.
     """
-    place = _followed(path)
+    place = followed(path)
     if os.path.ismount(place):
         raise OSError(errno.EBUSY, "a disk is mounted there; give a folder in it")
     parent = next((parent for parent in place.absolute().parents if parent.exists()), place)
@@ -119,11 +119,6 @@ def _check_writable(path: Path) -> None:
     if not os.access(parent, os.W_OK | os.X_OK):
         fixed = os.name == "posix" and os.statvfs(parent).f_flag & os.ST_RDONLY
         raise OSError(errno.EACCES, f"{parent} is read-only" if fixed else f"no permission to write to {parent}")
-
-
-def _followed(path: Path) -> Path:
-    """What a link leads to; any other path as it is."""
-    return path.resolve() if path.is_symlink() else path
 
 
 def open_to_others(path: Path) -> None:
@@ -248,6 +243,7 @@ def read_tensors(path: Path, without: str | None = None) -> dict[str, Tensor]:
 
     Raises:
         ArtifactError: The file is missing, truncated or otherwise damaged.
+        MemoryError: It is sound, and memory ran out.
     """
     with _reading(path):
         if without is None:
@@ -265,7 +261,7 @@ def _reading(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise ArtifactError(f"{path.parent} is incomplete: {path.name} is missing") from error
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError) as error:
-        if out_of_memory(error) or "os error 12" in str(error):
+        if out_of_memory(error) or "(os error 12)" in str(error):
             raise MemoryError(str(error)) from error
         reason = " ".join(reason_of(error).split())[:200]
         raise ArtifactError(f"{path} is damaged or not a safetensors file ({reason})") from error

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from stratavit import order, processes
 from stratavit.augment import drop_path
-from stratavit.batches import watched
-from stratavit.checkpoint import read_state, sound
+from stratavit.batches import LESS, watched
+from stratavit.checkpoint import left, read_state, sound
 from stratavit.errors import ArtifactError, StrataViTError, reason_of
 from stratavit.folders import check_free
 from stratavit.learner import Learner
@@ -92,11 +92,7 @@ def train(
         stack.callback(processes.release, accelerator, trainer.model)
         if state is not None:
             trainer.restore(state)
-        with (
-            interrupted(out),
-            watched(f"train (the last state in {out} is sound): "),
-            processes.together(accelerator, out),
-        ):
+        with interrupted(out), watched("train: ", lambda: f"{LESS}; {left(out)}"), processes.together(accelerator, out):
             trainer.run()
 
 
@@ -107,7 +103,7 @@ def interrupted(out: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt as stop:
         if not str(stop):
-            raise type(stop)(f"interrupted at once; the last state in {out} is sound, resume it to go on") from stop
+            raise type(stop)(f"interrupted at once; {left(out)}") from stop
         raise
 
 
@@ -131,7 +127,7 @@ def make_folder(out: Path, overwrite: bool, lock: Lock) -> None:
     """
     lock.check()
     check_free(out, overwrite, whole=False)
-    made = not out.exists()
+    made = [path for path in (out, *out.absolute().parents) if not path.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock.take()
@@ -143,9 +139,9 @@ def make_folder(out: Path, overwrite: bool, lock: Lock) -> None:
     except OSError as error:
         raise ArtifactError(f"cannot write {out}: {reason_of(error)}; give a folder that can be written") from error
     finally:
-        if made:
-            with suppress(OSError):  # not empty, as it should be
-                out.rmdir()
+        with suppress(OSError):  # not empty, as it should be
+            for path in made:
+                path.rmdir()
 
 
 def spread(data: Dataset[Any], count: int) -> Dataset[Any]:

@@ -132,9 +132,13 @@ def _holder(content: bytes) -> dict[str, Any] | None:
 
 def _lives(holder: dict[str, Any]) -> bool:
     """Whether the process runs; a number that was given to another one meanwhile is told by when that began."""
-    ticks = _ticks(holder["pid"])
-    if ticks is not None and holder.get("ticks") is not None:
-        return bool(ticks == holder["ticks"])
+    known = _stat(holder["pid"])
+    if known is not None:
+        state, ticks = known
+        if state in ("Z", "X"):  # it has ended, and the one that began it has not asked how
+            return False
+        if holder.get("ticks") is not None:
+            return bool(ticks == holder["ticks"])
     if os.name != "posix":  # there, asking would end the process
         return True
     try:
@@ -148,9 +152,15 @@ def _lives(holder: dict[str, Any]) -> bool:
 
 def _ticks(pid: int) -> int | None:
     """When a process began, in ticks since the machine started; None where the system does not tell, or it is gone."""
+    known = _stat(pid)
+    return None if known is None else known[1]
+
+
+def _stat(pid: int) -> tuple[str, int] | None:
+    """State and beginning of a process, from Linux."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         fields = stat.rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else int(fields[19])
+        return fields[0], int(fields[19])
     except (OSError, ValueError, IndexError):
         return None

@@ -227,7 +227,7 @@ class Trainer:
 
     def tracking(self) -> AbstractContextManager[None]:
         """Around what a tracker writes."""
-        return told(self.out, f"the tracker ({self.recipe.tracker}) failed; the last state is left")
+        return told(self.out, f"the tracker ({self.recipe.tracker}) failed; {checkpoint.left(self.out)}")
 
     @property
     def rate(self) -> float:

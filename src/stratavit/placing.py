@@ -1,7 +1,7 @@
 """Files and folders that appear whole or not at all: written beside their place, brought to the disk, moved there.
 
 Killed at any moment, the old one or the new one is in its place. What a killed process leaves beside it is taken away
-by the next that writes there.
+by the next that writes there, where a folder can be locked (not on Windows, not on NFS).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if sys.platform != "win32":
 
 NEW, OLD, END = "new", "old", ".part"
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
+_CANNOT = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF)
 _HERE, _SWAP = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
@@ -46,10 +47,12 @@ def beside(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError, ArtifactError) as error:
         if isinstance(error, ArtifactError) and str(folder) not in str(error):
             raise
-        raise ArtifactError(f"cannot write {path}: {reason_of(error)}; nothing was changed there") from error
+        whole = folder is None or _clear(folder, path)
+        then = "nothing was changed there" if whole else f"what was there is {folder}/{OLD}, move it back"
+        raise ArtifactError(f"cannot write {path}: {reason_of(error)}; {then}") from error
     finally:
         if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            _clear(folder, path)
         if held is not None:
             os.close(held)
         if not path.exists():
@@ -117,6 +120,9 @@ def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _CANNOT or not path.is_dir():  # some file systems sync files only
+            raise
     finally:
         os.close(handle)
 
@@ -124,16 +130,28 @@ def _sync(path: Path) -> None:
 def _put_over(new: Path, path: Path) -> None:
     if not new.is_dir():
         new.replace(path)
-    elif not path.exists():
-        _put_folder(new, path)
-    elif not _exchanged(new, path):
-        old = new.with_name(OLD)
-        path.rename(old)
+        return
+    if not path.exists():
         try:
-            new.rename(path)
-        except BaseException:
-            old.rename(path)
-            raise
+            _put_folder(new, path)
+            return
+        except OSError as error:  # another process put its own there just now
+            if error.errno not in _TAKEN:
+                raise
+    if not _exchanged(new, path):
+        path.rename(new.with_name(OLD))  # from here on `_clear` puts it back, whatever comes
+        new.rename(path)
+
+
+def _clear(folder: Path, path: Path) -> bool:
+    """Takes a temporary folder away, unless it holds what was at `path` and that cannot be put back: then False."""
+    if (folder / OLD).exists() and not path.exists():
+        try:
+            (folder / OLD).rename(path)
+        except OSError:
+            return False
+    shutil.rmtree(folder, ignore_errors=True)
+    return True
 
 
 def _put_folder(new: Path, path: Path) -> None:
@@ -152,7 +170,7 @@ def _exchanged(one: Path, other: Path) -> bool:
     if swap(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _SWAP) == 0:
         return True
     number = ctypes.get_errno()
-    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+    if number in _CANNOT:
         return False
     raise OSError(number, os.strerror(number))
 
@@ -166,19 +184,26 @@ def _held_folder(path: Path) -> tuple[Path, int | None]:
             if held is None or os.path.samestat(os.fstat(held), folder.stat()):
                 return folder, held
             os.close(held)
-        except FileNotFoundError:  # swept away before it was held
+        except (FileNotFoundError, BlockingIOError):  # another process sweeps it away before it was held
             continue
 
 
 def _hold(folder: Path) -> int | None:
-    """Holds a folder; None if another process does, or the file system cannot."""
+    """Holds a folder; None if the file system cannot.
+
+    Raises:
+        BlockingIOError: Another process holds it.
+        FileNotFoundError: It is gone.
+    """
     if sys.platform == "win32":
         return None
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(handle)
+        if isinstance(error, BlockingIOError):
+            raise
         return None
     return handle
 
@@ -187,15 +212,25 @@ def _sweep(path: Path) -> None:
     """Takes away what killed processes left beside `path`; if one died between two renames, puts the old one back."""
     ours = re.compile(re.escape(_start(path)) + "[a-z0-9_]{8}" + re.escape(END))  # as mkdtemp names them
     for left in filter(ours.fullmatch, os.listdir(path.parent)):
-        folder = path.parent / left
         with suppress(OSError):
-            held = _hold(folder)
-            if held is None:
-                continue
-            if (folder / OLD).exists() and not path.exists():
-                (folder / OLD).rename(path)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(held)
+            held = _hold(path.parent / left)
+            if held is not None:
+                try:
+                    _clear(path.parent / left, path)
+                finally:
+                    os.close(held)
+
+
+def followed(path: Path) -> Path:
+    """What a link leads to; any other path as it is.
+
+    Raises:
+        OSError: It leads to itself.
+    """
+    try:
+        return path.resolve() if path.is_symlink() else path
+    except RuntimeError as error:  # of Python before 3.13
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from error
 
 
 def _start(path: Path) -> str:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from stratavit.checkpoint import left
 from stratavit.compensation import Moments
 from stratavit.errors import StrataViTError, reason_of
 from stratavit.recipe import Recipe
@@ -181,8 +182,8 @@ def together(accelerator: Any, out: Path) -> Iterator[None]:
         if accelerator.num_processes == 1 or not lost:
             raise
         raise StrataViTError(
-            f"train: another process of this training has gone, or cannot be reached; the last state in {out} is "
-            f"sound, resume it with {accelerator.num_processes} processes"
+            f"train: another process of this training has gone, or cannot be reached; {left(out)}, "
+            f"with {accelerator.num_processes} processes"
         ) from error
 
 

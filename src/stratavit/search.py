@@ -51,9 +51,12 @@ class Limit:
 
     def open(self, first: int, last: int) -> None:
         """Reads the amount, and sees whether it can be met at all between two positions."""
-        dense = self.value(first)
-        self.asked = self.read(dense)
-        if not self.holds(first if self.is_goal else last) or (self.closed and self.asked > dense):
+        end = first if self.is_goal else last
+        self.asked = self.read(self.value(first))
+        if not self.exact and not self.holds(end):  # a busy machine may have said so
+            self.asked = self.read(self.value(first, anew=True))
+            self.value(end, anew=True)
+        if not self.holds(end) or (self.closed and self.asked > self.value(first)):
             raise self.unreachable(first, last)
 
     def unreachable(self, first: int, last: int) -> BudgetError:

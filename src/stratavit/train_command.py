@@ -234,6 +234,6 @@ def _outcome(args: Namespace, facts: Mapping[str, Any], images: int) -> dict[str
     return {
         "images": images,
         "steps": facts["steps"],
-        "seconds": sum(row["seconds"] for row in log if row["kind"] == "epoch"),
+        "seconds": sum(row.get("seconds", 0) for row in log if row["kind"] == "epoch"),
         "points": [vars(point) for point in measured[-1][1]] if measured else [],
     }

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from stratavit.errors import ArtifactError, StrataViTError, one_line
+from stratavit.errors import ArtifactError, StrataViTError, one_line, shown
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Shape = tuple[int, ...]
@@ -58,12 +58,11 @@ def check_fit(model: nn.Module, shapes: Mapping[str, Shape], source: str) -> Non
     """
     expected = model.state_dict()
     for name in sorted(expected.keys() | shapes.keys()):
-        shown = name if name.isprintable() and len(name) <= 200 else ascii(name)[:200]
         if name not in shapes:
             raise ArtifactError(f"{source}: {name} is missing; is this checkpoint of the same architecture?")
         if name not in expected:
             raise ArtifactError(
-                f"{source}: {shown} is not part of the model; is this checkpoint of the same architecture?"
+                f"{source}: {shown(name)} is not part of the model; is this checkpoint of the same architecture?"
             )
         ours, theirs = tuple(expected[name].shape), shapes[name]
         if ours != theirs:
