@@ -141,7 +141,7 @@ def launched(work: Path) -> list[dict[str, Any]]:
     rows = []
     for dies in (0, 1):
         out = work / f"launched-{dies}"
-        with started(*LAUNCH, *command(work, out, 2000)) as first:
+        with started(*LAUNCH, *command(work, out, 100_000)) as first:
             begun(out, 1)
             before = checkpoint.read_state(out)["step"]
             rows += refused(work, out)
@@ -156,7 +156,7 @@ def launched(work: Path) -> list[dict[str, Any]]:
             rows.append({"what": what + "seconds until all have ended", "value": round(seconds, 1)})
             rows.append({"what": what + "what the other says", "value": "; ".join(told(first)).replace(str(work), "")})
         step = checkpoint.read_state(out)["step"]
-        with started(*LAUNCH, *command(work, out, 2000, "--resume")) as again:
+        with started(*LAUNCH, *command(work, out, 100_000, "--resume")) as again:
             begun(out, step + 1)
             rows.append({"what": what + "resumed and went on", "value": "yes"})
             at = time.monotonic()

@@ -258,3 +258,13 @@ def test_real_validation_images_score_as_documented(real_data, deit_tiny):
     assert found.n == 87
     assert abs(found.top1 - 79.7) < 13
     assert found.top5 > 90
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "TGA", "ICO"])
+def test_images_of_any_form_under_a_usual_name(folder, form):
+    """Forms go by content; pixels are those of Pillow's own reading."""
+    path = folder / "val" / "n1" / "0.png"
+    Image.new("RGB", (16, 16), (200, 100, 50)).save(path, form)
+    found = load(folder).dataset[0][0]
+    with Image.open(path) as image:
+        assert torch.equal(found, load(folder).dataset.transform(image.convert("RGB")))

@@ -230,6 +230,10 @@ def test_attention_stays_eager():
         ("SwinForImageClassification", {"hidden_act": "relu"}),
         ("SwinForImageClassification", {"image_size": 36}),
         ("SwinForImageClassification", {"window_size": 6}),
+        ("SwinForImageClassification", {"layer_norm_eps": 1e-3}),
+        ("SwinForImageClassification", {"use_absolute_embeddings": True}),
+        ("SiglipVisionModel", {"vision_use_head": False}),
+        ("ViTForImageClassification", {"hidden_act": "mish"}),
     ],
 )
 def test_what_timm_computes_otherwise_is_refused(name, change):
@@ -237,7 +241,7 @@ def test_what_timm_computes_otherwise_is_refused(name, change):
 
     config = architectures.make(name).config.to_dict() | change
     kind = getattr(transformers, name)
-    with pytest.raises(StrataViTError, match="cannot cut this Swin"):
+    with pytest.raises(StrataViTError, match=f"cannot cut this {name}: "):
         stratavit.as_timm(enliven(kind(kind.config_class.from_dict(config))).eval())
 
 
@@ -337,6 +341,8 @@ def test_images_are_prepared_as_the_processor_does(folders, tmp_path, name, sett
         ({"crop_size": {"height": 16, "width": 16}}, "makes images of 16 x 16, the model reads 32 x 32"),
         ({"size": {"shortest_edge": 20}}, "larger than what it is cut from"),
         ({"size": {"height": 64, "width": 40}}, "not the same part"),
+        ({"size": {"longest_edge": 64}}, "height and width, or of the shortest edge"),
+        ({"resample": 5}, "resample .* is none of"),
     ],
 )
 def test_a_processor_that_timm_has_no_words_for_is_refused(folders, tmp_path, change, words):

@@ -168,8 +168,14 @@ def _announces(content: IO[bytes]) -> bool:
     Raises:
         ValueError: A text or number in it does not end within the file.
     """
-    operations = (step for _ in range(OLD_FORM) for step in pickletools.genops(content))
-    return any(step[0].name == "GLOBAL" and str(step[1]).endswith(" bytearray") for step in operations)
+    size = content.seek(0, os.SEEK_END) or content.tell()
+    content.seek(0)
+    for _ in range(OLD_FORM):
+        if content.tell() < size:  # others have fewer
+            operations = pickletools.genops(content)
+            if any(step[0].name == "GLOBAL" and str(step[1]).endswith(" bytearray") for step in operations):
+                return True
+    return False
 
 
 def _release() -> str:

@@ -292,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:
             print(json.dumps(result, indent=1))
         elif view:
-            Console(soft_wrap=True).print(*view, sep="\n")
+            Console(soft_wrap=True, markup=False, emoji=False).print(*view, sep="\n")
         if sys.stdout is not None:  # as it is where the shell closed it
             sys.stdout.flush()
     except OSError as error:  # the disk that it goes to is full, or nobody reads it any more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import sys
@@ -71,7 +72,9 @@ class ImageFolder(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         path, label = self.reader.samples[index]
         try:
-            with Image.open(path) as image:
+            # from memory: of a file, damaged sizes would be made room for before it is found too short
+            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                image = Image.open(content)  # type: ignore[arg-type]
                 if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
                     return None, label, path
                 picture = image.convert(self.mode)

@@ -258,7 +258,7 @@ class ElasticSite(nn.Module):
 
     def _solved(self, width: int, gain: float) -> tuple[Tensor, Tensor]:
         assert self.moments is not None
-        if self.moments.factor.device != self.out.weight.device:
+        if self.moments.factor.device != self.out.weight.device:  # pragma: no cover: takes a second device
             self.moments = self.moments.to(self.out.weight.device)
         weight = self.out_by_coordinate().float()  # [C, d*H]
         mean = self.channel_mean.T.flatten().float()  # [d*H]

@@ -179,8 +179,8 @@ class ElasticBeit(ElasticAttention):
             return x.unflatten(0, (self.heads, -1))[:, :width].flatten(0, 1)
 
         weight = torch.cat([cut(q) * scale, cut(k), cut(v)])
-        if q_bias is None or v_bias is None:
-            return weight, None
+        assert q_bias is not None, "a BEiT without biases is refused"
+        assert v_bias is not None
         bias = cut(q_bias) * scale
         return weight, torch.cat([bias, torch.zeros_like(bias), cut(v_bias)])
 

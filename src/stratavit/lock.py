@@ -17,7 +17,7 @@ from stratavit.errors import ArtifactError, reason_of
 from stratavit.folders import read_small
 from stratavit.placing import put_file
 
-if sys.platform != "win32":
+if sys.platform != "win32":  # pragma: no branch: tests run on Linux
     import fcntl
 
 FILE = "training.lock"
@@ -139,7 +139,7 @@ def _lives(holder: dict[str, Any]) -> bool:
             return False
         if holder.get("ticks") is not None:
             return bool(ticks == holder["ticks"])
-    if os.name != "posix":  # there, asking would end the process
+    if os.name != "posix":  # pragma: no cover: tests run on Linux; there, asking would end the process
         return True
     try:
         os.kill(holder["pid"], 0)

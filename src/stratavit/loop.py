@@ -292,7 +292,9 @@ class Trainer:
                     raise StrataViTError(f"{self.out} was trained with {key} = {state[key]}; now it is {value}")
             self.learner.restore(state)
             self.optimiser.load_state_dict(state["optimiser"])
-            if state["scaler"] is not None and self.accelerator.scaler is not None:
+            if (
+                state["scaler"] is not None and self.accelerator.scaler is not None
+            ):  # pragma: no cover: float16 on a GPU
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.step, self.begun, self.ended = (int(state[key]) for key in ("step", "begun", "ended"))
             self.losses.sum, self.losses.count = state["loss"]

@@ -18,7 +18,7 @@ from stratavit.sensitivity import Measure
 
 if sys.version_info >= (3, 11):
     import tomllib
-else:
+else:  # pragma: no cover: Python 3.10, as in `make test-matrix`
     import tomli as tomllib
 
 Mode = Literal["piad", "plain", "channel", "weighted", "layerdrop"]

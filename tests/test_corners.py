@@ -1,0 +1,437 @@
+"""Branches and sentences that no other test has reason to come by."""
+
+import dataclasses
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import accelerate
+import architectures
+import pytest
+import timm
+import torch
+from helpers import CLASSES, PLAN, make_batches, make_images, make_model, make_net
+from safetensors.torch import save_file
+from test_train import TINY, Images, run
+from timm.models.beit import Beit
+from torch import nn
+
+import stratavit
+from stratavit import (
+    ArtifactError,
+    BudgetError,
+    Spec,
+    StrataViTError,
+    SuperNet,
+    UnsupportedModelError,
+    announced,
+    architecture,
+    artifacts,
+    card,
+    checkpoint,
+    data,
+    features,
+    folders,
+    hf_models,
+    lock,
+    processes,
+    report,
+    signals,
+    statistics,
+    timing,
+    timm_config,
+    torchvision_models,
+)
+from stratavit.batches import watched
+from stratavit.cli import main
+from stratavit.equivalent import check_equivalent
+from stratavit.errors import described
+from stratavit.families import vit
+from stratavit.layers import describe_layer
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": CLASSES}
+
+
+def failing(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+# ---- models -----------------------------------------------------------------------------------------------------
+
+
+def test_more_buffers_than_the_weights_explain(tmp_path, monkeypatch):
+    stratavit.save(architectures.make("SwinForImageClassification"), tmp_path / "swin")
+    monkeypatch.setattr(announced, "BUFFERS", -(1 << 40))
+    with pytest.raises(ArtifactError, match=r"would compute .* numbers beside its weights"):
+        stratavit.load(tmp_path / "swin")
+
+
+def test_a_model_of_no_fixed_size():
+    model = make_model("plain")
+    model.patch_embed.img_size = None
+    assert architecture.resolve_data_config(model)["input_size"] == (3, 224, 224)
+
+
+def test_a_beit_without_biases_of_qkv_is_refused():
+    with pytest.raises(ArtifactError, match=r"k_bias has a form that timm\.create_model does not give"):
+        SuperNet(Beit(**SMALL, qkv_bias=False))
+
+
+def test_models_without_storage_are_not_compared():
+    with torch.device("meta"):
+        check_equivalent(nn.Linear(1, 2), nn.Linear(1, 3), (3, 1, 1))
+
+
+def test_attention_of_another_kind_tells_nothing():
+    model = make_model("plain")
+    for block in model.blocks:
+        block.attn = nn.Identity()
+    assert vit._attention_arguments(model) == {}
+
+
+def test_a_module_that_no_site_becomes():
+    with pytest.raises(ArtifactError, match="cannot describe x: a Identity is none of the layers"):
+        describe_layer("x", nn.Identity())
+
+
+def test_a_model_of_transformers_of_another_class():
+    with pytest.raises(UnsupportedModelError, match="cannot cut a Identity of transformers: expected one of"):
+        hf_models.layout_of(nn.Identity())
+
+
+def test_origins_that_are_none():
+    small = stratavit.as_timm(architectures.make("ViTForImageClassification"))
+    with pytest.raises(ArtifactError, match=r"origin: expected one of .*, got 'Other'"):
+        hf_models.from_timm(small, {"class": "Other"})
+    with pytest.raises(ArtifactError, match="origin: ViTForImageClassification cannot be built: "):
+        hf_models.from_timm(small, {"class": "ViTForImageClassification", "config": {"hidden_size": "x"}})
+
+
+def test_classes_of_a_model_of_transformers():
+    from stratavit.structure import classes_of
+
+    model = architectures.make("ViTForImageClassification")
+    assert classes_of(model) == model.config.num_labels
+
+
+def test_a_name_of_torchvisions_that_has_no_other_in_timm():
+    assert torchvision_models._renamed("encoder.layers.encoder_layer_3.other.bias") == "blocks.3.other.bias"
+
+
+def test_arguments_that_an_architecture_sets_itself(monkeypatch):
+    """Then there is no config.json that timm could load by."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32)
+    description, config = architecture.describe(model), architecture.resolve_data_config(model)
+    assert timm_config.timm_config(description, config) is not None
+    build = timm.create_model
+
+    def picky(name, **options):
+        if "depth" in options and options.get("device") == "meta" and picky.strict:
+            raise TypeError("got multiple values for keyword argument 'depth'")
+        return build(name, **options)
+
+    picky.strict = False
+    built = architecture.build(description, device="meta")
+    monkeypatch.setattr(architecture, "build", lambda *args, **options: built)
+    picky.strict = True
+    monkeypatch.setattr(timm, "create_model", picky)
+    assert timm_config.timm_config(description, config) is None
+
+
+# ---- what is measured -------------------------------------------------------------------------------------------
+
+
+def test_neighbours_of_nothing():
+    model, batches = make_model("plain"), make_batches()
+    with pytest.raises(StrataViTError, match="knn: expected k of at least 1 and a temperature above 0, got 0"):
+        stratavit.knn(model, batches, batches, k=0)
+    with pytest.raises(StrataViTError, match="knn: the bank gave no images"):
+        stratavit.knn(model, [], batches)
+    with pytest.raises(StrataViTError, match="the loader gives no labels"):
+        stratavit.knn(model, [make_images(2)], batches)
+
+
+def test_a_judge_by_text_embeddings():
+    model, batches = make_model("plain"), make_batches()
+    judge = report.judge_of(model, embeddings=torch.eye(CLASSES, features.features(model, make_images(1)).shape[1]))
+    assert judge(model, batches).n == sum(len(labels) for _, labels in batches)
+
+
+def test_features_that_no_gradient_comes_to():
+    observer = statistics.SiteObserver(make_net("plain").elastic["blocks.0.attn"], "weighted", None)
+    observer.features(torch.zeros(1, 2, 3, 2, 16))
+    assert observer._held == []
+
+
+def test_cut_networks_that_answer_with_no_numbers(monkeypatch):
+    from stratavit import listing
+
+    net = make_net("plain")
+    monkeypatch.setattr(listing, "walk", lambda *args: ([], {"blocks.0.attn": float("nan")}, []))
+    with pytest.raises(StrataViTError, match="a cut network answered NaN or infinity"):
+        listing.by_effects(net.model, net.sites, net.cost, make_batches(), PLAN)
+
+
+def test_what_a_timing_holds():
+    assert timing.Timing.of([0.1, 0.2, 0.3], 4).to_dict()["median_ms"] == pytest.approx(200)
+
+
+def test_a_runtime_that_is_not_here_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(timing, "load_session", failing(StrataViTError("pip install it")), raising=False)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(StrataViTError, match="pip install"):
+        stratavit.time_model(make_model("plain"), (3, 32, 32), stratavit.Setting(runtime="onnx", seconds=0.01))
+
+
+def test_values_from_files_in_sentences():
+    assert described([10**5000]) == "a very large list"
+
+
+def test_a_spec_of_something_else():
+    with pytest.raises(StrataViTError, match="spec: expected a mapping of site names to widths, got int"):
+        Spec(5)
+    assert repr(Spec({"a": 1})) == "Spec({'a': 1})"
+
+
+# ---- files ------------------------------------------------------------------------------------------------------
+
+
+def test_files_that_are_no_files(tmp_path, monkeypatch):
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(ArtifactError, match="is damaged or not a safetensors file"):
+        folders.read_tensors(tmp_path / "folder.safetensors")
+    with pytest.raises(ArtifactError, match=r"is incomplete: gone\.safetensors is missing"):
+        folders.read_tensors(tmp_path / "gone.safetensors")
+    (tmp_path / "large.json").write_text('{"a": 1}')
+    monkeypatch.setattr(folders, "LARGEST_TEXT", 3)
+    with pytest.raises(ArtifactError, match="larger than"):
+        folders.read_json(tmp_path / "large.json")
+
+
+def test_folders_of_images_that_cannot_be_listed(tmp_path, monkeypatch):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    monkeypatch.setattr(os, "scandir", failing(PermissionError(13, "Permission denied")))
+    with pytest.raises(StrataViTError, match=r"data: .* cannot be read \(Permission denied\)"):
+        data.check_links(tmp_path)
+
+
+def test_a_state_that_memory_is_too_small_for(tmp_path):
+    with pytest.raises(MemoryError), checkpoint.sound(tmp_path):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+
+def test_weights_without_an_average():
+    model = make_model("plain")
+    checkpoint.put_weights(checkpoint.weights_of(make_model("plain", seed=3), None), model, None)
+    assert torch.equal(model.head.weight, make_model("plain", seed=3).head.weight)
+
+
+def test_a_card_leaves_out_sizes_that_cannot_be_had(monkeypatch):
+    net = make_net("plain", stratified=True)
+    monkeypatch.setattr(card, "SHARES", ("12/12", "0/12"))
+    text = card.model_card(net, "user/name")
+    assert "| 12/12 |" in text
+    assert "| 0/12 |" not in text
+
+
+# ---- locks, signals, processes ----------------------------------------------------------------------------------
+
+
+def test_a_lock_that_cannot_be_read_or_taken(tmp_path, monkeypatch):
+    (tmp_path / lock.FILE).mkdir()
+    with pytest.raises(ArtifactError, match=r"cannot read .*training\.lock"):
+        lock.Lock(tmp_path).check()
+    (tmp_path / lock.FILE).rmdir()
+    monkeypatch.setattr(lock.Lock, "_write", failing(FileExistsError()))
+    with pytest.raises(ArtifactError, match="was just taken by another process"):
+        lock.Lock(tmp_path).take()
+
+
+@pytest.mark.parametrize(("error", "lives"), [(ProcessLookupError, False), (PermissionError, True), (None, True)])
+def test_processes_of_a_system_that_tells_little(monkeypatch, error, lives):
+    monkeypatch.setattr(lock, "_stat", lambda pid: None)
+    monkeypatch.setattr(os, "kill", failing(error) if error else lambda pid, number: None)
+    assert lock._lives({"pid": 12345, "host": "here", "begun": "now"}) is lives
+
+
+def test_signals_are_left_alone_in_other_threads():
+    before, asked = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        with signals.raised(), processes.stop_on_signal() as stop:
+            asked.append((signal.getsignal(signal.SIGTERM), stop.asked))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert asked == [(before, False)]
+
+
+def test_a_fault_that_is_no_workers_is_raised_as_it_is():
+    with pytest.raises(RuntimeError, match="shapes"), watched(""):
+        raise RuntimeError("shapes differ")
+
+
+def test_accelerate_that_cannot_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(accelerate, "Accelerator", failing(ValueError("fp8 needs other hardware")))
+    with pytest.raises(StrataViTError, match="train: Accelerate cannot start: fp8"):
+        processes.accelerator(TINY, tmp_path, cpu=True)
+
+
+def test_processes_that_were_launched_and_not_joined(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    alone = SimpleNamespace(num_processes=1, log_with=[])
+    monkeypatch.setattr(accelerate, "Accelerator", lambda **options: alone)
+    with pytest.raises(StrataViTError, match="2 processes were launched, but Accelerate joined 1"):
+        processes.accelerator(TINY, tmp_path, cpu=True)
+
+
+def test_a_tracker_that_fails_at_the_end(capsys):
+    tracker = SimpleNamespace(finish=failing(OSError(28, "No space left on device")))
+    processes.release(
+        SimpleNamespace(unwrap_model=lambda model, **options: model, trackers=[tracker]), make_model("plain")
+    )
+    assert "train: the tracker's last numbers are lost: the disk is full" in capsys.readouterr().err
+
+
+def test_states_are_saved_as_often_as_asked(tmp_path):
+    run(tmp_path / "run", recipe=dataclasses.replace(TINY, save_every=2))
+    assert checkpoint.read_state(tmp_path / "run")["ended"] == TINY.epochs
+
+
+def test_a_folder_that_is_filled_while_it_is_locked(tmp_path, monkeypatch):
+    from stratavit import launch
+
+    take = lock.Lock.take
+
+    def overtaken(self):
+        take(self)
+        (self.path.parent / "state.pt").touch()
+
+    monkeypatch.setattr(lock.Lock, "take", overtaken)
+    with pytest.raises(ArtifactError, match="is not empty; give another folder"):
+        launch.make_folder(tmp_path / "run", False, lock.Lock(tmp_path / "run"))
+
+
+def test_a_lock_that_cannot_be_set_leaves_no_folders(tmp_path, monkeypatch):
+    from stratavit import launch
+
+    monkeypatch.setattr(lock.Lock, "take", failing(OSError(28, "No space left on device")))
+    with pytest.raises(ArtifactError, match="the disk is full"):
+        launch.make_folder(tmp_path / "a" / "b" / "run", False, lock.Lock(tmp_path / "a" / "b" / "run"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_model_without_a_head_needs_a_teacher(tmp_path):
+    model = make_model("plain")
+    model.reset_classifier(0)
+    with pytest.raises(StrataViTError, match="the model has no head; give a teacher"):
+        stratavit.finetune(model, Images(), None, dataclasses.replace(TINY, mode="plain"), tmp_path / "run", cpu=True)
+
+
+def test_raw_weights_are_kept_where_asked(tmp_path):
+    small = make_net("plain").extract(spec={"blocks.0.attn": 8}, verbose=False)
+    recipe = dataclasses.replace(TINY, mode="plain", keep="raw")
+    tuned = stratavit.finetune(small, Images(), None, recipe, tmp_path / "run", cpu=True)
+    state = checkpoint.read_state(tmp_path / "run")
+    assert torch.equal(state["weights"]["head.weight"], tuned.head.weight)
+
+
+# ---- the command line -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A super-network and a small model with images for them."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("corners")
+    net = make_net("plain", stratified=True)
+    net.save(root / "run")
+    stratavit.save(net.extract(spec={"blocks.0.attn": 8}, verbose=False), root / "small")
+    for split in ("train", "val"):
+        for label in range(CLASSES):
+            (root / "data" / split / f"c{label}").mkdir(parents=True)
+            Image.new("RGB", (40, 40), (30 * label, 0, 0)).save(root / "data" / split / f"c{label}" / "0.png")
+    return root
+
+
+def told(capsys, *arguments):
+    capsys.readouterr()
+    assert main([*map(str, arguments)]) == 2
+    return capsys.readouterr().err
+
+
+def test_two_ways_to_measure(folder, capsys):
+    options = ["--data", folder / "data", "--workers", "0", "--knn", "3", "--zero-shot", "x.safetensors"]
+    assert "two ways to measure; give one" in told(capsys, "evaluate", folder / "small", *options)
+
+
+def test_measuring_by_text_embeddings(folder, tmp_path, capsys):
+    width = SuperNet.load(folder / "run").model.num_features
+    save_file({"classes": torch.eye(CLASSES, width)}, tmp_path / "texts.safetensors")
+    options = ["--data", folder / "data", "--workers", "0", "--zero-shot", tmp_path / "texts.safetensors", "--json"]
+    assert main([*map(str, ["evaluate", folder / "small", *options])]) == 0
+    assert f'"n": {CLASSES}' in capsys.readouterr().out
+
+
+def test_shares_that_cannot_be_had(folder, capsys, tmp_path):
+    options = ["--data", folder / "data", "--workers", "0", "--shares", "0.001", "--out", tmp_path / "curve"]
+    assert "none of the shares 0.001 is reachable" in told(capsys, "curve", folder / "run", *options)
+
+
+@pytest.mark.parametrize("shares", ["x", "0", "1/0", "1,"])
+def test_shares_that_are_none(folder, capsys, shares):
+    with pytest.raises(SystemExit):
+        main(["curve", str(folder / "run"), "--data", "d", "--shares", shares])
+    assert "as a share above 0 and at most 1" in capsys.readouterr().err
+
+
+def test_timing_without_onnx_runtime(folder, capsys, monkeypatch):
+    module = importlib.import_module("stratavit.bench_command")
+    monkeypatch.setattr(module, "has_onnx", lambda: False)
+    assert main(["bench", str(folder / "small"), "--batches", "1", "--seconds", "0.01"]) == 0
+    assert "ONNX Runtime is not here: pip install 'stratavit[export]'" in capsys.readouterr().out
+
+
+def test_brackets_and_colons_of_a_path_are_printed_as_they_are(folder, tmp_path, capsys):
+    (tmp_path / "[red]:smile:").mkdir()
+    assert main(["extract", str(folder / "run"), "--macs", "80%", "--out", str(tmp_path / "[red]:smile:" / "x")]) == 0
+    assert "[red]:smile:" in capsys.readouterr().out
+
+
+def test_the_table_of_the_docs(capsys):
+    assert main(["models", "vit_tiny_patch16_224", "--markdown"]) == 0
+    assert "| " in capsys.readouterr().out
+
+
+def test_processes_that_are_not_the_first_say_nothing(folder, tmp_path, capsys, monkeypatch):
+    module = importlib.import_module("stratavit.train_command")
+    monkeypatch.setattr(module, "part", lambda: None)
+    monkeypatch.setenv("RANK", "1")
+    options = ["--data", folder / "data", "--device", "cpu", "--workers", "0", "--tracker", "none", "--epochs", "1"]
+    options += ["--list-epochs", "1", "--batch-size", "4", "--repeats", "1"]
+    for command, target in (("train", "run"), ("finetune", "small")):
+        own = [word for word in options if command == "train" or word not in ("--list-epochs",)]
+        if command == "finetune":
+            own = [word for n, word in enumerate(options) if "--list-epochs" not in (word, options[n - 1])]
+        assert main([*map(str, [command, folder / target, "--out", tmp_path / command, *own, "--json"])]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_started_as_a_module():
+    ended = subprocess.run([sys.executable, "-m", "stratavit", "--version"], capture_output=True, text=True)
+    assert ended.returncode in (0, 2)
+
+
+def test_budgets_of_a_small_model(folder, capsys):
+    assert "has one size only" in told(capsys, "bench", folder / "small", "--macs", "50%")
+    assert issubclass(BudgetError, StrataViTError)
+    assert artifacts.kind(folder / "small") == artifacts.SUB
