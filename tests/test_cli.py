@@ -233,6 +233,13 @@ def test_unsupported_architecture(capsys, work, tmp_path):
     assert "ResNet" in complaint(capsys, arguments)
 
 
+def test_images_are_looked_for_before_weights_are_fetched(work, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("stratavit.convert_command.model_at", None)
+    for arguments in (["convert", MODEL, "--out", tmp_path / "out"], ["evaluate", MODEL]):
+        message = complaint(capsys, [*arguments, "--data", tmp_path / "imagenet"])
+        assert f"data: {tmp_path / 'imagenet'} is not a folder" in message
+
+
 def test_no_hub_access(capsys, work, tmp_path, monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("Cannot reach the hub\nsecond line")

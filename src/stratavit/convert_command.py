@@ -10,6 +10,7 @@ from stratavit import artifacts
 from stratavit.arguments import positive
 from stratavit.budget import human
 from stratavit.commands import Outcome, loader_of
+from stratavit.data import split_folder
 from stratavit.devices import pick_device
 from stratavit.folders import check_free
 from stratavit.objectives import OBJECTIVES
@@ -68,6 +69,7 @@ def add_convert_options(command: ArgumentParser) -> None:
 def convert(args: Namespace) -> Outcome:
     """MODEL and calibration images to a super-network folder."""
     check_free(args.out, args.overwrite)
+    split_folder(args.data, "train")
     device = pick_device(args.device)
     net = SuperNet(model_at(args.model, args.weights, args.num_classes, device), embedding=args.embedding or None)
     loader = loader_of(args, net.data_config, "train", classes_of(net), args.images)

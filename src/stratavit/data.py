@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
+import io
 import os
 import signal
 import sys
@@ -73,8 +73,7 @@ class ImageFolder(Dataset[Sample]):
         path, label = self.reader.samples[index]
         try:
             # from memory: of a file, damaged sizes would be made room for before it is found too short
-            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                image = Image.open(content)  # type: ignore[arg-type]
+            with Image.open(io.BytesIO(Path(path).read_bytes())) as image:
                 if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
                     return None, label, path
                 picture = image.convert(self.mode)
@@ -178,6 +177,23 @@ def read_class_map(path: Path) -> dict[str, int]:
     return {name: index for index, name in enumerate(names)}
 
 
+def split_folder(data: str | Path, split: str) -> Path:
+    """Where the class folders of a split are; worth asking before a model is fetched.
+
+    Raises:
+        StrataViTError: There is no such folder.
+    """
+    root = Path(data)
+    if not root.is_dir():
+        raise StrataViTError(
+            f"data: {root} is not a folder; expected train/ and val/ with one folder of images per class"
+        )
+    folder = next((root / name for name in _SPLITS[split] if (root / name).is_dir()), root)
+    if folder == root and any((root / name).is_dir() for names in _SPLITS.values() for name in names):
+        raise StrataViTError(f"data: {root} has no {split}/ folder, which is needed here")
+    return folder
+
+
 def image_loader(
     data: str | Path,
     data_config: Mapping[str, Any],
@@ -202,14 +218,7 @@ def image_loader(
     Raises:
         StrataViTError: The folder is missing, empty, or its classes do not match the head.
     """
-    root = Path(data)
-    if not root.is_dir():
-        raise StrataViTError(
-            f"data: {root} is not a folder; expected train/ and val/ with one folder of images per class"
-        )
-    folder = next((root / name for name in _SPLITS[split] if (root / name).is_dir()), root)
-    if folder == root and any((root / name).is_dir() for names in _SPLITS.values() for name in names):
-        raise StrataViTError(f"data: {root} has no {split}/ folder, which is needed here")
+    folder = split_folder(data, split)
     dataset = ImageFolder(folder, data_config, class_map)
     loader = ImageLoader(dataset, batch_size, workers, limit)
     found = loader.classes

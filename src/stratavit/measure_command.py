@@ -11,6 +11,7 @@ from torch import nn
 
 from stratavit import artifacts, commands, report
 from stratavit.architecture import resolve_data_config
+from stratavit.data import split_folder
 from stratavit.devices import pick_device
 from stratavit.errors import BudgetError, StrataViTError
 from stratavit.evaluate import Metrics
@@ -62,6 +63,7 @@ def _judge(args: Namespace, model: nn.Module, data_config: dict[str, Any]) -> tu
 
 def evaluate(args: Namespace) -> commands.Outcome:
     """Accuracy of a saved folder or a timm model."""
+    split_folder(args.data, "val")
     device = pick_device(args.device)
     asked = commands.budgets(args)
     spec: Spec | None = None
