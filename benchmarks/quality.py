@@ -31,6 +31,13 @@ from stratavit.wpac import CRITERIA, Criterion
 TWELFTHS = (10, 8, 6, 4)
 TITLES = {"wpac": "paper: WPAC", "pca": "criterion: PCA"}
 OURS = "StrataViT, default"
+GROUPS = {  # label in the picture -> beginning of the rows' titles
+    "the paper, one-shot": TITLES["wpac"],
+    "best of five pruning criteria": "criterion:",
+    "Torch-Pruning, best of six settings": "Torch-Pruning",
+    "ModelOpt FastNAS (MLPs only), best of two": "ModelOpt",
+    OURS: OURS,
+}
 Row = dict[str, Any]
 Made = tuple[str, Callable[[], Row]]  # title of a row, and how to measure it
 
@@ -39,7 +46,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--model", choices=MODELS, default="deit_tiny")
     arguments.add_argument("--only", nargs="+", choices=("ours", "criteria", "peers"), help="parts (default: all)")
-    arguments.add_argument("--picture", help="PNG of the rows")
+    arguments.add_argument("--picture", help="PNG of the best of each group of rows")
     arguments.add_argument(
         "--journal", type=Path, help="file that rows are kept in; an interrupted run goes on from it"
     )
@@ -144,12 +151,17 @@ def peer_rows(model: nn.Module, calibration: Batches, validation: Batches) -> It
 
 
 def draw(rows: list[Row], dense: float, path: str, title: str) -> None:
-    """Top-1 against share of MACs, a line a row."""
+    """Top-1 against share of MACs, a line for each group of rows, the best of it at every size."""
     lines = {}
-    for row in rows:
-        reached = [n for n in TWELFTHS if row[f"{n}/12"] != "-"]
-        lines[row["what"]] = [(1.0, dense), *((row[f"kept {n}/12"], row[f"{n}/12"]) for n in reached)]
-    draw_lines(lines, path, title, best=OURS, first=":")
+    for label, start in GROUPS.items():
+        group = [row for row in rows if row["what"].startswith(start)]
+        best = [
+            max(((row[f"{n}/12"], row[f"kept {n}/12"]) for row in group if row[f"{n}/12"] != "-"), default=None)
+            for n in TWELFTHS
+        ]
+        if group:
+            lines[label] = [(1.0, dense), *((kept, top1) for top1, kept in filter(None, best))]
+    draw_lines(lines, path, title, best=OURS, first="-")
 
 
 if __name__ == "__main__":
