@@ -909,3 +909,22 @@ def test_artifacts_tell_the_kind_of_hostile_folders(tmp_path):
     for text in (*RAW, '{"format": ["x"]}', '{"format": {"a": 1}}'):
         (tmp_path / "stratavit.json").write_text(text)
         assert outcome(artifacts.kind, tmp_path) is None
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_names_of_any_length_are_told_in_a_short_line(saved, kind):
+    """Fuzzing found: of a key of the data configuration, a number of the model, a method."""
+    path = saved / kind / "stratavit.json"
+    without_hashes(saved / kind)
+    content = json.loads(path.read_text())
+    for place in ("data_config", "model", "method"):
+        changed = copy.deepcopy(content)
+        if place == "model":
+            changed["model"]["args"]["x" * 3000] = 10**6
+        elif place == "method":
+            changed["method"] = ["x" * 3000]
+        else:
+            changed["data_config"]["x\n" * 3000] = 1
+        path.write_text(json.dumps(changed))
+        found = outcome(LOADERS[kind], saved / kind)
+        assert found is None or (kind == "small" and place != "model")

@@ -162,7 +162,7 @@ def merged_data_config(model: nn.Module, given: Mapping[str, Any] | None) -> dic
     config = resolve_data_config(model)
     unknown = sorted(set(given or {}) - set(config) - DATA_KEYS)
     if unknown:
-        raise StrataViTError(f"data_config: {unknown[0]!r} is none of {', '.join(sorted(DATA_KEYS))}")
+        raise StrataViTError(f"data_config: {described(unknown[0])} is none of {', '.join(sorted(DATA_KEYS))}")
     return config | dict(given or {})
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stratavit import architecture
 from stratavit.equivalent import check_equivalent
-from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, one_line
+from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, described, one_line
 from stratavit.hf_layouts import LAYOUTS, Layout
 from stratavit.hf_weights import blocks_of, load_state, mlp_layers, to_state
 from stratavit.plain import Constant
@@ -77,7 +77,9 @@ def describe(model: Any) -> dict[str, Any]:
     if name == "SwinForImageClassification" and abs(config.layer_norm_eps - 1e-5) > 1e-9:
         raise UnsupportedModelError(f"cannot cut this {name}: layer_norm_eps is {config.layer_norm_eps}, timm's 1e-5")
     if name == "SwinForImageClassification" and config.hidden_act != "gelu":
-        raise UnsupportedModelError(f"cannot cut this {name}: hidden_act is {config.hidden_act!r}, timm's gelu")
+        raise UnsupportedModelError(
+            f"cannot cut this {name}: hidden_act is {described(config.hidden_act)}, timm's gelu"
+        )
     if getattr(config, "use_absolute_embeddings", False):
         raise UnsupportedModelError(f"cannot cut this {name}: absolute positions (use_absolute_embeddings)")
     if name == "SiglipVisionModel" and not getattr(config, "vision_use_head", True):
@@ -85,7 +87,7 @@ def describe(model: Any) -> dict[str, Any]:
     try:
         args = layout.arguments(config)
     except KeyError as error:
-        raise UnsupportedModelError(f"cannot cut this {name}: timm has no activation like {error}") from error
+        raise UnsupportedModelError(f"cannot cut this {name}: timm has no activation like {one_line(error)}") from error
     name = "vit_giant_patch14_dinov2" if getattr(config, "use_swiglu_ffn", False) else layout.architecture
     sites = {}
     for ours, theirs in blocks_of(model, layout):
@@ -142,7 +144,7 @@ def from_timm(small: Any, origin: Mapping[str, Any]) -> Any:
     transformers = library()
     name = origin.get("class")
     if name not in LAYOUTS:
-        raise ArtifactError(f"origin: expected one of {', '.join(LAYOUTS)}, got {name!r}")
+        raise ArtifactError(f"origin: expected one of {', '.join(LAYOUTS)}, got {described(name)}")
     layout, kind = LAYOUTS[name], getattr(transformers, name)
     state = small.state_dict()
     numbers = architecture.describe(small)["sites"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stratavit.errors import ArtifactError, one_line
+from stratavit.errors import ArtifactError, described, one_line
 from stratavit.hf_models import library
 
 PROCESSOR = "preprocessor_config.json"
@@ -70,7 +70,7 @@ def _config(processor: Any, input_size: tuple[int, int, int], flexible: bool) ->
         raise ArtifactError("the crop is not the same part of height and width, or larger than what it is cut from")
     names = {number: name for name, number in _RESAMPLING.items()}
     if int(processor.resample) not in names:
-        raise ArtifactError(f"resample {processor.resample!r} is none of {', '.join(_RESAMPLING)}")
+        raise ArtifactError(f"resample {described(processor.resample)} is none of {', '.join(_RESAMPLING)}")
     normal = bool(processor.do_normalize)
     return {
         "input_size": (channels, *made),

@@ -173,7 +173,8 @@ class Recipe:
         for key, value in (asked or self).to_dict().items():
             if key not in _WITHOUT_EFFECT and value != getattr(self, key):
                 raise StrataViTError(
-                    f"{source} was trained with {key} = {getattr(self, key)!r}; a resumed run cannot make it {value!r}"
+                    f"{source} was trained with {key} = {described(getattr(self, key))}; a resumed run "
+                    f"cannot make it {described(value)}"
                 )
         return asked or self
 
