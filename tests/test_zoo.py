@@ -139,3 +139,8 @@ def test_damaged_files_are_refused_by_name(source, tmp_path, name, damage):
     with pytest.raises(ArtifactError, match=name.replace(".", r"\.")) as caught:
         dense_model(NAME, path, num_classes=3)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(StrataViTError, match=r"gone is neither a folder nor the name of a model"):
+        dense_model(str(tmp_path / "gone"))

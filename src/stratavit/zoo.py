@@ -35,6 +35,10 @@ def dense_model(name: str, weights: str | Path | None = None, num_classes: int |
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() names them all"
+        if any(mark in name for mark in "/\\"):
+            raise StrataViTError(
+                f"{name} is neither a folder nor the name of a model; give one that was saved, or a name"
+            )
         raise StrataViTError(f"timm {timm.__version__} has no model named {name!r}; {hint}")
     arguments = {} if num_classes is None else {"num_classes": num_classes}
     if weights is not None:
