@@ -49,7 +49,7 @@ from stratavit import (
 from stratavit.batches import watched
 from stratavit.cli import main
 from stratavit.equivalent import check_equivalent
-from stratavit.errors import described
+from stratavit.errors import described, one_line, shown
 from stratavit.families import vit
 from stratavit.layers import describe_layer
 
@@ -192,6 +192,12 @@ def test_a_runtime_that_is_not_here_says_how_to_get_it(monkeypatch):
 
 def test_values_from_files_in_sentences():
     assert described([10**5000]) == "a very large list"
+
+
+def test_what_other_libraries_say_is_printable():
+    assert one_line(ValueError("a\x00b\ud800c\nsecond line")) == r"a\x00b\ud800c"
+    assert one_line(ValueError()) == "ValueError"
+    assert shown("blocks.0\n" * 99) == (r"blocks.0\n" * 99)[:200]
 
 
 def test_a_spec_of_something_else():

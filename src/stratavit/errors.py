@@ -27,7 +27,7 @@ class BudgetError(StrataViTError):
 def one_line(error: BaseException, longest: int = 200) -> str:
     """What another library's error says, as part of one of our sentences: its first line, or its type."""
     lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:longest]
+    return _printable(lines[0] if lines else type(error).__name__)[:longest]
 
 
 def described(found: Any, longest: int = 60) -> str:
@@ -41,7 +41,11 @@ def described(found: Any, longest: int = 60) -> str:
 
 def shown(name: str, longest: int = 200) -> str:
     """A name from a file as it is, or without what would break or fill our line."""
-    return name if name.isprintable() and len(name) <= longest else ascii(name)[1:-1][:longest]
+    return _printable(name)[:longest]
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -59,7 +59,8 @@ def _config(processor: Any, input_size: tuple[int, int, int], flexible: bool) ->
     made = _sides(processor.crop_size) if getattr(processor, "do_center_crop", False) else resized
     made = built if made is None else made
     if made != built and not flexible:
-        raise ArtifactError(f"it makes images of {made[0]} x {made[1]}, the model reads {built[0]} x {built[1]}")
+        height, width = map(described, made)
+        raise ArtifactError(f"it makes images of {height} x {width}, the model reads {built[0]} x {built[1]}")
     edge = processor.size.get("shortest_edge") if resized is None else None
     if resized is None and not edge:
         raise ArtifactError("expected a size of height and width, or of the shortest edge")
