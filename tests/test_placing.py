@@ -235,3 +235,40 @@ def test_advice_for_want_of_memory_can_be_followed(monkeypatch, capsys, argument
     monkeypatch.setattr(cli.measure_command, "evaluate", without_memory)
     assert cli.main(arguments) == 2
     assert capsys.readouterr().err.strip().endswith(f"memory ran out on the device or here; {advice}")
+
+
+# ---- errors that are passed on ---------------------------------------------------------------------------------
+
+
+def test_a_parent_that_is_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError, match=r"cannot write .*; nothing was changed there"):  # noqa: SIM117
+        with placing.beside(tmp_path / "file" / "out"):
+            raise AssertionError("there is no place")
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_other_faults_of_the_last_step(tmp_path, monkeypatch, overwrite):
+    monkeypatch.setattr(placing, "_put_folder", stale)
+    with pytest.raises(ArtifactError, match=r"Stale file handle; nothing was changed there"):
+        written(tmp_path / "out", "x", overwrite)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_became_another_before_it_was_held(tmp_path, monkeypatch):
+    samestat, asked = os.path.samestat, []
+
+    def first_not(one, other):
+        asked.append(one)
+        return len(asked) > 1 and samestat(one, other)
+
+    monkeypatch.setattr(os.path, "samestat", first_not)
+    written(tmp_path / "out", "x")
+    assert len(asked) >= 2
+    written(tmp_path / "out", "y")
+    assert held(tmp_path) == {"out": "y"}
+
+
+def test_sentences_of_ours_are_passed_on_as_they_are(tmp_path):
+    with pytest.raises(ArtifactError, match=r"^ours$"), placing.told(tmp_path, "left"):
+        raise ArtifactError("ours")
