@@ -292,10 +292,8 @@ class Trainer:
                     raise StrataViTError(f"{self.out} was trained with {key} = {state[key]}; now it is {value}")
             self.learner.restore(state)
             self.optimiser.load_state_dict(state["optimiser"])
-            if (
-                state["scaler"] is not None and self.accelerator.scaler is not None
-            ):  # pragma: no cover: float16 on a GPU
-                self.accelerator.scaler.load_state_dict(state["scaler"])
+            if state["scaler"] is not None and self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])  # pragma: no cover: float16 on a GPU
             self.step, self.begun, self.ended = (int(state[key]) for key in ("step", "begun", "ended"))
             self.losses.sum, self.losses.count = state["loss"]
         processes.on_main(self.accelerator, lambda: self.journal.rewind(self.ended))
