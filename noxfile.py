@@ -18,6 +18,7 @@ RECORD = "benchmarks/version_matrix.py"
 nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["oldest", "usual", "newest", "table"]
 nox.options.stop_on_first_error = False
+nox.options.error_on_missing_interpreters = True  # a session that is skipped would look like one that passed
 
 
 @nox.session(python="3.10")

@@ -683,6 +683,16 @@ def test_a_text_of_any_length_in_a_checkpoint_of_the_old_form(tmp_path):
         zoo.read_checkpoint(tmp_path / "w.pth")
 
 
+def test_parts_that_are_said_to_be_larger_than_they_are(tmp_path):
+    """Fuzzing found: as many bytes are asked for as the archive says."""
+    torch.save({"a": torch.zeros(2)}, tmp_path / "w.pth")
+    content = (tmp_path / "w.pth").read_bytes()
+    at = content.index(b"PK\x01\x02") + 20  # compressed size in the directory of the archive
+    (tmp_path / "w.pth").write_bytes(content[:at] + struct.pack("<I", 0xFFFFFF00) + content[at + 4 :])
+    with pytest.raises(ArtifactError, match=r"w\.pth is damaged; copy"):
+        zoo.read_checkpoint(tmp_path / "w.pth")
+
+
 def test_names_of_parts_are_told_in_one_line(tmp_path):
     """Fuzzing found: one with a backspace in it."""
     torch.save({"a": torch.zeros(2)}, tmp_path / "w.pth")

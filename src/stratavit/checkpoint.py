@@ -147,7 +147,7 @@ def check_archive(path: Path, prefix: str, advice: str = "copy it again") -> Non
                 return
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
-            packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+            packed = any((p.compress_type, p.compress_size) != (zipfile.ZIP_STORED, p.file_size) for p in parts)
             if packed or sum(part.file_size for part in parts) > path.stat().st_size:
                 raise zipfile.BadZipFile("compressed")
             pickled = [archive.read(part) for part in parts if part.filename.endswith(".pkl")]
