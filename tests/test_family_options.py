@@ -39,7 +39,12 @@ def build(name, **more):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         sizes = SWIN if name.startswith("swin") else VIT
-        return enliven(timm.create_model(name, **sizes | {"num_classes": 7} | more)).eval()
+        try:
+            return enliven(timm.create_model(name, **sizes | {"num_classes": 7} | more)).eval()
+        except TypeError:
+            if "window_size" in more:
+                pytest.skip(f"timm {timm.__version__} has one window for all stages")
+            raise
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -626,7 +626,8 @@ def test_evaluations_of_a_log_that_are_none_are_left_out(tmp_path, points):
     point = report.Point("1/2", 0.5, 100, 10, 50.0, 60.0, 1.5, 8)
     rows = [{"kind": "eval", "epoch": 1, "points": [vars(point)]}, {"kind": "eval", "epoch": 2, "points": points}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert evaluations(tmp_path) == [(1, [point])]
+    assert report.curves(checkpoint.Journal(tmp_path / "log.jsonl").rows()) == [(1, [point]), (2, [])]
+    assert evaluations(tmp_path) == [(1, [point])]  # that can be drawn
 
 
 @pytest.mark.parametrize("value", [None, "0.5", [], 10**30, -1, True, float("nan")])

@@ -130,7 +130,7 @@ def imports(path):
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
             modules = [node.module]
-        for module in {name.partition(".")[0] for name in modules} - {"stratavit", *sys.stdlib_module_names}:
+        for module in {name.partition(".")[0] for name in modules} - {"stratavit", "tomllib", *sys.stdlib_module_names}:
             (distribution, *_) = DISTRIBUTIONS.get(module, [module])
             yield canonicalize_name(distribution), id(node) not in later
 

@@ -272,3 +272,13 @@ def test_a_folder_that_became_another_before_it_was_held(tmp_path, monkeypatch):
 def test_sentences_of_ours_are_passed_on_as_they_are(tmp_path):
     with pytest.raises(ArtifactError, match=r"^ours$"), placing.told(tmp_path, "left"):
         raise ArtifactError("ours")
+
+
+def test_a_folder_that_others_always_hold(tmp_path, monkeypatch):
+    def held_by_others(folder):
+        raise BlockingIOError
+
+    monkeypatch.setattr(placing, "_hold", held_by_others)
+    with pytest.raises(ArtifactError, match=r"cannot write .*; nothing was changed there"):
+        written(tmp_path / "out", "x")
+    assert not any(tmp_path.iterdir())

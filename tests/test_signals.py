@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import shutil
 import signal
 import sys
@@ -32,13 +33,18 @@ def struck(number, kill=signal.SIGKILL):
             os.kill(os.getpid(), kill)
         return None if name == "fsync" else before[name](*args, **kwargs)  # no power fails here
 
+    places = [os, *filter(None, [getattr(pathlib, "_normal_accessor", None)])]  # Python 3.10 keeps some of its own
     for name in CALLS:
-        setattr(os, name, partial(called, name))
+        for place in places:
+            if hasattr(place, name):
+                setattr(place, name, partial(called, name))
     try:
         yield calls
     finally:
         for name, function in before.items():
-            setattr(os, name, function)
+            for place in places:
+                if hasattr(place, name):
+                    setattr(place, name, function)
 
 
 def forked(work, number, kill):

@@ -144,3 +144,9 @@ def test_damaged_files_are_refused_by_name(source, tmp_path, name, damage):
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(StrataViTError, match=r"gone is neither a folder nor the name of a model"):
         dense_model(str(tmp_path / "gone"))
+
+
+@pytest.mark.parametrize("name", ["timm/vit_tiny_patch16_224", "./vit_tiny_patch16_224"])
+def test_names_with_a_slash_that_are_nearly_right(name):
+    with pytest.raises(StrataViTError, match=r"did you mean .*vit_tiny_patch16_224"):
+        dense_model(name)

@@ -31,12 +31,10 @@ _BYTEARRAY = b"bytearray\n"  # in a pickle: torch would make one of any length a
 _HOLDS = "holds a bytearray, which may be of any length; save a state dict of tensors only"
 
 
-def left(folder: Path) -> str:
-    """What is left of a run if it ends now, for a sentence."""
+def left(folder: Path, then: str = ", resume it to go on") -> str:
+    """What is left of a run if it ends now, for a sentence; `then`: what to do with it."""
     resumable = (folder / STATE_FILE).exists()
-    return (
-        f"the last state in {folder} is sound, resume it to go on" if resumable else "there is no state to resume yet"
-    )
+    return f"the last state in {folder} is sound{then}" if resumable else "there is no state to resume yet"
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from timm.data.readers import create_reader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from stratavit.batches import guarded
+from stratavit.batches import LESS, guarded
 from stratavit.errors import StrataViTError, described, out_of_memory
 from stratavit.folders import read_small
 
@@ -71,17 +71,29 @@ class ImageFolder(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         path, label = self.reader.samples[index]
+        size: tuple[int, int] | None = None
         try:
-            # from memory: of a file, damaged sizes would be made room for before it is found too short
+            # from memory: of a file, parts of a damaged length would be made room for before it is found too short
             with Image.open(io.BytesIO(Path(path).read_bytes())) as image:
                 if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
                     return None, label, path
+                size = image.size
                 picture = image.convert(self.mode)
         except Exception as error:  # what Pillow raises for damage differs with the format that it takes a file for
             if out_of_memory(error):  # no damage: without this image the others would be another set
-                raise
+                raise _too_large(path, size) from error
             return None, label, path
-        return self.transform(picture), label, path
+        try:
+            return self.transform(picture), label, path
+        except (MemoryError, RuntimeError) as error:
+            if out_of_memory(error):
+                raise _too_large(path, size) from error
+            raise
+
+
+def _too_large(path: str, size: tuple[int, int] | None) -> StrataViTError:
+    said = "" if size is None else f", which says it has {size[0]} x {size[1]} pixels"
+    return StrataViTError(f"data: memory ran out while {path} was read{said}; take it out, or {LESS}")
 
 
 class ImageLoader:

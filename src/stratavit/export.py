@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -177,7 +177,7 @@ def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise StrataViTError("export to ONNX needs more packages: pip install 'stratavit[export]'") from error
-    with without_their_warnings():
+    with without_their_warnings(), redirect_stdout(io.StringIO()):  # some releases print what they did
         torch.onnx.export(
             model,
             (example,),

@@ -248,8 +248,8 @@ class Trainer:
         name = "sub-network" if drawn.position is None else f"prefix {drawn.position}"
         raise StrataViTError(
             f"train: the loss is {loss:g} at step {step} ({name}, {drawn.macs / self.learner.full_macs:.0%} of MACs, "
-            f"learning rate {self.rate:.3g}) or not finite on another process; the last state in {self.out} "
-            "is sound: train anew with a lower lr or with clip"
+            f"learning rate {self.rate:.3g}) or not finite on another process; "
+            f"{checkpoint.left(self.out, '')}: train anew with a lower lr or with clip"
         )
 
     # ---- what is kept and written ---------------------------------------------------------

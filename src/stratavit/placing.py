@@ -71,7 +71,7 @@ def put(new: Path, path: Path, overwrite: bool) -> None:
 
     Raises:
         ArtifactError: Another process wrote there meanwhile.
-        OSError: It cannot be moved; what was there is as it was.
+        OSError: It cannot be moved; what was there is as it was, or put back when `beside` ends.
     """
     to_disk(new)
     try:
@@ -177,7 +177,7 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 def _held_folder(path: Path) -> tuple[Path, int | None]:
     """A new folder beside `path`, held so that others see that it is in use for as long as this process lives."""
-    while True:
+    for _ in range(100):
         folder = Path(tempfile.mkdtemp(prefix=_start(path), suffix=END, dir=path.parent))
         try:
             held = _hold(folder)
@@ -185,7 +185,9 @@ def _held_folder(path: Path) -> tuple[Path, int | None]:
                 return folder, held
             os.close(held)
         except (FileNotFoundError, BlockingIOError):  # another process sweeps it away before it was held
-            continue
+            with suppress(OSError):
+                folder.rmdir()
+    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
 def _hold(folder: Path) -> int | None:

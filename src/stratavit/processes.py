@@ -182,8 +182,8 @@ def together(accelerator: Any, out: Path) -> Iterator[None]:
         if accelerator.num_processes == 1 or not lost:
             raise
         raise StrataViTError(
-            f"train: another process of this training has gone, or cannot be reached; {left(out)}, "
-            f"with {accelerator.num_processes} processes"
+            "train: another process of this training has gone, or cannot be reached; "
+            + left(out, f", resume it with {accelerator.num_processes} processes")
         ) from error
 
 

@@ -222,7 +222,8 @@ def forget_moments(net: SuperNet, recipe: Recipe) -> None:
 
 def evaluations(folder: Path) -> list[tuple[int, list[report.Point]]]:
     """The ladders of budgets that a run has logged, with the epochs after which they were measured."""
-    return report.curves(Journal(folder / LOG_FILE).rows())
+    found = report.curves(Journal(folder / LOG_FILE).rows())
+    return [(epoch, points) for epoch, points in found if points]
 
 
 def given_list(net: SuperNet, recipe: Recipe) -> list[Entry]:

@@ -149,28 +149,25 @@ def read_csv(path: Path) -> list[Point]:
         points = [Point(**{key: types[key](value) for key, value in row.items()}) for row in lines]
         if sorted(lines.fieldnames or types) != sorted(types):
             raise ValueError("a column is missing, unknown or there twice")
-        for point in points:
-            _check_point(point)
-        return points
+        return [_checked(point) for point in points]
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
         raise ArtifactError(f"{path} is not a curve written by StrataViT ({one_line(error)})") from error
 
 
 def curves(rows: Iterable[Mapping[str, Any]]) -> list[tuple[int, list[Point]]]:
-    """The curves in the rows of a run's log, with the epochs that had ended; rows of none are left out."""
+    """The curves in the rows of a run's log, with the epochs that had ended; one that has other values is empty."""
     found = []
     for row in rows:
-        with suppress(ValueError, TypeError, KeyError):
-            if row["kind"] == "eval":
-                points = [Point(**point) for point in row["points"]]
-                for point in points:
-                    _check_point(point)
-                found.append((row["epoch"], points))
+        if row["kind"] == "eval":
+            points: list[Point] = []
+            with suppress(ValueError, TypeError, KeyError):
+                points = [_checked(Point(**point)) for point in row["points"]]
+            found.append((row["epoch"], points))
     return found
 
 
-def _check_point(point: Point) -> None:
-    """Whether the values are those of a network that was measured."""
+def _checked(point: Point) -> Point:
+    """The point, if its values are those of a network that was measured."""
     for name, kind in get_type_hints(Point).items():
         if not isinstance(getattr(point, name), int | float if kind is float else kind):
             raise TypeError(f"{point.asked}: {name} is of another type")
@@ -179,6 +176,7 @@ def _check_point(point: Point) -> None:
     sizes = 0 < point.share <= 1 and 0 < point.macs < _LARGEST and 0 < point.params < _LARGEST
     if not (percent and sizes and 0 <= point.loss < float("inf") and 0 < point.n < _LARGEST):
         raise ValueError(f"{point.asked}: a number is out of range")
+    return point
 
 
 def points_in(folder: str | Path) -> list[Point]:

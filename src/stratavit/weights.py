@@ -45,8 +45,8 @@ def check_one_type(tensors: Mapping[str, Tensor], source: str) -> None:
     for name, dtype in found:
         if dtype != found[0][1]:
             raise ArtifactError(
-                f"{source}: {found[0][0]} is of type {found[0][1]}, {name} of {dtype}".replace("torch.", "")
-                + "; without a hash that vouches for the file, one type is expected: copy it or save the model again"
+                f"{source}: {found[0][0]} is of type {_kind(tensors[found[0][0]])}, {name} of {_kind(tensors[name])}; "
+                "without a hash in the JSON file, which vouches for it, one type is expected: copy it or save it again"
             )
 
 

@@ -35,7 +35,7 @@ def dense_model(name: str, weights: str | Path | None = None, num_classes: int |
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() names them all"
-        if any(mark in name for mark in "/\\"):
+        if not close and any(mark in name for mark in "/\\"):
             raise StrataViTError(
                 f"{name} is neither a folder nor the name of a model; give one that was saved, or a name"
             )
