@@ -229,10 +229,13 @@ def followed(path: Path) -> Path:
     Raises:
         OSError: It leads to itself.
     """
-    try:
-        return path.resolve() if path.is_symlink() else path
-    except RuntimeError as error:  # of Python before 3.13
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from error
+    if not path.is_symlink():
+        return path
+    with suppress(RuntimeError):  # what Python before 3.13 says of a loop
+        place = path.resolve()
+        if not place.is_symlink():
+            return place
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
 
 
 def _start(path: Path) -> str:
