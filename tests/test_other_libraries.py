@@ -353,6 +353,17 @@ def test_a_processor_that_timm_has_no_words_for_is_refused(folders, tmp_path, ch
         load_equivalent(tmp_path / "source")
 
 
+def test_a_class_name_of_any_length_is_told_in_short(folders, tmp_path):
+    """Fuzzing found."""
+    shutil.copytree(folders / HEADED, tmp_path / "source")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config | {"architectures": ["x\n" * 3000]}))
+    with pytest.raises(ArtifactError, match="expected a model of one of") as told:
+        load_equivalent(tmp_path / "source")
+    assert len(str(told.value)) < 500
+    assert str(told.value).isprintable()
+
+
 def test_a_release_with_other_names_is_refused(monkeypatch):
     """In a sentence that names the bound which the package declares, not by an attribute that is missing."""
     from stratavit.hf_models import OLDEST, library

@@ -9,7 +9,7 @@ from torch import nn
 
 from stratavit.announced import check_config
 from stratavit.architecture import resolve_data_config
-from stratavit.errors import ArtifactError, one_line
+from stratavit.errors import ArtifactError, described, one_line, shown
 from stratavit.folders import read_json, read_shapes
 from stratavit.hf_layouts import LAYOUTS
 from stratavit.hf_models import KEY, from_timm, library, resize, to_timm
@@ -40,7 +40,9 @@ def load_transformers(path: str | Path) -> Any:
     except Exception as error:
         raise ArtifactError(f"{path}: not a model of transformers ({one_line(error)})") from error
     if kind is None or kind.__name__ not in LAYOUTS:
-        raise ArtifactError(f"{path}: expected a model of one of {', '.join(LAYOUTS)}, found {config.architectures}")
+        raise ArtifactError(
+            f"{path}: expected a model of one of {', '.join(LAYOUTS)}, found {described(config.architectures)}"
+        )
 
     def build(self: Any, config: Any) -> None:
         kind.__init__(self, config)
@@ -53,7 +55,7 @@ def load_transformers(path: str | Path) -> Any:
     except Exception as error:  # configuration and weights of a folder can be wrong in any way
         raise ArtifactError(f"{path}: the {kind.__name__} there cannot be loaded: {one_line(error)}") from error
     if found["missing_keys"]:
-        raise ArtifactError(f"{path}: the weights lack {min(found['missing_keys'])}; save the model again")
+        raise ArtifactError(f"{path}: the weights lack {shown(min(found['missing_keys']))}; save the model again")
     model.__class__ = kind
     return model.eval()
 
