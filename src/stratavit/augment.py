@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup, create_transform
+from timm.data.auto_augment import posterize
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -26,7 +27,7 @@ TRIES = 100
 def training_transform(data_config: Mapping[str, Any], recipe: Recipe) -> Any:
     """timm's training transform: random crop and flip, RandAugment, random erasing."""
     keys = ("input_size", "interpolation", "mean", "std")
-    return create_transform(
+    transform = create_transform(
         **{key: data_config[key] for key in keys if key in data_config},
         is_training=True,
         scale=(recipe.crop, 1.0),
@@ -36,6 +37,17 @@ def training_transform(data_config: Mapping[str, Any], recipe: Recipe) -> Any:
         re_prob=recipe.erasing,
         re_mode="pixel",
     )
+    for step in getattr(transform, "transforms", ()):
+        policies = getattr(step, "policy", None) or [getattr(step, "ops", ())]
+        for operation in (operation for policy in policies for operation in policy):
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Any, bits: int, **options: Any) -> Any:
+    """timm's, with 1 bit where it draws 0, which Pillow refuses from release 13 on."""
+    return posterize(image, max(1, bits), **options)
 
 
 class TrainingFolder(Dataset[tuple[Tensor, int]]):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from stratavit.batches import LESS, guarded
-from stratavit.errors import StrataViTError, described, out_of_memory
+from stratavit.errors import StrataViTError, described, one_line, out_of_memory
 from stratavit.folders import read_small
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
@@ -85,10 +85,10 @@ class ImageFolder(Dataset[Sample]):
             return None, label, path
         try:
             return self.transform(picture), label, path
-        except (MemoryError, RuntimeError) as error:
+        except Exception as error:  # of timm, torchvision or Pillow
             if out_of_memory(error):
                 raise _too_large(path, size) from error
-            raise
+            raise StrataViTError(f"data: {path} cannot be prepared ({one_line(error)}); take it out") from error
 
 
 def _too_large(path: str, size: tuple[int, int] | None) -> StrataViTError:
