@@ -172,7 +172,7 @@ def launched(work: Path) -> list[dict[str, Any]]:
 
 def refused(work: Path, out: Path) -> list[dict[str, Any]]:
     at = time.monotonic()
-    with started(*LAUNCH, *command(work, out, 8, "--resume")) as second:
+    with started(*LAUNCH, *command(work, out, 100_000, "--resume")) as second:
         code = second.wait(PATIENCE)
         line = (told(second) or [""])[0]
         return [
