@@ -49,7 +49,7 @@ def bars(
     one: bool = False,
     only: str = "",
 ) -> Callable[..., None]:
-    """A drawing with a group of bars for each of `labels_of`, a colour for each of `series` whose name begins so."""
+    """A drawing with a group of bars for each of `labels_of`, a colour for each of `series` that begins with `only`."""
 
     def draw(rows: Rows, path: Path) -> None:
         rows = [row for row in rows if row[value] and row.get(series, "").startswith(only)]

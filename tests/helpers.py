@@ -6,6 +6,7 @@ import copy
 from functools import cache
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 from hypothesis import strategies as st
@@ -196,3 +197,16 @@ class Bomb:
 
     def __reduce__(self):
         return Path.touch, (self.path,)
+
+
+def stopped_after_rename(monkeypatch: pytest.MonkeyPatch, number: int, stop: type[BaseException]) -> None:
+    """The nth rename is done, then the program is told to stop, as a signal may at any moment."""
+    rename, done = Path.rename, []
+
+    def renamed(self: Path, to: Path) -> None:
+        rename(self, to)
+        done.append(to)
+        if len(done) == number:
+            raise stop
+
+    monkeypatch.setattr(Path, "rename", renamed)

@@ -15,6 +15,7 @@ from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
+from helpers import stopped_after_rename
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -53,15 +54,7 @@ def test_a_release_that_is_interrupted_while_it_is_moved(tmp_path, monkeypatch, 
     for name in ("new", "dist"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    rename, done = Path.rename, []
-
-    def struck(self, to):
-        rename(self, to)
-        done.append(to)
-        if len(done) == number:
-            raise SystemExit
-
-    monkeypatch.setattr(Path, "rename", struck)
+    stopped_after_rename(monkeypatch, number, SystemExit)
     with pytest.raises(SystemExit):
         make.put(tmp_path / "new", tmp_path / "dist", tmp_path / "old")
     assert [path.name for path in (tmp_path / "dist").iterdir()] == [["dist", "new"][number - 1]]

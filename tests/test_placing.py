@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_model
+from helpers import make_model, stopped_after_rename
 
 import stratavit
 from stratavit import ArtifactError, cli, folders, placing
@@ -37,16 +37,8 @@ def stale(*args):
 def test_interrupted_after_either_of_two_renames(tmp_path, monkeypatch, number):
     """Ctrl-C comes when the system has done its part: the old folder is not lost, and nothing lies beside."""
     written(tmp_path / "out", "old")
-    rename, done = Path.rename, []
-
-    def struck(self, to):
-        rename(self, to)
-        done.append(to)
-        if len(done) == number:
-            raise KeyboardInterrupt
-
     monkeypatch.setattr(placing, "_exchanged", lambda *args: False)
-    monkeypatch.setattr(Path, "rename", struck)
+    stopped_after_rename(monkeypatch, number, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         written(tmp_path / "out", "new")
     assert held(tmp_path) == {"out": ["old", "new"][number - 1]}

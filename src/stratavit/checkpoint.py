@@ -140,7 +140,7 @@ def check_archive(path: Path, prefix: str, advice: str = "copy it again") -> Non
         with path.open("rb") as file:
             if file.read(2) != b"PK":
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                    if _announces(cast(IO[bytes], content)):
+                    if _announces(content):
                         raise ArtifactError(f"{prefix}{path} {_HOLDS}")
                 return
         with zipfile.ZipFile(path) as archive:
@@ -160,17 +160,15 @@ def check_archive(path: Path, prefix: str, advice: str = "copy it again") -> Non
         raise ArtifactError(f"{prefix}{path} is damaged (the checksum of {shown(broken)} differs); {advice}")
 
 
-def _announces(content: IO[bytes]) -> bool:
+def _announces(content: mmap.mmap) -> bool:
     """Whether a file of the old form makes bytearrays; its operations are looked at, and none is done.
 
     Raises:
         ValueError: A text or number in it does not end within the file.
     """
-    size = content.seek(0, os.SEEK_END) or content.tell()
-    content.seek(0)
     for _ in range(OLD_FORM):
-        if content.tell() < size:  # others have fewer
-            operations = pickletools.genops(content)
+        if content.tell() < len(content):  # others have fewer
+            operations = pickletools.genops(cast(IO[bytes], content))
             if any(step[0].name == "GLOBAL" and str(step[1]).endswith(" bytearray") for step in operations):
                 return True
     return False
@@ -228,6 +226,13 @@ def publish(save: Callable[[Path], None], names: Sequence[str], folder: Path) ->
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _is_row(row: Any) -> bool:
+    numbers = int | float
+    if not isinstance(row, dict) or "kind" not in row:
+        return False
+    return isinstance(row.get("epoch"), numbers) and isinstance(row.get("seconds", 0), numbers)
+
+
 class Journal:
     """The log of a run, one JSON object per line; every row has the number of epochs that had ended.
 
@@ -254,8 +259,7 @@ class Journal:
         for line in text.splitlines():
             with suppress(ValueError, RecursionError):
                 row = json.loads(line)
-                numbers = isinstance(row, dict) and [row.get("epoch"), row.get("seconds", 0)]
-                if numbers and "kind" in row and all(isinstance(number, int | float) for number in numbers):
+                if _is_row(row):
                     found.append(row)
         return found
 

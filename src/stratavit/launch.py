@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from stratavit.folders import check_free
 from stratavit.learner import Learner
 from stratavit.lock import Lock
 from stratavit.loop import Trainer
+from stratavit.placing import none_empty
 from stratavit.recipe import Recipe
 from stratavit.structure import classes_of
 from stratavit.teacher import Teacher
@@ -127,21 +128,17 @@ def make_folder(out: Path, overwrite: bool, lock: Lock) -> None:
     """
     lock.check()
     check_free(out, overwrite, whole=False)
-    made = [path for path in (out, *out.absolute().parents) if not path.exists()]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock.take()
-        found = [path for path in out.iterdir() if path != lock.path]
-        if found and not overwrite:  # of a run that began and ended meanwhile
-            raise ArtifactError(f"{out} is not empty; give another folder or ask to overwrite (--overwrite)")
-        for path in found:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    except OSError as error:
-        raise ArtifactError(f"cannot write {out}: {reason_of(error)}; give a folder that can be written") from error
-    finally:
-        with suppress(OSError):  # not empty, as it should be
-            for path in made:
-                path.rmdir()
+    with none_empty(out):
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock.take()
+            found = [path for path in out.iterdir() if path != lock.path]
+            if found and not overwrite:  # of a run that began and ended meanwhile
+                raise ArtifactError(f"{out} is not empty; give another folder or ask to overwrite (--overwrite)")
+            for path in found:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        except OSError as error:
+            raise ArtifactError(f"cannot write {out}: {reason_of(error)}; give a folder that can be written") from error
 
 
 def spread(data: Dataset[Any], count: int) -> Dataset[Any]:

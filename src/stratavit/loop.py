@@ -303,6 +303,5 @@ class Trainer:
         order.seed_all(self.recipe.seed, "end")
         facts = {"recipe": self.recipe.to_dict(), "steps": self.step, **self.identity()}
         self.learner.graduate(facts)
-        measured = report.curves(self.journal.rows())
-        points = measured[-1][1] if measured else []
+        points = report.last_curve(self.journal.rows())
         processes.on_main(self.accelerator, lambda: self.learner.publish(self.out, points))

@@ -38,27 +38,35 @@ def beside(path: Path) -> Iterator[Path]:
         ArtifactError: Something cannot be written.
     """
     folder, held = None, None
-    new_parents = [parent for parent in path.absolute().parents if not parent.exists()]
+    with none_empty(path.parent):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(path)
+            folder, held = _held_folder(path)
+            yield folder / NEW
+        except (OSError, SafetensorError, ArtifactError) as error:
+            if isinstance(error, ArtifactError) and str(folder) not in str(error):
+                raise
+            whole = folder is None or _clear(folder, path)
+            then = "nothing was changed there" if whole else f"what was there is {folder}/{OLD}, move it back"
+            raise ArtifactError(f"cannot write {path}: {reason_of(error)}; {then}") from error
+        finally:
+            if folder is not None:
+                _clear(folder, path)
+            if held is not None:
+                os.close(held)
+
+
+@contextmanager
+def none_empty(folder: Path) -> Iterator[None]:
+    """Takes a folder and its parents away again, as far as they were not there before and are empty afterwards."""
+    made = [place for place in (folder.absolute(), *folder.absolute().parents) if not place.exists()]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
-        folder, held = _held_folder(path)
-        yield folder / NEW
-    except (OSError, SafetensorError, ArtifactError) as error:
-        if isinstance(error, ArtifactError) and str(folder) not in str(error):
-            raise
-        whole = folder is None or _clear(folder, path)
-        then = "nothing was changed there" if whole else f"what was there is {folder}/{OLD}, move it back"
-        raise ArtifactError(f"cannot write {path}: {reason_of(error)}; {then}") from error
+        yield
     finally:
-        if folder is not None:
-            _clear(folder, path)
-        if held is not None:
-            os.close(held)
-        if not path.exists():
-            for parent in new_parents:
-                with suppress(OSError):
-                    parent.rmdir()
+        for place in made:
+            with suppress(OSError):  # not empty, as it should be, or never made
+                place.rmdir()
 
 
 def put(new: Path, path: Path, overwrite: bool) -> None:

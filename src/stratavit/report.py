@@ -166,6 +166,12 @@ def curves(rows: Iterable[Mapping[str, Any]]) -> list[tuple[int, list[Point]]]:
     return found
 
 
+def last_curve(rows: Iterable[Mapping[str, Any]]) -> list[Point]:
+    """The last of the `curves`; empty if there is none."""
+    found = curves(rows)
+    return found[-1][1] if found else []
+
+
 def _checked(point: Point) -> Point:
     """The point, if its values are those of a network that was measured."""
     for name, kind in get_type_hints(Point).items():

@@ -230,10 +230,9 @@ def new_head(model: Any, classes: int, seed: int) -> None:
 
 def _outcome(args: Namespace, facts: Mapping[str, Any], images: int) -> dict[str, Any]:
     log = Journal(Path(args.out) / LOG_FILE).rows()
-    measured = report.curves(log)
     return {
         "images": images,
         "steps": facts["steps"],
         "seconds": sum(row.get("seconds", 0) for row in log if row["kind"] == "epoch"),
-        "points": [vars(point) for point in measured[-1][1]] if measured else [],
+        "points": [vars(point) for point in report.last_curve(log)],
     }

@@ -41,11 +41,12 @@ def check_one_type(tensors: Mapping[str, Tensor], source: str) -> None:
     Raises:
         ArtifactError: They are not; the first one that differs is named.
     """
-    found = [(name, tensor.dtype) for name, tensor in sorted(tensors.items()) if tensor.is_floating_point()]
-    for name, dtype in found:
-        if dtype != found[0][1]:
+    kinds = {name: _kind(tensor) for name, tensor in sorted(tensors.items()) if tensor.is_floating_point()}
+    for name, kind in kinds.items():
+        first = next(iter(kinds))
+        if kind != kinds[first]:
             raise ArtifactError(
-                f"{source}: {found[0][0]} is of type {_kind(tensors[found[0][0]])}, {name} of {_kind(tensors[name])}; "
+                f"{source}: {first} is of type {kinds[first]}, {name} of {kind}; "
                 "without a hash in the JSON file, which vouches for it, one type is expected: copy it or save it again"
             )
 
