@@ -3,6 +3,7 @@
 from stratavit.artifacts import load, save
 from stratavit.bench import bench
 from stratavit.budget import Bound, Budget
+from stratavit.data import image_loader
 from stratavit.errors import ArtifactError, BudgetError, StrataViTError, UnsupportedModelError
 from stratavit.evaluate import Metrics, evaluate
 from stratavit.export import Parity, export
@@ -14,9 +15,12 @@ from stratavit.html_report import write_report
 from stratavit.hub import from_pretrained, push_to_hub
 from stratavit.piad import train_piad
 from stratavit.recipe import Recipe
+from stratavit.report import Point, curve
 from stratavit.spec import Spec
 from stratavit.supernet import SuperNet
 from stratavit.timing import Setting, Timing, time_model
+from stratavit.walk import Walk
+from stratavit.zoo import dense_model
 
 __version__ = "0.1.0"
 
@@ -27,6 +31,7 @@ __all__ = [
     "BudgetError",
     "Metrics",
     "Parity",
+    "Point",
     "Recipe",
     "Setting",
     "Spec",
@@ -34,12 +39,16 @@ __all__ = [
     "SuperNet",
     "Timing",
     "UnsupportedModelError",
+    "Walk",
     "as_timm",
     "bench",
+    "curve",
+    "dense_model",
     "evaluate",
     "export",
     "finetune",
     "from_pretrained",
+    "image_loader",
     "knn",
     "load",
     "load_transformers",

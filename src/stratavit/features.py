@@ -20,7 +20,7 @@ from stratavit.evaluate import Metrics, Tally
 from stratavit.folders import read_tensors
 from stratavit.foreign import as_timm
 from stratavit.progress import track
-from stratavit.structure import classes_of, eval_mode, model_device, model_dtype
+from stratavit.structure import classes_of, eval_mode, is_super_network, model_device, model_dtype
 from stratavit.weights import FLOATS
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # as DINO and DINOv2 are evaluated
@@ -37,8 +37,9 @@ def features(model: nn.Module, images: Tensor, spec: Mapping[str, int] | None = 
         spec: Sub-network to run, for a `SuperNet`.
     """
     images = images.to(model_device(model), model_dtype(model))
-    inner: Any = getattr(model, "model", model)
-    if inner is not model:
+    inner: Any = model
+    if is_super_network(model):
+        inner = model.model
         model.set_widths(spec)  # type: ignore[operator]
     if not classes_of(inner):
         return F.normalize(tensor_of(inner(images)).float(), dim=-1)

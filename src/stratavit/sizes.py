@@ -27,6 +27,7 @@ Method = Literal["default", "paper"]
 class Sized(nn.Module):
     """The sizes of a super-network; `SuperNet` gives it what it rests on."""
 
+    super_network = True  # see `structure.is_super_network`
     sites: tuple[Site, ...]
     units: tuple[int, int]
     cost: CostModel

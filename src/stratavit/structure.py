@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -92,13 +92,18 @@ class Stages:
         return next(i for i, (name, _) in enumerate(self.blocks) if site.startswith(name + "."))
 
 
+def is_super_network(model: nn.Module) -> bool:
+    """Whether a model is a super-network (`SuperNet`), as its class says of itself."""
+    return bool(getattr(type(model), "super_network", False))
+
+
 def classes_of(model: nn.Module) -> int:
     """Classes that a model tells apart; 0 where it answers with features: no head, one into an embedding, one output.
 
     Args:
         model: A timm model, or a super-network of one; any other is taken to have classes.
     """
-    inner = getattr(model, "model", model)
+    inner: Any = model.model if is_super_network(model) else model
     if getattr(inner, "embedding", False):
         return 0
     if hasattr(inner, "config") and not hasattr(inner, "num_classes"):  # of transformers
