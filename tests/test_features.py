@@ -88,8 +88,8 @@ def test_bad_embeddings_are_refused(tensors, tmp_path):
 def test_features_of_a_sub_network_are_those_of_the_extracted():
     net = SuperNet(headless()).contract(make_batches()).stratify(make_batches(), plan=PLAN)
     spec, images = net.spec(macs=0.6), make_images(4)
-    with torch.no_grad():
-        assert torch.allclose(features(net, images, spec), features(net.extract(spec=spec), images), atol=1e-6)
+    with torch.no_grad(), net.at(spec) as inner:
+        assert torch.allclose(features(inner, images), features(net.extract(spec=spec), images), atol=1e-6)
     labelled = make_batches()
     assert knn(net, labelled, labelled, spec).top1 == knn(net.extract(spec=spec), labelled, labelled).top1
 

@@ -137,8 +137,8 @@ def test_full_width_is_untouched_also_after_a_cut(family):
         net(IMAGES, cut_of(net))
         assert torch.equal(net(IMAGES), expected)
         assert torch.equal(net.extract(spec={})(IMAGES), expected)
-        net(IMAGES, cut_of(net))
-        net.set_widths(None)
+        with net.at(cut_of(net)) as model:
+            assert not torch.equal(model(IMAGES), expected)
         assert torch.equal(net.model(IMAGES), expected)
 
 
@@ -183,10 +183,10 @@ def test_a_copy_of_a_network_has_a_shift_of_its_own():
     net = copy.deepcopy(make_net("plain", stratified=True))
     other, spec = copy.deepcopy(net), cut_of(net)
     with torch.no_grad():
-        net(IMAGES, spec)
-        expected = net.model(IMAGES)
-        other.set_widths(None)
-        assert torch.equal(net.model(IMAGES), expected)  # as the first was set
+        expected = net(IMAGES, spec)
+        with net.at(spec):
+            assert torch.equal(net.model(IMAGES), expected)
+            assert torch.equal(other.model(IMAGES), other(IMAGES))  # what the first runs at is not said to the copy
         assert torch.equal(other(IMAGES, spec), expected)
         other.final_mean = replace(other.final_mean, vectors=other.final_mean.vectors * 3)
         assert not torch.allclose(other(IMAGES, spec), expected)

@@ -109,12 +109,12 @@ def test_a_module_that_does_not_help_gets_the_floor(batches):
 def test_measured_at_the_widths_that_are_set(batches):
     net = SuperNet(make_model("plain"))
     full = bypass_sensitivity(net.model, net.sites, batches, "cost")
-    net.set_widths({"blocks.0.mlp": 0})
     net.method = "paper"
-    cut = bypass_sensitivity(net.model, net.sites, batches, "cost")
+    with net.at({"blocks.0.mlp": 0}):
+        cut = bypass_sensitivity(net.model, net.sites, batches, "cost")
+        assert net.elastic["blocks.0.mlp"].width == 0
     assert cut["blocks.0.mlp"] == COST_FLOOR  # nothing is left to bypass
     assert cut["blocks.1.attn"] != full["blocks.1.attn"]
-    assert net.elastic["blocks.0.mlp"].width == 0
 
 
 @pytest.mark.parametrize("training", [True, False])

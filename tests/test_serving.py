@@ -61,7 +61,6 @@ def test_nothing_is_computed_while_serving(monkeypatch):
 def test_every_byte_is_counted():
     for moments in (True, False):
         net, specs, _, memory = served(moments=moments)
-        net.set_widths(None)
         assert sum(tensors_of(net).values()) == memory.total
         corrected = 0
         for name, module in net.elastic.items():

@@ -172,8 +172,8 @@ def test_covariances_do_not_depend_on_the_batch_size(sizes):
 
 def test_covariances_at_cut_widths_are_those_of_the_kept_channels():
     net = SuperNet(make_model("plain"))
-    net.set_widths({"blocks.0.attn": 8, "blocks.0.mlp": 0, "blocks.1.mlp": 40})
-    found = collect(net.model, make_batches(), token_weight=0.5)
+    with net.at({"blocks.0.attn": 8, "blocks.0.mlp": 0, "blocks.1.mlp": 40}):
+        found = collect(net.model, make_batches(), token_weight=0.5)
     assert found.keys() == {"blocks.0.attn", "blocks.1.attn", "blocks.1.mlp"}
     assert found["blocks.0.attn"].covariance.shape == (16, 16)
     assert found["blocks.0.attn"].scatter.shape == (2, 2, 8, 8)
@@ -289,8 +289,8 @@ def test_auto_uses_labels_when_they_are_there():
 
 def test_widths_in_use_are_observed_and_skipped_modules_left_out():
     net = SuperNet(make_model("plain"))
-    net.set_widths({"blocks.0.attn": 8, "blocks.0.mlp": 0, "blocks.1.mlp": 40})
-    found = collect(net.model, make_batches())
+    with net.at({"blocks.0.attn": 8, "blocks.0.mlp": 0, "blocks.1.mlp": 40}):
+        found = collect(net.model, make_batches())
     assert found.keys() == {"blocks.0.attn", "blocks.1.attn", "blocks.1.mlp"}
     assert found["blocks.0.attn"].scatter.shape == (3, 2, 8, 8)
     assert found["blocks.1.mlp"].taylor.shape == (1, 1, 40)

@@ -303,7 +303,6 @@ def test_what_is_stale_is_dropped(finished):
 
 def test_means_belong_to_the_weights_that_are_kept(finished):
     net = copy.deepcopy(finished["default"][1])
-    net.set_widths(None)
     kept = {name: module.channel_mean.clone() for name, module in net.elastic.items()}
     statistics = stratavit.statistics.collect(net.model, make_batches(), scatter="none")
     for name, mean in kept.items():
@@ -391,7 +390,6 @@ def test_full_compensation_in_training(tmp_path):
     images, spec = make_images(2, seed=9), loaded.spec(macs=0.5)
     with torch.no_grad():
         assert torch.allclose(loaded.extract(spec=spec, verbose=False)(images), net(images, spec), atol=1e-5)
-    net.set_widths(None)
     for name, module in loaded.elastic.items():
         assert torch.equal(module.moments.factor, net.elastic[name].moments.factor)
         found = stratavit.statistics.collect(net.model, make_batches(), "auto", "none", token_weight=0.5)[name]
@@ -405,7 +403,6 @@ def test_moments_of_channels_as_they_are():
     """Measured again right after contraction they are those that contraction computed."""
     for family in ("plain", "layer_scale", "odd_widths"):
         net = make_net(family)
-        net.set_widths(None)  # other tests leave theirs
         found = stratavit.statistics.collect(net.model, make_batches(), "auto", "none", token_weight=0.5)
         for name, module in net.elastic.items():
             mean, moments = stratavit.contraction.moments_of(module, found[name])

@@ -147,7 +147,6 @@ def assert_same(before, after):
 @pytest.mark.parametrize("training", [True, False])
 def test_the_walk_leaves_nothing_behind(training):
     net = copy.deepcopy(make_net("plain")).train(training)
-    net.set_widths(None)
     net.model.cls_token.requires_grad_(False)
     net.model.blocks[0].eval()
     before = state_of(net)

@@ -85,9 +85,11 @@ def compensate(weight: Tensor, mean: Tensor, moments: Moments, keep: int, gain: 
     corner = factor[:keep]  # [keep, keep]
     projected = weight @ factor  # [C, keep]
     kept = torch.linalg.solve_triangular(corner, projected, upper=False, left=False)
-    if gain:
-        energy = float(projected.detach().square().sum() - moments.ridge * kept.detach().square().sum())
-        if 0 < energy < moments.energy:
-            kept = kept * min(moments.energy / energy, LARGEST_RATIO) ** (gain / 2)
+    if gain:  # in tensors, not numbers: nothing waits for a GPU, and a compiler sees through
+        energy = projected.detach().square().sum() - moments.ridge * kept.detach().square().sum()
+        wide = torch.float32 if energy.device.type == "mps" else torch.float64  # it has no other
+        lost = (moments.energy / energy.to(wide)).clamp(max=LARGEST_RATIO)
+        lost = torch.where((energy > 0) & (lost > 1), lost, 1.0)
+        kept = kept * (lost ** (gain / 2)).to(kept.dtype)
     constant = weight[:, :keep] @ mean[:keep] + weight[:, keep:].detach() @ mean[keep:]
     return kept, constant - kept @ mean[:keep]

@@ -32,7 +32,7 @@ def apply(model: nn.Module, statistics: Mapping[str, SiteStatistics], criterion:
         module = model.get_submodule(name)
         assert isinstance(module, ElasticSite)
         module.moments, module.crossed = None, ()
-        module.corrected.clear()
+        module.forget_last()
         if criterion == "output":
             _sort_by_output(module, found, layer_scale(model, name))
         elif module.attention:

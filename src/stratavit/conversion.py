@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
+from torch import nn
 from typing_extensions import Self
 
 from stratavit import contraction, listing, sensitivity, strata
@@ -29,8 +31,8 @@ class Convertible(Sized):
     provenance: dict[str, Any]
     _answers: Answers | None  # of the full model to the images of `contract`, for `stratify`
 
-    def set_widths(self, spec: Mapping[str, int] | None) -> None:
-        """Sets the widths that the next pass through `model` runs at; None is full width."""
+    def at(self, spec: Mapping[str, int] | None = None, fixed: bool = False) -> AbstractContextManager[nn.Module]:
+        """Runs `model` at a spec inside."""
         raise NotImplementedError
 
     def contract(
@@ -72,10 +74,9 @@ class Convertible(Sized):
         if criterion is not None and method != implied:
             raise StrataViTError(f"criterion {criterion!r} belongs to method={implied!r}, got method={method!r}")
         criterion = criterion or ("output" if method == "default" else "wpac")
-        self.set_widths(None)
         share = token_weight if criterion == "output" else None
         answers = None if share is None else Answers()
-        with in_float32(self.model):
+        with in_float32(self.model), self.at():
             scatter = scatter_needed(criterion)
             statistics = collect(self.model, loader, objective, scatter, "contract", share, seed, answers)
         contraction.apply(self.model, statistics, criterion, seed)
@@ -128,9 +129,8 @@ class Convertible(Sized):
             StrataViTError: Bad images, labels or options.
         """
         method = self.method if method is None else known_method(method)
-        self.set_widths(None)
         final_mean, cost = None, priced(self.cost, self.elastic, price, setting)
-        with in_float32(self.model):
+        with in_float32(self.model), self.at():
             if method == "paper":
                 entries, statistics, facts = listing.by_importance(
                     self.model, self.sites, cost, loader, objective, measure, seed

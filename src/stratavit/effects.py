@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from stratavit.answers import Answers
 from stratavit.cost import CostModel
 from stratavit.distance import distance
-from stratavit.elastic import ElasticSite, Probe, Weights, set_widths
+from stratavit.elastic import ElasticSite, Probe, Weights, run_at
 from stratavit.families import stages
 from stratavit.structure import Site, classes_of, model_device, model_dtype
 
@@ -88,8 +88,7 @@ class Reference:
         self.count = sum(len(batch) for batch in self._batches)
         self._dense: list[Tensor] = []
         pooled: list[Tensor] = []
-        set_widths(self.elastic, None)
-        with torch.no_grad():
+        with torch.no_grad(), run_at(self.elastic, None):
             for batch in self._batches:
                 logits, features = answers.of(batch, self._pass)
                 self._dense.append(logits)
@@ -106,8 +105,7 @@ class Reference:
         """Distance and drift of the network at `widths`."""
         classes = classes_of(self.model)
         total, pooled = 0.0, torch.zeros_like(self._pooled)
-        set_widths(self.elastic, widths)
-        try:
+        with run_at(self.elastic, widths, fixed=not differentiate):
             for batch, dense in zip(self._batches, self._dense, strict=True):
                 with torch.set_grad_enabled(differentiate):
                     logits, features = self._pass(batch)
@@ -115,8 +113,6 @@ class Reference:
                 if differentiate:
                     value.backward()
                 total, pooled = total + float(value.detach()), pooled + _sum(features)
-        finally:
-            set_widths(self.elastic, None)
         return Found(total / self.count, (self._pooled - pooled) / self.count, {})
 
     def effects(self, cost: CostModel, widths: Mapping[str, int]) -> Found:

@@ -10,7 +10,9 @@ Shape legend: B images, N tokens, C token width, H heads, d full head_dim, m ful
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from stratavit.compensation import GAIN, Moments, compensate
 from stratavit.errors import StrataViTError
+from stratavit.running import Run, current_run, running
 from stratavit.structure import Site
 
 Compensation = Literal["none", "mean", "full"]
@@ -88,7 +91,6 @@ class ElasticSite(nn.Module):
     Attributes:
         attention: It is an attention module; else an MLP.
         tied: Attention of which q and k are cut along with v.
-        width: Kept width of the next forward pass, set by the super-network.
         bypassed: The module adds nothing at all; set while its sensitivity is measured.
         compensation: ``full`` replaces dropped channels by what the kept ones predict, ``mean`` by their mean,
             ``none`` by nothing. ``full`` without `moments` is ``mean``.
@@ -99,8 +101,7 @@ class ElasticSite(nn.Module):
             cut is a prefix of all heads at once.
         crossed: `channel_mean` and `moments` without the images of fold 0, and without those of fold 1; after
             calibration, for the list. Not saved.
-        corrected: Width -> weight and bias of `out`, computed beforehand (`specialise`), with what they rest on. Not
-            saved.
+        corrected: Width -> what `specialise` computed. Not saved.
         probe: Weights that take the place of the module's own.
         observer: Set while statistics are collected.
     """
@@ -114,14 +115,12 @@ class ElasticSite(nn.Module):
         super().__init__()
         self.heads, self.full_width = heads, full_width
         self._adopt(stock)
-        self.width = self.full_width
         self.compensation: Compensation = "none"
         self.gain = GAIN
         self.moments: Moments | None = None
         self.crossed: tuple[tuple[Tensor, Moments], ...] = ()
         self.probe: Probe | None = None
-        self.corrected: dict[int, tuple[list[Any], tuple[Tensor, Tensor]]] = {}
-        self._compensated: tuple[Moments | None, Any, tuple[Tensor, Tensor]] | None = None
+        self.corrected: dict[int, Corrected] = {}
         self.observer: Observer | None = None
         self.bypassed = False
         self.channel_mean: Tensor
@@ -189,67 +188,68 @@ class ElasticSite(nn.Module):
         """Weight of `out` as ``[C, d*H]``, coordinate-major: coordinate, then head."""
         return self.out_by_head().transpose(1, 2).flatten(1)
 
+    @property
+    def width(self) -> int:
+        """Kept width of the call that runs, see `running`; the full width unless something else is said."""
+        return current_run().widths.get(self, self.full_width)
+
     def weights_at(self, width: int) -> Weights:
-        """Weights of the prefix of `width` channels (per head), 0 < width <= full width."""
+        """Weights of the prefix of `width` channels (per head), 0 < width <= full width.
+
+        Always computed from the weights that are there: nothing is remembered.
+
+        Raises:
+            StrataViTError: Only what `specialise` kept could tell them, and the weights have changed since.
+        """
         in_weight, in_bias = self.in_weight(width)
         if width == self.full_width:
             return Weights(in_weight, in_bias, self.out.weight, self.out.bias)
-        if self.compensation == "full" and width in self.corrected:
-            return Weights(in_weight, in_bias, *self._specialised(width))
         if self.compensation == "full" and self.moments is not None:
-            return Weights(in_weight, in_bias, *self._remembered(width))
+            return Weights(in_weight, in_bias, *self.compensated_out(width, self.gain))
+        if self.compensation == "full" and width in self.corrected:
+            return Weights(in_weight, in_bias, *self.corrected[width].checked(self._rests_on(), width))
         kept = self.out_by_head()[:, :, :width].flatten(1)  # [C, H, w] -> [C, H*w]
         return Weights(in_weight, in_bias, kept, self.out_bias_at(width))
 
-    def _remembered(self, width: int) -> tuple[Tensor, Tensor]:
-        """`compensated_out`, computed once per width as long as what it rests on stays and no gradient is asked.
+    def weights_now(self) -> Weights:
+        """Weights of the call that runs: the probe's, else those at its width.
 
-        Changes in place are seen, except those that go around autograd's version counter (``weight.data``).
+        The second map is taken from the run where that has fixed it, else from `specialise`.
         """
-        if any(t.is_inference() for t in self._rests_on()) or self._learns():
+        if self.probe is not None:
+            return self.probe.weights
+        run, width = current_run(), self.width
+        known = run.fixed.get(self)
+        if known is None and self.compensation == "full" and width in self.corrected and not self._learns():
+            known = self.corrected[width].unless_changed(self._rests_on())
+            if known is None and self.moments is None:
+                raise stale(width)
+        return self.weights_at(width) if known is None else Weights(*self.in_weight(width), *known)
+
+    def fixed_out(self, width: int) -> tuple[Tensor, Tensor] | None:
+        """Compensated weight and bias of `out`, apart from any gradient; None where there is nothing to compute."""
+        if self.compensation != "full" or self.moments is None or not 0 < width < self.full_width:
+            return None
+        with torch.no_grad():
             return self.compensated_out(width, self.gain)
-        key = (width, self.gain, self._versions())
-        known = self._compensated
-        if known is None or known[0] is not self.moments or known[1] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                known = self._compensated = (self.moments, key, self.compensated_out(width, self.gain))
-        return known[2]
 
     def specialise(self, width: int) -> None:
-        """Keeps `compensated_out` at a width for as long as the weights stay as they are."""
-        if self.compensation == "full" and self.moments is not None and 0 < width < self.full_width:
-            with torch.inference_mode(False), torch.no_grad():
-                self.corrected[width] = (self._versions(), self.compensated_out(width, self.gain))
+        """Keeps `fixed_out` at a width for as long as the weights stay as they are."""
+        with torch.inference_mode(False):
+            pair = self.fixed_out(width)
+        if pair is not None:
+            self.corrected[width] = Corrected(pair, self._rests_on())
 
     def forget_last(self) -> None:
-        """Frees the corrected weights of the width that ran last."""
-        self._compensated = None
-
-    def _specialised(self, width: int) -> tuple[Tensor, Tensor]:
-        """What `specialise` kept.
-
-        Raises:
-            StrataViTError: The weights have changed since, and the moments to follow them are gone.
-        """
-        versions, known = self.corrected[width]
-        if versions == self._versions() and not self._learns():
-            return known
-        if self.moments is not None:
-            return self._remembered(width)
-        raise StrataViTError(
-            f"width {width} was specialised for other weights (trained, moved, copied or cast since), and the moments "
-            "are released; load the super-network again, move or cast it, then specialise"
-        )
+        """Drops what `specialise` kept."""
+        self.corrected.clear()
 
     def _learns(self) -> bool:
         return torch.is_grad_enabled() and any(t.requires_grad for t in self._rests_on())
 
     def _rests_on(self) -> list[Tensor]:
-        """What the second map is computed from."""
+        """What the second map is computed from, besides the moments."""
         return [t for t in (self.out.weight, self.out.bias, self.channel_mean) if t is not None]
-
-    def _versions(self) -> list[Any]:
-        return [(t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device) for t in self._rests_on()]
 
     def compensated_out(self, width: int, gain: float) -> tuple[Tensor, Tensor]:
         """Weight ``[C, H*w]`` and bias ``[C]`` of `out` with what the dropped channels did folded in."""
@@ -281,10 +281,6 @@ class ElasticSite(nn.Module):
         constant = dropped @ self.channel_mean[:, width:].flatten().to(dropped)
         return constant if self.out.bias is None else self.out.bias + constant
 
-    def weights_now(self) -> Weights:
-        """Weights of this pass: at the width that is set, or the probe's."""
-        return self.weights_at(self.width) if self.probe is None else self.probe.weights
-
     def written(self, features: Tensor, weights: Weights) -> Tensor:
         """What `out` makes of its inputs, ``[B, N, H*w]`` to ``[B, N, C]``, the observer looking on."""
         if self.observer is not None:
@@ -301,7 +297,72 @@ class ElasticSite(nn.Module):
         return zeros if bias is None else zeros + bias
 
 
-def set_widths(elastic: Mapping[str, ElasticSite], widths: Mapping[str, int] | None) -> None:
-    """Widths of the next pass; None is full width."""
-    for name, module in elastic.items():
-        module.width = module.full_width if widths is None else widths[name]
+class Corrected:
+    """The second map at a width, computed beforehand, and a note of what it was computed from.
+
+    The note holds on to the memory of those tensors, so that no others can come to lie at their address. It notices
+    tensors that were replaced, moved, cast or changed in place; `checked` compares the numbers themselves.
+
+    Args:
+        pair: Weight ``[C, H*w]`` and bias ``[C]``.
+        basis: What they were computed from.
+    """
+
+    def __init__(self, pair: tuple[Tensor, Tensor], basis: list[Tensor]) -> None:
+        self.pair = pair
+        self._basis = [(tensor.detach(), _version(tensor)) for tensor in basis]
+        self._digest = _digest(basis)
+
+    def unless_changed(self, basis: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+        """The pair, or None if it was computed from other tensors; changes through ``.data`` in place go unseen."""
+        same = len(basis) == len(self._basis) and all(
+            (now.data_ptr(), now.dtype, now.shape, _version(now)) == (then.data_ptr(), then.dtype, then.shape, version)
+            for now, (then, version) in zip(basis, self._basis, strict=True)
+        )
+        return self.pair if same else None
+
+    def checked(self, basis: list[Tensor], width: int) -> tuple[Tensor, Tensor]:
+        """The pair, the numbers that it rests on compared; too slow for every pass, right for extraction.
+
+        Raises:
+            StrataViTError: They differ.
+        """
+        if _digest(basis) != self._digest:
+            raise stale(width)
+        return self.pair
+
+
+def stale(width: int) -> StrataViTError:
+    """What is said where a specialised width belongs to other weights."""
+    return StrataViTError(
+        f"width {width} was specialised for other weights (trained, moved, copied or cast since), and the moments "
+        "are released; load the super-network again, move or cast it, then specialise"
+    )
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _digest(tensors: list[Tensor]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        digest.update(str(tensor.dtype).encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+@contextmanager
+def run_at(elastic: Mapping[str, ElasticSite], widths: Mapping[str, int] | None, fixed: bool = False) -> Iterator[None]:
+    """The sites run at these widths inside, in this thread or task alone.
+
+    Args:
+        elastic: Site name -> module.
+        widths: Of every site; None is full width.
+        fixed: No weight changes inside and none gets a gradient, so compensated weights are computed once.
+    """
+    chosen = {module: module.full_width if widths is None else widths[name] for name, module in elastic.items()}
+    pairs = {module: module.fixed_out(width) for module, width in chosen.items()} if fixed else {}
+    known = {module: pair for module, pair in pairs.items() if pair is not None}
+    with running(Run(chosen, known)):
+        yield

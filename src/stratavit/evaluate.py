@@ -14,7 +14,7 @@ from stratavit.batches import check_labels, unpack
 from stratavit.equivalent import tensor_of
 from stratavit.errors import StrataViTError
 from stratavit.progress import track
-from stratavit.structure import classes_of, eval_mode, model_device, model_dtype
+from stratavit.structure import classes_of, measured_at, model_device, model_dtype
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,12 @@ def evaluate(
             "--knn) or by text embeddings (stratavit.zero_shot, --zero-shot FILE)"
         )
     tally = Tally()
-    with eval_mode(model):
+    with measured_at(model, spec) as run:
         for batch in track(loader, description):
             images, labels = unpack(batch)
             if labels is None:
                 raise StrataViTError("evaluate: the loader gives no labels; accuracy needs (images, labels)")
             images = images.to(model_device(model), model_dtype(model))
-            logits = tensor_of(model(images) if spec is None else model(images, spec)).float()
+            logits = tensor_of(run(images)).float()
             tally.add(logits, labels.to(logits.device))
     return tally.metrics()

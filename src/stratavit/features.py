@@ -20,7 +20,7 @@ from stratavit.evaluate import Metrics, Tally
 from stratavit.folders import read_tensors
 from stratavit.foreign import as_timm
 from stratavit.progress import track
-from stratavit.structure import classes_of, eval_mode, is_super_network, model_device, model_dtype
+from stratavit.structure import classes_of, measured_at, model_device, model_dtype
 from stratavit.weights import FLOATS
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # as DINO and DINOv2 are evaluated
@@ -28,22 +28,17 @@ SCALE = 100.0  # CLIP's largest
 CHUNK = 4096  # images of the bank compared at once
 
 
-def features(model: nn.Module, images: Tensor, spec: Mapping[str, int] | None = None) -> Tensor:
-    """Unit-length features ``[B, D]`` float32: what a headless model answers, or what the head of another one reads.
+def features(model: Any, images: Tensor) -> Tensor:
+    """Unit-length features ``[B, D]`` float32: the outputs of a headless model, or what the head of another one reads.
 
     Args:
-        model: A timm model, or a `SuperNet`.
+        model: A timm model.
         images: ``[B, 3, H, W]``.
-        spec: Sub-network to run, for a `SuperNet`.
     """
     images = images.to(model_device(model), model_dtype(model))
-    inner: Any = model
-    if is_super_network(model):
-        inner = model.model
-        model.set_widths(spec)  # type: ignore[operator]
-    if not classes_of(inner):
-        return F.normalize(tensor_of(inner(images)).float(), dim=-1)
-    pooled = inner.forward_head(inner.forward_features(images), pre_logits=True)
+    if not classes_of(model):
+        return F.normalize(tensor_of(model(images)).float(), dim=-1)
+    pooled = model.forward_head(model.forward_features(images), pre_logits=True)
     return F.normalize(pooled.float(), dim=-1)
 
 
@@ -75,15 +70,14 @@ def knn(
     """
     if k < 1 or not temperature > 0:
         raise StrataViTError(f"knn: expected k of at least 1 and a temperature above 0, got {k!r} and {temperature!r}")
-    model = as_timm(model)
-    with eval_mode(model):
-        known = [(features(model, x, spec), y) for x, y in _labelled(bank, f"{description}, bank")]
+    with measured_at(as_timm(model), spec) as inner:
+        known = [(features(inner, x), y) for x, y in _labelled(bank, f"{description}, bank")]
         if not known:
             raise StrataViTError("knn: the bank gave no images; a generator is used up after one pass")
         stored, labels = torch.cat([x for x, _ in known]), torch.cat([y for _, y in known]).to(known[0][0].device)
         classes, tally = int(labels.max()) + 1, Tally()
         for images, truth in _labelled(loader, description):
-            votes = _votes(features(model, images, spec), stored, labels, classes, k, temperature)
+            votes = _votes(features(inner, images), stored, labels, classes, k, temperature)
             tally.add(votes.clamp_min(1e-12).log(), truth.to(votes.device), at_least=int(truth.max()) + 1)
     return tally.metrics()
 
@@ -125,10 +119,10 @@ def zero_shot(
     Raises:
         StrataViTError: Widths differ, or there are no images or labels.
     """
-    model, tally, rows = as_timm(model), Tally(), F.normalize(embeddings.float(), dim=-1)
-    with eval_mode(model):
+    tally, rows = Tally(), F.normalize(embeddings.float(), dim=-1)
+    with measured_at(as_timm(model), spec) as inner:
         for images, truth in _labelled(loader, description):
-            found = features(model, images, spec)
+            found = features(inner, images)
             if found.shape[-1] != rows.shape[-1]:
                 raise StrataViTError(
                     f"zero-shot: the text embeddings have {rows.shape[-1]} numbers each, the image features "

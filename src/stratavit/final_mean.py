@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stratavit.running import current_run
+
 
 @dataclass(frozen=True)
 class FinalMean:
@@ -41,14 +43,12 @@ class FinalMean:
 
 
 class Shift:
-    """Forward hook of the last norm: adds `value` to its output while there is one."""
-
-    def __init__(self) -> None:
-        self.value: Tensor | None = None
+    """Forward hook of the last norm: adds to its output what the run says, if anything."""
 
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """The output of the norm, shifted."""
-        return output if self.value is None else output + self.value.to(output)
+        value = current_run().shifts.get(self)
+        return output if value is None else output + value.to(output)
 
 
 def plain_norm(norm: nn.Module, shift: Tensor | None) -> nn.Module:

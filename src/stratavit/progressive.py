@@ -66,7 +66,7 @@ def importance_at(
     """Importance of the units that a sub-network still has, measured at that sub-network.
 
     Args:
-        net: Measured on its own weights in eval mode; the widths it was set to are lost (full afterwards).
+        net: Measured on its own weights in eval mode.
         widths: Width of every site; sites at 0 have nothing left and are left out.
         loader: The proxy images; run through twice.
         growth: Objective and measure.
@@ -78,12 +78,9 @@ def importance_at(
         StrataViTError: Bad images or labels, or a non-finite result.
     """
     left = [site for site in net.sites if widths[site.name] > 0]
-    try:
-        net.set_widths(widths)
+    with net.at(widths):
         gamma = bypass_sensitivity(net.model, left, loader, growth.measure)
         statistics = collect(net.model, loader, growth.objective, "none", "importance")
-    finally:
-        net.set_widths(None)
     alpha = {site.name: statistics[site.name].taylor.sum(dim=0).mean(dim=0) for site in left}  # [G, H, w] -> [w]
     return {site.name: strata.unit_importance(site, alpha[site.name].tolist(), gamma[site.name]) for site in left}
 

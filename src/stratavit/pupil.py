@@ -125,9 +125,9 @@ class Pupil:
         if net.compensation == "none":
             return
         full = net.compensation == "full"
-        net.set_widths(None)
         objective: Objective = "auto" if full else self.recipe.objective
-        statistics = collect(net.model, self.proxy, objective, "none", "means", TOKEN_WEIGHT if full else None)
+        with net.at():
+            statistics = collect(net.model, self.proxy, objective, "none", "means", TOKEN_WEIGHT if full else None)
         for name, module in net.elastic.items():
             mean = statistics[name].channel_mean
             if full:
@@ -161,7 +161,6 @@ class Pupil:
                 contraction.set_mean(module, judge.elastic[name].channel_mean)
                 module.moments = judge.elastic[name].moments
         net.strata = judge.strata
-        net.set_widths(None)
         net.eval()
         net.provenance.pop("stratify", None)
         net.provenance["train"] = facts

@@ -134,11 +134,9 @@ class Sized(nn.Module):
         for spec in [self.resolve(spec) for spec in specs]:
             for name, module in self.elastic.items():
                 module.specialise(spec[name])
-        for module in self.elastic.values():
-            module.forget_last()
-            if not moments:
-                module.moments, module.crossed = None, ()
         if not moments:
+            for module in self.elastic.values():
+                module.moments, module.crossed = None, ()
             self.released = True
             self.requires_grad_(False)
         return self.memory()
@@ -148,7 +146,6 @@ class Sized(nn.Module):
         self.released = False
         for module in self.elastic.values():
             module.moments, module.crossed = None, ()
-            module.corrected.clear()
             module.forget_last()
 
     def memory(self) -> Memory:
@@ -163,7 +160,7 @@ class Sized(nn.Module):
             weights=size_of(self.state_dict().values()),
             means=size_of(means),
             moments=size_of(one.factor for one in known),
-            corrected=size_of(t for m in modules for _, pair in m.corrected.values() for t in pair),
+            corrected=size_of(t for m in modules for one in m.corrected.values() for t in one.pair),
         )
 
     def small_at(self, widths: Mapping[str, int]) -> nn.Module:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -113,6 +113,21 @@ def classes_of(model: nn.Module) -> int:
 
 def _several(classes: int) -> int:
     return int(classes) if classes > 1 else 0
+
+
+@contextmanager
+def measured_at(model: Any, spec: Mapping[str, int] | None) -> Iterator[Callable[[Tensor], Any]]:
+    """Eval mode, and what maps images to outputs inside: a super-network at a spec, or any other model as it is.
+
+    Args:
+        model: Its weights must not change inside.
+        spec: For a super-network, or for a wrapper of one that takes ``(images, spec)``.
+    """
+    with eval_mode(model), model.at(spec, fixed=True) if is_super_network(model) else nullcontext() as inner:
+        if inner is not None or spec is None:
+            yield model if inner is None else inner
+        else:
+            yield lambda images: model(images, spec)
 
 
 def computed_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from stratavit import architecture, artifacts, strata
 from stratavit.answers import Answers
 from stratavit.conversion import Convertible
 from stratavit.cost import cost_model
-from stratavit.elastic import ElasticSite, set_widths
+from stratavit.elastic import ElasticSite, run_at
 from stratavit.errors import BudgetError, StrataViTError
 from stratavit.extract import small_model
 from stratavit.families import elastic_sites, find_sites, last_norm
 from stratavit.final_mean import FinalMean, Shift
 from stratavit.foreign import as_source, as_timm
 from stratavit.limits import Asked
+from stratavit.running import Run, running
 from stratavit.sizes import Method
 from stratavit.structure import HEAD_DIM_UNIT, MLP_UNITS
 
@@ -113,15 +115,39 @@ class SuperNet(Convertible):
         Returns:
             Logits ``[B, classes]``.
         """
-        self.set_widths(spec)
-        logits: Tensor = self.model(images)
+        with self.at(spec) as model:
+            logits: Tensor = model(images)
         return logits
 
-    def set_widths(self, spec: Mapping[str, int] | None) -> None:
-        """Sets the widths that the next pass through `model` runs at; None is full width."""
+    @contextmanager
+    def at(self, spec: Mapping[str, int] | None = None, fixed: bool = False) -> Iterator[nn.Module]:
+        """Runs `model` at a spec inside, in this thread or asyncio task alone; outside it runs at full width.
+
+        Args:
+            spec: Widths; sites that are not named run at full width.
+            fixed: Promises that no weight changes inside and none needs a gradient: what compensation makes of the
+                weights is then computed once, not at every call.
+
+        Yields:
+            `model`.
+
+        Raises:
+            StrataViTError: The spec does not fit; or blocks are recomputed in the backward pass (gradient
+                checkpointing), which would come when the widths are gone.
+        """
         widths = self.resolve(spec)
-        set_widths(self.elastic, widths)
-        self._shift.value = self.final_shift(widths)
+        if torch.is_grad_enabled() and not fixed:
+            self._check_no_recomputing(widths)
+        with run_at(self.elastic, widths, fixed), running(Run(shifts={self._shift: self.final_shift(widths)})):
+            yield self.model
+
+    def _check_no_recomputing(self, widths: Mapping[str, int]) -> None:
+        full = all(widths[site.name] == site.width for site in self.sites)
+        if not full and any(getattr(module, "grad_checkpointing", False) for module in self.model.modules()):
+            raise StrataViTError(
+                "gradient checkpointing runs blocks once more in the backward pass, at full width; call "
+                "model.set_grad_checkpointing(False) to train sub-networks, or run them under torch.no_grad()"
+            )
 
     def final_shift(self, widths: Mapping[str, int]) -> Tensor | None:
         """What is added to the last norm's bias at these widths, ``[C]``; None for nothing."""
@@ -132,7 +158,6 @@ class SuperNet(Convertible):
 
     def source_copy(self) -> nn.Module:
         """A copy of the full model as it is, to teach by."""
-        self.set_widths(None)
         with torch.no_grad():
             copied: nn.Module = copy.deepcopy(self.model)
         return copied.requires_grad_(False).eval()

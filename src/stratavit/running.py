@@ -1,0 +1,55 @@
+"""At which widths a call runs: a context variable, so that every thread and every asyncio task has its own.
+
+Nothing of it is state of the modules: two threads that run one network at two sizes cannot disturb each other, and a
+call that ends leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Run:
+    """What modules run at. Modules that are not named run at full width, as computed from their own weights.
+
+    Attributes:
+        widths: Elastic module -> kept width.
+        fixed: Elastic module -> weight and bias of its second map, computed once for the whole run.
+        shifts: Hook of a last norm -> what it adds, ``[C]``.
+    """
+
+    widths: Mapping[Any, int] = field(default_factory=dict)
+    fixed: Mapping[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    shifts: Mapping[Any, Tensor | None] = field(default_factory=dict)
+
+
+FULL = Run()
+_RUNNING: ContextVar[Run] = ContextVar("stratavit_run", default=FULL)
+
+
+def current_run() -> Run:
+    """What the modules of this thread or task run at."""
+    return _RUNNING.get()
+
+
+@contextmanager
+def running(run: Run) -> Iterator[None]:
+    """The modules that a run names run as it says inside; those of other networks as outside."""
+    outer = _RUNNING.get()
+    both = Run(
+        {**outer.widths, **run.widths},
+        {**{module: pair for module, pair in outer.fixed.items() if module not in run.widths}, **run.fixed},
+        {**outer.shifts, **run.shifts},
+    )
+    token = _RUNNING.set(both)
+    try:
+        yield
+    finally:
+        _RUNNING.reset(token)
