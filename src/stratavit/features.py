@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stratavit.batches import unpack
+from stratavit.batches import batches_of
 from stratavit.equivalent import tensor_of
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.evaluate import Metrics, Tally
@@ -77,12 +77,12 @@ def knn(
         raise StrataViTError(f"knn: expected k of at least 1 and a temperature above 0, got {k!r} and {temperature!r}")
     model = as_timm(model)
     with eval_mode(model):
-        known = [(features(model, x, spec), y) for x, y in _labelled(bank, f"{description}, bank")]
+        known = [(features(model, x, spec), y) for x, y in _labelled(model, bank, f"{description}, bank")]
         if not known:
             raise StrataViTError("knn: the bank gave no images; a generator is used up after one pass")
         stored, labels = torch.cat([x for x, _ in known]), torch.cat([y for _, y in known]).to(known[0][0].device)
         classes, tally = int(labels.max()) + 1, Tally()
-        for images, truth in _labelled(loader, description):
+        for images, truth in _labelled(model, loader, description):
             votes = _votes(features(model, images, spec), stored, labels, classes, k, temperature)
             tally.add(votes.clamp_min(1e-12).log(), truth.to(votes.device), at_least=int(truth.max()) + 1)
     return tally.metrics()
@@ -127,7 +127,7 @@ def zero_shot(
     """
     model, tally, rows = as_timm(model), Tally(), F.normalize(embeddings.float(), dim=-1)
     with eval_mode(model):
-        for images, truth in _labelled(loader, description):
+        for images, truth in _labelled(model, loader, description):
             found = features(model, images, spec)
             if found.shape[-1] != rows.shape[-1]:
                 raise StrataViTError(
@@ -160,9 +160,8 @@ def read_embeddings(path: str | Path) -> Tensor:
     return found
 
 
-def _labelled(loader: Iterable[Any], description: str) -> Iterable[tuple[Tensor, Tensor]]:
-    for batch in track(loader, description):
-        images, labels = unpack(batch)
+def _labelled(model: nn.Module, loader: Iterable[Any], description: str) -> Iterable[tuple[Tensor, Tensor]]:
+    for images, labels in batches_of(track(loader, description), model, finite=True):
         if labels is None:
             raise StrataViTError(f"{description}: the loader gives no labels; it needs (images, labels)")
         yield images, labels
