@@ -1,4 +1,6 @@
-"""Images for a measurement: as many as asked, of one fold, in turn, none twice at once."""
+"""Images for a measurement: as many as asked, of one fold, none twice at once, whatever the loader's order."""
+
+import random
 
 import pytest
 import torch
@@ -9,71 +11,152 @@ from torch.utils.data import DataLoader
 
 from stratavit import StrataViTError
 from stratavit.feed import Feed
-from stratavit.statistics import folds_of
+from stratavit.pixels import folds_of, keys_of
 
-BATCHES = [images for images, _ in make_batches()]
+IMAGE_BYTES = 12
 
 
-def numbered(sizes):
-    """Batches of images that say their number."""
-    return list(torch.arange(sum(sizes)).view(-1, 1, 1, 1).expand(-1, 3, 1, 1).float().split(sizes))
+def numbered(numbers, sizes=None):
+    """Images that say their number, in batches."""
+    images = torch.tensor(list(numbers)).view(-1, 1, 1, 1).expand(-1, 3, 1, 1).float()
+    return list(images.split(sizes or 4))
 
 
 def numbers(batches):
     return [int(n) for images in batches for n in images[:, 0, 0, 0]]
 
 
-SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=5).filter(lambda sizes: sum(sizes) > 1)
+def in_turn(wanted):
+    """The numbers of either fold in the order in which they are given, computed apart."""
+    images = torch.cat(numbered(wanted))
+    ranked = sorted(zip(keys_of(images), folds_of(keys_of(images)).tolist(), wanted, strict=True))
+    return [[number for _, fold, number in ranked if fold == which] for which in (0, 1)]
 
 
-def test_folds_take_turns_whatever_the_batches():
-    assert torch.cat([folds_of(0, 3), folds_of(3, 1), folds_of(4, 2)]).tolist() == [0, 1, 0, 1, 0, 1]
+class Shuffled:
+    """The same images in another order and in other batches at every pass; counts the passes."""
+
+    def __init__(self, wanted, seed=0):
+        self.wanted, self.random, self.passes = list(wanted), random.Random(seed), 0
+
+    def __iter__(self):
+        self.passes += 1
+        self.random.shuffle(self.wanted)
+        return iter(numbered(self.wanted, self.random.randint(1, 5)))
 
 
-@given(SIZES, st.lists(st.tuples(st.integers(1, 12), st.integers(0, 1)), max_size=6))
-def test_images_of_a_fold_come_in_turn_as_many_as_asked_and_none_twice_at_once(sizes, takes):
-    """A take asks for no more than the fold has, so that every one is exact; the next goes on where it stopped."""
-    feed, folds, seen = Feed(numbered(sizes)), [list(range(sum(sizes)))[fold::2] for fold in (0, 1)], ([], [])
+# sets whose images may be the same several times
+SETS = st.lists(st.integers(0, 20), min_size=1, max_size=24)
+TAKES = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 1)), max_size=8)
+ROOMS = st.integers(0, 30)
+
+
+@given(SETS, TAKES, ROOMS, st.integers(0, 9))
+def test_takes_go_on_in_an_order_that_only_the_images_give(wanted, takes, room, seed):
+    """Cyclically through the fold, or the other one if it is empty; at most all of it; whatever is held at a time."""
+    folds, served = in_turn(wanted), [0, 0]
+    feed = Feed(Shuffled(wanted, seed), limit=2 * IMAGE_BYTES * room)
     for count, fold in takes:
+        fold = fold if folds[fold] else 1 - fold
         count = min(count, len(folds[fold]))
-        taken = numbers(feed.take(count, fold))
-        assert len(taken) == len(set(taken)) == count
-        seen[fold].extend(taken)
-    for fold in (0, 1):
-        assert seen[fold] == [folds[fold][i % len(folds[fold])] for i in range(len(seen[fold]))]
+        expected = [folds[fold][(served[fold] + i) % len(folds[fold])] for i in range(count)]
+        assert numbers(feed.take(count, fold)) == expected
+        served[fold] += count
 
 
-@given(SIZES, st.lists(st.tuples(st.integers(1, 60), st.integers(0, 1)), max_size=5))
-def test_small_sets_give_all_they_have_and_none_twice(sizes, takes):
-    feed = Feed(numbered(sizes))
-    for count, fold in takes:
-        taken = numbers(feed.take(count, fold))
-        assert len(taken) == len(set(taken)) == min(count, (sum(sizes) + 1 - fold) // 2)
-        assert all(number % 2 == fold for number in taken)
+@pytest.mark.parametrize("held", [True, False])
+def test_the_loader_is_read_once_if_there_is_room(held):
+    loader = Shuffled(range(40))
+    feed = Feed(loader, limit=80 * IMAGE_BYTES if held else 0)
+    for fold in (0, 1) * 6:
+        assert len(numbers(feed.take(10, fold))) == 10
+    assert (loader.passes == 1) == held
+    assert loader.passes <= 12
+
+
+def test_memory_is_bounded():
+    feed = Feed(numbered(range(1000)), limit=20 * IMAGE_BYTES)
+    for fold in (0, 1) * 30:
+        feed.take(7, fold)
+        assert all(len(one._held) <= 10 for one in feed._folds)
+        assert all(image.untyped_storage().nbytes() == IMAGE_BYTES for one in feed._folds for _, image in one._held)
+
+
+def test_folds_are_told_by_pixels_and_shape_and_not_by_type():
+    images = torch.randn(64, 3, 4, 4)
+    keys = keys_of(images)
+    assert len(set(keys)) == 64
+    assert set(folds_of(keys).tolist()) == {0, 1}
+    order = torch.randperm(64)
+    assert keys_of(images[order]) == [keys[i] for i in order]
+    assert keys_of(images.double()) == keys_of(images.to(memory_format=torch.channels_last)) == keys
+    assert keys_of(torch.zeros(1, 3, 2, 8)) != keys_of(torch.zeros(1, 3, 8, 2))
+
+
+def test_batches_are_no_larger_than_the_loaders():
+    feed = Feed(numbered(range(40), 3))
+    assert max(len(images) for images in feed.take(10, 0)) == 3
+
+
+def test_images_of_several_shapes_come_in_batches_of_one():
+    feed = Feed([torch.randn(4, 3, 4, 4), torch.randn(4, 3, 4, 8), torch.randn(4, 3, 8, 8).double()])
+    taken = [images for fold in (0, 1) for images in feed.take(12, fold)]
+    assert sum(len(images) for images in taken) == 12
+    assert {tuple(images.shape[1:]) for images in taken} == {(3, 4, 4), (3, 4, 8), (3, 8, 8)}
+
+
+@pytest.mark.parametrize("limit", [0, 10**6])
+def test_other_pixels_at_every_pass_still_give_images(limit):
+    class Augmented:
+        def __init__(self):
+            self.generator = torch.Generator().manual_seed(0)
+
+        def __iter__(self):
+            return iter([torch.randn(3, 3, 2, 2, generator=self.generator) for _ in range(2)])
+
+    feed = Feed(Augmented(), limit=limit)
+    for count in (1, 2, 6, 1, 9) * 8:
+        for fold in (0, 1):
+            assert 1 <= sum(len(images) for images in feed.take(count, fold)) <= count
 
 
 def test_a_single_image_serves_both_folds():
-    feed = Feed(numbered([1]))
-    assert [numbers(feed.take(3, fold)) for fold in (0, 1, 0, 1)] == [[0]] * 4
+    feed = Feed(numbered([5]))
+    assert [numbers(feed.take(3, fold)) for fold in (0, 1, 0, 1)] == [[5]] * 4
+
+
+def test_images_all_alike_are_all_given():
+    feed = Feed(numbered([5] * 9))
+    assert [numbers(feed.take(count, fold)) for count in (4, 20) for fold in (0, 1)] == [[5] * 4] * 2 + [[5] * 9] * 2
 
 
 def test_labels_are_not_needed_and_any_loader_will_do():
-    images = torch.cat(BATCHES)
+    batches = make_batches()
+    images = torch.cat([x for x, _ in batches])
     dataset = torch.utils.data.TensorDataset(images, torch.zeros(len(images), dtype=torch.long))
-    for loader in (BATCHES, [(x,) for x in BATCHES], make_batches(), DataLoader(dataset, batch_size=4)):
+    expected = [torch.cat(Feed([images]).take(6, fold)) for fold in (0, 1)]
+    for loader in (
+        [x for x, _ in batches],
+        [(x,) for x, _ in batches],
+        batches,
+        [{"image": x, "label": y} for x, y in batches],
+        DataLoader(dataset, batch_size=4),
+        DataLoader(dataset, batch_size=5, shuffle=True),
+    ):
         feed = Feed(loader)
-        for fold in (0, 1, 1, 0):
-            assert torch.equal(torch.cat(feed.take(6, fold)), images[fold::2])
+        for fold in (0, 1):
+            assert torch.equal(torch.cat(feed.take(6, fold)), expected[fold])
 
 
-def test_a_generator_serves_one_pass_and_is_refused_when_used_up():
-    feed = Feed(images for images in numbered([4, 4]))
-    assert numbers(feed.take(3, 1)) == [1, 3, 5]
+def test_a_generator_that_must_be_read_again_is_refused():
+    held, short = (Feed((images for images in numbered(range(20))), limit=limit) for limit in (10**6, 0))
+    assert len(numbers(held.take(5, 1) + held.take(20, 1))) >= 10
+    assert len(numbers(short.take(3, 1))) == 3
     with pytest.raises(StrataViTError, match=r"no images; a generator.*list or a DataLoader"):
-        feed.take(3, 1)
+        short.take(3, 1)
 
 
-@pytest.mark.parametrize("loader", [[], (images for images in ())])
+@pytest.mark.parametrize("loader", [[], (images for images in ()), [torch.zeros(0, 3, 2, 2)]])
 def test_no_images_are_refused(loader):
     with pytest.raises(StrataViTError, match="no images"):
         Feed(loader).take(3, 0)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from stratavit import effects, walk
 from stratavit.families import last_norm
 from stratavit.final_mean import FinalMean
+from stratavit.pixels import folds_of, keys_of
 
 IMAGES = make_images(3, seed=9)
 SHIFTED = [name for name in FAMILIES if name != "distilled"]
@@ -113,7 +114,7 @@ def test_measured_vectors_bring_the_mean_back_to_the_dense_models(name):
     states, _, vectors = walk.walk(net.model, net.sites, net.cost, make_batches(), PLAN)
     for fold, state, vector in zip((1, 0)[: len(states)], states, vectors, strict=True):
         assert net.cost.macs(state.widths) <= state.share * net.macs()
-        seen = images[fold::2]
+        seen = images[folds_of(keys_of(images)) == fold]
         with torch.no_grad(), effects.crossed(net.model, fold):
             dense = read_by_head(net.extract(spec={}), seen).mean(dim=0)
             plain = read_by_head(net.extract(spec=state.widths), seen).mean(dim=0)

@@ -9,6 +9,8 @@ from helpers import CLASSES, make_batches, make_images, make_model
 from torch import Tensor
 
 from stratavit import StrataViTError, SuperNet, statistics
+from stratavit.objectives import drawn_classes
+from stratavit.pixels import folds_of, keys_of
 from stratavit.statistics import collect
 
 OBJECTIVES = {
@@ -180,23 +182,69 @@ def test_covariances_at_cut_widths_are_those_of_the_kept_channels():
     assert found["blocks.1.mlp"].covariance.shape == (40, 40)
 
 
-def drawn_labels(model, images, generator):
+def drawn_labels(model, images, seed):
     """One class an image, drawn from the model's own prediction."""
     with torch.no_grad():
-        return torch.multinomial(model(images).softmax(dim=-1), 1, generator=generator).squeeze(1)
+        return drawn_classes(model(images), keys_of(images), seed)
 
 
 @pytest.mark.parametrize("seed", [0, 7])
 def test_sampled_is_the_cross_entropy_of_classes_drawn_from_the_prediction(family, seed):
-    """Drawn batch by batch from one generator; labels of the loader are not looked at."""
-    model, generator = make_model(family), torch.Generator().manual_seed(seed)
+    """Labels of the loader are not looked at."""
+    model = make_model(family)
     batches = make_batches()
-    labelled = [(images, drawn_labels(model, images, generator)) for images, _ in batches]
+    labelled = [(images, drawn_labels(model, images, seed)) for images, _ in batches]
     found = run(model, batches, objective="sampled", token_weight=0.5, seed=seed)
     expected = run(model, labelled, objective="cross_entropy", token_weight=0.5)
     for name, result in found.items():
         assert_close(result.covariance, expected[name].covariance, name)
         assert_close(result.channel_mean, expected[name].channel_mean, name)
+
+
+def test_classes_are_drawn_as_often_as_the_prediction_says():
+    """Within four standard errors; never one whose probability is 0."""
+    images, chances = torch.randn(4000, 1, 2, 2), torch.tensor([0.5, 0.0, 0.2, 0.3, 0.0])
+    for seed in (0, 1):
+        drawn = drawn_classes(chances.log().expand(4000, -1), keys_of(images), seed)
+        shares = torch.bincount(drawn, minlength=5) / 4000
+        assert ((shares - chances).abs() <= 4 * (chances * (1 - chances) / 4000).sqrt()).all()
+
+
+def test_a_draw_depends_on_image_and_seed_alone():
+    images, logits = torch.randn(200, 1, 2, 2), torch.randn(200, 9)
+    drawn, order = drawn_classes(logits, keys_of(images), 3), torch.randperm(200)
+    assert torch.equal(drawn_classes(logits[order], keys_of(images[order]), 3), drawn[order])
+    assert not torch.equal(drawn_classes(logits, keys_of(images), 4), drawn)
+
+
+@pytest.mark.parametrize("objective", ["cross_entropy", "sampled"])
+def test_the_order_of_the_images_changes_rounding_only(family, objective):
+    model, batches = make_model(family, dtype=torch.float64), make_batches(dtype=torch.float64)
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
+    shuffled = list(zip(images[order].split(5), labels[order].split(5), strict=True))
+    expected = run(model, batches, objective=objective, token_weight=0.5)
+    for name, found in run(model, shuffled, objective=objective, token_weight=0.5).items():
+        pairs = [(found.covariance, expected[name].covariance)]
+        for ours, theirs in zip(found.crossed, expected[name].crossed, strict=True):
+            pairs += list(zip(ours, theirs, strict=True))
+        for ours, theirs in pairs:
+            assert_close(ours, theirs, name, 1e-9)
+
+
+def test_folds_keep_their_moments_apart():
+    """Those without fold 0 are the moments of the images of fold 1 alone."""
+    model, batches = make_model("plain", dtype=torch.float64), make_batches(dtype=torch.float64)
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    folds = folds_of(keys_of(images))
+    assert set(folds.tolist()) == {0, 1}
+    crossed = {name: found.crossed for name, found in run(model, batches, token_weight=0.0).items()}
+    for fold in (0, 1):
+        kept = folds != fold
+        alone = run(model, [(images[kept], labels[kept])], token_weight=0.0)
+        for name, pairs in crossed.items():
+            assert_close(pairs[fold][0], alone[name].channel_mean, name, 1e-9)
+            assert_close(pairs[fold][1], alone[name].covariance, name, 1e-9)
 
 
 def test_sampled_is_fixed_by_the_seed():
@@ -328,7 +376,8 @@ BAD = {
     "negative label": ([(IMAGES, torch.tensor([-1, 0]))], {}, "found -1"),
     "one label for two images": ([(IMAGES, torch.tensor([1]))], {}, "shapes"),
     "not images": ([torch.zeros(2, 5)], {}, "images \\[B, 3, H, W\\]"),
-    "not tensors": ([{"image": IMAGES}], {}, "got dict"),
+    "no images by name": ([{"pixels": IMAGES}], {}, "got a mapping of pixels"),
+    "not tensors": ([{"image": IMAGES.tolist()}], {}, "loader: expected batches"),
     "three parts": ([(IMAGES, IMAGES, IMAGES)], {}, "loader: expected batches"),
     "unknown objective": ([IMAGES], {"objective": "loss"}, "objective: expected one of auto, label"),
     "NaN image": ([torch.full_like(IMAGES, float("nan"))], {}, "NaN or infinite"),

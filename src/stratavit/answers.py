@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
+
+from stratavit.pixels import Seen, keys_of
 
 LIMIT_BYTES = 64 * 2**20  # memory does not grow with the number of images beyond it
 
@@ -17,37 +19,41 @@ Pass = Callable[[Tensor], tuple[Tensor, Tensor]]
 class Answers:
     """Logits and pooled features of images that were seen, found by their pixels, in whatever order they come.
 
-    Valid as long as the weights of the model stay as they were; changes around autograd's version counter
-    (``weight.data``) are not seen.
+    Valid as long as the weights of the model stay as they were.
 
     Args:
         limit: Bytes to hold at most; what comes after that is computed each time.
+
+    Attributes:
+        seen: All images that were added, also those whose answers found no room.
     """
 
     def __init__(self, limit: int = LIMIT_BYTES) -> None:
+        self.seen = Seen()
         self._known: dict[bytes, tuple[Tensor, Tensor]] = {}
         self._room = limit
-        self._weights: Any = None
+        self._weights: bytes | None = None
 
     def __len__(self) -> int:
         return len(self._known)
 
     def seal(self, model: nn.Module) -> None:
         """Takes a model's weights as those that the answers belong to."""
-        self._weights = _version(model)
+        self._weights = digest_of(model)
 
     def belong_to(self, model: nn.Module) -> bool:
         """Whether the weights are still those of `seal`."""
-        return self._weights == _version(model)
+        return self._weights == digest_of(model)
 
-    def add(self, images: Tensor, logits: Tensor, features: Tensor) -> None:
-        """Remembers answers: images ``[B, 3, H, W]``, logits ``[B, classes]``, features ``[B, C]``."""
-        for key, row in zip(_keys(images), _rows(logits, features), strict=True):
+    def add(self, keys: Sequence[bytes], logits: Tensor, features: Tensor) -> None:
+        """Remembers answers to images: their keys (`keys_of`), logits ``[B, classes]``, features ``[B, C]``."""
+        self.seen.add(keys)
+        for key, row in zip(keys, _rows(logits, features), strict=True):
             self._remember(key, row)
 
     def of(self, images: Tensor, compute: Pass) -> tuple[Tensor, Tensor]:
         """Logits ``[B, classes]`` and features ``[B, C]`` of images; `compute` is asked for those not known."""
-        keys = _keys(images)
+        keys = keys_of(images)
         unknown = [number for number, key in enumerate(keys) if key not in self._known]
         fresh: dict[bytes, tuple[Tensor, Tensor]] = {}
         if unknown:
@@ -66,14 +72,15 @@ class Answers:
             self._room -= size
 
 
-def _keys(images: Tensor) -> list[bytes]:
-    return [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest() for image in images.float().cpu()]
+def digest_of(model: nn.Module) -> bytes:
+    """A hash of all parameters and buffers of a model: names, types, shapes and numbers, however they were changed."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.digest()
 
 
 def _rows(logits: Tensor, features: Tensor) -> list[tuple[Tensor, Tensor]]:
     sides = (side.detach().float().cpu().clone() for side in (logits, features))
     return list(zip(*sides, strict=True))
-
-
-def _version(model: nn.Module) -> list[tuple[int, int]]:
-    return [(parameter.data_ptr(), parameter._version) for parameter in model.parameters()]

@@ -13,6 +13,7 @@ from stratavit import contraction, listing, sensitivity, strata
 from stratavit.answers import Answers
 from stratavit.errors import StrataViTError
 from stratavit.objectives import Objective
+from stratavit.pixels import Seen
 from stratavit.prices import priced
 from stratavit.sizes import Method, Sized, known_method
 from stratavit.statistics import SiteStatistics, collect
@@ -30,6 +31,7 @@ class Convertible(Sized):
     model: Any
     provenance: dict[str, Any]
     _answers: Answers | None  # of the full model to the images of `contract`, for `stratify`
+    _seen: Seen | None = None  # the images of `contract`, if it kept moments of folds
 
     def at(self, spec: Mapping[str, int] | None = None, fixed: bool = False) -> AbstractContextManager[nn.Module]:
         """Runs `model` at a spec inside."""
@@ -49,7 +51,9 @@ class Convertible(Sized):
         One forward and one backward pass over the calibration images (the paper uses 1,024).
 
         Args:
-            loader: Yields images ``[B, 3, H, W]``, ``(images,)`` or ``(images, labels [B])``.
+            loader: Yields images ``[B, 3, H, W]``, ``(images,)``, ``(images, labels [B])``, or mappings of these:
+                images under ``pixel_values``, ``image`` or ``images``, labels under ``labels`` or ``label``. The
+                order does not matter.
             method: ``paper`` is exactly the paper (WPAC); ``default`` sorts by what each module adds to the
                 residual stream and gathers what `compensation` needs. If None, what the criterion implies.
             criterion: What channels are sorted by: ``output`` (default method), ``wpac`` (paper), or a baseline
@@ -83,7 +87,7 @@ class Convertible(Sized):
         self.released = False
         if answers is not None:
             answers.seal(self.model)  # contraction keeps the function
-        self._answers = answers
+        self._answers, self._seen = answers, None if answers is None else answers.seen
         self.strata, self.final_mean, self.method = None, None, method
         self.provenance["contract"] = {
             "method": method,
@@ -109,8 +113,9 @@ class Convertible(Sized):
         """Makes the one-shot dropout list, down to the smallest size, in place; no training.
 
         Args:
-            loader: The calibration images, several times over. Best those of `contract`, in the same order (no
-                shuffling) and on the same object: each is then measured with moments that do not contain it.
+            loader: The calibration images, several times over, in any order. Best those of `contract`, pixel by
+                pixel (no random augmentation), and on the same object: each is then measured with moments that do
+                not contain it. If they are others, a line on standard error says so.
             method: ``default`` measures at cut networks what one more unit brings (`walk`); ``paper`` ranks units by
                 sensitivity of the module times Taylor importance, per MAC, with tails merged (method
                 section 2). As set by `contract` if None.
@@ -143,7 +148,7 @@ class Convertible(Sized):
                 before, self.compensation = self.compensation, "full"
                 try:
                     entries, final_mean, facts = listing.by_effects(
-                        self.model, self.sites, cost, loader, plan or Walk(), known
+                        self.model, self.sites, cost, loader, plan or Walk(), known, self._seen
                     )
                 finally:
                     self.compensation = before

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stratavit.batches import check_labels, unpack
+from stratavit.batches import batches_of, check_labels
 from stratavit.equivalent import tensor_of
 from stratavit.errors import StrataViTError
 from stratavit.progress import track
@@ -57,6 +57,8 @@ class Tally:
             labels: ``[B]``.
             at_least: Classes that there may be besides; those without a logit are never answered.
         """
+        if logits.isnan().any():
+            raise StrataViTError("evaluate: the model answers NaN; check its weights, and whether its type overflows")
         if at_least > logits.shape[-1]:
             logits = F.pad(logits, (0, at_least - logits.shape[-1]), value=float(logits.min()) - 1)
         check_labels(labels, logits.shape[-1])
@@ -86,12 +88,12 @@ def evaluate(
 
     Args:
         model: Any model from images to logits, or a `SuperNet`.
-        loader: Yields ``(images [B, 3, H, W], labels [B])``.
+        loader: Yields ``(images [B, 3, H, W], labels [B])``, or mappings of these, see `batches.unpack`.
         spec: Sub-network to run, for a `SuperNet`.
         description: Title of the progress bar.
 
     Raises:
-        StrataViTError: No images, no labels, labels that do not fit the head, or no head.
+        StrataViTError: No images, no labels, images or labels that do not fit the model, NaN, or no head.
     """
     if not classes_of(model):
         raise StrataViTError(
@@ -100,8 +102,7 @@ def evaluate(
         )
     tally = Tally()
     with measured_at(model, spec) as run:
-        for batch in track(loader, description):
-            images, labels = unpack(batch)
+        for images, labels in batches_of(track(loader, description), model, finite=True):
             if labels is None:
                 raise StrataViTError("evaluate: the loader gives no labels; accuracy needs (images, labels)")
             images = images.to(model_device(model), model_dtype(model))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stratavit.architecture import resolve_data_config
+from stratavit.batches import check_finite, check_images, unpack
 from stratavit.equivalent import tensor_of
 from stratavit.errors import StrataViTError
 from stratavit.folders import check_free, check_free_file, open_to_others, write_folder
@@ -85,8 +86,8 @@ def export(
         tolerance: Largest difference of a logit that passes.
 
     Raises:
-        StrataViTError: Not a small model in float32, an unknown format, packages are missing, or the file answers
-            otherwise than the model; then nothing is left.
+        StrataViTError: Not a small model in float32, an unknown format, images that do not fit the model, packages
+            are missing, or the file answers otherwise than the model; then nothing is left.
         ArtifactError: The file exists or cannot be written.
     """
     from stratavit.supernet import SuperNet
@@ -105,6 +106,7 @@ def export(
     if images is None:
         size = resolve_data_config(model)["input_size"]
         images = torch.randn(NOISE_IMAGES, *size, generator=torch.Generator().manual_seed(0))
+    images = _fitting(model, images)
     device = next(model.parameters()).device
     try:
         with eval_mode(model), torch.no_grad():
@@ -113,6 +115,16 @@ def export(
             return _checked(model.cpu(), path, format, images.float().cpu(), tolerance, overwrite)
     finally:
         model.to(device)
+
+
+def _fitting(model: nn.Module, images: Tensor) -> Tensor:
+    """Images to compare on: at least one, finite, such as the model takes."""
+    images, _ = unpack((images,), "export")
+    check_images(model, images, "export")
+    check_finite(images, "export")
+    if not len(images):
+        raise StrataViTError("export: there are no images to compare on; give at least one, or leave images out")
+    return images
 
 
 def _checked(model: nn.Module, path: Path, format: Format, images: Tensor, tolerance: float, overwrite: bool) -> Parity:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stratavit.batches import unpack
+from stratavit.batches import batches_of
 from stratavit.equivalent import tensor_of
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.evaluate import Metrics, Tally
@@ -70,13 +70,14 @@ def knn(
     """
     if k < 1 or not temperature > 0:
         raise StrataViTError(f"knn: expected k of at least 1 and a temperature above 0, got {k!r} and {temperature!r}")
-    with measured_at(as_timm(model), spec) as inner:
-        known = [(features(inner, x), y) for x, y in _labelled(bank, f"{description}, bank")]
+    model = as_timm(model)
+    with measured_at(model, spec) as inner:
+        known = [(features(inner, x), y) for x, y in _labelled(model, bank, f"{description}, bank")]
         if not known:
             raise StrataViTError("knn: the bank gave no images; a generator is used up after one pass")
         stored, labels = torch.cat([x for x, _ in known]), torch.cat([y for _, y in known]).to(known[0][0].device)
         classes, tally = int(labels.max()) + 1, Tally()
-        for images, truth in _labelled(loader, description):
+        for images, truth in _labelled(model, loader, description):
             votes = _votes(features(inner, images), stored, labels, classes, k, temperature)
             tally.add(votes.clamp_min(1e-12).log(), truth.to(votes.device), at_least=int(truth.max()) + 1)
     return tally.metrics()
@@ -119,9 +120,9 @@ def zero_shot(
     Raises:
         StrataViTError: Widths differ, or there are no images or labels.
     """
-    tally, rows = Tally(), F.normalize(embeddings.float(), dim=-1)
-    with measured_at(as_timm(model), spec) as inner:
-        for images, truth in _labelled(loader, description):
+    model, tally, rows = as_timm(model), Tally(), F.normalize(embeddings.float(), dim=-1)
+    with measured_at(model, spec) as inner:
+        for images, truth in _labelled(model, loader, description):
             found = features(inner, images)
             if found.shape[-1] != rows.shape[-1]:
                 raise StrataViTError(
@@ -154,9 +155,8 @@ def read_embeddings(path: str | Path) -> Tensor:
     return found
 
 
-def _labelled(loader: Iterable[Any], description: str) -> Iterable[tuple[Tensor, Tensor]]:
-    for batch in track(loader, description):
-        images, labels = unpack(batch)
+def _labelled(model: nn.Module, loader: Iterable[Any], description: str) -> Iterable[tuple[Tensor, Tensor]]:
+    for images, labels in batches_of(track(loader, description), model, finite=True):
         if labels is None:
             raise StrataViTError(f"{description}: the loader gives no labels; it needs (images, labels)")
         yield images, labels

@@ -17,6 +17,7 @@ from stratavit.elastic import ElasticSite
 from stratavit.errors import StrataViTError
 from stratavit.final_mean import FinalMean
 from stratavit.objectives import Objective
+from stratavit.pixels import Seen
 from stratavit.statistics import SiteStatistics, collect
 from stratavit.structure import Site
 from stratavit.walk import Walk, walk
@@ -58,6 +59,7 @@ def by_effects(
     loader: Iterable[Any],
     plan: Walk,
     answers: Answers | None = None,
+    seen: Seen | None = None,
 ) -> tuple[list[strata.Entry], FinalMean | None, dict[str, Any]]:
     """The default's: keep ratios that follow what one more unit brings at networks already cut (`walk`).
 
@@ -67,7 +69,7 @@ def by_effects(
     Raises:
         StrataViTError: The model or the images give a distance that is not finite.
     """
-    states, ratios, drifts = walk(model, sites, cost, loader, plan, answers)
+    states, ratios, drifts = walk(model, sites, cost, loader, plan, answers, seen)
     known = {cost.macs(state.widths) / cost.macs(): drift for state, drift in zip(states, drifts, strict=False)}
     known = {share: drift for share, drift in known.items() if share < 1}  # shares that were got, not asked
     mean = FinalMean(tuple(known), torch.stack(list(known.values())).float()) if known else None

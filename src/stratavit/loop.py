@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from stratavit import checkpoint, order, processes, report
 from stratavit.augment import Features, Target
-from stratavit.batches import check_labels, unpack
+from stratavit.batches import check_images, check_labels, unpack
 from stratavit.checkpoint import Journal, write_state
 from stratavit.errors import StrataViTError
 from stratavit.learner import Learner
@@ -67,7 +67,7 @@ class Trainer:
         self.step = self.begun = self.ended = 0
         self.losses = Losses()
         self.journal = Journal(out / checkpoint.LOG_FILE)
-        self.classes = classes_of(self.net)
+        self.classes = classes_of(self.net.model)  # a wrapper around one model says nothing of them
         self.target = Target(recipe, self.classes) if self.classes else Features()
         self.teacher = None if teacher is None else teacher.to(accelerator.device, self.classes)
         images = recipe.batch_size * recipe.accumulate * accelerator.num_processes
@@ -179,7 +179,8 @@ class Trainer:
 
     def prepare(self, batch: Any) -> tuple[Tensor, Tensor]:
         """A batch on the device, mixed."""
-        images, labels = unpack(batch)
+        images, labels = unpack(batch, "train")
+        check_images(self.net.model, images, "train")
         if not self.classes:
             labels = torch.zeros(len(images), dtype=torch.long)
         if labels is None:

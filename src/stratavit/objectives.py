@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from stratavit.batches import check_labels
 from stratavit.errors import StrataViTError
+from stratavit.pixels import uniforms
 from stratavit.structure import Stages
 
 Objective = Literal["auto", "label", "cross_entropy", "prediction", "sampled", "feature"]
@@ -24,17 +26,24 @@ class Score:
     Attributes:
         objective: See `collect`.
         likelihood: Whether ``auto`` means a log-likelihood rather than a logit.
-        generator: Draws the classes of ``sampled``.
+        seed: Of the classes of ``sampled``.
         headless: The model's answer is the feature; else it is what the head reads.
     """
 
     objective: Objective
     likelihood: bool
-    generator: torch.Generator
+    seed: int
     headless: bool = False
 
-    def __call__(self, parts: Stages, tokens: Tensor, labels: Tensor | None) -> Tensor:
-        """Summed over the images; `tokens` ``[B, N, C]`` leave the last block, `labels` ``[B]``."""
+    def __call__(self, parts: Stages, tokens: Tensor, labels: Tensor | None, keys: Sequence[bytes]) -> Tensor:
+        """Summed over the images.
+
+        Args:
+            parts: Of the model.
+            tokens: ``[B, N, C]``, as they leave the last block.
+            labels: ``[B]``.
+            keys: Of the images, see `pixels.keys_of`.
+        """
         objective = self.objective
         if objective == "auto":
             choices: tuple[Objective, Objective] = ("label", "prediction")
@@ -46,10 +55,16 @@ class Score:
         if labels is not None:
             labels = labels.to(logits.device)
         if objective == "sampled":
-            drawn = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=self.generator)
-            labels = drawn.squeeze(1).to(logits.device)
+            labels = drawn_classes(logits, keys, self.seed).to(logits.device)
             objective = "cross_entropy"
         return objective_value(logits, labels, objective)
+
+
+def drawn_classes(logits: Tensor, keys: Sequence[bytes], seed: int) -> Tensor:
+    """A class for each image, drawn from the prediction; ``[B]`` on the CPU. Image and seed fix the draw."""
+    upto = logits.detach().double().cpu().softmax(dim=-1).cumsum(dim=-1)  # [B, classes]
+    drawn = torch.searchsorted(upto, uniforms(keys, seed)[:, None] * upto[:, -1:], right=True)
+    return drawn.squeeze(1).clamp_max(logits.shape[-1] - 1)
 
 
 def objective_value(logits: Tensor, labels: Tensor | None, objective: Objective) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stratavit.batches import check_labels, unpack
+from stratavit.batches import batches_of, check_labels
 from stratavit.distance import distance
 from stratavit.elastic import ElasticSite
 from stratavit.errors import StrataViTError
@@ -66,8 +66,7 @@ def bypass_sensitivity(
         raise StrataViTError("measure 'top1' needs a head, but the model has none; use 'auto'")
     tally = Tally()
     with eval_mode(model):
-        for batch in track(loader, "sensitivity"):
-            images, labels = unpack(batch)
+        for images, labels in batches_of(track(loader, "sensitivity"), model):
             _bypass_each(model, sites, images, labels, tally)
     if tally.images == 0:
         raise StrataViTError(

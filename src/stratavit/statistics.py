@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from stratavit.answers import Answers
-from stratavit.batches import unpack
+from stratavit.batches import batches_of
 from stratavit.elastic import ElasticSite
 from stratavit.errors import StrataViTError
 from stratavit.families import stages
 from stratavit.moments import RunningCovariance, RunningMean, RunningScatter
 from stratavit.objectives import OBJECTIVES, Objective, Score
+from stratavit.pixels import folds_of, keys_of
 from stratavit.progress import track
 from stratavit.structure import classes_of, eval_mode, frozen, model_device, model_dtype
 
@@ -53,15 +54,6 @@ class SiteStatistics:
     images: int = 0
 
 
-def folds_of(start: int, count: int) -> Tensor:
-    """Fold, 0 or 1, of the images number `start` to `start + count - 1` of a loader: in turn.
-
-    Compensation fits the images that it was computed from better than others, so a list measured on these
-    would take cuts for cheaper than they are. Images of one fold are measured with the moments of the other.
-    """
-    return torch.arange(start, start + count) % 2
-
-
 class SiteObserver:
     """Turns the features of one site, and their gradients, into running moments.
 
@@ -72,18 +64,17 @@ class SiteObserver:
             in proportion to the gradient norm at the module's output; None: gather Taylor terms instead.
 
     Attributes:
-        batch: Images of the batch that runs; windows of an image lie one after the other.
+        folds: Of the images of the batch that runs, ``[B]``; windows of an image lie one after the other.
     """
 
     def __init__(self, site: ElasticSite, scatter: Scatter, token_weight: float | None = None) -> None:
         self.heads, self.attention = site.heads, site.attention
-        self.weighted, self.batch = scatter == "weighted", 1
+        self.weighted, self.folds = scatter == "weighted", torch.zeros(1, dtype=torch.long)
         turned = site.tied or (site.attention and token_weight is None)  # v turns by its covariance where there is one
         self._scatter = RunningScatter() if turned and scatter != "none" else None
         self._covariance = None if token_weight is None else RunningCovariance(token_weight)
         self._taylor, self._hessian, self._mean = RunningMean(), RunningMean(), RunningMean()
         self._held: list[Tensor] = []
-        self._images = 0
 
     def features(self, features: Tensor) -> None:
         """qkv ``[B, N, 3, H, w]``, or v alone: waits for the gradient."""
@@ -108,10 +99,9 @@ class SiteObserver:
     def outputs(self, outputs: Tensor) -> None:
         """What the module adds, ``[B, N, C]``: the norm of its gradient weighs the token."""
         if self._covariance is not None:
-            x, start = self._held.pop(), self._images
-            x = x.reshape(self.batch, -1, x.shape[-1])  # [B, N, H*w], the tokens of all windows of an image
-            self._images += len(x)
-            outputs.register_hook(lambda gradient: self._covariance_of(x, gradient, start))
+            x, folds = self._held.pop(), self.folds
+            x = x.reshape(len(folds), -1, x.shape[-1])  # [B, N, H*w], the tokens of all windows of an image
+            outputs.register_hook(lambda gradient: self._covariance_of(x, gradient, folds.to(x.device)))
 
     def _await_gradient(self, features: Tensor, then: Callable[[Tensor, Tensor], None]) -> None:
         """Calls `then` with features and gradient once that is there, then lets go of them."""
@@ -139,10 +129,9 @@ class SiteObserver:
         weight = importance.mean(dim=-1).flatten(1).T if self.weighted else None  # [G*H, T]
         self._scatter.update(x, weight)
 
-    def _covariance_of(self, x: Tensor, gradient: Tensor, start: int) -> None:
-        """`x` ``[B, N, H*w]``, `gradient` ``[B, N, C]`` of images number `start` and on."""
+    def _covariance_of(self, x: Tensor, gradient: Tensor, folds: Tensor) -> None:
+        """`x` ``[B, N, H*w]``, `gradient` ``[B, N, C]`` of images in `folds` ``[B]``."""
         assert self._covariance is not None
-        folds = folds_of(start, len(x)).to(x.device)
         weight = gradient.norm(dim=-1).reshape(len(x), -1)  # [B, N]
         for fold in (0, 1):
             chosen = folds == fold
@@ -178,7 +167,8 @@ def collect(
 
     Args:
         model: A model whose sites are elastic modules.
-        loader: Yields images ``[B, 3, H, W]``, ``(images,)`` or ``(images, labels [B])``.
+        loader: Yields images ``[B, 3, H, W]``, ``(images,)``, ``(images, labels [B])`` or mappings of these, see
+            `batches.unpack`; their order does not matter.
         objective: What is differentiated, summed over images: ``label`` the logit of the true class (the
             reference implementation), ``cross_entropy``, and without labels: ``prediction`` the logit of the
             predicted class, ``sampled`` the cross-entropy of a class drawn from the prediction, ``feature`` half
@@ -207,7 +197,7 @@ def collect(
         raise StrataViTError(f"objective {objective!r} needs a head, but the model has none; use 'feature' or 'auto'")
     if headless:
         objective = "feature"
-    score = Score(objective, token_weight is not None, torch.Generator().manual_seed(seed), headless)
+    score = Score(objective, token_weight is not None, seed, headless)
     active = {
         name: SiteObserver(site, scatter, token_weight)
         for name, site in sites.items()
@@ -246,18 +236,19 @@ def _run(
     parts = stages(model)
     device, dtype = model_device(model), model_dtype(model)
     images_seen = 0
-    for batch in track(loader, description):
-        images, labels = unpack(batch)
+    for images, labels in batches_of(track(loader, description), model):
+        keys = keys_of(images)
+        folds = folds_of(keys)
         for observer in observers:
-            observer.batch = len(images)
+            observer.folds = folds
         with torch.no_grad():
             tokens = parts.stem(images.to(device, dtype))
         tokens.requires_grad_(True)
         with torch.enable_grad():
             left = parts.through(tokens)
-            torch.autograd.grad(score(parts, left, labels), tokens)
+            torch.autograd.grad(score(parts, left, labels, keys), tokens)
         if answers is not None:
             with torch.no_grad():
-                answers.add(images, parts.tail(left), parts.pool(left))
+                answers.add(keys, parts.tail(left), parts.pool(left))
         images_seen += len(images)
     return images_seen

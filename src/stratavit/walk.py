@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,11 @@ from stratavit.effects import Reference, crossed
 from stratavit.errors import StrataViTError
 from stratavit.families import last_norm
 from stratavit.feed import Feed
+from stratavit.pixels import Seen, keys_of
 from stratavit.progress import track
 from stratavit.structure import Site, eval_mode, frozen
+
+FAMILIAR = 0.1  # share of images below which they are not those of `contract`
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ def walk(
     loader: Iterable[Any],
     plan: Walk,
     answers: Answers | None = None,
+    seen: Seen | None = None,
 ) -> tuple[list[State], dict[str, float], list[Tensor]]:
     """Measures keep ratios at one size after the other.
 
@@ -66,6 +71,7 @@ def walk(
         loader: See `statistics.collect`; labels are not used.
         plan: How.
         answers: Of the dense model, as far as they are known.
+        seen: The images that the moments of the sites were computed from, if that is known.
 
     Returns:
         The states; the logarithm of the keep ratios at the last one; at each state by how much the mean of what
@@ -73,7 +79,7 @@ def walk(
     """
     if torch.is_inference_mode_enabled():
         raise StrataViTError("stratify needs gradients: call it outside torch.inference_mode()")
-    feed, fold = Feed(loader), 0
+    feed, fold = Feed(loader, model), 0
     answers = Answers() if answers is None else answers
     ratios = dict.fromkeys((site.name for site in sites), 0.0)
     caps = {site.name: site.width for site in sites}
@@ -84,8 +90,12 @@ def walk(
     with eval_mode(model), frozen(model):
         for share, left in track(steps, "measure the list"):
             fold = 1 - fold
+            batches = feed.take(plan.images, fold)
+            if seen is not None:
+                tell_of_strangers(batches, seen)
+                seen = None
             with crossed(model, fold):
-                reference = Reference(model, sites, feed.take(plan.images, fold), answers)
+                reference = Reference(model, sites, batches, answers)
                 found = reference.effects(cost, allocate(cost, ratios, share, caps))
                 ratios = moved(ratios, found.effects, plan.rate)
                 if left == 0:
@@ -94,6 +104,16 @@ def walk(
                     if last_norm(model) is not None:
                         drifts.append(reference.forward(caps).drift)
     return states, ratios, drifts
+
+
+def tell_of_strangers(batches: Iterable[Tensor], seen: Seen) -> None:
+    """Says so if hardly any of the images is one that was seen: folds are told by pixels."""
+    if seen.share([key for images in batches for key in keys_of(images)]) < FAMILIAR:
+        print(
+            "stratify: cross-fitting cannot work, because the loader gives other pixels than contract's did (random "
+            "augmentation, or another data set); give both the same images in the evaluation transform",
+            file=sys.stderr,
+        )
 
 
 def moved(ratios: Mapping[str, float], effects: Mapping[str, float], rate: float) -> dict[str, float]:

@@ -1,0 +1,356 @@
+"""What a loader yields is taken as it is meant, or refused in one sentence: never a traceback, never another number."""
+
+from collections import UserDict, namedtuple
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers import CLASSES, PLAN, make_batches, make_images, make_model, make_net
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import stratavit
+from stratavit import StrataViTError, SuperNet
+from stratavit.batches import batches_of, check_images, unpack
+from stratavit.sensitivity import bypass_sensitivity
+
+IMAGES, LABELS = make_images(6), torch.tensor([0, 1, 2, 3, 4, 0])
+Pair = namedtuple("Pair", ["pictures", "classes"])
+
+
+def contract(loader):
+    net = SuperNet(make_model("plain")).contract(loader)
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def convert(loader):
+    net = SuperNet(make_model("plain")).contract(make_batches()).stratify(loader, plan=PLAN)
+    return torch.tensor([[sorted(net.elastic).index(entry.site), entry.width] for entry in net.strata.entries])
+
+
+def paper(loader):
+    net = SuperNet(make_model("plain")).contract(loader, method="paper").stratify(loader)
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def sensitivity(loader):
+    net = make_net("plain")
+    return torch.tensor(list(bypass_sensitivity(net.model, net.sites, loader).values()))
+
+
+def evaluate(loader):
+    return torch.tensor(list(stratavit.evaluate(make_model("plain"), loader).to_dict().values()))
+
+
+def evaluate_net(loader):
+    return torch.tensor(list(stratavit.evaluate(make_net("plain"), loader).to_dict().values()))
+
+
+def knn(loader):
+    found = stratavit.knn(make_model("plain"), make_batches(), loader)
+    return torch.tensor(list(found.to_dict().values()))
+
+
+def bank(loader):
+    return torch.tensor(list(stratavit.knn(make_model("plain"), loader, make_batches()).to_dict().values()))
+
+
+def zero_shot(loader):
+    rows = torch.randn(CLASSES, 32, generator=torch.Generator().manual_seed(0))
+    return torch.tensor(list(stratavit.zero_shot(make_model("plain"), rows, loader).to_dict().values()))
+
+
+DOORS = (contract, convert, paper, sensitivity, evaluate, evaluate_net, knn, bank, zero_shot)
+MEASURES = (evaluate, evaluate_net, knn, bank, zero_shot)
+every_door = pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
+
+TAKEN = {
+    **{
+        f"labels of {kind}": (IMAGES, LABELS.to(getattr(torch, kind)))
+        for kind in ("int8", "int16", "int32", "uint8", "uint16", "uint32", "uint64")
+    },
+    "a list": [IMAGES, LABELS],
+    "a named tuple": Pair(IMAGES, LABELS),
+    "numpy arrays": (IMAGES.numpy(), LABELS.numpy().astype("int32")),
+    "numpy, big-endian": (IMAGES.numpy().astype(">f4"), LABELS.numpy().astype(">i2")),
+    "numpy, read only": (np.broadcast_to(IMAGES.numpy(), IMAGES.shape), LABELS.numpy()),
+    "pixel_values and labels": {"pixel_values": IMAGES, "labels": LABELS},
+    "image and label": {"image": IMAGES, "label": LABELS, "file": ["a"] * 6, "index": torch.arange(6)},
+    "images and label": {"images": IMAGES, "label": LABELS.numpy()},
+    "pixel_values beside undecoded images": {"image": ["a"] * 6, "pixel_values": IMAGES, "labels": LABELS},
+    "another mapping": UserDict(pixel_values=IMAGES, labels=LABELS),
+    "float64": (IMAGES.double(), LABELS),
+    "channels last in memory": (IMAGES.to(memory_format=torch.channels_last), LABELS),
+    "with a graph": (IMAGES.clone().requires_grad_() * 1.0, LABELS),
+}
+
+
+@every_door
+@pytest.mark.parametrize("batch", TAKEN.values(), ids=TAKEN)
+def test_taken_as_plain_tensors_are(door, batch):
+    assert torch.equal(door([batch]), door([(IMAGES, LABELS)]))
+
+
+@every_door
+def test_half_precision_images_are_cast(door):
+    half = IMAGES.half()
+    assert torch.equal(door([(half, LABELS)]), door([(half.float(), LABELS)]))
+
+
+@every_door
+def test_batches_without_images_are_left_out(door):
+    empty = [(IMAGES[:0], LABELS[:0]), {"image": IMAGES[:0], "label": LABELS[:0]}]
+    assert torch.equal(door([empty[0], (IMAGES, LABELS), *empty]), door([(IMAGES, LABELS)]))
+    with pytest.raises(StrataViTError, match="no images"):
+        door(empty)
+
+
+@every_door
+def test_tensors_made_in_inference_mode_are_taken(door):
+    with torch.inference_mode():
+        apart = IMAGES.clone(), LABELS.clone()
+    assert torch.equal(door([apart]), door([(IMAGES, LABELS)]))
+
+
+REFUSED = {
+    "64 x 64": (torch.randn(6, 3, 64, 64), LABELS),
+    "32 x 64": (torch.randn(6, 3, 32, 64), LABELS),
+    "channels last": (IMAGES.permute(0, 2, 3, 1), LABELS),
+    "one channel": (IMAGES[:, :1], LABELS),
+    "four channels": (torch.randn(6, 4, 32, 32), LABELS),
+    "one image": (IMAGES[0], LABELS[:1]),
+    "no height": (IMAGES[:, :, :0], LABELS),
+    "uint8 images": ((IMAGES * 50).to(torch.uint8), LABELS),
+    "int64 images": (IMAGES.long(), LABELS),
+    "bool images": (IMAGES > 0, LABELS),
+    "complex images": (IMAGES.to(torch.complex64), LABELS),
+    "sparse images": (IMAGES.to_sparse(), LABELS),
+    "numpy uint8 images": ((IMAGES * 50).to(torch.uint8).numpy(), LABELS.numpy()),
+    "numpy objects": (np.array([object()] * 6), LABELS),
+    "float labels": (IMAGES, LABELS.float()),
+    "bool labels": (IMAGES, LABELS > 0),
+    "complex labels": (IMAGES, LABELS.to(torch.complex64)),
+    "one-hot labels": (IMAGES, nn.functional.one_hot(LABELS, CLASSES)),
+    "soft labels": (IMAGES, torch.rand(6, CLASSES)),
+    "labels of two axes": (IMAGES, LABELS[:, None]),
+    "too few labels": (IMAGES, LABELS[:5]),
+    "one label": (IMAGES[:1], torch.tensor(3)),
+    "labels in a list": (IMAGES, LABELS.tolist()),
+    "words for labels": (IMAGES, ["cat"] * 6),
+    "three parts": (IMAGES, LABELS, LABELS),
+    "no parts": (),
+    "nested": ((IMAGES, LABELS), LABELS),
+    "a mapping without images": {"pixels": IMAGES, "labels": LABELS},
+    "a mapping of two images": {"image": IMAGES, "pixel_values": IMAGES + 1, "labels": LABELS},
+    "a mapping of two labels": {"image": IMAGES, "label": LABELS, "labels": LABELS.flip(0)},
+    "a mapping of words": {"image": ["a"] * 6, "label": LABELS},
+    "a mapping of labels in a list": {"image": IMAGES, "label": LABELS.tolist()},
+    "an empty mapping": {},
+    "a word": "images",
+    "a number": 3,
+    "nothing": None,
+}
+
+
+@every_door
+@pytest.mark.parametrize("batch", REFUSED.values(), ids=REFUSED)
+def test_refused_in_one_sentence(door, batch):
+    with pytest.raises(StrataViTError) as refusal:
+        door([batch])
+    said = str(refusal.value)
+    assert said.startswith("loader: ")
+    assert "\n" not in said
+    assert len(said) < 300
+
+
+@pytest.mark.parametrize("door", MEASURES, ids=lambda door: door.__name__)
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_nothing_is_measured_on_images_that_are_no_numbers(door, number):
+    images = IMAGES.clone()
+    images[3, 1, 5, 5] = number
+    with pytest.raises(StrataViTError, match="NaN or infinite"):
+        door([(images, LABELS)])
+
+
+@pytest.mark.parametrize("door", MEASURES, ids=lambda door: door.__name__)
+def test_measuring_needs_labels(door):
+    for batch in (IMAGES, (IMAGES,), (IMAGES, None), {"image": IMAGES}, {"image": IMAGES, "label": None}):
+        with pytest.raises(StrataViTError, match="no labels"):
+            door([batch])
+
+
+def test_a_model_that_answers_nan_is_not_measured():
+    model = make_model("plain")
+    with torch.no_grad():
+        model.head.bias[2] = float("nan")
+    with pytest.raises(StrataViTError, match="NaN"):
+        stratavit.evaluate(model, [(IMAGES, LABELS)])
+
+
+# ---- sizes that models take -----------------------------------------------------------------------------
+
+SMALL = {"embed_dim": 32, "num_classes": CLASSES}
+VIT = {**SMALL, "img_size": 32, "patch_size": 8, "depth": 1, "num_heads": 2}
+SWIN = {**SMALL, "img_size": 64, "depths": (1, 1), "num_heads": (2, 2), "window_size": 4}
+EVA = {**VIT, "use_rot_pos_emb": True}
+MODELS = {
+    "fixed": lambda: VisionTransformer(**VIT),
+    "oblong": lambda: VisionTransformer(**VIT | {"img_size": (32, 48)}),
+    "dynamic": lambda: VisionTransformer(**VIT, dynamic_img_size=True),
+    "padded": lambda: VisionTransformer(**VIT, dynamic_img_size=True, dynamic_img_pad=True),
+    "grey": lambda: VisionTransformer(**VIT, in_chans=1),
+    "swin": lambda: timm.models.SwinTransformer(**SWIN),
+    "swin, any size": lambda: timm.models.SwinTransformer(**SWIN, strict_img_size=False),
+    "eva": lambda: timm.models.Eva(**EVA),
+    "eva, dynamic": lambda: timm.models.Eva(**EVA, dynamic_img_size=True),
+    "beit": lambda: timm.models.Beit(**VIT, use_rel_pos_bias=True),
+}
+SIZES = [(3, 32, 32), (3, 64, 64), (3, 32, 48), (3, 48, 32), (3, 36, 36), (3, 40, 40), (3, 7, 9), (1, 32, 32)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_refused_are_just_the_images_that_the_model_cannot_run(name):
+    model = MODELS[name]().eval()
+    for size in [*SIZES, (3, *model.patch_embed.img_size)]:
+        images = torch.randn(2, *size)
+        try:
+            with torch.no_grad():
+                model(images)
+        except Exception:
+            with pytest.raises(StrataViTError, match=r"^here: .*images"):
+                check_images(model, images, "here")
+        else:
+            check_images(model, images)
+
+
+class Resizing(VisionTransformer):
+    """Takes images of any size."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.interpolate(x, (32, 32)))
+
+
+def resized_first(module, args):
+    return (nn.functional.interpolate(args[0], (32, 32)),)
+
+
+def test_a_convolutional_stem_does_not_say_what_it_takes():
+    hybrid = timm.create_model("vit_tiny_r_s16_p8_224", img_size=64, depth=1, num_classes=CLASSES).eval()
+    for size in SIZES:
+        check_images(hybrid, torch.randn(2, *size))
+    assert stratavit.evaluate(hybrid, [(torch.randn(2, 3, 64, 64), LABELS[:2])]).n == 2
+
+
+def test_models_that_prepare_images_themselves_are_not_judged():
+    large, hooked = [(torch.randn(2, 3, 64, 64), LABELS[:2])], VisionTransformer(**VIT)
+    hooked.register_forward_pre_hook(resized_first)
+    wrapped = nn.Sequential(nn.Upsample(32), VisionTransformer(**VIT))
+    for model in (Resizing(**VIT), hooked, wrapped):
+        assert stratavit.evaluate(model, large).n == 2
+
+
+def test_what_a_model_of_ones_own_says_is_not_hidden():
+    class Picky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, images):
+            raise ValueError("nine by nine, please")
+
+    with pytest.raises(ValueError, match="nine by nine"):
+        stratavit.evaluate(Picky(), [(IMAGES, LABELS)])
+
+
+def test_batches_of_mixed_sizes_are_taken_where_the_model_takes_them():
+    model = VisionTransformer(**VIT, dynamic_img_size=True).eval()
+    mixed = [(torch.randn(3, 3, 32, 32), LABELS[:3]), (torch.randn(3, 3, 48, 64), LABELS[3:])]
+    net = SuperNet(model).contract(mixed).stratify(mixed, plan=PLAN)
+    assert net.strata is not None
+    assert stratavit.evaluate(net, mixed).n == 6
+
+
+def test_labels_keep_their_values_and_become_int64():
+    for batch in TAKEN.values():
+        images, labels = unpack(batch)
+        assert labels.dtype == torch.int64
+        assert torch.equal(labels, LABELS)
+        assert torch.equal(images.float(), IMAGES)
+        assert not images.requires_grad
+
+
+def test_batches_of_gives_all_images_once():
+    sizes = [len(images) for images, _ in batches_of(make_batches((5, 0, 4, 3)), make_model("plain"))]
+    assert sizes == [5, 4, 3]
+
+
+# ---- training and export --------------------------------------------------------------------------------
+
+
+class Items(torch.utils.data.Dataset):
+    """Single items of a batch."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return self.make(IMAGES[index], int(LABELS[index]))
+
+
+def finetuned(make, out):
+    recipe = {"epochs": 1, "batch_size": 4, "workers": 0, "lr": 1e-3}
+    return stratavit.finetune(make_model("plain"), Items(make), config=recipe, out=out, cpu=True)
+
+
+def test_training_takes_mappings_and_any_whole_numbers(tmp_path):
+    plain = finetuned(lambda image, label: (image, label), tmp_path / "plain").state_dict()
+    for name, make in {
+        "mapping": lambda image, label: {"pixel_values": image, "labels": label, "index": 3},
+        "numpy": lambda image, label: {"image": image.numpy(), "label": np.int16(label)},
+    }.items():
+        found = finetuned(make, tmp_path / name).state_dict()
+        assert all(torch.equal(value, found[key]) for key, value in plain.items()), name
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda image, label: (torch.randn(3, 64, 64), label),
+        lambda image, label: (image.permute(1, 2, 0), label),
+        lambda image, label: (image[:1], label),
+        lambda image, label: ((image * 50).to(torch.uint8), label),
+        lambda image, label: (image, float(label)),
+        lambda image, label: (image, torch.rand(CLASSES)),
+        lambda image, label: {"pixels": image, "label": label},
+        lambda image, label: (image, str(label)),
+    ],
+)
+def test_training_refuses_what_does_not_fit(make, tmp_path):
+    with pytest.raises(StrataViTError, match=r"^train: [^\n]*$"):
+        finetuned(make, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.randn(2, 3, 64, 64),
+        IMAGES.permute(0, 2, 3, 1),
+        IMAGES[:, :1],
+        IMAGES[0],
+        IMAGES[:0],
+        IMAGES.long(),
+        IMAGES * float("nan"),
+        "images",
+        [IMAGES],
+    ],
+    ids=["64 x 64", "channels last", "one channel", "one image", "none", "whole numbers", "nan", "a word", "a list"],
+)
+@pytest.mark.parametrize("format", ["torch", "onnx"])
+def test_export_refuses_images_that_do_not_fit(images, format, tmp_path):
+    with pytest.raises(StrataViTError, match=r"^export: [^\n]*images"):
+        stratavit.export(make_model("plain"), tmp_path / "model", format, images=images)
+    assert not any(tmp_path.iterdir())
