@@ -126,8 +126,11 @@ def make_folder(out: Path, overwrite: bool, lock: Lock) -> None:
     Raises:
         ArtifactError: It is not free, or cannot be made.
     """
-    lock.check()
-    check_free(out, overwrite, whole=False)
+    try:
+        check_free(out, overwrite, whole=False)
+    except ArtifactError:
+        lock.check()  # which says more
+        raise
     with none_empty(out):
         try:
             out.mkdir(parents=True, exist_ok=True)
