@@ -243,23 +243,6 @@ def test_a_card_leaves_out_sizes_that_cannot_be_had(monkeypatch):
 # ---- locks, signals, processes ----------------------------------------------------------------------------------
 
 
-def test_a_lock_that_cannot_be_read_or_taken(tmp_path, monkeypatch):
-    (tmp_path / lock.FILE).mkdir()
-    with pytest.raises(ArtifactError, match=r"cannot read .*training\.lock"):
-        lock.Lock(tmp_path).check()
-    (tmp_path / lock.FILE).rmdir()
-    monkeypatch.setattr(lock.Lock, "_write", failing(FileExistsError()))
-    with pytest.raises(ArtifactError, match="was just taken by another process"):
-        lock.Lock(tmp_path).take()
-
-
-@pytest.mark.parametrize(("error", "lives"), [(ProcessLookupError, False), (PermissionError, True), (None, True)])
-def test_processes_of_a_system_that_tells_little(monkeypatch, error, lives):
-    monkeypatch.setattr(lock, "_stat", lambda pid: None)
-    monkeypatch.setattr(os, "kill", failing(error) if error else lambda pid, number: None)
-    assert lock._lives({"pid": 12345, "host": "here", "begun": "now"}) is lives
-
-
 def test_signals_are_left_alone_in_other_threads():
     before, asked = signal.getsignal(signal.SIGTERM), []
 

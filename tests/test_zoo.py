@@ -107,7 +107,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, name, pickled):
         torch.save(content, tmp_path / name)
     else:
         (tmp_path / name).write_bytes(pickle.dumps(content))
-    with pytest.raises(ArtifactError, match="damaged or holds more than plain tensors"):
+    with pytest.raises(ArtifactError, match="holds more than plain tensors"):
         read_checkpoint(tmp_path / name)
     assert not (tmp_path / "exploded").exists()
 

@@ -25,7 +25,8 @@ from stratavit.structure import eval_mode, model_dtype
 
 Format = Literal["onnx", "torch", "transformers"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2", "transformers": "-transformers"}
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # of the largest logit of an image
+FLOOR = 1e-10  # and this: what is left where logits cancel out
 NOISE_IMAGES = 8
 INPUT, OUTPUT = "images", "logits"
 Runner = Callable[[Tensor], Tensor]
@@ -83,7 +84,8 @@ def export(
             ``transformers``, for models that came from there.
         images: To compare on, ``[B, C, H, W]``, prepared for the model; noise if None.
         overwrite: Replace the file if it is there.
-        tolerance: Largest difference of a logit that passes.
+        tolerance: Largest difference of a logit that passes, as a share of the largest logit of its image (and
+            `FLOOR` more), so that logits of any scale are judged alike.
 
     Raises:
         StrataViTError: Not a small model in float32, an unknown format, images that do not fit the model, packages
@@ -161,13 +163,16 @@ def _transformers(model: Any, path: Path, images: Tensor, tolerance: float, over
 
 
 def _difference(found: Tensor, expected: Tensor, format: Format, tolerance: float) -> float:
-    difference = float((found - expected).abs().max())
-    if not difference <= tolerance:  # NaN does not pass either
+    differences, largest = (x.abs().flatten(1).amax(1) for x in (found - expected, expected))  # [B]
+    beyond = differences / (tolerance * largest + FLOOR)
+    if not bool((beyond <= 1).all()):  # NaN does not pass either
+        worst = int(beyond.nan_to_num(torch.inf).argmax())
+        difference, size = float(differences[worst]), float(largest[worst])
         raise StrataViTError(
             f"export: the {format} file answers otherwise than the model: a logit differs by {difference:.2e}, "
-            f"more than {tolerance:.0e} (largest logit {float(expected.abs().max()):.3g}); nothing was written"
+            f"more than {tolerance:.0e} of the largest logit of that image, {size:.3g}; nothing was written"
         )
-    return difference
+    return float(differences.max())
 
 
 def _free_batch() -> tuple[dict[int, Any]]:

@@ -6,7 +6,6 @@ rest is the DeiT recipe.
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -56,7 +55,7 @@ def finetune(
         train_data: Of known length, gives ``(image [C, H, W], label)``, augmented by itself if at all.
         val_data: Labelled images to evaluate on: a data set, or a loader.
         config: A `Recipe`; or some of its keys, or a recipe's file, the other keys as in the interrupted run, or as
-            `recipe.FINETUNING` has them. Keys of the dropout list have no effect.
+            `recipe.FINETUNING` has them. Keys of the dropout list have no effect, which is told; `mode` is ``plain``.
         out: Folder of the run; must be empty or absent, unless `resume`. None keeps nothing but `model`.
         resume, overwrite, cpu: See `train_piad`.
         teacher: A model with the same classes whose answers are ``config.distil`` of every target.
@@ -71,9 +70,7 @@ def finetune(
     """
     if isinstance(model, SuperNet):
         raise StrataViTError("finetune: this is a super-network: train it with train_piad, or extract a model first")
-    if isinstance(config, Recipe):
-        config = dataclasses.replace(config, mode="plain")
-    recipe = recipe_for(config, out, resume, FINETUNING)
+    recipe = recipe_for(config, out, resume, FINETUNING, {"mode": "plain"})
     foreign, model = is_transformers(model), as_timm(model)
     architecture.describe(model)  # refused before any work if it could not be saved
     data_config = resolve_data_config(model)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import stat
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,13 +124,23 @@ def _check_writable(path: Path) -> None:
 
 def open_to_others(path: Path) -> None:
     """Gives a private temporary file, or a folder and its files, the permissions that the user's umask asks for."""
-    umask = os.umask(0)
-    os.umask(umask)
+    allowed = _allowed(path if path.is_dir() else path.parent)
     files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
     for file in files:
-        file.chmod(0o666 & ~umask)
+        file.chmod(0o666 & allowed)
     if path.is_dir():
-        path.chmod(0o777 & ~umask)
+        path.chmod(allowed)
+
+
+def _allowed(folder: Path) -> int:
+    """The permissions that a new file gets of those it asks for; a look at the umask itself changes it meanwhile."""
+    probe = folder / f".{uuid.uuid4().hex}"
+    handle = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o777)
+    try:
+        return stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
+        probe.unlink()
 
 
 def write_json(path: Path, content: Any) -> None:

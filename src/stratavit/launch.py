@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from stratavit import order, processes
+from stratavit import idle, order, processes
 from stratavit.augment import drop_path
 from stratavit.batches import LESS, watched
 from stratavit.checkpoint import left, read_state, sound
@@ -29,7 +30,13 @@ from stratavit.teacher import Teacher
 Config = Recipe | Mapping[str, Any] | str | Path | None
 
 
-def recipe_for(config: Config, out: str | Path | None, resume: bool, base: Mapping[str, Any]) -> Recipe:
+def recipe_for(
+    config: Config,
+    out: str | Path | None,
+    resume: bool,
+    base: Mapping[str, Any],
+    fixed: Mapping[str, Any] | None = None,
+) -> Recipe:
     """The recipe of a run from what a user may give in its place.
 
     Args:
@@ -37,19 +44,23 @@ def recipe_for(config: Config, out: str | Path | None, resume: bool, base: Mappi
         out: Folder of the run.
         resume: Whether an interrupted run is there.
         base: Keys in place of the defaults of `Recipe`, for a new run.
+        fixed: Keys that are as they are here, whatever a recipe says.
 
     Raises:
         StrataViTError: See `Recipe.read` and `Recipe.resumed`; there is no run to resume.
     """
-    begun = None
+    begun, fixed = None, dict(fixed or {})
     if resume:
         if out is None:
             raise StrataViTError("resume: give the folder of the interrupted run")
         with sound(Path(out)):
-            begun = Recipe.from_dict(dict(read_state(Path(out))["recipe"]), str(out))
-    if not isinstance(config, Recipe):
+            begun = Recipe.from_dict(dict(read_state(Path(out))["recipe"]) | fixed, str(out))
+    if isinstance(config, Recipe):
+        config = dataclasses.replace(config, **fixed)
+    else:
         filled = base if begun is None else begun.to_dict()
-        config = Recipe.read(None, config, filled) if isinstance(config, Mapping) else Recipe.read(config, None, filled)
+        given = dict(config) if isinstance(config, Mapping) else {}
+        config = Recipe.read(None if isinstance(config, Mapping) else config, given | fixed, filled)
     return config if begun is None else begun.resumed(config, str(out))
 
 
@@ -89,6 +100,8 @@ def train(
         stack.enter_context(drop_path(model, recipe.drop_path))
         stop = stack.enter_context(processes.stop_on_signal())
         made = learner(places.steps * recipe.epochs, accelerator)
+        if accelerator.is_main_process:
+            idle.tell(recipe, made.kind, classes_of(model), accelerator.num_processes)
         trainer = Trainer(made, data, places, recipe, out, evaluation, accelerator, stop, teacher)
         stack.callback(processes.release, accelerator, trainer.model)
         if state is not None:
@@ -126,8 +139,11 @@ def make_folder(out: Path, overwrite: bool, lock: Lock) -> None:
     Raises:
         ArtifactError: It is not free, or cannot be made.
     """
-    lock.check()
-    check_free(out, overwrite, whole=False)
+    try:
+        check_free(out, overwrite, whole=False)
+    except ArtifactError:
+        lock.check()  # which says more
+        raise
     with none_empty(out):
         try:
             out.mkdir(parents=True, exist_ok=True)

@@ -1,26 +1,36 @@
-"""One training at a time in a folder: a lock file that names who holds it, and is taken over when they are gone."""
+"""One training at a time in a folder: a file that the system locks for as long as the process lives.
+
+What the file says, who holds it, is for people only; the lock itself is the system's (`flock`), so it ends with its
+process, however that ends, in whatever container it runs.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
+import stat
 import sys
 import time
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from stratavit.errors import ArtifactError, reason_of
 from stratavit.folders import read_small
-from stratavit.placing import put_file
 
-if sys.platform != "win32":  # pragma: no branch: tests run on Linux
+if sys.platform == "win32":  # pragma: no cover: tests run on Linux
+    import msvcrt
+else:
     import fcntl
 
 FILE = "training.lock"
+PATIENCE = 10  # looks at a lock that is held, before it is told: another process may only be looking, too
+PAUSE = 0.05  # seconds between them
+_HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+_OPEN = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 class Lock:
@@ -32,135 +42,107 @@ class Lock:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
-        self.content = b""
+        self.handle: int | None = None
 
-    def check(self) -> bytes | None:
-        """The lock of a process that is gone, or None where there is no lock.
+    def check(self) -> None:
+        """Nothing, if the folder is free, or if that cannot be told.
 
         Raises:
-            ArtifactError: A process holds the folder, or may.
+            ArtifactError: A process holds the folder, or the file cannot be locked.
         """
-        try:
-            content = read_small(self.path)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise ArtifactError(f"cannot read {self.path}: {error.strerror}") from error
-        holder = _holder(content)
-        if holder is None:
-            raise ArtifactError(f"{self.path} is no lock of StrataViT; remove it if no training writes to this folder")
-        if holder["host"] == socket.gethostname() and not _lives(holder):
-            return content
-        raise ArtifactError(
-            f"{self.path.parent} is written to by process {holder['pid']} on {holder['host']}, begun "
-            f"{holder['begun']}: wait for it, or give another folder; if it is gone, remove {self.path}"
-        )
+        with suppress(OSError):
+            os.close(self._open(_OPEN))
 
     def take(self) -> None:
-        """Takes the folder; the lock of a process that is gone is taken over, which is told on standard error.
+        """Takes the folder, until `release` or the end of the process.
 
         Raises:
-            ArtifactError: See `check`; or the lock cannot be written.
+            ArtifactError: See `check`; or the file cannot be written.
         """
         try:
-            with _alone(self.path.parent):
-                stale = self.check()
-                if stale is not None:
-                    self._put_aside(stale)
-                self._write()
-        except FileExistsError as error:
-            raise ArtifactError(f"{self.path.parent} was just taken by another process; give another folder") from error
+            self.handle = self._open(_OPEN | os.O_CREAT)
+            if hasattr(os, "register_at_fork"):  # what reads images must not hold the folder when this process is gone
+                mine = weakref.ref(self)
+                os.register_at_fork(after_in_child=lambda: _let_go(mine()))
+            me = {"pid": os.getpid(), "host": socket.gethostname(), "begun": time.strftime("%Y-%m-%d %H:%M:%S")}
+            os.ftruncate(self.handle, 0)
+            os.write(self.handle, json.dumps(me).encode())
         except OSError as error:
+            self.release()
             raise ArtifactError(f"cannot write {self.path}: {reason_of(error)}") from error
 
     def release(self) -> None:
         """Gives the folder back, if it is held."""
+        if self.handle is None:
+            return
         with suppress(OSError):
-            if self.content and self.path.read_bytes() == self.content:
+            if sys.platform != "win32" and os.path.samestat(os.fstat(self.handle), self.path.stat()):
+                self.path.unlink()  # while it is held: whoever waits for this file sees that it is no longer there
+            _unlock(self.handle)
+        _let_go(self)
+        if sys.platform == "win32":  # pragma: no cover: open files cannot be removed there
+            with suppress(OSError):
                 self.path.unlink()
 
-    def _write(self) -> None:
-        """Makes the file, with its content from the first moment on."""
-        me = {"pid": os.getpid(), "host": socket.gethostname(), "ticks": _ticks(os.getpid())}
-        content = json.dumps(me | {"begun": time.strftime("%Y-%m-%d %H:%M:%S")}).encode()
-        new = self.path.with_name(f".{FILE}.{uuid.uuid4().hex}")
-        try:
-            new.write_bytes(content)
-            put_file(new, self.path)
-            self.content = content
-        finally:
-            new.unlink(missing_ok=True)
+    def _open(self, flags: int) -> int:
+        """The file, locked.
 
-    def _put_aside(self, stale: bytes) -> None:
-        """Takes a lock away unless another process has put its own there meanwhile."""
-        aside = self.path.with_name(f".{FILE}.{os.getpid()}")
-        self.path.rename(aside)
-        taken = aside.read_bytes() != stale
-        if taken:
-            aside.rename(self.path)
-            raise FileExistsError
-        aside.unlink()
-        holder = _holder(stale) or {}
-        print(f"took over {self.path.parent} from process {holder.get('pid')}, which is gone", file=sys.stderr)
+        Raises:
+            ArtifactError: A process holds it, or it cannot be locked.
+            OSError: It cannot be opened.
+        """
+        for _ in range(PATIENCE):
+            handle = os.open(self.path, flags, 0o666)
+            try:
+                if not stat.S_ISREG(os.fstat(handle).st_mode):
+                    raise ArtifactError(f"{self.path} is no lock of StrataViT; remove it")
+                _lock(handle)
+                with suppress(FileNotFoundError):  # its holder took it away meanwhile
+                    if os.path.samestat(os.fstat(handle), self.path.stat()):
+                        kept, handle = handle, -1
+                        return kept
+            except OSError as error:
+                if error.errno not in _HELD:
+                    raise ArtifactError(
+                        f"cannot lock {self.path}: {reason_of(error)}; give a folder on a disk that can lock files"
+                    ) from error
+                time.sleep(PAUSE)
+            finally:
+                if handle >= 0:
+                    os.close(handle)
+        raise ArtifactError(
+            f"{self.path.parent} is written to by {_holder(self.path)}: wait for it, or give another folder"
+        )
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Lets one process at a time look for a lock and set its own; the system ends this when the process dies."""
-    if sys.platform == "win32":
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
+def _let_go(lock: Lock | None) -> None:
+    """Closes the file; in a process that was forked its maker goes on to hold it."""
+    if lock is not None and lock.handle is not None:
+        with suppress(OSError):
+            os.close(lock.handle)
+        lock.handle = None
+
+
+def _lock(handle: int) -> None:
+    if sys.platform == "win32":  # pragma: no cover: tests run on Linux
+        os.lseek(handle, 1 << 30, os.SEEK_SET)  # behind what the file says, which stays readable
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        os.lseek(handle, 0, os.SEEK_SET)
+    else:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _unlock(handle: int) -> None:
+    if sys.platform != "win32":  # pragma: no branch: there, closing is enough
+        fcntl.flock(handle, fcntl.LOCK_UN)
+
+
+def _holder(path: Path) -> str:
+    """Who holds a lock, by what its file says."""
     try:
-        with suppress(OSError):  # a file system that cannot
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _holder(content: bytes) -> dict[str, Any] | None:
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-    types = {"pid": int, "host": str, "begun": str}
-    sound = isinstance(found, dict) and all(type(found.get(key)) is kind for key, kind in types.items())
-    readable = sound and 0 < found["pid"] < 1 << 31 and (found["host"] + found["begun"]).isprintable()
-    return found if readable else None
-
-
-def _lives(holder: dict[str, Any]) -> bool:
-    """Whether the process runs; a number that was given to another one meanwhile is told by when that began."""
-    known = _stat(holder["pid"])
-    if known is not None:
-        state, ticks = known
-        if state in ("Z", "X"):  # it has ended, and the one that began it has not asked how
-            return False
-        if holder.get("ticks") is not None:
-            return bool(ticks == holder["ticks"])
-    if os.name != "posix":  # pragma: no cover: tests run on Linux; there, asking would end the process
-        return True
-    try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _ticks(pid: int) -> int | None:
-    """When a process began, in ticks since the machine started; None where the system does not tell, or it is gone."""
-    known = _stat(pid)
-    return None if known is None else known[1]
-
-
-def _stat(pid: int) -> tuple[str, int] | None:
-    """State and beginning of a process, from Linux."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        fields = stat.rpartition(")")[2].split()
-        return fields[0], int(fields[19])
-    except (OSError, ValueError, IndexError):
-        return None
+        found: Any = json.loads(read_small(path))
+        pid, host, begun = int(found["pid"]), str(found["host"]), str(found["begun"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return "another process"
+    named = f"process {pid} on {host}, begun {begun}"
+    return named if named.isprintable() and len(named) < 400 else "another process"

@@ -24,18 +24,19 @@ def optimiser_and_schedule(model: nn.Module, recipe: Recipe, images: int, epoch_
     Args:
         model: The timm model; its norms, biases and tokens are spared from decay.
         recipe: Rates.
-        images: Of the global batch; the rate is proportional to it.
+        images: Of the global batch; the rate is proportional to it. Where that falls below `Recipe.min_lr`, it stays.
         epoch_steps: Steps per epoch.
     """
     rate = recipe.lr * images / 512
+    least = min(recipe.min_lr, rate)  # neither the cosine nor the warm-up goes the other way
     optimiser = create_optimizer_v2(model, opt="adamw", lr=rate, weight_decay=recipe.weight_decay)
     warmup = recipe.warmup_epochs * epoch_steps
     schedule = CosineLRScheduler(
         optimiser,
         recipe.epochs * epoch_steps,
-        recipe.min_lr,
+        least,
         warmup_t=warmup,
-        warmup_lr_init=recipe.min_lr if warmup else 0.0,
+        warmup_lr_init=least if warmup else 0.0,
         t_in_epochs=False,
     )
     return optimiser, schedule

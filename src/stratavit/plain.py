@@ -1,18 +1,19 @@
 """The two modules of a small model that timm does not have: plain torch, in need of nothing else from this library.
 
+Both can be compiled by `torch.jit.script`, which reads their annotations: it knows ``Optional[Tensor]``, but neither
+``Tensor | None`` nor ``from __future__ import annotations``.
+
 Shape legend: B images (or windows), N tokens, C token width, H heads, a width of q and k, b width of v.
 """
 
-from __future__ import annotations
+# ruff: noqa: UP045
 
 import math
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-LARGEST_LOGIT_SCALE = math.log(100.0)  # Swin-V2's bound of the temperature of cosine attention
 
 
 class Constant(nn.Module):
@@ -26,10 +27,24 @@ class Constant(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype)) if dim else None
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Tokens ``[B, N, C]`` to the same constant for each; a stock block calls it like its module."""
+    def forward(
+        self,
+        x: Tensor,
+        shared_rel_pos_bias: Optional[Tensor] = None,
+        mask: Optional[Tensor] = None,
+        rope: Optional[Tensor] = None,
+        attn_mask: Optional[Tensor] = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Tokens ``[B, N, C]`` to the same constant for each; takes what timm's blocks give to their modules.
+
+        Args:
+            x: Tokens.
+            shared_rel_pos_bias, mask, rope, attn_mask, is_causal: See `SplitAttention`; of no effect.
+        """
         zeros = torch.zeros_like(x)
-        return zeros if self.bias is None else zeros + self.bias
+        bias = self.bias
+        return zeros if bias is None else zeros + bias
 
 
 class SplitAttention(nn.Module):
@@ -50,8 +65,8 @@ class SplitAttention(nn.Module):
         rotate_half: Rotation pairs are coordinates i and i + a / 2, else 2 i and 2 i + 1.
     """
 
-    relative_position_index: Tensor | None
-    relative_coords_table: Tensor | None
+    relative_position_index: Optional[Tensor]
+    relative_coords_table: Optional[Tensor]
 
     def __init__(
         self,
@@ -86,10 +101,10 @@ class SplitAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        shared_rel_pos_bias: Tensor | None = None,
-        mask: Tensor | None = None,
-        rope: Tensor | None = None,
-        attn_mask: Tensor | None = None,
+        shared_rel_pos_bias: Optional[Tensor] = None,
+        mask: Optional[Tensor] = None,
+        rope: Optional[Tensor] = None,
+        attn_mask: Optional[Tensor] = None,
         is_causal: bool = False,
     ) -> Tensor:
         """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; takes what timm's blocks give to their attention.
@@ -102,27 +117,46 @@ class SplitAttention(nn.Module):
             attn_mask: Added to the scores, or False where a token is not seen.
             is_causal: See `torch.nn.functional.scaled_dot_product_attention`.
         """
-        layers = (self.q, self.k, self.v)
-        q, k, v = (layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for layer in layers)  # [B, H, N, .]
-        q, k, scale = scores_ready(self, q, k, v, self.scale, rope)
-        bias = position_bias(self, shared_rel_pos_bias)
-        bias = attn_mask if bias is None else bias if attn_mask is None else bias + attn_mask
+        q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, a]
+        k = self.k(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        v = self.v(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, b]
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q = rotated(q, rope, self.num_prefix_tokens, self.rotate_half).type_as(v)
+            k = rotated(k, rope, self.num_prefix_tokens, self.rotate_half).type_as(v)
+        scale, logit_scale = self.scale, self.logit_scale
+        if logit_scale is not None:
+            q, k, scale = cosines(q, k, logit_scale)
+        bias = gathered(self._distances(), self.relative_position_index, shared_rel_pos_bias)
+        if attn_mask is not None:
+            bias = attn_mask if bias is None else bias + attn_mask
         drop = self.attn_drop.p if self.training else 0.0
         mixed: Tensor = self.proj_drop(self.proj(attend(q, k, v, bias, mask, scale, drop, is_causal)))
         return mixed
 
+    def _distances(self) -> Optional[Tensor]:
+        """What every distance of two tokens adds to the scores, ``[distances, H]``; None for nothing."""
+        coords = self.relative_coords_table
+        if self.cpb_mlp is not None and coords is not None:
+            return sixteen(self.cpb_mlp(coords))
+        return self.relative_position_bias_table
+
 
 def scores_ready(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, rope: Tensor | None
+    module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, rope: Optional[Tensor]
 ) -> tuple[Tensor, Tensor, float]:
-    """q and k ``[B, H, N, a]`` normalised and rotated, and the factor of their products."""
+    """q and k ``[B, H, N, a]`` of an elastic module normalised and rotated, and the factor of their products."""
     if getattr(module, "q_norm", None) is not None:
         q, k = module.q_norm(q), module.k_norm(k)
     if rope is not None:
         q, k = (rotated(x, rope, module.num_prefix_tokens, module.rotate_half).type_as(v) for x in (q, k))
-    if getattr(module, "logit_scale", None) is None:
-        return q, k, scale
-    temperature = module.logit_scale.clamp(max=LARGEST_LOGIT_SCALE).exp()
+    logit_scale = getattr(module, "logit_scale", None)
+    return (q, k, scale) if logit_scale is None else cosines(q, k, logit_scale)
+
+
+def cosines(q: Tensor, k: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, float]:
+    """q and k of cosine attention, the temperature in q, and the factor of their products."""
+    temperature = logit_scale.clamp(max=math.log(100.0)).exp()  # Swin-V2's bound
     return F.normalize(q, dim=-1) * temperature, F.normalize(k, dim=-1), 1.0
 
 
@@ -138,15 +172,24 @@ def rotated(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
     return torch.cat([left, turned * cosine + crossed * sine], dim=2)
 
 
-def position_bias(module: Any, shared: Tensor | None = None) -> Tensor | None:
-    """What relative positions add to the scores, ``[1, H, N, N]``; None for nothing."""
-    table, index = getattr(module, "relative_position_bias_table", None), None
+def position_bias(module: Any, shared: Optional[Tensor] = None) -> Optional[Tensor]:
+    """What relative positions of an elastic module add to the scores, ``[1, H, N, N]``; None for nothing."""
+    table = getattr(module, "relative_position_bias_table", None)
     if getattr(module, "cpb_mlp", None) is not None:
-        table = module.cpb_mlp(module.relative_coords_table).flatten(0, 2)  # [distances, H]
-        table = 16 * table.sigmoid()
+        table = sixteen(module.cpb_mlp(module.relative_coords_table))
+    return gathered(table, getattr(module, "relative_position_index", None), shared)
+
+
+def sixteen(learnt: Tensor) -> Tensor:
+    """Swin-V2's bias of every distance, ``[distances, H]``, from what its small MLP says of it."""
+    return 16 * learnt.flatten(0, 2).sigmoid()
+
+
+def gathered(table: Optional[Tensor], index: Optional[Tensor], shared: Optional[Tensor]) -> Optional[Tensor]:
+    """The row of a table for every pair of tokens, ``[1, H, N, N]``, and what is shared by all blocks."""
     if table is None:
         return shared
-    index = module.relative_position_index
+    assert index is not None, "a table of relative positions comes with its index"
     bias = table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1).unsqueeze(0)
     return bias if shared is None else bias + shared
 
@@ -155,9 +198,9 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    scale: float | None,
+    bias: Optional[Tensor],
+    mask: Optional[Tensor],
+    scale: Optional[float],
     drop: float = 0.0,
     is_causal: bool = False,
 ) -> Tensor:
@@ -165,6 +208,7 @@ def attend(
     if mask is not None:  # B holds the windows of one image after those of another
         bias = mask.unsqueeze(1) if bias is None else bias + mask.unsqueeze(1)  # [windows, H, N, N]
         bias = bias.unsqueeze(0).expand(q.shape[0] // len(mask), -1, -1, -1, -1).flatten(0, 1)  # [B, H, N, N]
-    bias = bias if bias is None or bias.dtype == torch.bool else bias.to(q.dtype)
+    if bias is not None and bias.dtype != torch.bool:
+        bias = bias.to(q.dtype)
     mixed = F.scaled_dot_product_attention(q, k, v, bias, drop, is_causal, scale=scale)
     return mixed.transpose(1, 2).flatten(2)

@@ -230,7 +230,7 @@ class Recipe:
 FINETUNING: dict[str, Any] = {"mode": "plain", "epochs": 30, "lr": 5e-5, "min_lr": 1e-6}
 LIST_KEYS = (
     *("mode", "layer_drop", "compensation", "reduction", "list_epochs", "growths", "head_dim_unit", "mlp_units"),
-    *("objective", "measure", "sampling", "proxy_images"),
+    *("objective", "measure", "sampling", "proxy_images", "list_source"),
 )
 _WITHOUT_EFFECT = ("workers", "eval_every", "save_every", "save_steps", "log_steps", "tracker")
 _AT_LEAST_ONE = (

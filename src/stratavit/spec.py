@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from operator import index
-from typing import Any, SupportsIndex
+from types import MappingProxyType
+from typing import Any, NoReturn, SupportsIndex
 
 from stratavit.errors import StrataViTError, described, one_line
 
@@ -24,15 +25,18 @@ class Spec(Mapping[str, int]):
         widths: For example ``{"blocks.0.attn": 32, "blocks.0.mlp": 384}``; keys are timm module paths.
 
     Attributes:
-        qk: Widths of q and k, of those sites for which they were given.
+        qk: Widths of q and k, of those sites for which they were given; read-only.
 
     Raises:
         StrataViTError: A key is not a string, or a width is not an int >= 0.
     """
 
+    _widths: dict[str, int]
+    _qk: dict[str, int]
+
     def __init__(self, widths: Mapping[str, int | Mapping[str, int]] | None = None) -> None:
-        self._widths: dict[str, int] = {}
-        self.qk: dict[str, int] = {}
+        found: dict[str, int] = {}
+        qk: dict[str, int] = {}
         if widths is not None and not isinstance(widths, Mapping):
             raise StrataViTError(f"spec: expected a mapping of site names to widths, got {type(widths).__name__}")
         for name, width in dict(widths or {}).items():
@@ -43,9 +47,25 @@ class Spec(Mapping[str, int]):
                     raise StrataViTError(
                         f"spec: {described(name)} needs 'qk' and 'v', or one width, got {described(dict(width))}"
                     )
-                self.qk[name] = _width(name, width["qk"])
+                qk[name] = _width(name, width["qk"])
                 width = width["v"]
-            self._widths[name] = _width(name, width)
+            found[name] = _width(name, width)
+        self.__setstate__({"_widths": found, "_qk": qk})
+
+    @property
+    def qk(self) -> Mapping[str, int]:
+        """Widths of q and k, of those sites for which they were given."""
+        return MappingProxyType(self._qk)
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise AttributeError(f"a Spec cannot be changed, nor its {name}; make a new one: Spec({{**spec, site: width}})")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        self.__setattr__(name, None)
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        qk = state["_qk"] if "_qk" in state else state.get("qk", {})  # as older releases had it
+        vars(self).update(_widths=dict(state["_widths"]), _qk=dict(qk))
 
     def __getitem__(self, name: str) -> int:
         return self._widths[name]

@@ -147,7 +147,7 @@ def runner(model: nn.Module, image_size: Sequence[int], setting: Setting, sessio
         session: What `session_of` gave for this model, not to export it once more.
     """
     images = noise(setting.batch_size, image_size)
-    dtype = setting.dtype_of(model)
+    dtype, timed = setting.dtype_of(model), model
     try:
         with without_their_warnings():
             if setting.runtime == "onnx":
@@ -158,7 +158,7 @@ def runner(model: nn.Module, image_size: Sequence[int], setting: Setting, sessio
                 timed = model if dtype is model_dtype(model) else copy.deepcopy(model).to(dtype)
                 called = torch.compile(timed, dynamic=False) if setting.runtime == "compiled" else timed
                 run = partial(called, images.to(model_device(model), dtype))
-            with eval_mode(model), torch.inference_mode():
+            with eval_mode(timed), torch.inference_mode():
                 run()
                 run()
     except StrataViTError:
@@ -166,7 +166,7 @@ def runner(model: nn.Module, image_size: Sequence[int], setting: Setting, sessio
     except Exception as error:  # what an exporter, a compiler or a missing kernel raises is of any kind
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise StrataViTError(f"the model cannot be run {setting.runtime} in {dtype} here: {reason}") from error
-    return Pass(run, model if setting.runtime == "onnx" else timed)
+    return Pass(run, timed)
 
 
 def _clock(device: torch.device) -> float:

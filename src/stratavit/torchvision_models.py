@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stratavit import architecture
 from stratavit.equivalent import check_equivalent
 from stratavit.errors import UnsupportedModelError
+from stratavit.others_names import say_left_out, unwrapped, without_counters
 from stratavit.weights import load_weights, unreachable
 
 NAMES = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14")
@@ -114,7 +115,11 @@ def named(name: str, weights: Mapping[str, Tensor] | None, source: str, num_clas
 
     if weights is not None:
         model = torchvision.models.get_model(name, num_classes=num_classes or 1000)
-        load_weights(model, weights, source)
+        own = model.state_dict()
+        named = unwrapped(weights, own, source)
+        kept = without_counters(named, own)
+        say_left_out(named, kept, source)
+        load_weights(model, kept, source)
         return to_timm(model)
     with unreachable(name):
         model = torchvision.models.get_model(name, weights="DEFAULT")

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from stratavit.errors import ArtifactError, StrataViTError, one_line, shown
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HEADS = ("head.", "head_dist.", "heads.", "classifier.", "fc.")
+SAME = "is this checkpoint of the same architecture?"
 Shape = tuple[int, ...]
 
 
@@ -33,6 +35,18 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str, a
     model.load_state_dict(dict(tensors), strict=True, assign=assign)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+
+
+def check_numbers(name: str, tensor: Tensor, source: str) -> None:
+    """Whether a tensor is there in full, so that work on it costs no more than the file is large.
+
+    Raises:
+        ArtifactError: It is sparse, quantized, without storage, or repeats fewer numbers than it is said to have.
+    """
+    dense = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+    if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        shape = tuple(tensor.shape)
+        raise ArtifactError(f"{source}: {shown(name)} {shape} is of type {_kind(tensor)}, not {shape} dense numbers")
 
 
 def check_one_type(tensors: Mapping[str, Tensor], source: str) -> None:
@@ -60,14 +74,14 @@ def check_fit(model: nn.Module, shapes: Mapping[str, Shape], source: str) -> Non
     expected = model.state_dict()
     for name in sorted(expected.keys() | shapes.keys()):
         if name not in shapes:
-            raise ArtifactError(f"{source}: {name} is missing; is this checkpoint of the same architecture?")
+            hint = "give one with a head, or ask for none (num_classes=0)" if name.startswith(HEADS) else SAME
+            raise ArtifactError(f"{source}: {name} is missing; {hint}")
         if name not in expected:
-            raise ArtifactError(
-                f"{source}: {shown(name)} is not part of the model; is this checkpoint of the same architecture?"
-            )
+            hint = "set --num-classes to the checkpoint's" if name.startswith(HEADS) else SAME
+            raise ArtifactError(f"{source}: {shown(name)} is not part of the model; {hint}")
         ours, theirs = tuple(expected[name].shape), shapes[name]
         if ours != theirs:
-            hint = "; set --num-classes to the checkpoint's" if name.startswith("head") else ""
+            hint = "; set --num-classes to the checkpoint's" if name.startswith(HEADS) else ""
             raise ArtifactError(f"{source}: {name} has shape {theirs}, the model expects {ours}{hint}")
 
 

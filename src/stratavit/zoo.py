@@ -7,13 +7,12 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.models import load_state_dict
-from torch import Tensor, nn
+from torch import nn
 
 from stratavit import artifacts, hf_files, torchvision_models
-from stratavit.checkpoint import check_archive
-from stratavit.errors import ArtifactError, StrataViTError
-from stratavit.folders import read_tensors
+from stratavit.errors import StrataViTError
+from stratavit.others_files import read_checkpoint
+from stratavit.timm_filter import fitted
 from stratavit.weights import load_weights, unreachable
 
 
@@ -22,8 +21,8 @@ def dense_model(name: str, weights: str | Path | None = None, num_classes: int |
 
     Args:
         name: timm's model name, with or without a pretrained tag; or torchvision's, such as ``vit_b_16``.
-        weights: Local checkpoint (``.safetensors``, or ``.pth`` read with ``weights_only=True``); the hub's
-            pretrained weights if None.
+        weights: Local checkpoint (``.safetensors``, or ``.pth`` read with ``weights_only=True``), fitted as timm
+            does; the hub's pretrained weights if None.
         num_classes: Size of the head, if it is not the architecture's own.
 
     Raises:
@@ -43,7 +42,7 @@ def dense_model(name: str, weights: str | Path | None = None, num_classes: int |
     arguments = {} if num_classes is None else {"num_classes": num_classes}
     if weights is not None:
         model: nn.Module = timm.create_model(name, **arguments)
-        load_weights(model, read_checkpoint(Path(weights)), str(weights))
+        load_weights(model, fitted(name, model, read_checkpoint(Path(weights)), str(weights)), str(weights))
         return model.eval()
     with unreachable(name):
         model = timm.create_model(name, pretrained=True, **arguments)
@@ -75,25 +74,3 @@ def model_at(
     if hf_files.is_folder_of_transformers(target):
         return hf_files.load_equivalent(target).to(device)
     return artifacts.load(target, device, timm_form=True)
-
-
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The state dict in a checkpoint file; nothing in the file is executed.
-
-    Raises:
-        ArtifactError: The file is missing, damaged, or holds something else.
-    """
-    if not path.is_file():
-        raise ArtifactError(f"weights: {path} is not a file")
-    if path.suffix == ".safetensors":
-        return read_tensors(path)
-    check_archive(path, "weights: ")
-    try:
-        state = load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # what torch and timm raise for damage differs with its place
-        raise ArtifactError(
-            f"weights: {path} is damaged or holds more than plain tensors, which is not loaded"
-        ) from error
-    if not state or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
-        raise ArtifactError(f"weights: {path} does not hold a state dict of tensors")
-    return dict(state)
