@@ -67,7 +67,7 @@ class Trainer:
         self.step = self.begun = self.ended = 0
         self.losses = Losses()
         self.journal = Journal(out / checkpoint.LOG_FILE)
-        self.classes = classes_of(self.net)
+        self.classes = classes_of(self.net.model)
         self.target = Target(recipe, self.classes) if self.classes else Features()
         self.teacher = None if teacher is None else teacher.to(accelerator.device, self.classes)
         images = recipe.batch_size * recipe.accumulate * accelerator.num_processes
