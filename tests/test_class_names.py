@@ -2,6 +2,7 @@
 
 import pytest
 import timm
+import torch
 from architectures import make
 from PIL import Image
 
@@ -193,6 +194,31 @@ def test_a_new_head_has_the_names_of_its_folders(tmp_path, name, names):
     assert class_names_of(model) == list(names)
     stratavit.save(model, tmp_path / "small")
     assert class_names_of(stratavit.load(tmp_path / "small")) == list(names)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "convert", "finetune", "extract"])
+def test_every_command_asks_the_model_for_its_names(tmp_path, capsys, command):
+    """The order of the folders would give a the number of b."""
+    model = make("vit_tiny_patch16_224")
+    names = [f"kind {number}" for number in range(model.num_classes)][::-1]
+    model.pretrained_cfg = {**(model.pretrained_cfg or {}), "label_names": names}
+    if command == "extract":
+        SuperNet(model).contract([torch.randn(4, 3, 32, 32)]).stratify([torch.randn(4, 3, 32, 32)]).save(
+            tmp_path / "in"
+        )
+    else:
+        stratavit.save(model, tmp_path / "in")
+    folders(tmp_path / "data" / "train", *names[:5])
+    folders(tmp_path / "data" / "val", *names[:3])
+    options = ["--data", str(tmp_path / "data"), "--workers", "0", "--device", "cpu", "--batch-size", "4"]
+    if command != "evaluate":
+        options += ["--out", str(tmp_path / "out")]
+    options += {
+        "finetune": ["--epochs", "1", "--repeats", "1", "--tracker", "none"],
+        "extract": ["--max-drop", "100"],
+    }.get(command, [])
+    assert main([command, str(tmp_path / "in"), *options]) == 0
+    assert "numbered by the model's class names" in capsys.readouterr().err
 
 
 def test_names_from_a_file_are_checked(tmp_path):
