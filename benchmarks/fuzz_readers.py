@@ -20,7 +20,8 @@ from torch import Tensor
 
 import stratavit
 from stratavit import Recipe, Spec, StrataViTError, SuperNet, checkpoint, hf_files, report, zoo
-from stratavit.data import image_loader, read_class_map
+from stratavit.class_names import read_class_map
+from stratavit.data import image_loader
 from stratavit.features import read_embeddings
 from stratavit.strata import Strata
 from stratavit.walk import Walk

@@ -30,7 +30,8 @@ class Ended(NamedTuple):
 
     @property
     def lines(self):
-        return self.said.strip().splitlines()
+        """What it wrote, without what it says of the images that it reads."""
+        return [line for line in self.said.strip().splitlines() if not line.startswith("data: ")]
 
 
 @cache

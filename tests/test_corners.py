@@ -32,10 +32,10 @@ from stratavit import (
     artifacts,
     card,
     checkpoint,
-    data,
     features,
     folders,
     hf_models,
+    image_files,
     lock,
     processes,
     report,
@@ -218,7 +218,7 @@ def test_folders_of_images_that_cannot_be_listed(tmp_path, monkeypatch):
     (tmp_path / "train" / "cat").mkdir(parents=True)
     monkeypatch.setattr(os, "scandir", failing(PermissionError(13, "Permission denied")))
     with pytest.raises(StrataViTError, match=r"data: .* cannot be read \(Permission denied\)"):
-        data.check_links(tmp_path)
+        image_files.list_images(tmp_path)
 
 
 def test_a_state_that_memory_is_too_small_for(tmp_path):

@@ -10,7 +10,8 @@ from PIL import Image
 
 from stratavit import Recipe, StrataViTError, SuperNet, evaluate
 from stratavit.augment import training_transform
-from stratavit.data import image_loader, read_class_map
+from stratavit.class_names import read_class_map
+from stratavit.data import image_loader
 
 CONFIG = {
     "input_size": (3, 16, 16), "mean": (0.5, 0.25, 0.0), "std": (0.5, 0.5, 1.0),

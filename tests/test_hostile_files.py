@@ -23,7 +23,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 import stratavit
 from stratavit import ArtifactError, Recipe, Spec, StrataViTError, SuperNet, artifacts, checkpoint, hub, report, zoo
-from stratavit.data import image_loader, read_class_map
+from stratavit.class_names import read_class_map
+from stratavit.data import image_loader
 from stratavit.features import read_embeddings
 from stratavit.pupil import evaluations
 from stratavit.strata import Strata

@@ -19,7 +19,8 @@ Made from the parsers by `python docs/tools/cli_page.py`; every command prints t
 
 With `--json` a command prints one JSON object in place of text. Exit code 0 is success, 2 an error of yours, told in
 one line, 130 Ctrl-C, 143 SIGTERM. A budget is a share of the dense model (`50%`, `0.5`) or a count (`2.1G`); see
-[choosing a budget](budgets.md). What each key of a recipe does is in [Recipe](api.md#stratavit.Recipe).
+[choosing a budget](budgets.md). What `--data` may hold, and which class a folder is:
+[folders of images](files.md#folders-of-images). What each key of a recipe does is in [Recipe](api.md#stratavit.Recipe).
 """
 PLAIN_DEFAULTS = {"--workers": "one per core, four at most"}  # depend on the machine
 

@@ -3,6 +3,7 @@
 from stratavit.artifacts import load, save
 from stratavit.bench import bench
 from stratavit.budget import Bound, Budget
+from stratavit.class_names import class_names_of
 from stratavit.data import image_loader
 from stratavit.errors import ArtifactError, BudgetError, StrataViTError, UnsupportedModelError
 from stratavit.evaluate import Metrics, evaluate
@@ -42,6 +43,7 @@ __all__ = [
     "Walk",
     "as_timm",
     "bench",
+    "class_names_of",
     "curve",
     "dense_model",
     "evaluate",

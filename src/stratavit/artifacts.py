@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stratavit import announced, architecture, hashes, moments_file, timm_config
+from stratavit.class_names import class_names_of
 from stratavit.errors import ArtifactError, StrataViTError, described
 from stratavit.folders import read_json, read_shapes, read_tensors, write_folder, write_json
 from stratavit.foreign import as_source, as_timm
@@ -52,6 +53,7 @@ def save(model: nn.Module, path: str | Path, overwrite: bool = False) -> None:
         "data_config": architecture.resolve_data_config(model),
         "provenance": getattr(model, "provenance", {}),
     }
+    content |= _label_names(model)
 
     def write(folder: Path) -> None:
         save_file(_tensors(model), folder / WEIGHTS_FILE, {"format": "pt"})
@@ -127,6 +129,7 @@ def save_supernet(net: SuperNet, path: str | Path, overwrite: bool, moments: boo
         "strata": None if net.strata is None else net.strata.to_json(),
         "provenance": net.provenance,
     }
+    content |= _label_names(net.model)
     tensors = moments_file.to_tensors(net, second=moments)
 
     def write(folder: Path) -> None:
@@ -217,7 +220,7 @@ def _load_model(content: Mapping[str, Any], folder: Path, device: torch.device |
         check_one_type(tensors, str(weights))
     load_weights(model, tensors, str(weights), assign=True)
     architecture_name = content["model"]["architecture"]
-    model.pretrained_cfg = {"architecture": architecture_name}
+    model.pretrained_cfg = {"architecture": architecture_name} | _read_label_names(content, folder)
     model.source_args = dict(content["model"]["args"])
     dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
     for _, module, key, buffer in computed_buffers(model):  # in float32
@@ -225,6 +228,22 @@ def _load_model(content: Mapping[str, Any], folder: Path, device: torch.device |
             setattr(module, key, buffer.to(dtype))
     loaded: nn.Module = model.to(device).eval()
     return loaded
+
+
+def _label_names(model: Any) -> dict[str, list[str]]:
+    """The names of the classes, where timm's configuration of a model has them."""
+    named = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    names = class_names_of(model) if named else None
+    return {"label_names": names} if names else {}
+
+
+def _read_label_names(content: Mapping[str, Any], folder: Path) -> dict[str, list[str]]:
+    if "label_names" not in content:
+        return {}
+    names = content["label_names"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ArtifactError(f"{folder / JSON_FILE}: label_names should be a list of texts, got {described(names)}")
+    return {"label_names": names}
 
 
 def _origin(content: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,8 @@ from rich.table import Table
 from stratavit import artifacts, hub, report
 from stratavit.architecture import resolve_data_config
 from stratavit.budget import human
-from stratavit.data import image_loader
+from stratavit.class_names import class_names_of
+from stratavit.data import ImageLoader, image_loader
 from stratavit.devices import pick_device
 from stratavit.export import SUFFIXES
 from stratavit.export import export as export_model
@@ -31,9 +33,16 @@ def default_workers() -> int:
     return min(4, os.cpu_count() or 1)
 
 
-def loader_of(args: Namespace, data_config: dict[str, Any], split: str, classes: int, limit: int | None = None) -> Any:
-    """Images of ``--data`` as the command line says, checked against so many classes (0: any)."""
-    options = (args.class_map, args.batch_size, max(args.workers, 0), limit)
+def loader_of(
+    args: Namespace,
+    data_config: dict[str, Any],
+    split: str,
+    classes: int,
+    limit: int | None = None,
+    names: Sequence[str] | None = None,
+) -> ImageLoader:
+    """Images of ``--data`` as the command line says, checked against so many classes (0: any) of these names."""
+    options = (args.class_map, args.batch_size, max(args.workers, 0), limit, names)
     return image_loader(args.data, data_config, split, classes, *options)
 
 
@@ -55,7 +64,11 @@ def extract(args: Namespace) -> Outcome:
     check_free(args.out, args.overwrite)
     measured = args.latency_ms is not None or args.top1 is not None or args.max_drop is not None
     net = SuperNet.load(args.run, pick_device(args.device) if measured else "cpu")
-    data = None if args.data is None else loader_of(args, net.data_config, "val", classes_of(net))
+    data = (
+        None
+        if args.data is None
+        else loader_of(args, net.data_config, "val", classes_of(net), None, class_names_of(net))
+    )
     met = net.budget(**budgets(args), data=data)
     started = time.perf_counter()
     small = net.extract(spec=met.spec)
@@ -85,7 +98,8 @@ def export(args: Namespace) -> Outcome:
     model: Any = artifacts.load(args.small, timm_form=True)
     images = None
     if args.data is not None:
-        loader = loader_of(args, resolve_data_config(model), "val", classes_of(model), args.images)
+        names = class_names_of(model)
+        loader = loader_of(args, resolve_data_config(model), "val", classes_of(model), args.images, names)
         images = torch.cat([batch for batch, _ in loader])
     parity = export_model(model, file, args.format, images, args.overwrite)
     return parity.to_dict(), [str(parity)]

@@ -9,11 +9,12 @@ from pathlib import Path
 from stratavit import artifacts
 from stratavit.arguments import positive
 from stratavit.budget import human
+from stratavit.class_names import class_names_of
 from stratavit.commands import Outcome, loader_of
-from stratavit.data import split_folder
 from stratavit.devices import pick_device
 from stratavit.folders import check_free
 from stratavit.objectives import OBJECTIVES
+from stratavit.splits import split_folder
 from stratavit.structure import classes_of
 from stratavit.supernet import SuperNet
 from stratavit.timing import Setting
@@ -72,7 +73,7 @@ def convert(args: Namespace) -> Outcome:
     split_folder(args.data, "train")
     device = pick_device(args.device)
     net = SuperNet(model_at(args.model, args.weights, args.num_classes, device), embedding=args.embedding or None)
-    loader = loader_of(args, net.data_config, "train", classes_of(net), args.images)
+    loader = loader_of(args, net.data_config, "train", classes_of(net), args.images, class_names_of(net))
     started = time.perf_counter()
     net.contract(loader, args.method, args.criterion, args.objective, args.seed)
     setting = Setting(args.latency_batch, threads=args.threads)

@@ -22,6 +22,7 @@ from stratavit import checkpoint, order, processes, report
 from stratavit.augment import Features, Target
 from stratavit.batches import check_images, check_labels, unpack
 from stratavit.checkpoint import Journal, write_state
+from stratavit.data import rest
 from stratavit.errors import StrataViTError
 from stratavit.learner import Learner
 from stratavit.optimising import Losses, optimiser_and_schedule
@@ -98,6 +99,7 @@ class Trainer:
             return
         order.seed_all(self.recipe.seed, "stage", stage)  # proxy images may be augmented
         self.learner.begin_stage(stage)
+        self.rest()
         self.begun = stage + 1
 
     def train_epoch(self, epoch: int) -> None:
@@ -190,6 +192,10 @@ class Trainer:
         device = self.accelerator.device
         return self.target.mix(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
 
+    def rest(self) -> None:
+        """Ends the processes that read images to measure on, while those that read images to train on work."""
+        rest(self.evaluation, getattr(self.learner, "proxy", None))
+
     def to_evaluate(self) -> bool:
         """Whether the ladder of budgets is evaluated at the end of this epoch."""
         epoch = self.ended + 1
@@ -210,6 +216,7 @@ class Trainer:
             order.seed_all(self.recipe.seed, "evaluation", self.ended)
             assert self.evaluation is not None
             points = self.learner.evaluate(self.evaluation)
+            self.rest()
             self.log("eval", {"points": [asdict(p) for p in points]}, {f"top1 at {p.asked}": p.top1 for p in points})
         if self.ended == self.recipe.epochs or self.ended % self.recipe.save_every == 0:
             self.save()

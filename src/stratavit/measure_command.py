@@ -5,13 +5,13 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from stratavit import artifacts, commands, report
 from stratavit.architecture import resolve_data_config
-from stratavit.data import split_folder
+from stratavit.class_names import class_names_of
 from stratavit.devices import pick_device
 from stratavit.errors import BudgetError, StrataViTError
 from stratavit.evaluate import Metrics
@@ -19,6 +19,7 @@ from stratavit.evaluate import evaluate as evaluate_model
 from stratavit.features import NEIGHBOURS, knn, read_embeddings
 from stratavit.folders import check_free, write_folder
 from stratavit.spec import Spec
+from stratavit.splits import split_folder
 from stratavit.structure import classes_of
 from stratavit.supernet import SuperNet
 from stratavit.zoo import model_at
@@ -42,15 +43,27 @@ def add_judge_options(command: ArgumentParser) -> None:
     )
 
 
-def _judge(args: Namespace, model: nn.Module, data_config: dict[str, Any]) -> tuple[report.Judge, int]:
-    """How a model is measured, and the classes that the images must be of (0: any)."""
+class _Way(NamedTuple):
+    """How a model is measured, the number of classes that the images must be of (0: any), and their names if known."""
+
+    judge: report.Judge
+    classes: int = 0
+    names: list[str] | None = None
+
+
+def _way(args: Namespace, model: nn.Module, data_config: dict[str, Any]) -> _Way:
     if args.zero_shot is not None and args.knn is not None:
         raise StrataViTError("--knn and --zero-shot are two ways to measure; give one of them")
     if args.zero_shot is not None:
         embeddings = read_embeddings(args.zero_shot)
-        return report.judge_of(model, embeddings=embeddings), len(embeddings)
+        return _Way(report.judge_of(model, embeddings=embeddings), len(embeddings))
     if args.knn is None:
-        return evaluate_model, classes_of(model)
+        return _Way(evaluate_model, classes_of(model), class_names_of(model))
+    if split_folder(args.data, "train") == split_folder(args.data, "val"):
+        raise StrataViTError(
+            f"data: {args.data} has no train/ and val/; --knn compares the images of val/ with those of train/, and "
+            "images that are in both would find themselves"
+        )
     bank = commands.loader_of(args, data_config, "train", 0)
 
     def judge(
@@ -58,7 +71,7 @@ def _judge(args: Namespace, model: nn.Module, data_config: dict[str, Any]) -> tu
     ) -> Metrics:
         return knn(model, bank, loader, spec, args.knn, description=description)
 
-    return judge, 0
+    return _Way(judge)
 
 
 def evaluate(args: Namespace) -> commands.Outcome:
@@ -80,9 +93,9 @@ def evaluate(args: Namespace) -> commands.Outcome:
         config = resolve_data_config(model)
     if commands.budgeted(asked) and spec is None:
         raise BudgetError(f"{args.target} has one size only; budgets are for super-networks")
-    judge, classes = _judge(args, model, config)
-    loader = commands.loader_of(args, config, "val", classes)
-    metrics = judge(model, loader, spec, description="evaluate")
+    way = _way(args, model, config)
+    loader = commands.loader_of(args, config, "val", way.classes, None, way.names)
+    metrics = way.judge(model, loader, spec, description="evaluate")
     return metrics.to_dict() | {"unreadable": len(loader.unreadable)}, [*view, str(metrics)]
 
 
@@ -105,9 +118,9 @@ def measured(args: Namespace, net: SuperNet) -> list[report.Point]:
     Raises:
         BudgetError: No share of the ladder is reachable.
     """
-    judge, classes = _judge(args, net, net.data_config)
-    loader = commands.loader_of(args, net.data_config, "val", classes)
-    points = report.curve(net, loader, args.shares, judge)
+    way = _way(args, net, net.data_config)
+    loader = commands.loader_of(args, net.data_config, "val", way.classes, None, way.names)
+    points = report.curve(net, loader, args.shares, way.judge)
     if not points:
         raise BudgetError(
             f"none of the shares {', '.join(args.shares)} is reachable; `stratavit info {args.run}` tells the range"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from argparse import SUPPRESS, ArgumentParser, Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -16,20 +17,22 @@ from stratavit.architecture import resolve_data_config
 from stratavit.augment import TrainingFolder, training_transform
 from stratavit.budget import human
 from stratavit.checkpoint import LOG_FILE, Journal, read_state
+from stratavit.class_names import MEND, class_names_of, set_class_names
 from stratavit.commands import default_workers
 from stratavit.data import ImageLoader, image_loader
 from stratavit.devices import pick_device
 from stratavit.errors import StrataViTError
 from stratavit.finetune import finetune as finetune_model
+from stratavit.image_files import class_folders
 from stratavit.piad import train_piad
 from stratavit.processes import part
 from stratavit.recipe import FINETUNING, LIST_KEYS, Recipe, field_types
+from stratavit.splits import find_split
 from stratavit.structure import classes_of
 from stratavit.supernet import SuperNet
 from stratavit.zoo import model_at
 
 _PREFIX = "recipe_"
-_EVALUATION = ("val", "validation", "test")
 _PIAD: dict[str, Any] = {}
 
 
@@ -101,26 +104,28 @@ class Images(NamedTuple):
     evaluation: ImageLoader | None
 
 
-def images_of(args: Namespace, config: Mapping[str, Any], classes: int | None, recipe: Recipe) -> Images:
-    """The images of ``--data``, checked against a head of so many classes (None: as many as there are).
+def images_of(
+    args: Namespace, config: Mapping[str, Any], classes: int | None, recipe: Recipe, names: Sequence[str] | None
+) -> Images:
+    """The images of ``--data``, checked against a head of so many classes (None: as many as there are) of these names.
 
     Raises:
         StrataViTError: See `image_loader`; or the folders to evaluate on are others than those to train on.
     """
     workers = min(recipe.workers, default_workers())
-    options = (args.class_map, recipe.batch_size, workers)
-    train = image_loader(args.data, config, "train", classes, *options)
-    proxy = image_loader(args.data, config, "train", classes, *options, limit=recipe.proxy_images)
-    evaluation = None
-    if any((Path(args.data) / name).is_dir() for name in _EVALUATION):
-        evaluation = image_loader(args.data, config, "val", classes, *options)
-        ours, theirs = (set(loader.dataset.reader.class_to_idx) for loader in (train, evaluation))
-        if args.class_map is None and ours != theirs:
+    options = (args.class_map, recipe.batch_size, workers, recipe.proxy_images)
+    proxy = image_loader(args.data, config, "train", classes, *options, class_names=names)
+    evaluation, held_out = None, find_split(args.data, "val")
+    if held_out is not None:
+        ours, theirs = set(proxy.dataset.listing.classes), set(class_folders(held_out))
+        if proxy.dataset.numbering.positions and ours != theirs:
             raise StrataViTError(
                 f"data: class folders differ, {min(ours ^ theirs)!r} is there to train on or to evaluate on only, so "
-                "their numbers would too; give --class-map FILE (one class folder name per line)"
+                f"their numbers would too; {MEND}"
             )
-    return Images(TrainingFolder(train.dataset, training_transform(config, recipe)), proxy, evaluation)
+        evaluation = image_loader(args.data, config, "val", classes, *options[:3], class_names=names)
+    folder = copy.copy(proxy.dataset)
+    return Images(TrainingFolder(folder, training_transform(config, recipe)), proxy, evaluation)
 
 
 def teacher_of(args: Namespace, classes: int) -> nn.Module | None:
@@ -165,7 +170,7 @@ def train(args: Namespace) -> tuple[dict[str, Any], list[Any]]:
     """RUN and training images to a trained super-network's folder."""
     recipe = _begin(args, args.run)
     net = SuperNet.load(args.run)
-    images = images_of(args, net.data_config, classes_of(net), recipe)
+    images = images_of(args, net.data_config, classes_of(net), recipe, class_names_of(net))
     train_piad(
         net,
         images.train,
@@ -197,9 +202,10 @@ def finetune(args: Namespace) -> tuple[dict[str, Any], list[Any]]:
     recipe = _begin(args, args.small)
     model: Any = artifacts.load(args.small, timm_form=True)
     config = resolve_data_config(model)
-    images = images_of(args, config, None if args.new_head else classes_of(model), recipe)
+    classes, names = (None, None) if args.new_head else (classes_of(model), class_names_of(model))
+    images = images_of(args, config, classes, recipe, names)
     if args.new_head:
-        new_head(model, images.proxy.classes, recipe.seed)
+        new_head(model, images.proxy.class_names, recipe.seed)
     finetune_model(
         model,
         images.train,
@@ -219,11 +225,12 @@ def finetune(args: Namespace) -> tuple[dict[str, Any], list[Any]]:
     return result, [*measured, text]
 
 
-def new_head(model: Any, classes: int, seed: int) -> None:
-    """Replaces the head, its weights drawn by the seed."""
+def new_head(model: Any, names: Sequence[str], seed: int) -> None:
+    """Replaces the head by one of classes of these names, its weights drawn by the seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model.reset_classifier(classes)
+        model.reset_classifier(len(names))
+    set_class_names(model, names)
     for key in ("macs", "params", "dense_macs", "dense_params"):  # counted with the old head
         getattr(model, "provenance", {}).pop(key, None)
 

@@ -1,0 +1,198 @@
+"""Images of every format, depth and orientation as 8-bit pixels."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, features
+
+from stratavit import StrataViTError, image_loader
+from stratavit.image_reading import decoded, endings, open_image
+
+SIDE = 16
+RAMP = np.linspace(0, 1, SIDE * SIDE).reshape(SIDE, SIDE)
+
+
+def read(path, mode="RGB"):
+    with open_image(str(path)) as image:
+        return decoded(image, mode, str(path))
+
+
+def config(channels):
+    return {"input_size": (channels, SIDE, SIDE), "mean": (0.0,) * channels, "std": (1.0,) * channels, "crop_pct": 1.0}
+
+
+# ---- formats ----------------------------------------------------------------------------------------------------
+
+USUAL = ["bmp", "gif", "jpg", "JPG", "jpeg", "jpe", "jfif", "png", "tif", "TIF", "tiff", "webp", "avif", "jp2", "j2k"]
+OTHERS = ["apng", "dds", "dib", "icns", "ico", "pbm", "pcx", "pgm", "pnm", "ppm", "qoi", "sgi", "tga"]
+OPTIONAL = {"avif": "avif", "webp": "webp", "jp2": "jpg_2000", "j2k": "jpg_2000"}
+
+
+@pytest.mark.parametrize("ending", USUAL + OTHERS)
+def test_every_format_that_pillow_reads(tmp_path, ending):
+    """Written and read again: the color is still there, within what the format loses."""
+    if ending in OPTIONAL and not features.check(OPTIONAL[ending]):
+        pytest.skip(f"this Pillow has no {ending}")
+    folder = tmp_path / "val" / "a"
+    folder.mkdir(parents=True)
+    forms = {"pbm": ("1", 1, (255,) * 3), "pgm": ("L", 100, (100,) * 3)}
+    mode, value, color = forms.get(ending, ("RGB", (200, 100, 50), (200, 100, 50)))
+    plain = Image.new(mode, (SIDE, SIDE), value)
+    try:
+        plain.save(folder / f"0.{ending}")
+    except (KeyError, ValueError, OSError) as error:
+        pytest.skip(f"this Pillow does not write {ending}: {error}")
+    images, _ = next(iter(image_loader(tmp_path, config(3), "val", None)))
+    assert (images[0] * 255).mean(dim=(1, 2)).tolist() == pytest.approx(color, abs=6)
+
+
+def test_programs_and_stubs_are_no_images():
+    assert not endings() & {".eps", ".ps", ".pdf", ".wmf", ".emf", ".h5", ".grib", ".bufr", ".mpg", ".svg", ".txt"}
+
+
+def test_the_first_frame_of_several(tmp_path):
+    frames = [Image.new("RGB", (SIDE, SIDE), color) for color in ("red", "blue")]
+    for ending in ("gif", "tif", "png", "webp"):
+        frames[0].save(tmp_path / f"0.{ending}", save_all=True, append_images=frames[1:])
+        red, _, blue = read(tmp_path / f"0.{ending}").getpixel((8, 8))
+        assert red > 200 > 50 > blue
+
+
+# ---- more than 8 bits -------------------------------------------------------------------------------------------
+
+DEEP = {
+    "I;16 as PNG": ("png", (RAMP * 65535).astype(np.uint16)),
+    "I;16 as TIFF": ("tif", (RAMP * 65535).astype(np.uint16)),
+    "I;16B as TIFF": ("tif", (RAMP * 65535).astype(">u2")),
+    "16 bits as PGM": ("pgm", (RAMP * 65535).astype(np.uint16)),
+    "16 bits as JPEG 2000": ("jp2", (RAMP * 65535).astype(np.uint16)),
+    "I as TIFF": ("tif", (RAMP * 65535).astype(np.int32)),
+    "F as TIFF": ("tif", RAMP.astype(np.float32)),
+    "black I": ("tif", np.zeros((SIDE, SIDE), np.int32)),
+    "black F": ("tif", np.zeros((SIDE, SIDE), np.float32)),
+    "dark 16 bits": ("png", (RAMP * 200).astype(np.uint16)),  # as dark as it says, not stretched
+    "12 bits of 16": ("png", (RAMP * 4095).astype(np.uint16)),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", DEEP)
+def test_more_bits_are_scaled_by_their_type(tmp_path, name, channels):
+    ending, pixels = DEEP[name]
+    folder = tmp_path / "val" / "a"
+    folder.mkdir(parents=True)
+    try:
+        image(pixels).save(folder / f"0.{ending}")
+    except (KeyError, OSError) as error:
+        pytest.skip(f"this Pillow does not write it: {error}")
+    white = 1.0 if pixels.dtype.kind == "f" else 65535.0
+    expected = torch.from_numpy(pixels.astype(np.float64) / white).float()
+    found = image_loader(tmp_path, config(channels), "val", None).dataset[0][0]
+    for channel in found:
+        assert (channel - expected).abs().max() <= 0.51 / 255
+
+
+def image(pixels):
+    if pixels.dtype.byteorder == ">":
+        return Image.frombytes("I;16B", (SIDE, SIDE), pixels.tobytes())
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        (RAMP * 255).astype(np.int32),  # of 8 bits, or very dark
+        (RAMP * 70000).astype(np.int32),
+        (RAMP * 1000).astype(np.int32) - 1000,  # as of a scanner
+        (RAMP * 255).astype(np.float32),
+        (RAMP - 0.5).astype(np.float32),
+        np.full((SIDE, SIDE), np.nan, np.float32),
+        np.full((SIDE, SIDE), np.inf, np.float32),
+    ],
+)
+def test_numbers_of_which_nothing_says_what_is_white_are_refused(tmp_path, pixels):
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    Image.fromarray(pixels).save(tmp_path / "val" / "a" / "0.tif")
+    with pytest.raises(StrataViTError, match=r"0\.tif holds .* to .* which of them is white"):
+        next(iter(image_loader(tmp_path, config(3), "val", None)))
+
+
+# ---- modes ------------------------------------------------------------------------------------------------------
+
+
+def modes():
+    color = Image.new("RGB", (SIDE, SIDE), (200, 100, 50))
+    clear = Image.new("RGBA", (SIDE, SIDE), (200, 100, 50, 0))
+    palette = color.quantize(4)
+    index = palette.getpixel((0, 0))
+    gray = Image.new("LA", (SIDE, SIDE), (90, 0))
+    return {
+        "RGB": (color, {}, "png"),
+        "RGBA": (clear, {}, "png"),
+        "RGBA as TIFF": (clear, {}, "tif"),
+        "P": (palette, {}, "png"),
+        "P, transparent": (palette, {"transparency": index}, "png"),
+        "P, half transparent": (palette, {"transparency": bytes([0] * (index + 1))}, "png"),
+        "P as GIF": (palette, {"transparency": index}, "gif"),
+        "RGB, one color transparent": (color, {"transparency": (200, 100, 50)}, "png"),
+        "LA": (gray, {}, "png"),
+        "L": (Image.new("L", (SIDE, SIDE), 90), {}, "png"),
+        "1": (Image.new("1", (SIDE, SIDE), 1), {}, "png"),
+        "CMYK as TIFF": (color.convert("CMYK"), {}, "tif"),
+        "CMYK as JPEG": (color.convert("CMYK"), {"quality": 100}, "jpg"),
+        "YCbCr": (color.convert("YCbCr"), {}, "tif"),
+    }
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("name", modes())
+def test_modes_are_shown_as_timm_shows_them(tmp_path, name, mode):
+    """Transparency is dropped: what timm trained its models on."""
+    picture, options, ending = modes()[name]
+    picture.save(tmp_path / f"0.{ending}", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = Image.open(tmp_path / f"0.{ending}").convert(mode)
+    found = read(tmp_path / f"0.{ending}", mode)
+    assert found.mode == mode
+    assert np.array_equal(np.asarray(found), np.asarray(expected))
+    assert np.asarray(found).max() > 40
+
+
+# ---- orientation ------------------------------------------------------------------------------------------------
+
+TURNS = [None, "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"]
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_upright(tmp_path, orientation, ending):
+    """As browsers show them, not as they lie in the file."""
+    quarters = np.zeros((SIDE, 2 * SIDE, 3), np.uint8)
+    quarters[: SIDE // 2, :SIDE] = (255, 0, 0)
+    quarters[SIDE // 2 :, SIDE:] = (0, 255, 0)
+    stored, exif = Image.fromarray(quarters), Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / f"0.{ending}", exif=exif, **({} if ending in ("png", "tif") else {"quality": 100}))
+    turn = TURNS[orientation - 1]
+    expected = stored if turn is None else stored.transpose(Image.Transpose[turn])
+    found = read(tmp_path / f"0.{ending}")
+    assert found.size == expected.size
+    assert np.abs(np.asarray(found).astype(int) - np.asarray(expected)).mean() < 20
+
+
+def test_16_bits_are_upright_too(tmp_path):
+    exif, pixels = Image.Exif(), (RAMP * 65535).astype(np.uint16)
+    exif[0x0112] = 3
+    Image.fromarray(pixels).save(tmp_path / "0.png", exif=exif)
+    assert np.asarray(read(tmp_path / "0.png", "L"))[0, 0] == 255
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("exif", [b"", b"\0", b"MM\0*\0\0\xff\xff", b"II*\0\x08\0\0\0\xff\xff\x12\x01"])
+def test_damaged_exif_data_spoil_no_image(tmp_path, exif):
+    plain = Image.new("RGB", (SIDE, SIDE), (200, 100, 50))
+    plain.save(tmp_path / "0.jpg", exif=b"Exif\0\0" + exif, quality=100)
+    assert read(tmp_path / "0.jpg").getpixel((0, 0))[0] > 190
