@@ -7,7 +7,7 @@ import torch
 from helpers import PLAN, make_batches, make_images, make_model
 
 from stratavit import SuperNet, effects
-from stratavit.answers import Answers, digest_of
+from stratavit.answers import Answers, weights_digest
 from stratavit.pixels import Seen, keys_of
 from stratavit.walk import Walk
 
@@ -104,7 +104,11 @@ def test_the_same_numbers_elsewhere_are_no_change():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_of_any_type_have_a_digest(dtype):
     model = make_model("plain", dtype=dtype)
-    assert digest_of(model) == digest_of(copy.deepcopy(model)) != digest_of(make_model("plain", seed=1, dtype=dtype))
+    assert (
+        weights_digest(model)
+        == weights_digest(copy.deepcopy(model))
+        != weights_digest(make_model("plain", seed=1, dtype=dtype))
+    )
 
 
 def passes_at_full_width(monkeypatch, net):

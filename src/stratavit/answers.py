@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from itertools import chain
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stratavit.pixels import Seen, keys_of
+from stratavit.structure import digest_of
 
 LIMIT_BYTES = 64 * 2**20  # memory does not grow with the number of images beyond it
 
@@ -39,11 +39,11 @@ class Answers:
 
     def seal(self, model: nn.Module) -> None:
         """Takes a model's weights as those that the answers belong to."""
-        self._weights = digest_of(model)
+        self._weights = weights_digest(model)
 
     def belong_to(self, model: nn.Module) -> bool:
         """Whether the weights are still those of `seal`."""
-        return self._weights == digest_of(model)
+        return self._weights == weights_digest(model)
 
     def add(self, keys: Sequence[bytes], logits: Tensor, features: Tensor) -> None:
         """Remembers answers to images: their keys (`keys_of`), logits ``[B, classes]``, features ``[B, C]``."""
@@ -72,13 +72,9 @@ class Answers:
             self._room -= size
 
 
-def digest_of(model: nn.Module) -> bytes:
-    """A hash of all parameters and buffers of a model: names, types, shapes and numbers, however they were changed."""
-    found = hashlib.blake2b(digest_size=16)
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.digest()
+def weights_digest(model: nn.Module) -> bytes:
+    """A hash of all parameters and buffers of a model, however they were changed."""
+    return digest_of(chain(model.named_parameters(), model.named_buffers()))
 
 
 def _rows(logits: Tensor, features: Tensor) -> list[tuple[Tensor, Tensor]]:

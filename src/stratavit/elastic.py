@@ -10,7 +10,6 @@ Shape legend: B images, N tokens, C token width, H heads, d full head_dim, m ful
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stratavit.compensation import GAIN, Moments, compensate
-from stratavit.errors import StrataViTError
+from stratavit.corrected import Corrected, stale
 from stratavit.running import Run, current_run, running
 from stratavit.structure import Site
 
@@ -295,61 +294,6 @@ class ElasticSite(nn.Module):
         bias = None if self.bypassed else self.out_bias_at(0)
         zeros = torch.zeros_like(x)
         return zeros if bias is None else zeros + bias
-
-
-class Corrected:
-    """The second map at a width, computed beforehand, and a note of what it was computed from.
-
-    The note holds on to the memory of those tensors, so that no others can come to lie at their address. It notices
-    tensors that were replaced, moved, cast or changed in place; `checked` compares the numbers themselves.
-
-    Args:
-        pair: Weight ``[C, H*w]`` and bias ``[C]``.
-        basis: What they were computed from.
-    """
-
-    def __init__(self, pair: tuple[Tensor, Tensor], basis: list[Tensor]) -> None:
-        self.pair = pair
-        self._basis = [(tensor.detach(), _version(tensor)) for tensor in basis]
-        self._digest = _digest(basis)
-
-    def unless_changed(self, basis: list[Tensor]) -> tuple[Tensor, Tensor] | None:
-        """The pair, or None if it was computed from other tensors; changes through ``.data`` in place go unseen."""
-        same = len(basis) == len(self._basis) and all(
-            (now.data_ptr(), now.dtype, now.shape, _version(now)) == (then.data_ptr(), then.dtype, then.shape, version)
-            for now, (then, version) in zip(basis, self._basis, strict=True)
-        )
-        return self.pair if same else None
-
-    def checked(self, basis: list[Tensor], width: int) -> tuple[Tensor, Tensor]:
-        """The pair, the numbers that it rests on compared; too slow for every pass, right for extraction.
-
-        Raises:
-            StrataViTError: They differ.
-        """
-        if _digest(basis) != self._digest:
-            raise stale(width)
-        return self.pair
-
-
-def stale(width: int) -> StrataViTError:
-    """What is said where a specialised width belongs to other weights."""
-    return StrataViTError(
-        f"width {width} was specialised for other weights (trained, moved, copied or cast since), and the moments "
-        "are released; load the super-network again, move or cast it, then specialise"
-    )
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _digest(tensors: list[Tensor]) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        digest.update(str(tensor.dtype).encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.digest()
 
 
 @contextmanager
