@@ -141,7 +141,11 @@ def test_a_folder_that_is_in_use(folder, who, resume):
     assert (folder / "state.pt").read_bytes() == state
 
 
-@pytest.mark.parametrize("content", [b"", b"x", b"[]", b"\xff", lies(), lies(host="elsewhere"), lies(pid=1)])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"x", b"[]", b"\xff", lies(), lies(host="elsewhere"), lies(pid=1)],
+    ids=["empty", "text", "list", "bytes", "this process", "elsewhere", "the first process"],
+)
 def test_a_file_that_nobody_holds_is_no_lock(folder, content):
     """Of a run that was killed, here or in another container, even if its number is that of a process that runs."""
     (folder / lock.FILE).write_bytes(content)
