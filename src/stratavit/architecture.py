@@ -79,7 +79,7 @@ def described_and_built(model: nn.Module) -> tuple[dict[str, Any], nn.Module]:
     built = build(description, "meta", computed=not bare)
     other = difference(built, model)
     if other:
-        raise ArtifactError(f"cannot describe this model: {other}")
+        raise ArtifactError(f"cannot describe this model as timm's {description['architecture']}: {other}")
     return description, built
 
 
@@ -116,16 +116,20 @@ def build(description: Mapping[str, Any], device: torch.device | str = "cpu", co
     Raises:
         ArtifactError: The description is incomplete or timm cannot build it.
     """
+    with torch.random.fork_rng(devices=[]):  # what comes after draws the same numbers as without
+        return _built(description, device, computed)
+
+
+def _built(description: Mapping[str, Any], device: torch.device | str, computed: bool) -> nn.Module:
     try:
         if not timm.is_model(description["architecture"]):
             raise ArtifactError(f"timm {timm.__version__} has no model named {described(description['architecture'])}")
         args = dict(description["args"])
         if "norm_layer" in args:
             args["norm_layer"] = partial(get_norm_layer(args["norm_layer"]), eps=float(description["norm_eps"]))
-        with torch.random.fork_rng(devices=[]):  # what comes after draws the same numbers as without
-            model: nn.Module = timm.create_model(description["architecture"], device=device, **args)
+        model: nn.Module = timm.create_model(description["architecture"], device=device, **args)
         if torch.device(device).type == "meta" and computed and family_of(model).has_buffers:
-            return build(description)
+            return _built(description, "cpu", computed)
         model.embedding = bool(description.get("embedding", False))  # type: ignore[assignment]
         for name, numbers in description["sites"].items():
             parent, _, leaf = name.rpartition(".")
@@ -163,8 +167,9 @@ def merged_data_config(model: nn.Module, given: Mapping[str, Any] | None) -> dic
 def channels_of(patches: Any, otherwise: int = 3) -> int:
     """Channels of the images that a patch embedding reads; of a hybrid those that its convolutions read."""
     convolution = getattr(patches, "proj", None)
-    own = getattr(patches, "in_chans", None)
-    return int(own or getattr(convolution, "in_channels", otherwise))
+    own: int | None = getattr(patches, "in_chans", None)
+    found: int = own or getattr(convolution, "in_channels", otherwise)
+    return found
 
 
 def own_size(model: nn.Module, size: Sequence[int]) -> tuple[int, ...]:

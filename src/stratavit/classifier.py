@@ -97,7 +97,7 @@ def _taken(name: str, holder: nn.Module, model: Any) -> Head:
     head = _apart(holder)
     if head is None:
         raise UnsupportedModelError(
-            f"{name}: expected a Linear layer, with or without dropout before it, or an Identity, found {_kind(holder)}; "
+            f"{name}: expected a Linear layer, perhaps dropout before it, or an Identity, found {_kind(holder)}; "
             f"{WAY_OUT}"
         )
     width = model.head.num_features if name == "head.fc" else model.head_hidden_size

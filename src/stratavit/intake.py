@@ -37,12 +37,12 @@ def check_layers(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: Names the module, what it is and how to be rid of it.
     """
-    for name, module in model.named_modules():
-        found = _foreign(module)
-        if found is None and type(module) in KINDS:
-            name, found = _not_linear(name, module)
-        if found is not None:
-            raise UnsupportedModelError(f"cannot take this {type(model).__name__}: {name or 'the model'} {found}")
+    found = ((name, _foreign(module)) for name, module in model.named_modules())
+    inside = ((f"{name}.{leaf}", layer) for name, module in _to_cut(model) for leaf, layer in module.named_children())
+    unlike = ((name, _unlike_linear(name, layer)) for name, layer in inside)
+    for name, what in (*found, *unlike):
+        if what is not None:
+            raise UnsupportedModelError(f"cannot take this {type(model).__name__}: {name or 'the model'} {what}")
 
 
 def check_weights(model: nn.Module) -> None:
@@ -120,9 +120,12 @@ def _foreign(module: Any) -> str | None:
     return None
 
 
-def _not_linear(name: str, module: nn.Module) -> tuple[str, str | None]:
-    for leaf, layer in module.named_children():
-        if leaf in LINEAR and type(layer) is not nn.Linear:
-            where = f"{type(layer).__module__}.{type(layer).__name__}"
-            return f"{name}.{leaf}", f"is a {where}, expected torch's Linear layer: merge into one what it adds to it"
-    return name, None
+def _to_cut(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if type(module) in KINDS]
+
+
+def _unlike_linear(name: str, layer: nn.Module) -> str | None:
+    if name.rpartition(".")[2] not in LINEAR or type(layer) is nn.Linear:
+        return None
+    kind = f"{type(layer).__module__}.{type(layer).__name__}"
+    return f"is a {kind}, expected torch's Linear layer: merge into one what it adds to it"

@@ -11,7 +11,10 @@ from torch import nn
 
 from stratavit.structure import computed_buffers
 
-_ASIDE = {"training", "fused_attn", "grad_checkpointing", "data_config", "provenance", "init_values", "embedding"}
+_ASIDE = {
+    *("training", "fused_attn", "grad_checkpointing", "data_config", "provenance", "init_values", "embedding"),
+    "target_shift_size",  # of windows: read when these are set anew, and then only whether it is 0
+}
 
 
 class Difference(NamedTuple):
@@ -21,25 +24,22 @@ class Difference(NamedTuple):
         name: Of the module, tensor or attribute.
         expected: What timm builds; None if it has no such part.
         found: What is there; None if the part is missing.
-        saved: It is a tensor of the state dict.
+        buffer: It is a buffer that is saved, and in addition.
     """
 
     name: str
     expected: str | None
     found: str | None
-    saved: bool
+    buffer: bool
 
     def __str__(self) -> str:
-        if self.expected is None and self.saved:
-            return (
-                f"{self.name} is no part of timm's model (a profiler, a counter or an adapter left it): take it out, "
-                "or merge what it does into the weights"
-            )
+        if self.buffer:
+            return f"{self.name} is a buffer that it does not have (a profiler or a counter left it): delete it"
         found = "is missing" if self.found is None else f"is {self.found}"
         expected = "no such part" if self.expected is None else self.expected
         return (
-            f"{self.name} {found}, timm.create_model gives {expected}: put back what timm gives, or build the model by "
-            "timm.create_model with the option that you changed"
+            f"{self.name} {found}, expected {expected}: put that back, merge what was added into the weights, or build "
+            "the model by timm.create_model with the option that was changed"
         )
 
 
@@ -47,10 +47,11 @@ def difference(built: nn.Module, model: nn.Module) -> Difference | None:
     """The first part in which two models differ, apart from dropout rates; None if alike."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     ours, theirs = _parts(built, dtype), _parts(model, dtype)
-    tensors = model.state_dict().keys()
+    buffers = {name for name, _ in model.named_buffers()}
     names = [name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)]
-    names.sort(key=lambda name: name in ours)  # what is there in addition says more than what follows from it
-    found = (Difference(name, ours.get(name), theirs.get(name), name in tensors) for name in names)
+    more = (buffers | {name for name, _ in (*model.named_modules(), *model.named_parameters())}) - ours.keys()
+    names.sort(key=lambda name: name not in more)  # what was added says more than what follows from it
+    found = (Difference(name, ours.get(name), theirs.get(name), name in buffers and name not in ours) for name in names)
     return next(found, None)
 
 
