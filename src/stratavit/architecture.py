@@ -166,10 +166,8 @@ def merged_data_config(model: nn.Module, given: Mapping[str, Any] | None) -> dic
 
 def channels_of(patches: Any, otherwise: int = 3) -> int:
     """Channels of the images that a patch embedding reads; of a hybrid those that its convolutions read."""
-    convolution = getattr(patches, "proj", None)
-    own: int | None = getattr(patches, "in_chans", None)
-    found: int = own or getattr(convolution, "in_channels", otherwise)
-    return found
+    own: Any = getattr(patches, "in_chans", None) or getattr(getattr(patches, "proj", None), "in_channels", otherwise)
+    return int(own)
 
 
 def own_size(model: nn.Module, size: Sequence[int]) -> tuple[int, ...]:

@@ -73,7 +73,7 @@ def with_plain_head(model: Any, in_place: bool = False) -> Any:
         UnsupportedModelError: The head is of another form.
     """
     found = {name: _taken(name, holder, model) for name, holder in head_layers(model).items()}
-    counts = {head.classes for head in found.values()}
+    counts = {head.classes for head in found.values()} or {model.num_classes}
     if len(counts) > 1:
         raise UnsupportedModelError(f"head, head_dist: they tell apart {sorted(counts)} classes; {WAY_OUT}, in both")
     classes = counts.pop()
@@ -100,7 +100,7 @@ def _taken(name: str, holder: nn.Module, model: Any) -> Head:
             f"{name}: expected a Linear layer, perhaps dropout before it, or an Identity, found {_kind(holder)}; "
             f"{WAY_OUT}"
         )
-    width = model.head.num_features if name == "head.fc" else model.head_hidden_size
+    width = model.head.num_features if name == "head.fc" else getattr(model, "head_hidden_size", model.num_features)
     if isinstance(head.layer, nn.Linear) and head.layer.in_features != width:
         raise UnsupportedModelError(
             f"{name}: it reads {head.layer.in_features} features, the model gives {width}; {WAY_OUT} of {width} inputs"

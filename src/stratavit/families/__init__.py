@@ -27,7 +27,6 @@ from stratavit.split_heads import ElasticCosine, ElasticSplit
 from stratavit.structure import Site, Stages
 
 FAMILIES: tuple[Family, ...] = (Vit(), EvaFamily(), BeitFamily(), Swin(), SwinV2())
-_MODELS = tuple(family.model for family in FAMILIES)
 KINDS: dict[type[nn.Module], type[Any]] = {
     Attention: ElasticAttention,
     AttentionRope: ElasticSplit,
@@ -52,7 +51,8 @@ def family_of(model: nn.Module) -> Family:
             return family
     names = [family.model.__name__ for family in FAMILIES]
     kind, origin = type(model).__name__, type(model).__module__
-    inside = next((name for name, module in model.named_modules() if isinstance(module, _MODELS)), None)
+    known = tuple(family.model for family in FAMILIES)
+    inside = next((name for name, module in model.named_modules() if isinstance(module, known)), None)
     if origin.split(".")[0] == "peft":
         reason = "merge the adapters first: model.merge_and_unload()"
     elif inside is not None:
@@ -60,8 +60,10 @@ def family_of(model: nn.Module) -> Family:
     elif kind in names:
         reason = f"{origin}.{kind} is not timm's class of that name; load the weights into timm's, or transformers'"
     else:
-        known = ", ".join(names)
-        reason = f"expected a timm model of one of the classes {known}; `stratavit models` lists what is supported"
+        reason = (
+            f"expected a timm model of one of the classes {', '.join(names)}; "
+            "`stratavit models` lists what is supported"
+        )
     raise UnsupportedModelError(f"cannot cut a {kind}: {reason}")
 
 
