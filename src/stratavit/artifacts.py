@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stratavit import announced, architecture, hashes, intake, moments_file, timm_config
 from stratavit.classifier import with_plain_head
-from stratavit.errors import ArtifactError, StrataViTError, described
+from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, described
 from stratavit.fidelity import Subject, check_saved
 from stratavit.folders import read_json, read_shapes, read_tensors, write_folder, write_json
 from stratavit.following import check_followed
@@ -52,7 +52,10 @@ def save(model: nn.Module, path: str | Path, overwrite: bool = False) -> None:
     if isinstance(given, SuperNet):
         raise ArtifactError("this is a super-network: save it with its own save(path)")
     source = as_timm(given)
-    intake.check(source)
+    try:
+        intake.check(source)
+    except UnsupportedModelError as error:
+        raise ArtifactError(str(error)) from error
     description, built = architecture.described_and_built(source)
     plain = with_plain_head(source)
     data_config = architecture.resolve_data_config(plain)

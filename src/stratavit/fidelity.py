@@ -88,8 +88,8 @@ def _check(
             if out_of_memory(failure):
                 raise
             raise error(
-                f"cannot {verb} this {kind}: it fails on a random image of {list(size)}, its own size "
-                f"({type(failure).__name__}: {one_line(failure)}); give a model that runs"
+                f"cannot {verb} this {kind}: it fails on a random image of {list(size)}, the input_size of its "
+                f"data_config ({type(failure).__name__}: {one_line(failure)}); give a model that runs"
             ) from failure
         _check_numbers(expected, f"cannot {verb} this {kind}", error)
         for other in others:

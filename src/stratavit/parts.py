@@ -50,7 +50,8 @@ def difference(built: nn.Module, model: nn.Module) -> Difference | None:
     buffers = {name for name, _ in model.named_buffers()}
     names = [name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)]
     more = (buffers | {name for name, _ in (*model.named_modules(), *model.named_parameters())}) - ours.keys()
-    names.sort(key=lambda name: name not in more)  # what was added says more than what follows from it
+    # what was added says more than what follows from it, and another module more than its tensors
+    names.sort(key=lambda name: name not in more or name.rpartition(".")[0] in ours.keys() & set(names))
     found = (Difference(name, ours.get(name), theirs.get(name), name in buffers and name not in ours) for name in names)
     return next(found, None)
 
@@ -69,7 +70,7 @@ def _parts(root: nn.Module, dtype: torch.dtype) -> dict[str, str]:
                 lines[f"{name}.{key}".lstrip(".")] = str(value)
     lines |= {name: f"a buffer of shape {tuple(buffer.shape)}" for name, buffer in root.named_buffers()}
     for name, _, _, buffer in computed_buffers(root):  # they follow from the arguments, or differ
-        del lines[name]
+        lines.pop(name, None)
         if not buffer.is_meta:
             rounded = buffer.detach().to(dtype) if buffer.is_floating_point() else buffer.detach()
             digest = hashlib.blake2b(rounded.double().cpu().numpy().tobytes(), digest_size=16).hexdigest()
