@@ -180,6 +180,29 @@ def test_answers_that_are_no_numbers():
         SuperNet(model)
 
 
+def test_answers_of_another_shape():
+    model = make_model("plain")
+    model.register_forward_hook(lambda module, args, out: out[:, :3])
+    with pytest.raises(UnsupportedModelError, match="inf"):
+        SuperNet(model)
+
+
+def test_modules_that_are_called_by_keyword_are_named_too():
+    model = make_model("plain")
+    old = model.blocks[0].forward
+    model.blocks[0].forward = lambda x: old(x.roll(1, -1))
+
+    def forward_features(images):
+        tokens = model._pos_embed(model.patch_embed(images))
+        for block in model.blocks:
+            tokens = block(x=tokens)
+        return model.norm(tokens)
+
+    model.forward_features = forward_features
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.0 \(forward of its own\)"):
+        SuperNet(model)
+
+
 def test_want_of_memory_is_told_as_it_is():
     model = make_model("plain")
 
