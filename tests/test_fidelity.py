@@ -192,7 +192,7 @@ def test_modules_that_are_called_by_keyword_are_named_too():
     old = model.blocks[0].forward
     model.blocks[0].forward = lambda x: old(x.roll(1, -1))
 
-    def forward_features(images):
+    def forward_features(images, **options):
         tokens = model._pos_embed(model.patch_embed(images))
         for block in model.blocks:
             tokens = block(x=tokens)
