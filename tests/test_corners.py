@@ -79,7 +79,7 @@ def test_a_model_of_no_fixed_size():
 
 
 def test_a_beit_without_biases_of_qkv_is_refused():
-    with pytest.raises(ArtifactError, match=r"k_bias has a form that timm\.create_model does not give"):
+    with pytest.raises(ArtifactError, match="expected no such part"):
         SuperNet(Beit(**SMALL, qkv_bias=False))
 
 

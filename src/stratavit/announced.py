@@ -89,7 +89,7 @@ def check_images(model: nn.Module, size: Sequence[int], source: str) -> None:
         ArtifactError: It does not, or there would be too many tokens.
     """
     patches: Any = getattr(model, "patch_embed", None)
-    channels = getattr(getattr(patches, "proj", None), "in_channels", size[0])
+    channels = architecture.channels_of(patches, size[0])
     sides = _pair(list(getattr(patches, "patch_size", None) or [1, 1]))
     padded = not isinstance(patches, PatchEmbed) or patches.dynamic_img_pad or patches.strict_img_size
     whole = all(length >= side and (padded or length % side == 0) for side, length in zip(sides, size[1:], strict=True))

@@ -5,7 +5,6 @@ Only plain data is read and written, so loading a model never runs code from a f
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -13,20 +12,21 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from timm.layers import DropPath, PatchDropout, PatchDropoutWithIndices, get_norm_layer
+from timm.layers import get_norm_layer
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
+from stratavit.classifier import with_plain_head
 from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, described, one_line
 from stratavit.families import family_of, kind_of
 from stratavit.heads import ElasticBeit
 from stratavit.layers import build_layer, describe_layer
+from stratavit.parts import difference
 from stratavit.plain import Constant, SplitAttention
 from stratavit.split_heads import ElasticSplit
-from stratavit.structure import computed_buffers
+from stratavit.structure import computed_buffers, model_device, model_dtype
 
 DATA_KEYS = {"input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode"}
-_ASIDE = {"training", "fused_attn", "grad_checkpointing", "data_config", "provenance", "init_values", "embedding"}
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -42,8 +42,18 @@ def describe(model: nn.Module) -> dict[str, Any]:
     Raises:
         ArtifactError: The model has a part that this description cannot express.
     """
+    return described_and_built(model)[0]
+
+
+def described_and_built(model: nn.Module) -> tuple[dict[str, Any], nn.Module]:
+    """The same, and the model that was built from it to compare.
+
+    Raises:
+        ArtifactError: See `describe`.
+    """
     try:
         family = family_of(model)
+        model = with_plain_head(model)
     except UnsupportedModelError as error:
         raise ArtifactError(f"cannot describe a {type(model).__name__}: {error}") from error
     config = getattr(model, "pretrained_cfg", None) or {}
@@ -66,10 +76,25 @@ def describe(model: nn.Module) -> dict[str, Any]:
             if _is_cut(module):
                 description["sites"][f"{block_name}.{leaf}"] = describe_layer(f"{block_name}.{leaf}", module)
     bare = next(model.parameters()).is_meta  # then its buffers are nothing to compare with
-    other = difference(build(description, "meta", computed=not bare), model)
+    built = build(description, "meta", computed=not bare)
+    other = difference(built, model)
     if other:
-        raise ArtifactError(f"cannot describe this model: {other} has a form that timm.create_model does not give")
-    return description
+        raise ArtifactError(f"cannot describe this model as timm's {description['architecture']}: {other}")
+    return description, built
+
+
+def filled(built: nn.Module, model: nn.Module) -> nn.Module:
+    """A model built from a description, with the weights of another: shared, not copied; eval mode."""
+    built.load_state_dict(model.state_dict(), strict=True, assign=True)
+    cast_computed(built, model_dtype(model))
+    return built.to(model_device(model)).eval()
+
+
+def cast_computed(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts the buffers that a model computed in float32 when it was built."""
+    for _, module, key, buffer in computed_buffers(model):
+        if buffer.is_floating_point():
+            setattr(module, key, buffer.to(dtype))
 
 
 def _is_cut(module: nn.Module) -> bool:
@@ -91,6 +116,11 @@ def build(description: Mapping[str, Any], device: torch.device | str = "cpu", co
     Raises:
         ArtifactError: The description is incomplete or timm cannot build it.
     """
+    with torch.random.fork_rng(devices=[]):  # what comes after draws the same numbers as without
+        return _built(description, device, computed)
+
+
+def _built(description: Mapping[str, Any], device: torch.device | str, computed: bool) -> nn.Module:
     try:
         if not timm.is_model(description["architecture"]):
             raise ArtifactError(f"timm {timm.__version__} has no model named {described(description['architecture'])}")
@@ -99,7 +129,7 @@ def build(description: Mapping[str, Any], device: torch.device | str = "cpu", co
             args["norm_layer"] = partial(get_norm_layer(args["norm_layer"]), eps=float(description["norm_eps"]))
         model: nn.Module = timm.create_model(description["architecture"], device=device, **args)
         if torch.device(device).type == "meta" and computed and family_of(model).has_buffers:
-            return build(description)
+            return _built(description, "cpu", computed)
         model.embedding = bool(description.get("embedding", False))  # type: ignore[assignment]
         for name, numbers in description["sites"].items():
             parent, _, leaf = name.rpartition(".")
@@ -121,38 +151,6 @@ def width_of(module: Any) -> int:
     return out.out_features
 
 
-def difference(built: nn.Module, model: nn.Module) -> str | None:
-    """Name of the first part in which two models differ, apart from dropout rates; None if alike."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    ours, theirs = _parts(built, dtype), _parts(model, dtype)
-    return next((name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)), None)
-
-
-def _parts(root: nn.Module, dtype: torch.dtype) -> dict[str, str]:
-    """What fixes a model's function but for its weights: every module, its plain attributes, and all shapes."""
-    transient = (nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices, nn.Identity)
-    lines: dict[str, str] = {}
-    for name, module in root.named_modules():
-        if isinstance(module, transient):
-            continue
-        if name:
-            lines[name] = f"{type(module).__name__}({module.extra_repr()})"
-        for key, value in vars(module).items():
-            if key not in _ASIDE and not key.startswith("_") and _is_plain(value):
-                lines[f"{name}.{key}".lstrip(".")] = str(value)
-    for name, _, _, buffer in computed_buffers(root):  # they follow from the arguments, or differ
-        if not buffer.is_meta:
-            rounded = buffer.detach().to(dtype) if buffer.is_floating_point() else buffer.detach()
-            lines[name] = hashlib.blake2b(rounded.double().cpu().numpy().tobytes()).hexdigest()
-    return lines | {name: str(tuple(p.shape)) for name, p in root.named_parameters()}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(_is_plain(part) for part in value)
-    return isinstance(value, int | float | str | bool)
-
-
 def merged_data_config(model: nn.Module, given: Mapping[str, Any] | None) -> dict[str, Any]:
     """The data configuration of a model, with what a user says in place of its own.
 
@@ -164,6 +162,12 @@ def merged_data_config(model: nn.Module, given: Mapping[str, Any] | None) -> dic
     if unknown:
         raise StrataViTError(f"data_config: {described(unknown[0])} is none of {', '.join(sorted(DATA_KEYS))}")
     return config | dict(given or {})
+
+
+def channels_of(patches: Any, otherwise: int = 3) -> int:
+    """Channels of the images that a patch embedding reads; of a hybrid those that its convolutions read."""
+    own: Any = getattr(patches, "in_chans", None) or getattr(getattr(patches, "proj", None), "in_channels", otherwise)
+    return int(own)
 
 
 def own_size(model: nn.Module, size: Sequence[int]) -> tuple[int, ...]:
@@ -180,7 +184,7 @@ def resolve_data_config(model: nn.Module) -> dict[str, Any]:
         return stored | {"input_size": own_size(model, stored["input_size"])}
     config = dict(resolve_model_data_config(model))
     patches: Any = model.patch_embed
-    channels = patches.proj.in_channels if hasattr(patches, "proj") else 3
+    channels = channels_of(patches)
     size = patches.img_size
     if size is not None:
         config["input_size"] = (channels, *size)

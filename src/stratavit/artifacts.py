@@ -11,15 +11,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stratavit import announced, architecture, hashes, moments_file, timm_config
+from stratavit import announced, architecture, hashes, intake, moments_file, timm_config
 from stratavit.class_names import class_names_of
-from stratavit.errors import ArtifactError, StrataViTError, described
+from stratavit.classifier import with_plain_head
+from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, described
+from stratavit.fidelity import Subject, check_saved
 from stratavit.folders import read_json, read_shapes, read_tensors, write_folder, write_json
+from stratavit.following import check_followed
 from stratavit.foreign import as_source, as_timm
+from stratavit.freezing import frozen_names, set_frozen
 from stratavit.hf_layouts import LAYOUTS
 from stratavit.strata import Strata
-from stratavit.structure import HEAD_DIM_UNIT, MLP_UNITS, computed_buffers
+from stratavit.structure import HEAD_DIM_UNIT, MLP_UNITS
 from stratavit.weights import check_one_type, load_weights
+from stratavit.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from stratavit.supernet import SuperNet
@@ -44,19 +49,30 @@ def save(model: nn.Module, path: str | Path, overwrite: bool = False) -> None:
     """
     from stratavit.supernet import SuperNet
 
-    if isinstance(model, SuperNet):
+    given = unwrapped(model)
+    if isinstance(given, SuperNet):
         raise ArtifactError("this is a super-network: save it with its own save(path)")
-    model = as_timm(model)
+    source = as_timm(given)
+    try:
+        intake.check(source)
+    except UnsupportedModelError as error:
+        raise ArtifactError(str(error)) from error
+    description, built = architecture.described_and_built(source)
+    plain = with_plain_head(source)
+    data_config = architecture.resolve_data_config(plain)
+    if source is given:  # else `as_timm` has compared
+        check_saved(Subject(source, source), architecture.filled(built, plain), data_config["input_size"])
     content = _header(SUB) | {
-        "model": architecture.describe(model),
-        "origin": getattr(model, "origin", None),
-        "data_config": architecture.resolve_data_config(model),
-        "provenance": getattr(model, "provenance", {}),
+        "model": description,
+        "origin": getattr(plain, "origin", None),
+        "data_config": data_config,
+        "frozen": frozen_names(plain),
+        "provenance": getattr(plain, "provenance", {}),
     }
-    content |= _label_names(model)
+    content |= _label_names(plain)
 
     def write(folder: Path) -> None:
-        save_file(_tensors(model), folder / WEIGHTS_FILE, {"format": "pt"})
+        save_file(_tensors(plain), folder / WEIGHTS_FILE, {"format": "pt"})
         _write_json_files(folder, content)
 
     write_folder(path, write, overwrite)
@@ -119,6 +135,9 @@ def save_supernet(net: SuperNet, path: str | Path, overwrite: bool, moments: boo
         raise ArtifactError(
             "the second moments were released by specialise(); save before, or specialise(moments=True)"
         )
+    _ = net.cost  # follows a model that was changed
+    intake.check(net.model)
+    check_followed(net, net.description)
     content = _header(SUPER) | {
         "method": net.method,
         "compensation": net.compensation if moments or net.compensation != "full" else "mean",
@@ -126,6 +145,7 @@ def save_supernet(net: SuperNet, path: str | Path, overwrite: bool, moments: boo
         "origin": net.origin,
         "data_config": net.data_config,
         "units": list(net.units),
+        "frozen": frozen_names(net.model),
         "strata": None if net.strata is None else net.strata.to_json(),
         "provenance": net.provenance,
     }
@@ -146,14 +166,13 @@ def load_supernet(cls: type[SuperNet], path: str | Path, device: torch.device | 
     content = _read_header(folder, SUPER)
     model: Any = _load_model(content, folder, device)
     model.origin = _origin(content, folder)
-    net = cls(model, _data_config(content, folder, model))
+    net = cls(model, _data_config(content, folder, model), _description=content["model"])
     try:
         net.method = content.get("method", "default")
         net.compensation = content.get("compensation", net.compensation)
     except StrataViTError as error:
         raise ArtifactError(f"{folder / JSON_FILE}: {error}") from error
     net.set_units(*_units(content, folder))
-    net.description = content["model"]
     net.provenance = dict(content.get("provenance", {}))
     source = folder / MOMENTS_FILE
     hashes.check_file(content, source)
@@ -219,13 +238,15 @@ def _load_model(content: Mapping[str, Any], folder: Path, device: torch.device |
     if hashes.KEY not in content:
         check_one_type(tensors, str(weights))
     load_weights(model, tensors, str(weights), assign=True)
+    frozen = content.get("frozen", [])
+    if not isinstance(frozen, list) or not all(isinstance(name, str) for name in frozen):
+        raise ArtifactError(f"{source}: frozen should be a list of names of parameters; save the model again")
+    set_frozen(model, frozen, f"{source}: frozen")
     architecture_name = content["model"]["architecture"]
     model.pretrained_cfg = {"architecture": architecture_name} | _read_label_names(content, folder)
     model.source_args = dict(content["model"]["args"])
     dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
-    for _, module, key, buffer in computed_buffers(model):  # in float32
-        if buffer.is_floating_point():
-            setattr(module, key, buffer.to(dtype))
+    architecture.cast_computed(model, dtype)
     loaded: nn.Module = model.to(device).eval()
     return loaded
 

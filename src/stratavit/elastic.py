@@ -126,9 +126,9 @@ class ElasticSite(nn.Module):
         self.register_buffer("channel_mean", self.out.weight.new_empty(0), persistent=False)
 
     def _adopt(self, stock: nn.Module) -> None:
-        """Takes over a stock module's parts and plain attributes under their names."""
+        """Takes over a stock module's parts and plain attributes under their names, but no methods of its own."""
         for name, value in vars(stock).items():
-            if not name.startswith("_") and name != "training":
+            if not name.startswith("_") and name != "training" and not callable(getattr(type(stock), name, None)):
                 setattr(self, name, value)
         for name, child in stock.named_children():
             self.add_module(name, child)

@@ -22,6 +22,7 @@ from stratavit.foreign import as_timm
 from stratavit.hf_files import load_transformers, save_transformers
 from stratavit.placing import beside, followed, put
 from stratavit.structure import eval_mode, model_dtype
+from stratavit.wrappers import unwrapped
 
 Format = Literal["onnx", "torch", "transformers"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2", "transformers": "-transformers"}
@@ -96,6 +97,7 @@ def export(
 
     if format not in SUFFIXES:
         raise StrataViTError(f"export: expected a format of {', '.join(SUFFIXES)}, got {format!r}")
+    model = unwrapped(model)
     if isinstance(model, SuperNet):
         raise StrataViTError("export: a super-network has many sizes; extract one first")
     if model_dtype(model) is not torch.float32:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from stratavit.elastic import ElasticSite
 from stratavit.families import last_norm
 from stratavit.final_mean import plain_norm
+from stratavit.freezing import freeze_like
 from stratavit.layers import KEPT, build_layer
 from stratavit.structure import Site
 
@@ -52,14 +53,14 @@ def small_site(site: Site, elastic: ElasticSite, width: int) -> nn.Module:
     if width == 0:
         bias = elastic.out_bias_at(0)
         constant = build_layer({"constant": 0 if bias is None else site.dim}, site.dim, elastic, "meta")
-        return constant if bias is None else _fill(constant, {"bias": bias})
+        return constant if bias is None else _fill(constant, {"bias": bias}, elastic)
     weights = elastic.weights_at(width)
     layer = build_layer(elastic.numbers(width, weights), site.dim, elastic, "meta")
-    return _fill(layer, elastic.tensors(width, weights))
+    return _fill(layer, elastic.tensors(width, weights), elastic)
 
 
-def _fill(layer: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Module:
-    """Gives a layer built without storage its own copies of the tensors."""
+def _fill(layer: nn.Module, tensors: Mapping[str, Tensor | None], elastic: ElasticSite) -> nn.Module:
+    """Gives a layer built without storage its own copies of the tensors, frozen where what they were cut from is."""
     own = {
         name: tensor.clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -68,4 +69,5 @@ def _fill(layer: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Module:
     left = layer.load_state_dict(own, strict=False, assign=True)
     assert not left.unexpected_keys
     assert all(key.startswith(KEPT) for key in left.missing_keys)  # copied when the layer was built
-    return layer.requires_grad_(True)
+    freeze_like(layer, elastic)
+    return layer

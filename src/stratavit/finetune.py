@@ -73,6 +73,8 @@ def finetune(
     recipe = recipe_for(config, out, resume, FINETUNING, {"mode": "plain"})
     foreign, model = is_transformers(model), as_timm(model)
     architecture.describe(model)  # refused before any work if it could not be saved
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise StrataViTError("finetune: all weights are frozen; call model.requires_grad_(True) first")
     data_config = resolve_data_config(model)
 
     def learner(steps: int, accelerator: Any) -> Student:

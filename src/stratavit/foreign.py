@@ -7,20 +7,25 @@ from typing import Any
 from torch import nn
 
 from stratavit import hf_models, torchvision_models
+from stratavit.intake import check_layers
+from stratavit.wrappers import unwrapped
 
 
 def as_timm(model: nn.Module) -> nn.Module:
     """timm's equivalent of a model of transformers or torchvision, its weights copied; any other model as it is.
 
-    The equivalent computes the same up to rounding. Of a model of transformers it answers with the logits, or with the
-    pooled features where there is no head.
+    Wrappers (DataParallel, torch.compile, an averaged copy) are taken off. The equivalent computes the same up to
+    rounding. Of a model of transformers it answers with the logits, or with the pooled features where there is no head.
 
     Raises:
         UnsupportedModelError: The model has no equivalent in timm.
     """
+    model = unwrapped(model)
     if hf_models.is_transformers(model):
+        check_layers(model)
         return hf_models.to_timm(model)
     if torchvision_models.is_torchvision(model):
+        check_layers(model)
         return torchvision_models.to_timm(model)
     return model
 

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from stratavit import architecture
+from stratavit.classifier import with_plain_head
 from stratavit.equivalent import check_equivalent
 from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, described, one_line
+from stratavit.freezing import frozen_names, set_frozen
 from stratavit.hf_layouts import LAYOUTS, Layout
-from stratavit.hf_weights import blocks_of, load_state, mlp_layers, to_state
+from stratavit.hf_weights import blocks_of, frozen_of, load_state, mlp_layers, set_frozen_there, to_state
 from stratavit.plain import Constant
 from stratavit.structure import model_device, model_dtype
 from stratavit.weights import load_weights
@@ -85,7 +87,7 @@ def describe(model: Any) -> dict[str, Any]:
     if name == "SiglipVisionModel" and not getattr(config, "vision_use_head", True):
         raise UnsupportedModelError(f"cannot cut this {name}: it does not pool its tokens (vision_use_head is off)")
     try:
-        args = layout.arguments(config)
+        args = layout.arguments(config) | _classes(model)
     except KeyError as error:
         raise UnsupportedModelError(f"cannot cut this {name}: timm has no activation like {one_line(error)}") from error
     name = "vit_giant_patch14_dinov2" if getattr(config, "use_swiglu_ffn", False) else layout.architecture
@@ -111,6 +113,7 @@ def to_timm(model: Any) -> nn.Module:
     description = describe(model)
     made: Any = architecture.build(description)
     load_weights(made, to_state(model, layout), f"{type(model).__name__}", assign=False)
+    set_frozen(made, frozen_of(model, layout))
     made.to(dtype=model.dtype, device=model.device)
     channels, size = description["args"]["in_chans"], description["args"]["img_size"]
     made.data_config = {
@@ -145,7 +148,7 @@ def from_timm(small: Any, origin: Mapping[str, Any]) -> Any:
     name = origin.get("class")
     if name not in LAYOUTS:
         raise ArtifactError(f"origin: expected one of {', '.join(LAYOUTS)}, got {described(name)}")
-    layout, kind = LAYOUTS[name], getattr(transformers, name)
+    layout, kind, small = LAYOUTS[name], getattr(transformers, name), with_plain_head(small)
     state = small.state_dict()
     numbers = architecture.describe(small)["sites"]
     try:
@@ -159,6 +162,7 @@ def from_timm(small: Any, origin: Mapping[str, Any]) -> Any:
             model = kind(config)
             resize(model)
         load_state(model, layout, state)
+        set_frozen_there(model, layout, frozen_names(small))
     except Exception as error:  # a configuration from a file can be wrong in any way that transformers does not check
         raise ArtifactError(f"origin: {name} cannot be built: {type(error).__name__}: {one_line(error)}") from error
     for attribute in CARRIED:
@@ -223,6 +227,12 @@ def library() -> Any:
             f"{transformers.__version__}: pip install 'stratavit[transformers]'"
         )
     return transformers
+
+
+def _classes(model: Any) -> dict[str, int]:
+    """Of the layer itself: ``model.classifier = nn.Linear(...)`` leaves `num_labels` behind."""
+    layer = getattr(model, "classifier", None)
+    return {"num_classes": layer.out_features} if type(layer) is nn.Linear else {}
 
 
 def _numbers(attention: Any, layout: Layout) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -45,6 +45,44 @@ def to_state(model: Any, layout: Layout) -> dict[str, Tensor]:
             query, rest = state[f"head.attention.in_proj_{leaf}"].tensor_split([made["norm.weight"].numel()])
             made[f"attn_pool.q.{leaf}"], made[f"attn_pool.kv.{leaf}"] = query, rest
     return made
+
+
+def frozen_of(model: Any, layout: Layout) -> list[str]:
+    """timm's names of the parameters that are frozen there; of stacked ones, if all are."""
+    own = dict(model.named_parameters())
+    return [
+        ours
+        for ours, theirs in _all_tensors(model, layout)
+        if all(name in own and not own[name].requires_grad for name in theirs)
+    ]
+
+
+def set_frozen_there(model: Any, layout: Layout, frozen: Collection[str]) -> None:
+    """Freezes what timm's equivalent has frozen; what is stacked there only if all of it is."""
+    own, kept = dict(model.named_parameters()), set()
+    for ours, theirs in _all_tensors(model, layout):
+        for name in theirs:
+            if name in own and ours in frozen and name not in kept:
+                own[name].requires_grad_(False)
+            elif name in own:
+                kept.add(name)
+                own[name].requires_grad_(True)
+
+
+def _all_tensors(model: Any, layout: Layout) -> list[tuple[str, list[str]]]:
+    """`_tensors`, and those that are not stacked but lie elsewhere or are split."""
+    found = _tensors(model, layout)
+    for stage in range(len(getattr(model.config, "depths", ())) - 1):
+        for leaf in ("norm.weight", "norm.bias", "reduction.weight"):
+            there = f"swin.encoder.layers.{stage}.downsample.{leaf}"
+            found.append((f"layers.{stage + 1}.downsample.{leaf}", [there]))
+    if hasattr(model, "head"):
+        found += [
+            (f"attn_pool.{part}.{leaf}", [f"head.attention.in_proj_{leaf}"])
+            for leaf in ("weight", "bias")
+            for part in ("q", "kv")
+        ]
+    return found
 
 
 @torch.no_grad()

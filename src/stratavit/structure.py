@@ -11,6 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from stratavit.classifier import classes_in_head
+from stratavit.wrappers import unwrapped
+
 HEAD_DIM_UNIT = 8  # coordinates of the head width that are dropped together (paper, implementation details)
 MLP_UNITS = 32  # groups that the MLP hidden width is cut into (paper, implementation details)
 
@@ -82,6 +85,10 @@ class Stages:
     tail: Callable[[Tensor], Tensor]
     pool: Callable[[Tensor], Tensor]
 
+    def answers(self, images: Tensor) -> Tensor:
+        """All three parts: images ``[B, 3, H, W]`` to logits ``[B, classes]``."""
+        return self.tail(self.through(self.stem(images)))
+
     def through(self, tokens: Tensor, first: int = 0) -> Tensor:
         """Tokens that enter block `first` to tokens that leave the last one."""
         for _, block in self.blocks[first:]:
@@ -102,14 +109,17 @@ def classes_of(model: nn.Module) -> int:
     """Classes that a model tells apart; 0 where it answers with features: no head, one into an embedding, one output.
 
     Args:
-        model: A timm model, or a super-network of one; any other is taken to have classes.
+        model: A timm model, or a super-network of one, wrapped or not; any other is taken to have classes.
     """
-    inner: Any = model.model if is_super_network(model) else model
+    inner: Any = unwrapped(model)
+    inner = unwrapped(inner.model) if is_super_network(inner) else inner
     if getattr(inner, "embedding", False):
         return 0
     if hasattr(inner, "config") and not hasattr(inner, "num_classes"):  # of transformers
         return _several(getattr(inner, "num_labels", 0))
-    return _several(getattr(inner, "num_classes", 2))
+    told = getattr(inner, "num_classes", None)
+    found = None if told is None else classes_in_head(inner)  # a head may have been replaced
+    return _several(2 if told is None else told if found is None else found)
 
 
 def _several(classes: int) -> int:

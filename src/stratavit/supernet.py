@@ -13,20 +13,24 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from stratavit import architecture, artifacts, strata
+from stratavit import architecture, artifacts, following, intake, strata
 from stratavit.answers import Answers
+from stratavit.classifier import with_plain_head
 from stratavit.conversion import Convertible
-from stratavit.cost import cost_model
+from stratavit.cost import CostModel, cost_model
 from stratavit.elastic import ElasticSite, run_at
 from stratavit.errors import BudgetError, StrataViTError
 from stratavit.extract import small_model
-from stratavit.families import elastic_sites, find_sites, last_norm
+from stratavit.families import elastic_sites, find_sites, last_norm, stages
+from stratavit.fidelity import Subject, check_cut
 from stratavit.final_mean import FinalMean, Shift
 from stratavit.foreign import as_source, as_timm
+from stratavit.freezing import frozen_names, set_frozen
 from stratavit.limits import Asked
 from stratavit.running import Run, running
 from stratavit.sizes import Method
 from stratavit.structure import HEAD_DIM_UNIT, MLP_UNITS
+from stratavit.wrappers import unwrapped
 
 
 class SuperNet(Convertible):
@@ -56,36 +60,46 @@ class SuperNet(Convertible):
         provenance: Plain facts about how this super-network was made.
 
     Raises:
-        UnsupportedModelError: A part of the model cannot be cut.
+        UnsupportedModelError: A part of the model cannot be cut, or it computes what is in neither weights nor
+            constructor arguments (hooks, overridden methods): one random image is run to find out.
         StrataViTError: The weights hold NaN or infinite values, or `data_config` has an unknown key.
     """
 
     embedding: bool
 
     def __init__(
-        self, model: nn.Module, data_config: Mapping[str, Any] | None = None, embedding: bool | None = None
+        self,
+        model: nn.Module,
+        data_config: Mapping[str, Any] | None = None,
+        embedding: bool | None = None,
+        *,
+        _description: Mapping[str, Any]
+        | None = None,  # of a model that was just built from it, so nothing else is in it
     ) -> None:
         super().__init__()
-        model = as_timm(model)
+        given = unwrapped(model)
+        source = as_timm(given)
+        intake.check(source)
+        plain = with_plain_head(source)
         if embedding is None:
-            embedding = getattr(model, "embedding", False)
+            embedding = getattr(source, "embedding", False)
         self.units = (HEAD_DIM_UNIT, MLP_UNITS)
-        self.sites = find_sites(model)
-        for name, parameter in model.named_parameters():
-            if not parameter.detach().isfinite().all():
-                raise StrataViTError(f"weights: {name} holds NaN or infinite values; give a sound checkpoint")
+        self.sites = find_sites(plain)
         self.embedding = bool(embedding)
-        self.description = architecture.describe(model) | ({"embedding": True} if embedding else {})
-        self.data_config = architecture.merged_data_config(model, data_config)
-        self.origin: dict[str, Any] | None = getattr(model, "origin", None)
-        copied: Any = copy.deepcopy(model)
-        copied.embedding = self.embedding
-        self.model: Any = copied
-        self.cost = cost_model(self.model, self.sites, self.data_config["input_size"])
-        modules, self.whole = elastic_sites(self.model)
-        for name, module in modules.items():
-            block, _, leaf = name.rpartition(".")
-            setattr(self.model.get_submodule(block), leaf, module)
+        rebuilt: nn.Module | None = None
+        if _description is None:
+            _description, rebuilt = architecture.described_and_built(plain)
+        self.description = dict(_description) | ({"embedding": True} if embedding else {})
+        self.data_config = architecture.merged_data_config(plain, data_config)
+        self.origin: dict[str, Any] | None = getattr(plain, "origin", None)
+        self.model: Any = self._elastic_copy(plain)
+        size = self.data_config["input_size"]
+        if rebuilt is not None and source is given:  # else `as_timm` has made and compared it
+            check_cut(
+                source, architecture.filled(rebuilt, plain), Subject(self.model, stages(self.model).answers), size
+            )
+        self._cost, self._form = cost_model(self.model, self.sites, size), following.form_of(self.model)
+        self._frozen = frozen_names(self.model)
         self._shift = Shift()
         self._answers: Answers | None = None
         norm = last_norm(self.model)
@@ -96,12 +110,53 @@ class SuperNet(Convertible):
         self.provenance: dict[str, Any] = {}
         self.released = False
         self.method: Method = "default"
-        self.train(model.training)
+        self.train(source.training)
+
+    def _elastic_copy(self, plain: nn.Module) -> nn.Module:
+        """A copy whose attention and MLP modules are elastic, without methods that are set on instances."""
+        copied: Any = copy.deepcopy(plain)
+        intake.drop_own_routines(copied)
+        copied.embedding = self.embedding
+        modules, self.whole = elastic_sites(copied)
+        for name, module in modules.items():
+            block, _, leaf = name.rpartition(".")
+            setattr(copied.get_submodule(block), leaf, module)
+        made: nn.Module = copied
+        return made
 
     @property
     def elastic(self) -> dict[str, ElasticSite]:
         """Site name -> elastic module."""
         return {site.name: self.model.get_submodule(site.name) for site in self.sites}
+
+    @property
+    def cost(self) -> CostModel:
+        """What its sizes cost; measured again where the model has another head or image size than before.
+
+        Raises:
+            StrataViTError: The model was changed in a way that cannot be followed.
+        """
+        if following.form_of(self.model) != self._form:
+            self._follow()
+        return self._cost
+
+    @cost.setter
+    def cost(self, cost: CostModel) -> None:
+        self._cost = cost
+
+    def _follow(self) -> None:
+        """Brings description, image size and cost up to what the owner made of `model`."""
+        before = self.description, self.data_config, self._cost, self._form
+        following.plain_heads(self.model)
+        try:
+            self.description = following.description_now(self)
+            size: Any = architecture.own_size(self.model, self.data_config["input_size"])
+            self.data_config = self.data_config | {"input_size": size}
+            self._cost, self._form = cost_model(self.model, self.sites, size), following.form_of(self.model)
+            following.check_followed(self, self.description)
+        except Exception:
+            self.description, self.data_config, self._cost, self._form = before
+            raise
 
     # ---- execution --------------------------------------------------------------------------------
 
@@ -205,6 +260,8 @@ class SuperNet(Convertible):
         small.embedding = self.embedding
         small.data_config = dict(self.data_config)
         small.source_args = dict(self.description["args"])
+        if self.released:  # all of it was frozen to be served, see `specialise`
+            set_frozen(small, self._frozen)
         made: nn.Module = small
         return made
 

@@ -6,10 +6,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import timm
+import torch
+from torch import nn
 
-from stratavit import architecture
-from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError
-from stratavit.families import elastic_sites, family_of
+from stratavit import architecture, intake
+from stratavit.cost import cost_model
+from stratavit.elastic import ElasticSite
+from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, one_line
+from stratavit.families import elastic_sites, family_of, find_sites, stages
 from stratavit.hf_layouts import LAYOUTS
 
 EXAMPLES = {  # what it stands for -> a timm model of it
@@ -30,6 +34,7 @@ EXAMPLES = {  # what it stands for -> a timm model of it
     "Swin": "swin_tiny_patch4_window7_224",
     "Swin-V2": "swinv2_tiny_window8_256",
     "BEiT-3": "beit3_base_patch16_224",
+    "Hybrids (a ResNet as the stem)": "vit_small_r26_s32_224",
     "Parallel blocks": "vit_base_patch16_xp_224",
 }
 
@@ -53,12 +58,11 @@ class Support(NamedTuple):
 
 
 def support_of(name: str) -> Support:
-    """What can be cut of timm's model of a name, built without weights."""
-    model = timm.create_model(name, device="meta")
+    """What can be cut of timm's model of a name, built without weights: all that a conversion asks of it is tried."""
+    model = timm.create_model(name, device="meta").eval()
     try:
         title = family_of(model).title
-        found, whole = elastic_sites(model)
-        architecture.describe(model)
+        found, whole = _tried(model)
     except (UnsupportedModelError, ArtifactError) as error:
         return Support(name, "", "whole", "whole", str(error).removeprefix("cannot cut this model: "))
     attention = [module for module in found.values() if module.attention]
@@ -71,6 +75,25 @@ def support_of(name: str) -> Support:
         )
     mlp = "yes" if any(not module.attention for module in found.values()) else "whole"
     return Support(name, title, cut, mlp, "; ".join(dict.fromkeys(reasons)))
+
+
+def _tried(model: nn.Module) -> tuple[dict[str, ElasticSite], dict[str, str]]:
+    """`elastic_sites`, after each step of a conversion that needs no numbers was taken.
+
+    Raises:
+        UnsupportedModelError, ArtifactError: As the constructor of `SuperNet`; or a step fails.
+    """
+    intake.check_layers(model)
+    found, whole = elastic_sites(model)
+    architecture.describe(model)
+    try:
+        size = architecture.merged_data_config(model, None)["input_size"]
+        cost_model(model, find_sites(model), size)
+        with torch.no_grad():
+            stages(model).answers(torch.zeros(1, *size, device="meta"))
+    except Exception as error:  # of timm or torch, whatever a form of model does that none of ours does
+        raise UnsupportedModelError(f"it cannot be run: {type(error).__name__}: {one_line(error)}") from error
+    return found, whole
 
 
 def supported(pattern: str | None = None) -> Iterator[tuple[str, Support]]:

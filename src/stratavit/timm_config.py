@@ -13,6 +13,7 @@ import timm
 
 from stratavit import architecture
 from stratavit.families import family_of
+from stratavit.parts import difference
 
 FILE = "config.json"
 
@@ -32,14 +33,14 @@ def timm_config(description: Mapping[str, Any], data_config: Mapping[str, Any]) 
             said = timm.create_model(name, device="cpu" if computed else "meta", **args)
         except (TypeError, ValueError, AssertionError, RuntimeError):  # an argument that this architecture sets itself
             continue
-        if architecture.difference(said, built) is None:
+        if difference(said, built) is None:
             break
     else:
         return None
     images = {key: list(value) if isinstance(value, tuple) else value for key, value in data_config.items()}
     weights = {
         "num_classes": args["num_classes"],
-        "first_conv": "patch_embed.proj",
+        "first_conv": said.pretrained_cfg.get("first_conv", "patch_embed.proj"),
         "classifier": said.pretrained_cfg.get("classifier", "head"),
         "fixed_input_size": not args.get("dynamic_img_size", False),
         "custom_load": False,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stratavit import architecture
 from stratavit.equivalent import check_equivalent
 from stratavit.errors import UnsupportedModelError
+from stratavit.freezing import frozen_names, set_frozen
 from stratavit.others_names import say_left_out, unwrapped, without_counters
 from stratavit.weights import load_weights, unreachable
 
@@ -35,7 +36,8 @@ _PARTS = {  # a name stands for the tensors below it
 
 def is_torchvision(model: Any) -> bool:
     """Whether it is torchvision's ViT; without importing that library."""
-    return type(model).__module__ == "torchvision.models.vision_transformer"
+    kind = type(model)
+    return (kind.__module__, kind.__name__) == ("torchvision.models.vision_transformer", "VisionTransformer")
 
 
 def to_timm(model: Any) -> nn.Module:
@@ -73,11 +75,13 @@ def to_timm(model: Any) -> nn.Module:
     eps = float(model.encoder.ln.eps)
     made: Any = architecture.build({"architecture": "vit_base_patch16_224", "args": args, "norm_eps": eps, "sites": {}})
     head = ".".join(filter(None, ("heads", linear[0][0]))) if linear else "heads"
-    state = {
-        _renamed(f"heads.head{name.removeprefix(head)}" if name.startswith(f"{head}.") else name): tensor
-        for name, tensor in model.state_dict().items()
+    names = {
+        name: _renamed(f"heads.head{name.removeprefix(head)}" if name.startswith(f"{head}.") else name)
+        for name in model.state_dict()
     }
+    state = {names[name]: tensor for name, tensor in model.state_dict().items()}
     load_weights(made, state, "torchvision VisionTransformer", assign=False)
+    set_frozen(made, [names[name] for name in frozen_names(model)])
     parameter = next(model.parameters())
     made.to(dtype=parameter.dtype, device=parameter.device)
     made.data_config = {

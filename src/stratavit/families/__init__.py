@@ -49,10 +49,22 @@ def family_of(model: nn.Module) -> Family:
     for family in FAMILIES:
         if isinstance(model, family.model):
             return family
-    raise UnsupportedModelError(
-        f"cannot cut a {type(model).__name__}: expected a timm model of one of the classes "
-        f"{', '.join(family.model.__name__ for family in FAMILIES)}; `stratavit models` lists what is supported"
-    )
+    names = [family.model.__name__ for family in FAMILIES]
+    kind, origin = type(model).__name__, type(model).__module__
+    known = tuple(family.model for family in FAMILIES)
+    inside = next((name for name, module in model.named_modules() if isinstance(module, known)), None)
+    if origin.split(".")[0] == "peft":
+        reason = "merge the adapters first: model.merge_and_unload()"
+    elif inside is not None:
+        reason = f"it holds a timm model: pass that, model.{inside}"
+    elif kind in names:
+        reason = f"{origin}.{kind} is not timm's class of that name; load the weights into timm's, or transformers'"
+    else:
+        reason = (
+            f"expected a timm model of one of the classes {', '.join(names)}; "
+            "`stratavit models` lists what is supported"
+        )
+    raise UnsupportedModelError(f"cannot cut a {kind}: {reason}")
 
 
 def kind_of(module: nn.Module) -> type[ElasticSite] | None:

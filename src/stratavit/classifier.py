@@ -1,0 +1,148 @@
+"""The head of a model as it is: how many classes its layers tell apart, whatever ``num_classes`` says.
+
+``model.head = nn.Linear(width, classes)`` is the usual way to give a model a new head, and leaves `num_classes` behind.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from timm.layers import ClassifierHead
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from torch import nn
+
+from stratavit.errors import UnsupportedModelError
+
+WAY_OUT = "call model.reset_classifier(num_classes), or put a Linear layer there"
+
+
+class Head(NamedTuple):
+    """One head, taken apart.
+
+    Attributes:
+        layer: The linear layer, or an Identity.
+        rate: Of the dropout before it.
+    """
+
+    layer: nn.Module
+    rate: float
+
+    @property
+    def classes(self) -> int:
+        """0 is no head."""
+        return self.layer.out_features if isinstance(self.layer, nn.Linear) else 0
+
+
+def classes_in_head(model: Any) -> int | None:
+    """Classes that the layers of a timm model's head tell apart, 0 without a head; None if they do not tell."""
+    holder = getattr(model, "head", None)
+    if isinstance(holder, ClassifierHead):
+        holder = holder.fc
+    head = _apart(holder) if isinstance(holder, nn.Module) else None
+    return None if head is None else head.classes
+
+
+def head_layers(model: Any) -> dict[str, nn.Module]:
+    """Name -> what leads into the classes, of a model of a known family.
+
+    Raises:
+        UnsupportedModelError: A Swin has lost the pooling in front of its head.
+    """
+    if not isinstance(model, SwinTransformer | SwinTransformerV2):
+        return {name: getattr(model, name) for name in ("head", "head_dist") if hasattr(model, name)}
+    if not isinstance(model.head, ClassifierHead):
+        raise UnsupportedModelError(
+            f"head: this {type(model).__name__} pools its tokens in timm's ClassifierHead, found a "
+            f"{type(model.head).__name__}; call model.reset_classifier(num_classes), or put a Linear layer at head.fc"
+        )
+    return {"head.fc": model.head.fc}
+
+
+def with_plain_head(model: Any, in_place: bool = False) -> Any:
+    """The model with the head that timm would give it: one linear layer or none, dropout before it, true `num_classes`.
+
+    Args:
+        model: Of a known family.
+        in_place: Change the model itself; else what is returned is another object that shares all layers and weights,
+            or the model itself if there is nothing to change.
+
+    Raises:
+        UnsupportedModelError: The head is of another form.
+    """
+    found = {name: _taken(name, holder, model) for name, holder in head_layers(model).items()}
+    counts = {head.classes for head in found.values()} or {model.num_classes}
+    if len(counts) > 1:
+        raise UnsupportedModelError(f"head, head_dist: they tell apart {sorted(counts)} classes; {WAY_OUT}, in both")
+    classes = counts.pop()
+    if classes == model.num_classes and all(model.get_submodule(name) is head.layer for name, head in found.items()):
+        return model
+    plain = model if in_place else _twin(model)
+    plain.num_classes = classes
+    for name, head in found.items():
+        owner, drop, leaf = plain, "head_drop", name
+        if name == "head.fc":
+            plain.head = owner = model.head if in_place else _twin(model.head)
+            drop, leaf = "drop", "fc"
+        setattr(owner, leaf, head.layer)
+        if head.rate and leaf != "head_dist":  # which shares the other's
+            before = getattr(owner, drop).p
+            setattr(owner, drop, nn.Dropout(1 - (1 - before) * (1 - head.rate)).train(model.training))
+    return plain
+
+
+def _taken(name: str, holder: nn.Module, model: Any) -> Head:
+    head = _apart(holder)
+    if head is None:
+        raise UnsupportedModelError(
+            f"{name}: expected a Linear layer, perhaps dropout before it, or an Identity, found {_kind(holder)}; "
+            f"{WAY_OUT}"
+        )
+    width = model.head.num_features if name == "head.fc" else getattr(model, "head_hidden_size", model.num_features)
+    if isinstance(head.layer, nn.Linear) and head.layer.in_features != width:
+        raise UnsupportedModelError(
+            f"{name}: it reads {head.layer.in_features} features, the model gives {width}; {WAY_OUT} of {width} inputs"
+        )
+    if isinstance(head.layer, nn.Linear) and head.layer.bias is None:
+        raise UnsupportedModelError(
+            f"{name}: a Linear layer without a bias, which timm's heads have; give it one of zeros, or "
+            "call model.reset_classifier(num_classes)"
+        )
+    return head
+
+
+def _apart(holder: nn.Module) -> Head | None:
+    """None if it is more than dropout and one linear layer after it."""
+    layer, kept = None, 1.0
+    for part in _parts(holder):
+        if type(part) is nn.Dropout and layer is None:
+            kept *= 1 - part.p
+        elif type(part) is nn.Linear and layer is None:
+            layer = part
+        elif type(part) is not nn.Identity:
+            return None
+    if layer is None and type(holder) is nn.Identity:
+        return Head(holder, 0.0)
+    return Head(nn.Identity() if layer is None else layer, 1 - kept)
+
+
+def _parts(holder: nn.Module) -> Iterator[nn.Module]:
+    if type(holder) is nn.Sequential:
+        for part in holder:
+            yield from _parts(part)
+    else:
+        yield holder
+
+
+def _kind(holder: nn.Module) -> str:
+    inner = f" of {', '.join(type(part).__name__ for part in _parts(holder))}" if type(holder) is nn.Sequential else ""
+    return f"a {type(holder).__name__}{inner}"
+
+
+def _twin(module: nn.Module) -> Any:
+    """Another module of the same parts: what is put in or taken out of it later, it alone sees."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin

@@ -1,0 +1,352 @@
+"""Models that other tools or their owners have changed: taken as they are, or refused at once in a sentence."""
+
+import copy
+import json
+import warnings
+
+import architectures
+import pytest
+import timm
+import torch
+from accelerate import cpu_offload
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from helpers import CLASSES, PLAN, make_batches, make_images, make_model, make_net, relative_error
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.utils import parametrizations, prune, weight_norm
+from torch.optim.swa_utils import AveragedModel
+
+import stratavit
+from stratavit import ArtifactError, StrataViTError, SuperNet, UnsupportedModelError, intake
+from stratavit.supported import EXAMPLES, support_of
+
+HYBRIDS = ("vit_tiny_r_s16_p8_224", "vit_small_r26_s32_224", "vit_base_resnet26d_224")
+SWIN = "swin_tiny_patch4_window7_224"
+
+
+class Lora(nn.Module):
+    """As peft puts it in the place of a linear layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer, self.lora_A, self.lora_B = layer, nn.Linear(32, 2), nn.Linear(2, layer.out_features)
+        self.in_features, self.out_features, self.weight, self.bias = layer.in_features, layer.out_features, None, None
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+
+class Own(nn.Linear):
+    pass
+
+
+class Subtype(torch.Tensor):
+    pass
+
+
+def profiled(model):
+    for module in model.modules():
+        module.register_buffer("total_ops", torch.zeros(1))
+
+
+def with_weight_norm(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        weight_norm(model.blocks[0].attn.proj)
+
+
+def integers(model):
+    model.head.weight = nn.Parameter(torch.ones(CLASSES, 32, dtype=torch.int8), requires_grad=False)
+
+
+def quantised(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
+
+
+def nothing_but_buffers(model):
+    for module in model.modules():
+        for name in list(module._parameters):
+            module.register_buffer(name, module._parameters.pop(name))
+
+
+def at(name, layer):
+    def put(model):
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, layer(model.get_submodule(name)))
+
+    return put
+
+
+CHANGES = {  # what was done, and what the sentence says to do
+    "profiler": (profiled, "delete it"),
+    "counter": (lambda model: model.register_buffer("n_averaged", torch.tensor(3)), "delete it"),
+    "pruning": (lambda model: prune.l1_unstructured(model.blocks[0].attn.qkv, "weight", 0.5), "prune.remove"),
+    "pruning of the MLP": (lambda model: prune.random_unstructured(model.blocks[1].mlp.fc1, "bias", 0.5), "remove"),
+    "weight norm": (with_weight_norm, "remove_weight_norm"),
+    "spectral norm": (lambda model: nn.utils.spectral_norm(model.blocks[0].mlp.fc2), "norm"),
+    "parametrization": (lambda m: parametrizations.weight_norm(m.blocks[0].attn.qkv), "remove_parametrizations"),
+    "LoRA": (at("blocks.0.attn.qkv", Lora), "merge_and_unload"),
+    "LoRA of the MLP": (at("blocks.1.mlp.fc1", Lora), "merge_and_unload"),
+    "adapter": (lambda model: model.blocks[0].add_module("adapter", nn.Linear(32, 32)), "adapter is Linear"),
+    "other layers": (at("blocks.0.attn.proj", lambda layer: Own(32, 32)), "expected torch's Linear"),
+    "layers in a row": (at("blocks.0.attn.qkv", lambda layer: nn.Sequential(layer, nn.Identity())), "merge into one"),
+    "eps": (at("blocks.1.norm1", lambda layer: nn.LayerNorm(32, eps=1e-2)), "eps=1e-06"),
+    "activation": (at("blocks.1.mlp.act", lambda layer: nn.ReLU()), "expected GELU"),
+    "compiled block": (lambda model: model.blocks.__setitem__(0, torch.compile(model.blocks[0])), "_orig_mod"),
+    "meta": (lambda model: model.to("meta"), "no storage"),
+    "offloaded": (lambda model: cpu_offload(model, torch.device("cpu")), "no storage"),
+    "integers": (integers, "quantised"),
+    "quantised": (quantised, "before it was quantised"),
+    "no weights": (nothing_but_buffers, "has none"),
+    "sparse": (lambda m: setattr(m.head, "weight", nn.Parameter(m.head.weight.detach().to_sparse())), "dense"),
+    "a tensor of another library": (
+        lambda m: setattr(m.head, "weight", nn.Parameter(m.head.weight.detach().as_subclass(Subtype))),
+        "expected a plain tensor",
+    ),
+    "NaN in a buffer": (lambda model: model.register_buffer("x", torch.tensor(float("nan"))), "NaN"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_other_tools_left_is_refused_at_once(change, tmp_path):
+    model, (apply, words) = make_model("plain"), CHANGES[change]
+    made = apply(model)
+    model = made if change == "quantised" else model
+    for take in (SuperNet, lambda model: stratavit.save(model, tmp_path / "x")):
+        with pytest.raises(StrataViTError) as caught:
+            take(model)
+        assert words in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", architectures.TORCHVISION])
+def test_layers_of_other_libraries_are_looked_at_too(name):
+    model = quantised(architectures.make(name))
+    with pytest.raises(UnsupportedModelError, match="before it was quantised"):
+        SuperNet(model)
+
+
+def test_weights_on_several_devices_are_refused(monkeypatch):
+    model = make_model("plain")
+    model.head.to("meta")  # the only other device that is always here
+    monkeypatch.setattr(intake, "_check_storage", lambda name, tensor: None)
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda tensor: torch.ones(1))
+    with pytest.raises(UnsupportedModelError, match=r"several devices \(cpu, meta\)"):
+        intake.check_weights(model)
+
+
+def test_what_was_merged_or_made_permanent_is_taken():
+    """What is left after `merge_and_unload`, `prune.remove` and their like are plain layers."""
+    model = make_model("plain")
+    prune.l1_unstructured(model.blocks[0].attn.qkv, "weight", 0.5)
+    prune.remove(model.blocks[0].attn.qkv, "weight")
+    parametrizations.weight_norm(model.blocks[0].mlp.fc1)
+    nn.utils.parametrize.remove_parametrizations(model.blocks[0].mlp.fc1, "weight")
+    lora = Lora(model.blocks[1].attn.qkv)
+    merged = nn.Linear(32, 96)
+    with torch.no_grad():
+        merged.weight.copy_(lora.base_layer.weight + lora.lora_B.weight @ lora.lora_A.weight)
+    model.blocks[1].attn.qkv = merged
+    with torch.no_grad():
+        assert relative_error(SuperNet(model)(make_images(2)), model(make_images(2))) < 1e-5
+
+
+def test_hooks_that_only_move_tensors_are_taken(tmp_path):
+    model = make_model("plain")
+    add_hook_to_module(model.blocks[0].attn, AlignDevicesHook(torch.device("cpu")))
+    add_hook_to_module(model, AlignDevicesHook(torch.device("cpu")))
+    net = SuperNet(model).eval()
+    small = net.extract(spec={"blocks.0.attn": 8}, verbose=False)
+    stratavit.save(small, tmp_path / "small")
+    with torch.no_grad():
+        assert relative_error(net(make_images(2), {"blocks.0.attn": 8}), small(make_images(2))) < 1e-5
+
+
+# ---- wrappers ---------------------------------------------------------------------------------------------------
+
+WRAPPERS = {
+    "DataParallel": nn.DataParallel,
+    "compiled": torch.compile,
+    "averaged": AveragedModel,
+    "ema": ModelEmaV3,
+    "two of them": lambda model: nn.DataParallel(torch.compile(model)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_wrappers_are_taken_off(wrap, tmp_path):
+    model = make_model("plain")
+    wrapped, images = WRAPPERS[wrap](model), make_images(2)
+    net = SuperNet(wrapped).eval()
+    stratavit.save(wrapped, tmp_path / "dense")
+    with torch.no_grad():
+        assert relative_error(net(images), model(images)) < 1e-5
+        assert relative_error(stratavit.load(tmp_path / "dense")(images), model(images)) < 1e-5
+    if wrap == "DataParallel":
+        assert stratavit.evaluate(wrapped, make_batches()).n == 12
+        assert stratavit.export(wrapped, tmp_path / "m.pt2", "torch").difference < 1e-4
+    with pytest.raises(ArtifactError, match="super-network"):
+        stratavit.save(WRAPPERS[wrap](net), tmp_path / "net")
+
+
+def test_a_wrapper_with_hooks_is_refused():
+    wrapped = nn.DataParallel(make_model("plain"))
+    wrapped.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.raises(UnsupportedModelError, match=r"model\.module"):
+        SuperNet(wrapped)
+
+
+def test_models_in_models_and_of_others():
+    class VisionTransformer(nn.Module):
+        __module__ = "open_clip.transformer"
+
+    holder = nn.Module()
+    holder.net = nn.ModuleDict({"encoder": make_model("plain")})
+    with pytest.raises(UnsupportedModelError, match=r"pass that, model\.net\.encoder"):
+        SuperNet(holder)
+    with pytest.raises(UnsupportedModelError, match=r"open_clip\.transformer\.VisionTransformer is not timm's"):
+        SuperNet(VisionTransformer())
+    adapted = type("PeftModel", (nn.Module,), {"__module__": "elsewhere"})()
+    adapted.base_model = make_model("plain")
+    type(adapted).__module__ = "peft.peft_model"
+    with pytest.raises(UnsupportedModelError, match="merge_and_unload"):
+        SuperNet(adapted)
+
+
+# ---- hybrids, and what is promised ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_hybrids(name, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model(name, img_size=64, depth=1, num_classes=CLASSES).eval()
+    assert support_of(name)[2:] == ("q, k, v", "yes", "")
+    net, images = SuperNet(model).eval(), torch.randn(2, 3, 64, 64)
+    assert net.data_config["input_size"] == (3, 64, 64)
+    assert net.params() == sum(p.numel() for p in model.parameters())
+    assert net.macs() == stratavit.cost.linear_macs(model, (3, 64, 64))
+    spec = {"blocks.0.attn": 8, "blocks.0.mlp": 40}
+    small = net.extract(spec=spec, verbose=False)
+    assert net.params(spec) == sum(p.numel() for p in small.parameters())
+    assert net.macs(spec) == stratavit.cost.linear_macs(small, (3, 64, 64))
+    stratavit.save(small, tmp_path / "small")
+    net.save(tmp_path / "net")
+    with torch.no_grad():
+        assert relative_error(net(images), model(images)) < 1e-5
+        assert relative_error(SuperNet.load(tmp_path / "net").eval()(images), model(images)) < 1e-5
+        assert relative_error(stratavit.load(tmp_path / "small")(images), net(images, spec)) < 1e-5
+    config = json.loads((tmp_path / "net" / "config.json").read_text())
+    assert config["pretrained_cfg"]["first_conv"].startswith("patch_embed.backbone")
+
+
+def test_hybrids_of_one_channel():
+    model = timm.create_model("vit_tiny_r_s16_p8_224", img_size=64, depth=1, in_chans=1)
+    assert SuperNet(model).data_config["input_size"] == (1, 64, 64)
+
+
+@pytest.mark.parametrize("name", [*EXAMPLES.values()])
+def test_what_is_promised_is_taken(name):
+    """Of every example a shallow model with random weights."""
+    depth = {"depths": (1, 1, 1, 1)} if name.startswith("swin") else {"depth": 1}
+    model, said = timm.create_model(name, **depth).eval(), support_of(name)
+    if "whole" == said.attention == said.mlp:
+        with pytest.raises(StrataViTError):
+            SuperNet(model)
+        return
+    kinds = {site.kind for site in SuperNet(model).sites}
+    assert ("attention" in kinds, "mlp" in kinds) == (said.attention != "whole", said.mlp != "whole")
+
+
+def test_a_form_that_cannot_be_run_is_not_promised(monkeypatch):
+    from stratavit import supported
+
+    def failing(*args):
+        raise RuntimeError("no such shape")
+
+    monkeypatch.setattr(supported, "cost_model", failing)
+    assert "no such shape" in support_of("vit_tiny_patch16_224").reason
+
+
+# ---- super-networks that their owners change --------------------------------------------------------------------
+
+
+def replaced(model):
+    model.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(32, 5))
+
+
+CHANGED = {
+    "reset_classifier": (lambda model: model.reset_classifier(5), 32),
+    "no head": (lambda model: model.reset_classifier(0), 32),
+    "another head": (replaced, 32),
+    "image size": (lambda model: model.set_input_size(img_size=64), 64),
+    "patch size": (lambda model: model.set_input_size(patch_size=16), 32),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_changes_that_are_followed(change, tmp_path):
+    """Cost, files and extracted models are those of a super-network of the changed model."""
+    net = copy.deepcopy(make_net("plain", stratified=True))
+    apply, side = CHANGED[change]
+    apply(net.model)
+    spec = {"blocks.0.attn": 8, "blocks.1.mlp": 0}
+    small = net.extract(spec=spec, verbose=False)
+    full = net.extract(spec={}, verbose=False)
+    for model, at in ((small, spec), (full, None)):
+        assert net.macs(at) == stratavit.cost.linear_macs(model, (3, side, side))
+        assert net.params(at) == sum(p.numel() for p in model.parameters())
+    assert net.data_config["input_size"] == (3, side, side)
+    assert 0.7 * net.macs() < net.budget(macs=0.8).got <= 0.8 * net.macs()
+    net.save(tmp_path / "net")
+    stratavit.save(small, tmp_path / "small")
+    images = torch.randn(2, 3, side, side)
+    read = SuperNet.load(tmp_path / "net").eval()
+    with torch.no_grad():
+        assert relative_error(read(images, spec), net(images, spec)) < 1e-5
+        assert relative_error(stratavit.load(tmp_path / "small")(images), small(images)) < 1e-5
+    assert (read.macs(), read.params()) == (net.macs(), net.params())
+    assert net.stratify([torch.randn(4, 3, side, side)] * 3, plan=PLAN).strata is not None
+
+
+def swin_of_another_size(model):
+    with pytest.raises(AttributeError):
+        model.set_input_size(img_size=64)
+
+
+@pytest.mark.parametrize(
+    ("name", "apply"),
+    [
+        ("vit_tiny_patch16_224", lambda model: setattr(model, "head", nn.Linear(8, 3))),
+        ("vit_tiny_patch16_224", lambda model: setattr(model, "pos_embed", nn.Parameter(torch.zeros(1, 99, 32)))),
+        ("vit_tiny_patch16_224", lambda model: setattr(model, "head", nn.Sequential(nn.Linear(32, 8), nn.ReLU()))),
+        (SWIN, swin_of_another_size),
+    ],
+)
+def test_changes_that_cannot_be_followed_are_refused_everywhere(name, apply, tmp_path):
+    net = SuperNet(architectures.make(name)).contract([torch.randn(4, 3, 32, 32)] * 2)
+    net.stratify([torch.randn(4, 3, 32, 32)] * 2, plan=PLAN)
+    apply(net.model)
+    before = net.description
+    for use in (
+        lambda: net.macs(),
+        lambda: net.params(),
+        lambda: net.budget(macs=0.8),
+        lambda: net.extract(spec={}, verbose=False),
+        lambda: net.save(tmp_path / "net"),
+    ):
+        with pytest.raises(StrataViTError):
+            use()
+    assert net.description is before
+    assert not (tmp_path / "net").exists()
+
+
+def test_windows_of_another_size_are_saved_or_refused(tmp_path):
+    small = SuperNet(architectures.make(SWIN)).extract(spec={"layers.0.blocks.0.attn": 4}, verbose=False)
+    small.set_input_size(img_size=64)
+    images = torch.randn(2, 3, 64, 64)
+    stratavit.save(small, tmp_path / "small")
+    with torch.no_grad():
+        assert relative_error(stratavit.load(tmp_path / "small")(images), small(images)) < 1e-5
