@@ -20,10 +20,9 @@ from stratavit.report import Point, curve
 from stratavit.spec import Spec
 from stratavit.supernet import SuperNet
 from stratavit.timing import Setting, Timing, time_model
+from stratavit.version import __version__ as __version__
 from stratavit.walk import Walk
 from stratavit.zoo import dense_model
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ArtifactError",

@@ -22,7 +22,8 @@ from stratavit.foreign import as_source, as_timm
 from stratavit.freezing import frozen_names, set_frozen
 from stratavit.hf_layouts import LAYOUTS
 from stratavit.strata import Strata
-from stratavit.structure import HEAD_DIM_UNIT, MLP_UNITS
+from stratavit.structure import HEAD_DIM_UNIT, MLP_UNITS, is_super_network
+from stratavit.version import __version__
 from stratavit.weights import check_one_type, load_weights
 from stratavit.wrappers import unwrapped
 
@@ -47,10 +48,8 @@ def save(model: nn.Module, path: str | Path, overwrite: bool = False) -> None:
     Raises:
         ArtifactError: The model cannot be described, or the folder cannot be written.
     """
-    from stratavit.supernet import SuperNet
-
     given = unwrapped(model)
-    if isinstance(given, SuperNet):
+    if is_super_network(given):
         raise ArtifactError("this is a super-network: save it with its own save(path)")
     source = as_timm(given)
     try:
@@ -201,8 +200,6 @@ def _write_json_files(folder: Path, content: dict[str, Any]) -> None:
 
 
 def _header(kind: str) -> dict[str, Any]:
-    from stratavit import __version__
-
     versions = {"stratavit": __version__, "timm": timm.__version__, "torch": torch.__version__}
     return {"format": f"stratavit/{kind}", "format_version": FORMAT_VERSION, "versions": versions}
 

@@ -14,7 +14,7 @@ from stratavit.budget import human
 from stratavit.cost import linear_macs
 from stratavit.errors import StrataViTError
 from stratavit.progress import track
-from stratavit.sizes import Sized
+from stratavit.structure import is_super_network
 from stratavit.timing import Setting
 
 ROUNDS = 3
@@ -67,7 +67,7 @@ def bench(
     """
     if not models or not settings:
         raise StrataViTError("bench: give at least one model and one setting")
-    if any(isinstance(model, Sized) for model in models.values()):
+    if any(is_super_network(model) for model in models.values()):
         raise StrataViTError("bench: a super-network has many sizes; extract those to time")
     size = (image_size[0], image_size[1], image_size[2])
     macs = {name: linear_macs(model, size, attention=True) for name, model in models.items()}

@@ -20,6 +20,7 @@ from stratavit.artifacts import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
 from stratavit.errors import ArtifactError, StrataViTError, one_line, out_of_memory, reason_of, shown
 from stratavit.placing import told
 from stratavit.timm_config import FILE as TIMM_FILE
+from stratavit.version import __version__
 
 FORMAT = "stratavit/training-state/1"
 STATE_FILE, LOG_FILE = "state.pt", "log.jsonl"
@@ -175,8 +176,6 @@ def _announces(content: mmap.mmap) -> bool:
 
 
 def _release() -> str:
-    from stratavit import __version__
-
     return __version__
 
 

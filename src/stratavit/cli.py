@@ -13,7 +13,6 @@ from typing import Any, get_args
 from rich.console import Console
 
 from stratavit import (
-    __version__,
     bench_command,
     commands,
     convert_command,
@@ -29,6 +28,7 @@ from stratavit.errors import StrataViTError, reason_of
 from stratavit.export import SUFFIXES
 from stratavit.report import LADDER
 from stratavit.timing import Precision, Runtime
+from stratavit.version import __version__
 
 _EXAMPLES = """examples:
   stratavit demo                                                    see it work, nothing to download

@@ -21,7 +21,7 @@ from stratavit.folders import check_free, check_free_file, open_to_others, write
 from stratavit.foreign import as_timm
 from stratavit.hf_files import load_transformers, save_transformers
 from stratavit.placing import beside, followed, put
-from stratavit.structure import eval_mode, model_dtype
+from stratavit.structure import eval_mode, is_super_network, model_dtype
 from stratavit.wrappers import unwrapped
 
 Format = Literal["onnx", "torch", "transformers"]
@@ -93,12 +93,10 @@ def export(
             are missing, or the file answers otherwise than the model; then nothing is left.
         ArtifactError: The file exists or cannot be written.
     """
-    from stratavit.supernet import SuperNet
-
     if format not in SUFFIXES:
         raise StrataViTError(f"export: expected a format of {', '.join(SUFFIXES)}, got {format!r}")
     model = unwrapped(model)
-    if isinstance(model, SuperNet):
+    if is_super_network(model):
         raise StrataViTError("export: a super-network has many sizes; extract one first")
     if model_dtype(model) is not torch.float32:
         raise StrataViTError(f"export: the model is in {model_dtype(model)}; call model.float() first")

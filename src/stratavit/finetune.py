@@ -28,7 +28,7 @@ from stratavit.launch import Config, batches, folder_of, recipe_for, train
 from stratavit.recipe import FINETUNING, Recipe
 from stratavit.sampling import Drawn
 from stratavit.spec import Spec
-from stratavit.supernet import SuperNet
+from stratavit.structure import is_super_network
 from stratavit.teacher import Teacher
 
 
@@ -68,7 +68,7 @@ def finetune(
         ArtifactError: `out` is not free, holds no state to resume, or cannot be written; the model cannot be saved.
         KeyboardInterrupt: Stopped on request; the state is saved.
     """
-    if isinstance(model, SuperNet):
+    if is_super_network(model):
         raise StrataViTError("finetune: this is a super-network: train it with train_piad, or extract a model first")
     recipe = recipe_for(config, out, resume, FINETUNING, {"mode": "plain"})
     foreign, model = is_transformers(model), as_timm(model)

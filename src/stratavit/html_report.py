@@ -26,6 +26,7 @@ from stratavit.folders import check_free_file, write_file
 from stratavit.report import Point, title_of
 from stratavit.supernet import SuperNet
 from stratavit.timing import AT_LEAST_RUNS, Setting, in_turns, runner
+from stratavit.version import __version__
 
 SCRIPTS = ("common.js", "curve.js", "sizes.js", "list.js", "facts.js", "start.js")
 _PLACE = re.compile(r"\{\{(title|style|script|data)\}\}")
@@ -145,8 +146,6 @@ def add_latency(data: dict[str, Any], net: SuperNet, setting: Setting) -> None:
 
 def versions() -> dict[str, str]:
     """Of what wrote the page."""
-    from stratavit import __version__
-
     found = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
     return {"stratavit": __version__, **found}
 
