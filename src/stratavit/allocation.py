@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from stratavit.cost import CostModel
+from stratavit.site import Site
 from stratavit.strata import Entry
-from stratavit.structure import Site
 
 
 @dataclass(frozen=True)

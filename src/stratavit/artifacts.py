@@ -21,8 +21,9 @@ from stratavit.following import check_followed
 from stratavit.foreign import as_source, as_timm
 from stratavit.freezing import frozen_names, set_frozen
 from stratavit.hf_layouts import LAYOUTS
+from stratavit.site import HEAD_DIM_UNIT, MLP_UNITS
 from stratavit.strata import Strata
-from stratavit.structure import HEAD_DIM_UNIT, MLP_UNITS, is_super_network
+from stratavit.structure import is_super_network
 from stratavit.version import __version__
 from stratavit.weights import check_one_type, load_weights
 from stratavit.wrappers import unwrapped

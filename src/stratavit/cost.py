@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from stratavit.layers import ATTENTION, describe_layer
-from stratavit.structure import Site, eval_mode, model_device, model_dtype
+from stratavit.site import Site
+from stratavit.structure import eval_mode, model_device, model_dtype
 
 
 class Price(NamedTuple):

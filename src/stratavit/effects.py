@@ -22,7 +22,8 @@ from stratavit.cost import CostModel
 from stratavit.distance import distance
 from stratavit.elastic import ElasticSite, Probe, Weights, run_at
 from stratavit.families import stages
-from stratavit.structure import Site, classes_of, model_device, model_dtype
+from stratavit.site import Site
+from stratavit.structure import classes_of, model_device, model_dtype
 
 
 @contextmanager

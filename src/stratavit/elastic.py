@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from stratavit.compensation import GAIN, Moments, compensate
 from stratavit.corrected import Corrected, stale
 from stratavit.running import Run, current_run, running
-from stratavit.structure import Site
+from stratavit.site import Site
 
 Compensation = Literal["none", "mean", "full"]
 

@@ -16,7 +16,7 @@ from stratavit.families import last_norm
 from stratavit.final_mean import plain_norm
 from stratavit.freezing import freeze_like
 from stratavit.layers import KEPT, build_layer
-from stratavit.structure import Site
+from stratavit.site import Site
 
 
 def small_model(

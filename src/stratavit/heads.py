@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stratavit.elastic import AttentionTransform, ElasticSite, Weights, fold_heads
 from stratavit.plain import attend, position_bias
-from stratavit.structure import Site, attention_steps
+from stratavit.site import Site, attention_steps
 
 Part = tuple[nn.Parameter | Tensor, nn.Parameter | Tensor | None]
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stratavit.elastic import ElasticSite, Weights
-from stratavit.structure import Site, mlp_steps
+from stratavit.site import Site, mlp_steps
 
 
 class ElasticMlp(ElasticSite):

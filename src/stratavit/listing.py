@@ -18,8 +18,8 @@ from stratavit.errors import StrataViTError
 from stratavit.final_mean import FinalMean
 from stratavit.objectives import Objective
 from stratavit.pixels import Seen
+from stratavit.site import Site
 from stratavit.statistics import SiteStatistics, collect
-from stratavit.structure import Site
 from stratavit.walk import Walk, walk
 
 

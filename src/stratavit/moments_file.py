@@ -11,7 +11,7 @@ from torch import Tensor
 from stratavit.compensation import Moments
 from stratavit.errors import ArtifactError
 from stratavit.final_mean import FinalMean
-from stratavit.structure import Site
+from stratavit.site import Site
 from stratavit.weights import FLOATS
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from torch import Tensor
 from stratavit.batches import check_labels
 from stratavit.errors import StrataViTError
 from stratavit.pixels import uniforms
-from stratavit.structure import Stages
+from stratavit.stages import Stages
 
 Objective = Literal["auto", "label", "cross_entropy", "prediction", "sampled", "feature"]
 OBJECTIVES: tuple[Objective, ...] = ("auto", "label", "cross_entropy", "prediction", "sampled", "feature")

@@ -13,7 +13,7 @@ from stratavit.elastic import ElasticSite
 from stratavit.errors import StrataViTError
 from stratavit.extract import small_site
 from stratavit.progress import track
-from stratavit.structure import Site
+from stratavit.site import Site
 from stratavit.timing import Setting
 
 ROUNDS = 3

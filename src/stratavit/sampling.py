@@ -9,9 +9,9 @@ from typing import Literal, NamedTuple
 
 from stratavit.cost import CostModel
 from stratavit.errors import StrataViTError
+from stratavit.site import Site
 from stratavit.spec import Spec
 from stratavit.strata import Strata
-from stratavit.structure import Site
 
 Sampling = Literal["uniform", "sandwich", "budget"]
 

@@ -19,7 +19,8 @@ from stratavit.elastic import ElasticSite
 from stratavit.errors import StrataViTError
 from stratavit.families import stages
 from stratavit.progress import track
-from stratavit.structure import Site, classes_of, eval_mode, model_device, model_dtype
+from stratavit.site import Site
+from stratavit.structure import classes_of, eval_mode, model_device, model_dtype
 
 Measure = Literal["auto", "top1", "cost"]
 COST_FLOOR = 1e-4  # a module whose bypass does not raise the cost still gets this relative rise

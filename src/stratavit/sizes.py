@@ -17,9 +17,9 @@ from stratavit.errors import BudgetError, StrataViTError, described
 from stratavit.final_mean import FinalMean
 from stratavit.limits import Asked, given, limits_of
 from stratavit.search import meet
+from stratavit.site import HEAD_DIM_UNIT, MLP_UNITS, Site, with_units
 from stratavit.spec import Spec
 from stratavit.strata import Strata
-from stratavit.structure import HEAD_DIM_UNIT, MLP_UNITS, Site, with_units
 
 Method = Literal["default", "paper"]
 

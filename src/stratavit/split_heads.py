@@ -16,7 +16,7 @@ from torch import Tensor
 from stratavit.elastic import Weights
 from stratavit.heads import HeadsSite
 from stratavit.plain import attend, position_bias, scores_ready
-from stratavit.structure import Site
+from stratavit.site import Site
 
 
 class ElasticSplit(HeadsSite):

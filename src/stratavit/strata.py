@@ -11,8 +11,8 @@ from itertools import pairwise
 from typing import Any
 
 from stratavit.errors import ArtifactError, described
+from stratavit.site import Site
 from stratavit.spec import Spec
-from stratavit.structure import Site
 
 
 @dataclass(frozen=True)

@@ -1,103 +1,17 @@
-"""What can be cut: sites and their units. And what every part needs to know of a model: type, device, mode."""
+"""What every part needs to know of a model: classes, type, device, mode."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stratavit.classifier import classes_in_head
 from stratavit.wrappers import unwrapped
-
-HEAD_DIM_UNIT = 8  # coordinates of the head width that are dropped together (paper, implementation details)
-MLP_UNITS = 32  # groups that the MLP hidden width is cut into (paper, implementation details)
-
-Kind = Literal["attention", "mlp"]
-
-
-@dataclass(frozen=True)
-class Site:
-    """One module that can be cut.
-
-    Attributes:
-        name: timm module path, for example ``blocks.0.attn``.
-        kind: ``attention`` (width is the head_dim) or ``mlp`` (width is the hidden_features).
-        width: Full width.
-        heads: Number of heads; 1 for an MLP.
-        dim: Token width C that the module reads and writes.
-        in_biases: Number of the maps into the channels that have a bias.
-        out_bias: Whether proj / fc2 has a bias.
-        steps: Widths at which units end, ascending from 0 to `width`; unit i is
-            ``[steps[i], steps[i + 1])``.
-        maps: Linear maps into the channels: 3 for q, k and v, 1 for an MLP or for v alone, 2 for a gated MLP.
-        qk_width: Width per head of q and k where these stay whole, and `width` is that of v; 0 where they are cut, too.
-        fixed_params: Parameters that the module has at every width above 0.
-    """
-
-    name: str
-    kind: Kind
-    width: int
-    heads: int
-    dim: int
-    in_biases: int
-    out_bias: bool
-    steps: tuple[int, ...]
-    maps: int
-    qk_width: int = 0
-    fixed_params: int = 0
-
-
-def attention_steps(head_dim: int, unit: int = HEAD_DIM_UNIT) -> tuple[int, ...]:
-    """Unit ends of a head width: multiples of `unit`, then the full width."""
-    return (*range(0, head_dim, unit), head_dim)
-
-
-def mlp_steps(hidden: int, units: int = MLP_UNITS) -> tuple[int, ...]:
-    """Unit ends of an MLP hidden width: `units` groups as equal as whole numbers allow."""
-    units = max(1, min(units, hidden))  # more would be the same: every channel its own
-    return tuple(sorted({hidden * i // units for i in range(units + 1)}))
-
-
-def with_units(sites: tuple[Site, ...], head_dim_unit: int, mlp_units: int) -> tuple[Site, ...]:
-    """The same sites, cut in other units: groups of `head_dim_unit` coordinates, `mlp_units` groups of hidden ones."""
-    steps = {"attention": lambda w: attention_steps(w, head_dim_unit), "mlp": lambda w: mlp_steps(w, mlp_units)}
-    return tuple(replace(site, steps=steps[site.kind](site.width)) for site in sites)
-
-
-@dataclass(frozen=True)
-class Stages:
-    """A model's forward pass in three parts: ``tail(blocks(stem(images)))`` equals ``model(images)``.
-
-    Attributes:
-        stem: Images ``[B, 3, H, W]`` to tokens ``[B, N, C]`` (Swin: ``[B, H, W, C]``, everywhere).
-        blocks: Name of every residual block (or step between blocks), and what it does to tokens.
-        tail: Tokens to logits ``[B, classes]``.
-        pool: Tokens to what the head reads, ``[B, C]``.
-    """
-
-    stem: Callable[[Tensor], Tensor]
-    blocks: tuple[tuple[str, Callable[[Tensor], Tensor]], ...]
-    tail: Callable[[Tensor], Tensor]
-    pool: Callable[[Tensor], Tensor]
-
-    def answers(self, images: Tensor) -> Tensor:
-        """All three parts: images ``[B, 3, H, W]`` to logits ``[B, classes]``."""
-        return self.tail(self.through(self.stem(images)))
-
-    def through(self, tokens: Tensor, first: int = 0) -> Tensor:
-        """Tokens that enter block `first` to tokens that leave the last one."""
-        for _, block in self.blocks[first:]:
-            tokens = block(tokens)
-        return tokens
-
-    def block_of(self, site: str) -> int:
-        """Number of the block that a site belongs to."""
-        return next(i for i, (name, _) in enumerate(self.blocks) if site.startswith(name + "."))
 
 
 def is_super_network(model: nn.Module) -> bool:

@@ -28,8 +28,8 @@ from stratavit.foreign import as_source, as_timm
 from stratavit.freezing import frozen_names, set_frozen
 from stratavit.limits import Asked
 from stratavit.running import Run, running
+from stratavit.site import HEAD_DIM_UNIT, MLP_UNITS
 from stratavit.sizes import Method
-from stratavit.structure import HEAD_DIM_UNIT, MLP_UNITS
 from stratavit.wrappers import unwrapped
 
 

@@ -20,7 +20,8 @@ from stratavit.families import last_norm
 from stratavit.feed import Feed
 from stratavit.pixels import Seen, keys_of
 from stratavit.progress import track
-from stratavit.structure import Site, eval_mode, frozen
+from stratavit.site import Site
+from stratavit.structure import eval_mode, frozen
 
 FAMILIAR = 0.1  # share of images below which they are not those of `contract`
 

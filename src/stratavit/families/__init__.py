@@ -23,8 +23,9 @@ from stratavit.families.swin import Swin, SwinV2
 from stratavit.families.vit import Vit
 from stratavit.heads import ElasticAttention, ElasticBeit, ElasticWindows
 from stratavit.hidden import ElasticGlu, ElasticMlp, ElasticSwiGlu
+from stratavit.site import Site
 from stratavit.split_heads import ElasticCosine, ElasticSplit
-from stratavit.structure import Site, Stages
+from stratavit.stages import Stages
 
 FAMILIES: tuple[Family, ...] = (Vit(), EvaFamily(), BeitFamily(), Swin(), SwinV2())
 KINDS: dict[type[nn.Module], type[Any]] = {

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from stratavit.errors import UnsupportedModelError
-from stratavit.structure import Stages
+from stratavit.stages import Stages
 
 
 class Family:

@@ -12,7 +12,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from stratavit.families.base import Family, head_stages, sizes, with_bias
-from stratavit.structure import Stages
+from stratavit.stages import Stages
 
 
 class EvaFamily(Family):

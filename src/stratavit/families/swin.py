@@ -10,7 +10,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
 
 from stratavit.families.base import Family, head_stages, sizes, with_bias
-from stratavit.structure import Stages
+from stratavit.stages import Stages
 
 
 class Swin(Family):

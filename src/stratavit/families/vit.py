@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stratavit.families.base import Family, head_stages, refuse, with_bias
 from stratavit.layers import ATTENTION, describe_layer
 from stratavit.plain import Constant
-from stratavit.structure import Stages
+from stratavit.stages import Stages
 
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 _NORMS = ("layernorm", "layernormfp32", "rmsnorm", "rmsnormfp32")
