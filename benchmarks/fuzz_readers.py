@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import stratavit
-from stratavit import Recipe, Spec, StrataViTError, SuperNet, checkpoint, hf_files, report, zoo
+from stratavit import Recipe, Spec, StrataViTError, SuperNet, checkpoint, curve_points, hf_files, zoo
 from stratavit.class_names import read_class_map
 from stratavit.data import image_loader
 from stratavit.features import read_embeddings
@@ -224,7 +224,7 @@ RECIPE = b'epochs = 3\nlist_epochs = 2\nlr = 0.05\nmode = "piad"\n[x]\ny = [1979
 FILES: dict[str, Callable[[Path], Any]] = {
     "recipe.toml": Recipe.read,
     "classes.txt": read_class_map,
-    "curve.csv": lambda path: report.points_in(path.parent),
+    "curve.csv": lambda path: curve_points.points_in(path.parent),
     "embeddings.safetensors": read_embeddings,
     "weights.safetensors": zoo.read_checkpoint,
     "weights.pth": zoo.read_checkpoint,
@@ -252,7 +252,9 @@ def _file(work: Path, name: str) -> Reader:
     }
     mutate = mutators.safetensors_file if name.endswith(".safetensors") else mutators.plain
     if name.split(".")[-1] in ("toml", "csv", "txt", "jsonl"):
-        mutate = mutators.words(*Recipe.__dataclass_fields__, *report.Point.__dataclass_fields__, "6/12", "50%", "\n")
+        mutate = mutators.words(
+            *Recipe.__dataclass_fields__, *curve_points.Point.__dataclass_fields__, "6/12", "50%", "\n"
+        )
 
     def check(data: bytes) -> None:
         path.write_bytes(_repacked(archive, data) if packed else data)
@@ -266,7 +268,7 @@ def _file(work: Path, name: str) -> Reader:
 
 
 def _curve(work: Path) -> bytes:
-    report.write_csv([report.Point("6/12", 0.5, 100, 50, 40.0, 80.0, 1.5, 10)], work / "seed.csv")
+    curve_points.write_csv([curve_points.Point("6/12", 0.5, 100, 50, 40.0, 80.0, 1.5, 10)], work / "seed.csv")
     return (work / "seed.csv").read_bytes()
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from test_train import TINY, assert_same, fresh, outcome, run
 
 import stratavit
-from stratavit import ArtifactError, StrataViTError, SuperNet, checkpoint, hub, loop, report
+from stratavit import ArtifactError, StrataViTError, SuperNet, checkpoint, curve_points, hub, loop, plots
 from stratavit.cli import main
 
 FULL = "the disk is full (No space left on device)"
@@ -56,7 +56,9 @@ def small_model():
 
 
 def points():
-    return [report.Point(share, eval(share), 100, 100, top1=50.0, top5=60.0, loss=1.0, n=7) for share in ("1", "6/12")]
+    return [
+        curve_points.Point(share, eval(share), 100, 100, top1=50.0, top5=60.0, loss=1.0, n=7) for share in ("1", "6/12")
+    ]
 
 
 def write_curve(out):
@@ -175,8 +177,8 @@ MOMENTS = {
     "a state": (loop, "write_state", 2, "state.pt", LEFT),
     "the log": (checkpoint.Journal, "append", 1, "log.jsonl", LEFT),
     "the result": (SuperNet, "save", 1, "", LEFT),
-    "the curve": (report, "write_csv", 1, "", LEFT),
-    "the pictures": (report, "plot_history", 1, "", LEFT),
+    "the curve": (curve_points, "write_csv", 1, "", LEFT),
+    "the pictures": (plots, "plot_history", 1, "", LEFT),
 }
 
 

@@ -22,7 +22,18 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
 import stratavit
-from stratavit import ArtifactError, Recipe, Spec, StrataViTError, SuperNet, artifacts, checkpoint, hub, report, zoo
+from stratavit import (
+    ArtifactError,
+    Recipe,
+    Spec,
+    StrataViTError,
+    SuperNet,
+    artifacts,
+    checkpoint,
+    curve_points,
+    hub,
+    zoo,
+)
 from stratavit.class_names import read_class_map
 from stratavit.data import image_loader
 from stratavit.features import read_embeddings
@@ -517,7 +528,7 @@ def files(tmp_path_factory):
     save_file({"text": torch.randn(7, 32)}, path / "embeddings.safetensors")
     (path / "recipe.toml").write_text('epochs = 3\nlist_epochs = 2\nlr = 0.05\nmode = "piad"\n')
     (path / "classes.txt").write_text("cat\ndog\nfish\n")
-    report.write_csv([report.Point("6/12", 0.5, 100, 50, 40.0, 80.0, 1.5, 10)], path / "curve.csv")
+    curve_points.write_csv([curve_points.Point("6/12", 0.5, 100, 50, 40.0, 80.0, 1.5, 10)], path / "curve.csv")
     checkpoint.write_state(path, {"weights": weights, "recipe": {"epochs": 3}, "step": 2})
     return path
 
@@ -532,7 +543,7 @@ READERS = {
     "embeddings.safetensors": read_embeddings,
     "recipe.toml": Recipe.read,
     "classes.txt": read_class_map,
-    "curve.csv": report.read_csv,
+    "curve.csv": curve_points.read_csv,
     "state.pt": lambda path: checkpoint.read_state(path.parent),
 }
 CHECKED = ("weights.pth", "state.pt")  # with checksums: what is read is what was written
@@ -624,17 +635,17 @@ NO_CURVES: list[object] = [None, 5, "points", [5], [{"asked": "1"}], [{}]]
 
 @pytest.mark.parametrize("points", NO_CURVES)
 def test_evaluations_of_a_log_that_are_none_are_left_out(tmp_path, points):
-    point = report.Point("1/2", 0.5, 100, 10, 50.0, 60.0, 1.5, 8)
+    point = curve_points.Point("1/2", 0.5, 100, 10, 50.0, 60.0, 1.5, 8)
     rows = [{"kind": "eval", "epoch": 1, "points": [vars(point)]}, {"kind": "eval", "epoch": 2, "points": points}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert report.curves(checkpoint.Journal(tmp_path / "log.jsonl").rows()) == [(1, [point]), (2, [])]
+    assert curve_points.curves(checkpoint.Journal(tmp_path / "log.jsonl").rows()) == [(1, [point]), (2, [])]
     assert evaluations(tmp_path) == [(1, [point])]  # that can be drawn
 
 
 @pytest.mark.parametrize("value", [None, "0.5", [], 10**30, -1, True, float("nan")])
 @pytest.mark.parametrize("name", ["asked", "share", "macs", "top1", "n"])
 def test_points_of_a_log_with_other_values_are_left_out(tmp_path, name, value):
-    point = vars(report.Point("1/2", 0.5, 100, 10, 50.0, 60.0, 1.5, 8))
+    point = vars(curve_points.Point("1/2", 0.5, 100, 10, 50.0, 60.0, 1.5, 8))
     (tmp_path / "log.jsonl").write_text(json.dumps({"kind": "eval", "epoch": 1, "points": [point | {name: value}]}))
     kept = (name == "asked" and value == "0.5") or (name != "asked" and value is True)  # JSON's true is 1
     assert len(evaluations(tmp_path)) == kept
@@ -776,9 +787,9 @@ CSV += [
 
 @pytest.mark.parametrize("text", CSV)
 def test_hostile_curves(tmp_path, text):
-    columns = ",".join(report.Point.__dataclass_fields__)
+    columns = ",".join(curve_points.Point.__dataclass_fields__)
     (tmp_path / "curve.csv").write_text(text.replace("{h}", columns))
-    assert not outcome(report.points_in, tmp_path)
+    assert not outcome(curve_points.points_in, tmp_path)
 
 
 @settings(max_examples=300)

@@ -15,8 +15,9 @@ from PIL import Image
 import stratavit
 from stratavit import ArtifactError, Setting, StrataViTError, write_report
 from stratavit.cli import main
+from stratavit.curve_points import Point, write_csv
 from stratavit.html_report import SCRIPTS
-from stratavit.report import Point, curve, write_csv
+from stratavit.report import curve
 from stratavit.strata import Strata
 
 BATCHES = make_batches()

@@ -11,7 +11,16 @@ from fake_hub import fake_hub
 from helpers import FAMILIES, make_batches, make_images, make_net
 
 import stratavit
-from stratavit import ArtifactError, BudgetError, StrataViTError, SuperNet, from_pretrained, push_to_hub, report
+from stratavit import (
+    ArtifactError,
+    BudgetError,
+    StrataViTError,
+    SuperNet,
+    curve_points,
+    from_pretrained,
+    push_to_hub,
+    report,
+)
 from stratavit.budget import human
 from stratavit.card import model_card
 from stratavit.cli import main
@@ -78,7 +87,7 @@ def test_a_sub_network_there_and_back(hub, net, tmp_path):
 def test_a_folder_there_and_back(hub, net, tmp_path):
     """What was uploaded from a folder, and a folder in place of the hub's name."""
     net.save(tmp_path / "run")
-    report.write_csv(report.curve(net, make_batches(), ("12/12", "6/12")), tmp_path / "run" / "curve.csv")
+    curve_points.write_csv(report.curve(net, make_batches(), ("12/12", "6/12")), tmp_path / "run" / "curve.csv")
     push_to_hub(tmp_path / "run", NAME, endpoint=hub.url, token="secret", moments=False)
     assert {"curve.png", "README.md"} < hub.repos[NAME].keys()
     assert len(hub.repos[NAME]["moments.safetensors"]) < (tmp_path / "run" / "moments.safetensors").stat().st_size
@@ -177,7 +186,7 @@ def test_towers_with_norms_of_their_own_have_a_config_too(tmp_path):
 def test_push_and_dry_run_by_command(hub, net, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "secret")
     net.save(tmp_path / "run")
-    report.write_csv(report.curve(net, make_batches(), ("12/12",)), tmp_path / "curve.csv")
+    curve_points.write_csv(report.curve(net, make_batches(), ("12/12",)), tmp_path / "curve.csv")
     assert main(["push", str(tmp_path / "run"), NAME, "--curve", str(tmp_path), "--endpoint", hub.url, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"url": f"{hub.url}/{NAME}"}
     shown = tmp_path / "shown"

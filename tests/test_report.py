@@ -9,7 +9,9 @@ from helpers import make_batches, make_net
 from rich.console import Console
 
 from stratavit import StrataViTError, evaluate
-from stratavit.report import LADDER, Point, curve, parse_share, plot, table, write_csv
+from stratavit.curve_points import LADDER, Point, parse_share, write_csv
+from stratavit.plots import plot
+from stratavit.report import curve, table
 
 BATCHES = make_batches()
 

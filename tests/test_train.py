@@ -274,7 +274,7 @@ def test_what_a_run_leaves(finished, method):
     names = {"state.pt", "log.jsonl", "model.safetensors", "moments.safetensors", "stratavit.json", "config.json"}
     assert {path.name for path in folder.iterdir()} == names | {"curve.csv", "curve.png", "history.png"}
     assert [epoch for epoch, _ in evaluations(folder)] == [2, 3]
-    assert evaluations(folder)[-1][1] == stratavit.report.read_csv(folder / "curve.csv")
+    assert evaluations(folder)[-1][1] == stratavit.curve_points.read_csv(folder / "curve.csv")
     assert (folder / "history.png").read_bytes()[:4] == b"\x89PNG"
     assert timm.create_model(f"local-dir:{folder}", pretrained=True)
     loaded = SuperNet.load(folder)

@@ -4,6 +4,7 @@ from stratavit.artifacts import load, save
 from stratavit.bench import bench
 from stratavit.budget import Bound, Budget
 from stratavit.class_names import class_names_of
+from stratavit.curve_points import Point
 from stratavit.data import image_loader
 from stratavit.errors import ArtifactError, BudgetError, StrataViTError, UnsupportedModelError
 from stratavit.evaluate import Metrics, evaluate
@@ -16,7 +17,7 @@ from stratavit.html_report import write_report
 from stratavit.hub import from_pretrained, push_to_hub
 from stratavit.piad import train_piad
 from stratavit.recipe import Recipe
-from stratavit.report import Point, curve
+from stratavit.report import curve
 from stratavit.spec import Spec
 from stratavit.supernet import SuperNet
 from stratavit.timing import Setting, Timing, time_model

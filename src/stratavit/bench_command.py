@@ -15,9 +15,9 @@ from stratavit import architecture, artifacts
 from stratavit.bench import bench, tables
 from stratavit.budget import human
 from stratavit.commands import Outcome, budgeted, budgets
+from stratavit.curve_points import parse_share
 from stratavit.devices import pick_device
 from stratavit.errors import BudgetError, StrataViTError
-from stratavit.report import parse_share
 from stratavit.supernet import SuperNet
 from stratavit.timing import Runtime, Setting
 

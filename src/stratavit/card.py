@@ -12,7 +12,7 @@ from torch import nn
 from stratavit.architecture import describe
 from stratavit.artifacts import site_widths
 from stratavit.budget import human
-from stratavit.report import Point
+from stratavit.curve_points import Point
 from stratavit.supernet import SuperNet
 from stratavit.timm_config import timm_config
 

@@ -24,9 +24,9 @@ from stratavit import (
 )
 from stratavit.arguments import positive
 from stratavit.batches import LESS, watched
+from stratavit.curve_points import LADDER
 from stratavit.errors import StrataViTError, reason_of
 from stratavit.export import SUFFIXES
-from stratavit.report import LADDER
 from stratavit.timing import Precision, Runtime
 from stratavit.version import __version__
 
@@ -249,7 +249,7 @@ def _ladder_option(command: argparse.ArgumentParser) -> None:
 
 
 def _shares(text: str) -> tuple[str, ...]:
-    from stratavit.report import parse_share
+    from stratavit.curve_points import parse_share
 
     for part in text.split(","):
         try:

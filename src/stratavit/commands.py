@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from rich.table import Table
 
-from stratavit import artifacts, hub, report
+from stratavit import artifacts, curve_points, hub
 from stratavit.architecture import resolve_data_config
 from stratavit.budget import human
 from stratavit.class_names import class_names_of
@@ -107,7 +107,7 @@ def export(args: Namespace) -> Outcome:
 
 def push(args: Namespace) -> Outcome:
     """SMALL or RUN to the hub, or to a folder that shows what would go there."""
-    points = report.points_in(args.curve) if args.curve is not None else []
+    points = curve_points.points_in(args.curve) if args.curve is not None else []
     if args.dry_run is not None:
         hub.write_upload(
             args.target, args.dry_run, args.repo, points, args.license, not args.no_moments, args.overwrite

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from stratavit import artifacts, report
+from stratavit import artifacts, curve_points, plots, report
 from stratavit.errors import StrataViTError
 from stratavit.evaluate import evaluate
 from stratavit.folders import write_folder
@@ -121,8 +121,8 @@ def _work(folder: Path, device: torch.device, epochs: int) -> tuple[dict[str, An
     net.contract(calibration).stratify(calibration)
     net.provenance["source"] = {"model": "small ViT trained on scikit-learn's digits", "weights": None}
     points = report.curve(net, test)
-    report.write_csv(points, folder / "curve.csv")
-    report.plot(points, folder / "curve.png", "a small ViT on 8 x 8 digits, one training, every size")
+    curve_points.write_csv(points, folder / "curve.csv")
+    plots.plot(points, folder / "curve.png", "a small ViT on 8 x 8 digits, one training, every size")
 
     met = net.budget(macs=0.5)
     small = net.extract(spec=met.spec)

@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from stratavit import architecture, artifacts, report
+from stratavit import architecture, artifacts, curve_points
 from stratavit.architecture import resolve_data_config
 from stratavit.checkpoint import SMALL_FILES, publish, put_weights, weights_of
 from stratavit.cost import linear_macs
@@ -131,11 +131,11 @@ class Student:
         """Nothing to log beyond the loss."""
         return {}
 
-    def evaluate(self, loader: Iterable[Any]) -> list[report.Point]:
+    def evaluate(self, loader: Iterable[Any]) -> list[curve_points.Point]:
         """Its accuracy, one point."""
         params = sum(p.numel() for p in self.net.model.parameters())
         metrics = evaluate(self.judge, loader).to_dict()
-        return [report.Point("12/12", 1.0, self.full_macs, params, **metrics)]  # type: ignore[arg-type]
+        return [curve_points.Point("12/12", 1.0, self.full_macs, params, **metrics)]  # type: ignore[arg-type]
 
     def graduate(self, facts: dict[str, Any]) -> None:
         """Gives the model the weights to keep; eval mode. `facts` go into its provenance."""
@@ -146,7 +146,7 @@ class Student:
         model.provenance = {**getattr(model, "provenance", {}), "finetune": facts}  # type: ignore[assignment]
         model.eval()
 
-    def publish(self, folder: Path, points: list[report.Point]) -> None:
+    def publish(self, folder: Path, points: list[curve_points.Point]) -> None:
         """Writes the model into the run's folder."""
         publish(lambda path: artifacts.save(self.net.model, path, overwrite=True), SMALL_FILES, folder)
 

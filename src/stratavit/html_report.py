@@ -21,9 +21,10 @@ import timm
 import torch
 
 from stratavit.bench import ROUNDS
+from stratavit.curve_points import Point
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.folders import check_free_file, write_file
-from stratavit.report import Point, title_of
+from stratavit.report import title_of
 from stratavit.supernet import SuperNet
 from stratavit.timing import AT_LEAST_RUNS, Setting, in_turns, runner
 from stratavit.version import __version__

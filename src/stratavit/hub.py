@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
 from typing_extensions import Unpack
 
-from stratavit import artifacts, report
+from stratavit import artifacts, curve_points, plots
 from stratavit.card import CARD_FILE, CURVE_FILE, model_card
 from stratavit.devices import pick_device
 from stratavit.errors import ArtifactError, BudgetError
@@ -87,7 +87,7 @@ def push_to_hub(
     model: nn.Module | str | Path,
     repo_id: str,
     *,
-    points: Sequence[report.Point] = (),
+    points: Sequence[curve_points.Point] = (),
     licence: str | None = None,
     moments: bool = True,
     private: bool | None = None,
@@ -140,7 +140,7 @@ def write_upload(
     model: nn.Module | str | Path,
     out: str | Path,
     repo_id: str,
-    points: Sequence[report.Point] = (),
+    points: Sequence[curve_points.Point] = (),
     licence: str | None = None,
     moments: bool = True,
     overwrite: bool = False,
@@ -155,7 +155,7 @@ def write_upload(
     except HFValidationError as error:
         raise ArtifactError(f"cannot upload to {repo_id!r}: {_line(error)}") from error
     if not points and isinstance(model, str | Path):
-        points = report.read_csv(Path(model) / "curve.csv")
+        points = curve_points.read_csv(Path(model) / "curve.csv")
     if isinstance(model, str | Path):
         super_network = artifacts.kind(model) == artifacts.SUPER
         model = SuperNet.load(model) if super_network else artifacts.load(model)
@@ -167,7 +167,7 @@ def write_upload(
         else:
             artifacts.save(model, folder)
         if points:
-            report.plot(points, folder / CURVE_FILE, title)
+            plots.plot(points, folder / CURVE_FILE, title)
         (folder / CARD_FILE).write_text(model_card(model, repo_id, points, licence), encoding="utf-8")
 
     return write_folder(out, write, overwrite)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-from stratavit import report
+from stratavit import curve_points
 from stratavit.sampling import Drawn
 
 
@@ -35,13 +35,13 @@ class Learner(Protocol):
     def facts(self) -> dict[str, Any]:
         """Numbers for the log, at the end of an epoch."""
 
-    def evaluate(self, loader: Iterable[Any]) -> list[report.Point]:
+    def evaluate(self, loader: Iterable[Any]) -> list[curve_points.Point]:
         """Accuracy, largest network first."""
 
     def graduate(self, facts: dict[str, Any]) -> None:
         """Takes the weights to keep, and notes how they were made."""
 
-    def publish(self, folder: Path, points: list[report.Point]) -> None:
+    def publish(self, folder: Path, points: list[curve_points.Point]) -> None:
         """Writes the result, and the last evaluation."""
 
     def state(self) -> dict[str, Any]:

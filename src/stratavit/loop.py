@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stratavit import checkpoint, order, processes, report
+from stratavit import checkpoint, curve_points, order, processes
 from stratavit.augment import Features, Target
 from stratavit.batches import check_images, check_labels, unpack
 from stratavit.checkpoint import Journal, write_state
@@ -311,5 +311,5 @@ class Trainer:
         order.seed_all(self.recipe.seed, "end")
         facts = {"recipe": self.recipe.to_dict(), "steps": self.step, **self.identity()}
         self.learner.graduate(facts)
-        points = report.last_curve(self.journal.rows())
+        points = curve_points.last_curve(self.journal.rows())
         processes.on_main(self.accelerator, lambda: self.learner.publish(self.out, points))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from stratavit import artifacts, commands, report
+from stratavit import artifacts, commands, curve_points, plots, report
 from stratavit.architecture import resolve_data_config
 from stratavit.class_names import class_names_of
 from stratavit.devices import pick_device
@@ -112,7 +112,7 @@ def curve(args: Namespace) -> commands.Outcome:
     ]
 
 
-def measured(args: Namespace, net: SuperNet) -> list[report.Point]:
+def measured(args: Namespace, net: SuperNet) -> list[curve_points.Point]:
     """The accuracy of a super-network along the ladder, as the options of `add_judge_options` and ``--shares`` say.
 
     Raises:
@@ -128,11 +128,11 @@ def measured(args: Namespace, net: SuperNet) -> list[report.Point]:
     return points
 
 
-def write_curve(points: list[report.Point], out: str | Path, title: str, overwrite: bool) -> None:
+def write_curve(points: list[curve_points.Point], out: str | Path, title: str, overwrite: bool) -> None:
     """Writes ``curve.csv`` and ``curve.png`` to a folder."""
 
     def write(folder: Path) -> None:
-        report.write_csv(points, folder / "curve.csv")
-        report.plot(points, folder / "curve.png", title)
+        curve_points.write_csv(points, folder / "curve.csv")
+        plots.plot(points, folder / "curve.png", title)
 
     write_folder(out, write, overwrite)

@@ -9,7 +9,7 @@ from typing import Any
 
 from timm.utils import ModelEmaV3
 
-from stratavit import contraction, processes, progressive, report
+from stratavit import contraction, curve_points, plots, processes, progressive, report
 from stratavit.checkpoint import (
     CURVE_FILE,
     HISTORY_FILE,
@@ -145,9 +145,9 @@ class Pupil:
         judge.strata = self.strata
         return judge
 
-    def evaluate(self, loader: Iterable[Any]) -> list[report.Point]:
+    def evaluate(self, loader: Iterable[Any]) -> list[curve_points.Point]:
         """The ladder of budgets, largest first, its rungs shared out among the processes."""
-        rungs = report.LADDER[self.accelerator.process_index :: self.accelerator.num_processes]
+        rungs = curve_points.LADDER[self.accelerator.process_index :: self.accelerator.num_processes]
         judge = report.judge_of(self.net, bank=self.proxy)
         points = processes.gather(self.accelerator, report.curve(self.settle(), loader, rungs, judge))
         return sorted(points, key=lambda point: -point.macs)
@@ -165,16 +165,16 @@ class Pupil:
         net.provenance.pop("stratify", None)
         net.provenance["train"] = facts
 
-    def publish(self, folder: Path, points: list[report.Point]) -> None:
+    def publish(self, folder: Path, points: list[curve_points.Point]) -> None:
         """Writes the super-network into the run's folder, and the curve of the last evaluation if there was one."""
 
         def write(path: Path) -> None:
             self.net.save(path, overwrite=True)
             if points:
                 title = f"{self.net.description['architecture']}, {self.recipe.mode}"
-                report.write_csv(points, path / CURVE_FILE)
-                report.plot(points, path / PLOT_FILE, title)
-                report.plot_history(evaluations(folder), path / HISTORY_FILE, title)
+                curve_points.write_csv(points, path / CURVE_FILE)
+                plots.plot(points, path / PLOT_FILE, title)
+                plots.plot_history(evaluations(folder), path / HISTORY_FILE, title)
 
         publish(write, SUPER_FILES, folder)
 
@@ -219,9 +219,9 @@ def forget_moments(net: SuperNet, recipe: Recipe) -> None:
     net.compensation = "none" if net.method == "paper" else recipe.compensation
 
 
-def evaluations(folder: Path) -> list[tuple[int, list[report.Point]]]:
+def evaluations(folder: Path) -> list[tuple[int, list[curve_points.Point]]]:
     """The ladders of budgets that a run has logged, with the epochs after which they were measured."""
-    found = report.curves(Journal(folder / LOG_FILE).rows())
+    found = curve_points.curves(Journal(folder / LOG_FILE).rows())
     return [(epoch, points) for epoch, points in found if points]
 
 

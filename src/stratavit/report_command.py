@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import cast, get_args
 
-from stratavit import report
+from stratavit import curve_points
 from stratavit.arguments import positive
 from stratavit.commands import Outcome
 from stratavit.devices import pick_device
@@ -45,7 +45,7 @@ def report_page(args: Namespace) -> Outcome:
     if args.latency:
         setting = Setting(args.latency_batch, cast(Runtime, args.runtime), args.dtype, args.threads)
     net = SuperNet.load(args.run, pick_device(args.device))
-    points = [] if args.curve is None else report.points_in(args.curve)
+    points = [] if args.curve is None else curve_points.points_in(args.curve)
     if args.data is not None:
         points = measured(args, net)
     file = write_report(net, out, points, args.title, args.overwrite, latency=setting, run=str(args.run))

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 import torch
 from torch import nn
 
-from stratavit import artifacts, report
+from stratavit import artifacts, curve_points, report
 from stratavit.architecture import resolve_data_config
 from stratavit.augment import TrainingFolder, training_transform
 from stratavit.budget import human
@@ -193,7 +193,7 @@ def train(args: Namespace) -> tuple[dict[str, Any], list[Any]]:
         f"trained {result['steps']} steps on {result['images']} images: any size from {human(smallest)} to "
         f"{human(net.macs())} MACs is now a slice of {args.out}"
     )
-    points = [report.Point(**point) for point in result["points"]]
+    points = [curve_points.Point(**point) for point in result["points"]]
     return result, [report.table(points), text] if points else [text]
 
 
@@ -241,5 +241,5 @@ def _outcome(args: Namespace, facts: Mapping[str, Any], images: int) -> dict[str
         "images": images,
         "steps": facts["steps"],
         "seconds": sum(row.get("seconds", 0) for row in log if row["kind"] == "epoch"),
-        "points": [vars(point) for point in report.last_curve(log)],
+        "points": [vars(point) for point in curve_points.last_curve(log)],
     }
