@@ -32,6 +32,8 @@ from stratavit import (
     checkpoint,
     curve_points,
     hub,
+    pupil,
+    torch_checkpoint,
     zoo,
 )
 from stratavit.class_names import read_class_map
@@ -189,7 +191,7 @@ def test_whatever_writes_weights_writes_their_hashes(tmp_path):
     (tmp_path / "run").mkdir()
     save = lambda path: net.save(path, overwrite=True)  # noqa: E731
     for _ in range(2):
-        checkpoint.publish(save, checkpoint.SUPER_FILES, tmp_path / "run")
+        checkpoint.publish(save, pupil.SUPER_FILES, tmp_path / "run")
         SuperNet.load(tmp_path / "run")
         with torch.no_grad():
             net.model.head.bias += 1
@@ -671,7 +673,7 @@ def test_an_array_of_any_length_in_a_checkpoint_is_not_made(tmp_path):
             new.writestr(part.filename, pickled if part.filename.endswith("data.pkl") else old.read(part))
     assert len(torch.load(tmp_path / "state.pt", weights_only=True)) == 10**6
     with pytest.raises(ArtifactError, match=r"state\.pt holds a bytearray, .* save a state dict"):
-        checkpoint.check_archive(tmp_path / "state.pt", "")
+        torch_checkpoint.check_archive(tmp_path / "state.pt", "")
 
 
 def test_the_same_in_a_checkpoint_of_the_old_form(tmp_path):

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stratavit import StrataViTError, progressive, strata
-from stratavit.progressive import Growth, extend, grow
+from stratavit.growth import Growth
+from stratavit.progressive import extend, grow
 from stratavit.strata import Strata
 
 FAST = Growth(reduction=0.7, stages=4)

@@ -6,7 +6,8 @@ import pytest
 from helpers import make_net
 
 from stratavit import StrataViTError
-from stratavit.sampling import Prefixes, draw, stream
+from stratavit.random_streams import stream
+from stratavit.sampling import Prefixes, draw
 
 MACS = (100, 90, 85, 40, 20)
 

@@ -21,12 +21,13 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import stratavit
 from stratavit import StrataViTError, SuperNet, augment, checkpoint, demo, order, processes
+from stratavit.learner import Drawn
 from stratavit.loop import Trainer
 from stratavit.piad import train_piad
 from stratavit.processes import StopRequest
 from stratavit.pupil import Pupil, evaluations
+from stratavit.random_streams import stream
 from stratavit.recipe import Recipe
-from stratavit.sampling import Drawn, stream
 from stratavit.strata import Strata
 
 TINY = Recipe(

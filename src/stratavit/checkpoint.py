@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import json
-import mmap
 import os
-import pickletools
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from stratavit.artifacts import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
-from stratavit.errors import ArtifactError, StrataViTError, one_line, out_of_memory, reason_of, shown
+from stratavit.errors import ArtifactError, StrataViTError, one_line, out_of_memory, reason_of
 from stratavit.placing import told
-from stratavit.timm_config import FILE as TIMM_FILE
+from stratavit.torch_checkpoint import check_archive
 from stratavit.version import __version__
 
 FORMAT = "stratavit/training-state/1"
 STATE_FILE, LOG_FILE = "state.pt", "log.jsonl"
-CURVE_FILE, PLOT_FILE, HISTORY_FILE = "curve.csv", "curve.png", "history.png"
-SUPER_FILES = (WEIGHTS_FILE, MOMENTS_FILE, TIMM_FILE, CURVE_FILE, PLOT_FILE, HISTORY_FILE, JSON_FILE)
-SMALL_FILES = (WEIGHTS_FILE, TIMM_FILE, JSON_FILE)
-OLD_FORM = 5  # pickles before the tensors' numbers: two about the format, one about the machine, content, keys
-_BYTEARRAY = b"bytearray\n"  # in a pickle: torch would make one of any length announced
-_HOLDS = "holds a bytearray, which may be of any length; save a state dict of tensors only"
 
 
 def left(folder: Path, then: str = ", resume it to go on") -> str:
@@ -52,7 +42,7 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
     try:
         with told(folder / STATE_FILE, left(folder)):
             with temporary.open("wb") as file:
-                torch.save({"format": FORMAT, "release": _release(), **state}, file)
+                torch.save({"format": FORMAT, "release": __version__, **state}, file)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(folder / STATE_FILE)
@@ -101,7 +91,7 @@ class Kept(dict[str, Any]):
         wrote = self.get("release")
         release = f"StrataViT {wrote}" if isinstance(wrote, str) else "an older StrataViT, before states named theirs"
         raise ArtifactError(
-            f"{self.path} lacks {key!r}, which StrataViT {_release()} needs to go on: it was written by {release}; "
+            f"{self.path} lacks {key!r}, which StrataViT {__version__} needs to go on: it was written by {release}; "
             "resume with that release, or start the training anew in another folder"
         )
 
@@ -124,59 +114,6 @@ def sound(folder: Path) -> Iterator[None]:
             f"{folder / STATE_FILE} is not the state of such a run ({type(error).__name__}: {one_line(error)}); "
             "start the training anew in another folder"
         ) from error
-
-
-def check_archive(path: Path, prefix: str, advice: str = "copy it again") -> None:
-    """Compares the parts of a file that `torch.save` wrote with their checksums, which `torch.load` does not.
-
-    Files of the old form, which are no archives, have no checksums.
-
-    Raises:
-        ArtifactError: A part differs, or is compressed: torch never does that, and it may be of any size when unpacked.
-            So may a bytearray be, which no state of tensors has, in files of either form.
-    """
-    if not path.is_file():
-        raise ArtifactError(f"{prefix}{path} is not a file; {advice}")
-    try:
-        with path.open("rb") as file:
-            if file.read(2) != b"PK":
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                    if _announces(content):
-                        raise ArtifactError(f"{prefix}{path} {_HOLDS}")
-                return
-        with zipfile.ZipFile(path) as archive:
-            parts = archive.infolist()
-            packed = any((p.compress_type, p.compress_size) != (zipfile.ZIP_STORED, p.file_size) for p in parts)
-            if packed or sum(part.file_size for part in parts) > path.stat().st_size:
-                raise zipfile.BadZipFile("compressed")
-            pickled = [archive.read(part) for part in parts if part.filename.endswith(".pkl")]
-            if any(_BYTEARRAY in content for content in pickled):
-                raise ArtifactError(f"{prefix}{path} {_HOLDS}")
-            broken = archive.testzip()
-    except ArtifactError:
-        raise
-    except (OSError, ValueError, NotImplementedError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise ArtifactError(f"{prefix}{path} is damaged; {advice}") from error
-    if broken is not None:
-        raise ArtifactError(f"{prefix}{path} is damaged (the checksum of {shown(broken)} differs); {advice}")
-
-
-def _announces(content: mmap.mmap) -> bool:
-    """Whether a file of the old form makes bytearrays; its operations are looked at, and none is done.
-
-    Raises:
-        ValueError: A text or number in it does not end within the file.
-    """
-    for _ in range(OLD_FORM):
-        if content.tell() < len(content):  # others have fewer
-            operations = pickletools.genops(cast(IO[bytes], content))
-            if any(step[0].name == "GLOBAL" and str(step[1]).endswith(" bytearray") for step in operations):
-                return True
-    return False
-
-
-def _release() -> str:
-    return __version__
 
 
 def weights_of(model: nn.Module, averaged: nn.Module | None) -> dict[str, Any]:

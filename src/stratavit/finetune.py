@@ -18,18 +18,21 @@ from torch.utils.data import Dataset
 
 from stratavit import architecture, artifacts, curve_points
 from stratavit.architecture import resolve_data_config
-from stratavit.checkpoint import SMALL_FILES, publish, put_weights, weights_of
+from stratavit.checkpoint import publish, put_weights, weights_of
 from stratavit.cost import linear_macs
 from stratavit.errors import StrataViTError
 from stratavit.evaluate import evaluate
 from stratavit.foreign import as_source, as_timm
 from stratavit.hf_models import is_transformers
 from stratavit.launch import Config, batches, folder_of, recipe_for, train
+from stratavit.learner import Drawn
 from stratavit.recipe import FINETUNING, Recipe
-from stratavit.sampling import Drawn
 from stratavit.spec import Spec
 from stratavit.structure import is_super_network
 from stratavit.teacher import Teacher
+from stratavit.timm_config import FILE as TIMM_FILE
+
+SMALL_FILES = (artifacts.WEIGHTS_FILE, TIMM_FILE, artifacts.JSON_FILE)
 
 
 def finetune(

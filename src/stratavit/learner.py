@@ -5,10 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from stratavit import curve_points
-from stratavit.sampling import Drawn
+from stratavit.spec import Spec
+
+
+class Drawn(NamedTuple):
+    """A sub-network to run: its widths, its MACs per image, and its position in the list if it has one."""
+
+    spec: Spec
+    macs: int
+    position: int | None = None
 
 
 class Learner(Protocol):

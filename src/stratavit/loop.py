@@ -24,12 +24,12 @@ from stratavit.batches import check_images, check_labels, unpack
 from stratavit.checkpoint import Journal, write_state
 from stratavit.data import rest
 from stratavit.errors import StrataViTError
-from stratavit.learner import Learner
+from stratavit.learner import Drawn, Learner
 from stratavit.optimising import Losses, optimiser_and_schedule
 from stratavit.placing import told
 from stratavit.progress import track
+from stratavit.random_streams import stream
 from stratavit.recipe import Recipe
-from stratavit.sampling import Drawn, stream
 from stratavit.structure import classes_of
 from stratavit.teacher import Teacher
 

@@ -11,8 +11,8 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 from stratavit import processes
+from stratavit.learner import Drawn
 from stratavit.recipe import Recipe
-from stratavit.sampling import Drawn
 
 
 def optimiser_and_schedule(model: nn.Module, recipe: Recipe, images: int, epoch_steps: int) -> tuple[Any, Any]:

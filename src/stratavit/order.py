@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from stratavit.errors import StrataViTError
+from stratavit.random_streams import stream
 from stratavit.recipe import Recipe
-from stratavit.sampling import stream
 
 Key = tuple[int, int, int]  # epoch, place in the epoch, index of the image
 

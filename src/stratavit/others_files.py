@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stratavit.checkpoint import check_archive
 from stratavit.errors import ArtifactError, one_line, out_of_memory, shown
 from stratavit.folders import read_tensors
+from stratavit.torch_checkpoint import check_archive
 
 NESTS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "encoder")  # timm's order, then its filters'
 AVERAGED = ("state_dict_ema", "model_ema")

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from stratavit.checkpoint import left
-from stratavit.compensation import Moments
 from stratavit.errors import StrataViTError, reason_of
 from stratavit.recipe import Recipe
 from stratavit.signals import Terminated
@@ -132,12 +131,6 @@ def agree_tensor(accelerator: Any, tensor: Tensor) -> Tensor:
 
     agreed: Tensor = broadcast(tensor.contiguous())
     return agreed
-
-
-def agree_moments(accelerator: Any, moments: Moments) -> Moments:
-    """The first process's moments on all of them."""
-    scalars = agree(accelerator, (moments.ridge, moments.energy))
-    return Moments(agree_tensor(accelerator, moments.factor), *scalars)
 
 
 def gather(accelerator: Any, items: list[T]) -> list[T]:

@@ -6,38 +6,16 @@ Source: method section 2 (arXiv 2511.11683, progressive list). What is listed ne
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from stratavit import strata
 from stratavit.cost import CostModel
-from stratavit.objectives import Objective
-from stratavit.sensitivity import Measure, bypass_sensitivity
+from stratavit.growth import Growth
+from stratavit.sensitivity import bypass_sensitivity
 from stratavit.statistics import collect
 from stratavit.strata import Entry, Strata
 from stratavit.supernet import SuperNet
-
-
-@dataclass(frozen=True)
-class Growth:
-    """How the list grows.
-
-    Attributes:
-        reduction: r, share of the dense MACs that the finished list drops (paper: 0.875).
-        stages: P_e, times that it grows until it is finished (paper: 50, once per epoch).
-        objective: What the Taylor importance differentiates, see `statistics.collect`.
-        measure: What a bypass costs, see `sensitivity.bypass_sensitivity` (paper: ``top1``).
-    """
-
-    reduction: float = 0.875
-    stages: int = 50
-    objective: Objective = "auto"
-    measure: Measure = "auto"
-
-    def target(self, dense: int, stage: int) -> float:
-        """MACs that the list must drop from stage `stage` (0 is the first) on: ``r * dense * (stage + 1) / P_e``."""
-        return self.reduction * dense * min(stage + 1, self.stages) / self.stages
 
 
 def extend(entries: Sequence[Entry], order: Sequence[Entry], cost: CostModel, target: float) -> list[Entry]:

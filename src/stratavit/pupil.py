@@ -10,12 +10,9 @@ from typing import Any
 from timm.utils import ModelEmaV3
 
 from stratavit import contraction, curve_points, plots, processes, progressive, report
+from stratavit.artifacts import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
 from stratavit.checkpoint import (
-    CURVE_FILE,
-    HISTORY_FILE,
     LOG_FILE,
-    PLOT_FILE,
-    SUPER_FILES,
     Journal,
     publish,
     put_weights,
@@ -24,13 +21,18 @@ from stratavit.checkpoint import (
 from stratavit.compensation import Moments
 from stratavit.conversion import TOKEN_WEIGHT
 from stratavit.errors import StrataViTError
+from stratavit.learner import Drawn
 from stratavit.objectives import Objective
 from stratavit.recipe import Recipe
-from stratavit.sampling import Drawn, Prefixes, draw, random_widths, without_layers
+from stratavit.sampling import Prefixes, draw, random_widths, without_layers
 from stratavit.spec import Spec
 from stratavit.statistics import collect
 from stratavit.strata import Entry, Strata
 from stratavit.supernet import SuperNet
+from stratavit.timm_config import FILE as TIMM_FILE
+
+CURVE_FILE, PLOT_FILE, HISTORY_FILE = "curve.csv", "curve.png", "history.png"
+SUPER_FILES = (WEIGHTS_FILE, MOMENTS_FILE, TIMM_FILE, CURVE_FILE, PLOT_FILE, HISTORY_FILE, JSON_FILE)
 
 
 class Pupil:
@@ -132,7 +134,7 @@ class Pupil:
             mean = statistics[name].channel_mean
             if full:
                 mean, moments = contraction.moments_of(module, statistics[name])
-                module.moments = processes.agree_moments(self.accelerator, moments)
+                module.moments = agree_moments(self.accelerator, moments)
             mean = processes.agree_tensor(self.accelerator, mean.to(module.out.weight))
             contraction.set_mean(module, mean)
 
@@ -239,3 +241,9 @@ def given_list(net: SuperNet, recipe: Recipe) -> list[Entry]:
             f"{recipe.head_dim_unit} (head_dim_unit) and 1/{recipe.mlp_units} (mlp_units); call stratify first"
         )
     return list(net.strata.entries)
+
+
+def agree_moments(accelerator: Any, moments: Moments) -> Moments:
+    """The first process's moments on all of them."""
+    scalars = processes.agree(accelerator, (moments.ridge, moments.energy))
+    return Moments(processes.agree_tensor(accelerator, moments.factor), *scalars)

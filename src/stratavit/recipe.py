@@ -11,9 +11,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from stratavit.errors import StrataViTError, described, one_line
 from stratavit.folders import read_small
+from stratavit.growth import Growth
 from stratavit.objectives import Objective
-from stratavit.progressive import Growth
-from stratavit.sampling import Sampling
 from stratavit.sensitivity import Measure
 
 if sys.version_info >= (3, 11):
@@ -23,6 +22,7 @@ else:  # pragma: no cover: Python 3.10, as in `make test-matrix`
 
 Mode = Literal["piad", "plain", "channel", "weighted", "layerdrop"]
 Keep = Literal["ema", "raw"]
+Sampling = Literal["uniform", "sandwich", "budget"]
 ListSource = Literal["progressive", "given"]
 Precision = Literal["auto", "no", "fp16", "bf16"]
 

@@ -5,23 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
 from stratavit.cost import CostModel
 from stratavit.errors import StrataViTError
+from stratavit.learner import Drawn
+from stratavit.recipe import Sampling
 from stratavit.site import Site
 from stratavit.spec import Spec
 from stratavit.strata import Strata
-
-Sampling = Literal["uniform", "sandwich", "budget"]
-
-
-class Drawn(NamedTuple):
-    """A sub-network to run: its widths, its MACs per image, and its position in the list if it has one."""
-
-    spec: Spec
-    macs: int
-    position: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,11 +51,6 @@ def without_layers(spec: Spec, sites: Sequence[Site], rate: float, generator: ra
     return Spec({name: 0 if generator.random() < rate else width for name, width in widths.items()})
 
 
-def stream(*numbers: int | str) -> random.Random:
-    """A generator that depends on these numbers only, whatever the platform: seed, step, process, ..."""
-    return random.Random("/".join(str(number) for number in numbers))  # a text is hashed by SHA-512
-
-
 def draw(sampling: Sampling, macs: Sequence[int], generator: random.Random) -> tuple[int, ...]:
     """Draws what one batch runs, as indices into `Prefixes`.
 
@@ -73,7 +59,7 @@ def draw(sampling: Sampling, macs: Sequence[int], generator: random.Random) -> t
             on the same batch (three passes); ``budget``, uniform in MACs: the prefix nearest to a
             uniform draw between the smallest and the largest.
         macs: MACs of the prefixes, largest first.
-        generator: See `stream`.
+        generator: See `random_streams.stream`.
 
     Raises:
         StrataViTError: Unknown sampling.
