@@ -28,7 +28,7 @@ from torch import Tensor
 
 import stratavit
 from stratavit import SuperNet, checkpoint
-from stratavit.artifacts import JSON_FILE
+from stratavit.artifact_format import JSON_FILE
 from stratavit.cli import main as run_cli
 from stratavit.data import image_loader
 

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Subset
 
 import stratavit
 from stratavit import Recipe, SuperNet, checkpoint, demo
-from stratavit.artifacts import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
+from stratavit.artifact_format import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
 from stratavit.order import Seeded
 from stratavit.pupil import Pupil
 

@@ -20,7 +20,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import stratavit
-from stratavit import ArtifactError, StrataViTError, SuperNet, artifacts, folders, moments_file, placing, timm_config
+from stratavit import (
+    ArtifactError,
+    StrataViTError,
+    SuperNet,
+    artifact_format,
+    folders,
+    moments_file,
+    placing,
+    supernet_file,
+    timm_config,
+)
 
 IMAGES = make_images(2, seed=9)
 MIXED = {"blocks.0.attn": 4, "blocks.0.mlp": 0, "blocks.1.attn": 0, "blocks.1.mlp": 33}
@@ -337,7 +347,7 @@ def test_without_second_moments_what_is_cut_is_replaced_by_its_mean(tmp_path):
     net.save(tmp_path / "less", moments=False)
     sizes = [(tmp_path / name / "moments.safetensors").stat().st_size for name in ("less", "whole")]
     assert sizes[0] < sizes[1] / 3
-    assert artifacts.moments_bytes(tmp_path / "less") == sizes[0]
+    assert supernet_file.moments_bytes(tmp_path / "less") == sizes[0]
     read = SuperNet.load(tmp_path / "less")
     assert all(module.moments is None for module in read.elastic.values())
     assert read.final_mean is None
@@ -479,7 +489,7 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old(save, failure, function
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(artifacts, function, fail_half_way)
+    monkeypatch.setattr(artifact_format, function, fail_half_way)
     expected = KeyboardInterrupt if failure == "interrupted" else ArtifactError
     with pytest.raises(expected) as caught:
         save(tmp_path / "out", overwrite=True)
@@ -490,7 +500,7 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old(save, failure, function
 
 
 def test_a_failed_write_leaves_no_new_parents(tmp_path, monkeypatch):
-    monkeypatch.setattr(artifacts, "save_file", lambda *args: (_ for _ in ()).throw(FAILURES["disk full"]))
+    monkeypatch.setattr(artifact_format, "save_file", lambda *args: (_ for _ in ()).throw(FAILURES["disk full"]))
     with pytest.raises(ArtifactError):
         save_super(tmp_path / "new" / "out")
     assert content(tmp_path) == {}

@@ -29,7 +29,7 @@ from stratavit import (
     UnsupportedModelError,
     announced,
     architecture,
-    artifacts,
+    artifact_format,
     card,
     checkpoint,
     features,
@@ -413,4 +413,4 @@ def test_started_as_a_module():
 
 def test_budgets_of_a_small_model(folder, capsys):
     assert "has one size only" in told(capsys, "bench", folder / "small", "--macs", "50%")
-    assert artifacts.kind(folder / "small") == artifacts.SUB
+    assert artifact_format.kind(folder / "small") == artifact_format.SUB

@@ -28,7 +28,7 @@ from stratavit import (
     Spec,
     StrataViTError,
     SuperNet,
-    artifacts,
+    artifact_format,
     checkpoint,
     curve_points,
     hub,
@@ -934,7 +934,7 @@ def test_code_in_a_folder_of_transformers_is_not_run(tmp_path, kind):
 def test_artifacts_tell_the_kind_of_hostile_folders(tmp_path):
     for text in (*RAW, '{"format": ["x"]}', '{"format": {"a": 1}}'):
         (tmp_path / "stratavit.json").write_text(text)
-        assert outcome(artifacts.kind, tmp_path) is None
+        assert outcome(artifact_format.kind, tmp_path) is None
 
 
 @pytest.mark.parametrize("kind", LOADERS)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stratavit import architecture, artifacts
+from stratavit import architecture, artifact_format, artifacts
 from stratavit.bench import bench, tables
 from stratavit.budget import human
 from stratavit.commands import Outcome, budgeted, budgets
@@ -29,7 +29,7 @@ def run(args: Namespace) -> Outcome:
     """Times a small model, or sizes of a super-network, beside the dense model."""
     device = pick_device(args.device)
     asked = budgets(args)
-    if artifacts.kind(args.target) == artifacts.SUPER:
+    if artifact_format.kind(args.target) == artifact_format.SUPER:
         net = SuperNet.load(args.target, device)
         config = net.data_config
         models = sizes(net, args.shares, asked if budgeted(asked) else None)

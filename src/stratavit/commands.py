@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from rich.table import Table
 
-from stratavit import artifacts, curve_points, hub
+from stratavit import artifact_format, artifacts, curve_points, hub, supernet_file
 from stratavit.architecture import resolve_data_config
 from stratavit.budget import human
 from stratavit.class_names import class_names_of
@@ -127,8 +127,8 @@ def push(args: Namespace) -> Outcome:
 
 def info(args: Namespace) -> Outcome:
     """What a saved folder holds."""
-    kind = artifacts.kind(args.target)
-    if kind == artifacts.SUPER:
+    kind = artifact_format.kind(args.target)
+    if kind == artifact_format.SUPER:
         net = SuperNet.load(args.target)
         widths = dict(net.resolve(None))
         smallest = net.macs() if net.strata is None else net.macs(net.strata.smallest())
@@ -141,7 +141,7 @@ def info(args: Namespace) -> Outcome:
             "smallest_macs": smallest,
             "method": net.method,
             "compensation": net.compensation,
-            "moments_bytes": artifacts.moments_bytes(args.target),
+            "moments_bytes": supernet_file.moments_bytes(args.target),
             "entries": 0 if net.strata is None else len(net.strata),
         }
         provenance, config = net.provenance, net.data_config

@@ -6,7 +6,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from stratavit import artifacts
+from stratavit import supernet_file
 from stratavit.arguments import positive
 from stratavit.budget import human
 from stratavit.class_names import class_names_of
@@ -95,7 +95,7 @@ def convert(args: Namespace) -> Outcome:
         "params": net.params(),
         "smallest_macs": net.macs(smallest),
         "entries": len(net.strata),
-        "moments_bytes": artifacts.moments_bytes(args.out),
+        "moments_bytes": supernet_file.moments_bytes(args.out),
     }
     text = (
         f"{args.model}: calibrated on {result['images']} images in {seconds:.0f} s; "

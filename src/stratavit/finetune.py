@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from stratavit import architecture, artifacts, curve_points
+from stratavit import architecture, artifact_format, artifacts, curve_points
 from stratavit.architecture import resolve_data_config
 from stratavit.checkpoint import publish, put_weights, weights_of
 from stratavit.cost import linear_macs
@@ -32,7 +32,7 @@ from stratavit.structure import is_super_network
 from stratavit.teacher import Teacher
 from stratavit.timm_config import FILE as TIMM_FILE
 
-SMALL_FILES = (artifacts.WEIGHTS_FILE, TIMM_FILE, artifacts.JSON_FILE)
+SMALL_FILES = (artifact_format.WEIGHTS_FILE, TIMM_FILE, artifact_format.JSON_FILE)
 
 
 def finetune(

@@ -7,7 +7,7 @@ model is the stock one, so what the changed arguments build must have the same t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -17,9 +17,6 @@ from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.families import family_of
 from stratavit.fidelity import Subject, check_saved
 from stratavit.weights import check_fit
-
-if TYPE_CHECKING:
-    from stratavit.supernet import SuperNet
 
 
 def form_of(model: Any) -> tuple[Any, ...]:
@@ -37,17 +34,16 @@ def form_of(model: Any) -> tuple[Any, ...]:
     )
 
 
-def description_now(net: SuperNet) -> dict[str, Any]:
+def description_now(old: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """The description of a super-network's model as it is now; its sites stay as they were.
 
     Raises:
         StrataViTError: It was changed in a way that no arguments of timm's say.
     """
-    old = net.description
-    description = {**old, "args": {**old["args"], **family_of(net.model).arguments(net.model)}}
+    description = {**old, "args": {**old["args"], **family_of(model).arguments(model)}}
     try:
         built = architecture.build(description, "meta", computed=False)
-        check_fit(built, {name: tuple(t.shape) for name, t in net.model.state_dict().items()}, "the changed model")
+        check_fit(built, {name: tuple(t.shape) for name, t in model.state_dict().items()}, "the changed model")
     except ArtifactError as error:
         raise StrataViTError(
             f"the model of this super-network was changed in a way that cannot be followed ({error}); undo it, or "
@@ -61,11 +57,17 @@ def plain_heads(model: nn.Module) -> None:
     with_plain_head(model, in_place=True)
 
 
-def check_followed(net: SuperNet, description: Mapping[str, Any]) -> None:
+def check_followed(net: nn.Module, model: nn.Module, description: Mapping[str, Any], size: Any) -> None:
     """Whether what loading would build of a super-network answers as it does, at full size.
+
+    Args:
+        net: The super-network.
+        model: Its elastic model.
+        description: From which loading would build.
+        size: Of its images.
 
     Raises:
         ArtifactError: It does not.
     """
-    built = architecture.filled(architecture.build(description), net.model)
-    check_saved(Subject(net.model, net), built, net.data_config["input_size"])
+    built = architecture.filled(architecture.build(description), model)
+    check_saved(Subject(model, net), built, size)

@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
 from typing_extensions import Unpack
 
-from stratavit import artifacts, curve_points, plots
+from stratavit import artifact_format, artifacts, curve_points, plots
 from stratavit.card import CARD_FILE, CURVE_FILE, model_card
 from stratavit.devices import pick_device
 from stratavit.errors import ArtifactError, BudgetError
@@ -22,7 +22,7 @@ from stratavit.limits import Asked
 from stratavit.supernet import SuperNet
 from stratavit.timm_config import FILE as TIMM_FILE
 
-FILES = (artifacts.JSON_FILE, artifacts.WEIGHTS_FILE, artifacts.MOMENTS_FILE, TIMM_FILE)
+FILES = (artifact_format.JSON_FILE, artifact_format.WEIGHTS_FILE, artifact_format.MOMENTS_FILE, TIMM_FILE)
 
 
 def from_pretrained(
@@ -75,7 +75,7 @@ def from_pretrained(
             raise ArtifactError(f"cannot get {str(name)!r} from the hub, nor is it a folder: {_line(error)}") from error
         folder = Path(found)
     sized = spec is not None or any(value is not None for value in asked.values())
-    if artifacts.kind(folder) == artifacts.SUB:
+    if artifact_format.kind(folder) == artifact_format.SUB:
         if sized:
             raise BudgetError(f"{name} has one size only; budgets are for super-networks")
         return artifacts.load(folder, device)
@@ -157,7 +157,7 @@ def write_upload(
     if not points and isinstance(model, str | Path):
         points = curve_points.read_csv(Path(model) / "curve.csv")
     if isinstance(model, str | Path):
-        super_network = artifacts.kind(model) == artifacts.SUPER
+        super_network = artifact_format.kind(model) == artifact_format.SUPER
         model = SuperNet.load(model) if super_network else artifacts.load(model)
     title = repo_id.rpartition("/")[2]
 

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import index
+from typing import Any, Protocol, SupportsIndex, TypedDict
 
 import torch
+from torch import nn
 
-from stratavit.budget import Amount, parse_amount, parse_measure, parse_points
+from stratavit.budget import Amount, Bound, Budget, parse_amount, parse_measure, parse_points
 from stratavit.errors import BudgetError
 from stratavit.evaluate import evaluate
-from stratavit.search import Limit
+from stratavit.search import Limit, meet
 from stratavit.spec import Spec
+from stratavit.strata import Strata
 from stratavit.timing import Setting, time_model
-
-if TYPE_CHECKING:
-    from stratavit.sizes import Sized
 
 KINDS = ("macs", "params", "memory_mb", "latency_ms", "top1", "max_drop")
 MEGABYTE = 10**6
 
 
 class Asked(TypedDict, total=False):
-    """Budgets and what they are measured with, see `Sized.budget`."""
+    """Budgets and what they are measured with, see `SuperNet.budget`."""
 
     macs: Amount | None
     params: Amount | None
@@ -58,13 +58,53 @@ def given(asked: Mapping[str, Any]) -> dict[str, Any]:
     return amounts
 
 
+class Sizes(Protocol):
+    """What budgets ask of a network of many sizes; `SuperNet` is one."""
+
+    data_config: dict[str, Any]
+
+    def macs(self, spec: Mapping[str, int] | None = None) -> int:
+        """MACs per image at a spec; the dense model's without one."""
+
+    def params(self, spec: Mapping[str, int] | None = None) -> int:
+        """Parameters at a spec; the dense model's without one."""
+
+    def small_at(self, widths: Mapping[str, int]) -> nn.Module:
+        """The small model of a spec."""
+
+
+def find_sub_network(net: Sizes, strata: Strata, positions: Sequence[int], asked: Asked) -> Budget:
+    """The sub-network of a dropout list that keeps all budgets, see `SuperNet.budget`.
+
+    Args:
+        net: Whose sizes they are.
+        strata: Its dropout list.
+        positions: Those of the list that may be taken, ascending.
+        asked: Budgets.
+
+    Raises:
+        BudgetError: No budget, an unreadable one, one outside the reachable range, or budgets that exclude each other.
+    """
+    amounts = given(asked)
+    if "position" in amounts:
+        return _at(net, strata, amounts["position"])
+    return meet(limits_of(net, strata, amounts, asked.get("data"), asked.get("setting")), strata.spec, positions)
+
+
+def _at(net: Sizes, strata: Strata, position: Any) -> Budget:
+    whole = isinstance(position, SupportsIndex) and not isinstance(position, bool)
+    if not whole or not 0 <= (position := index(position)) <= len(strata):
+        raise BudgetError(f"position: expected a whole number from 0 to {len(strata)}, got {position!r}")
+    spec = strata.spec(position)
+    macs = net.macs(spec)
+    return Budget((Bound("macs", macs, macs, net.macs(strata.smallest()), net.macs()),), position, spec)
+
+
 def limits_of(
-    net: Sized, amounts: Mapping[str, Amount], data: Iterable[Any] | None, setting: Setting | None
+    net: Any, strata: Strata, amounts: Mapping[str, Amount], data: Iterable[Any] | None, setting: Setting | None
 ) -> list[Limit]:
     """The budgets as limits along the dropout list of a super-network."""
     setting = setting or Setting()
-    strata = net.strata
-    assert strata is not None
     top1s: dict[int, float] = {}
 
     def at(cost: Callable[[Spec], float]) -> Callable[[int], float]:

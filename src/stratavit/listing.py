@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
 
-from stratavit import sensitivity, strata
+from stratavit import contraction, sensitivity, strata
 from stratavit.allocation import ordered_list
 from stratavit.answers import Answers
+from stratavit.contract import Method
 from stratavit.cost import CostModel
 from stratavit.elastic import ElasticSite
 from stratavit.errors import StrataViTError
@@ -21,6 +23,71 @@ from stratavit.pixels import Seen
 from stratavit.site import Site
 from stratavit.statistics import SiteStatistics, collect
 from stratavit.walk import Walk, walk
+
+
+def make_list(
+    model: nn.Module,
+    sites: Sequence[Site],
+    cost: CostModel,
+    loader: Iterable[Any],
+    method: Method,
+    *,
+    objective: Objective = "auto",
+    measure: sensitivity.Measure = "auto",
+    plan: Walk | None = None,
+    seed: int = 0,
+    known: Answers | None = None,
+    seen: Seen | None = None,
+) -> tuple[list[strata.Entry], FinalMean | None, dict[str, Any]]:
+    """The one-shot dropout list, see `SuperNet.stratify`; sites that have no mean yet get theirs.
+
+    Args:
+        model: Its sites are elastic modules.
+        sites: Its sites.
+        cost: Of the model; importance is weighed against its `price`.
+        loader: The calibration images.
+        method: ``default`` (`by_effects`) or ``paper`` (`by_importance`).
+        objective, measure, seed: Of the paper's method.
+        plan: Of the default's.
+        known: The dense model's answers, as far as they are known and still hold.
+        seen: The images that the moments of folds come from.
+
+    Returns:
+        The entries, the shift of the final mean if it was measured, and facts for the provenance.
+
+    Raises:
+        StrataViTError: Bad images, labels or options.
+    """
+    if method == "paper":
+        entries, statistics, facts = by_importance(model, sites, cost, loader, objective, measure, seed)
+        _fill_means(model, statistics)
+        return entries, None, facts
+    if any(module.channel_mean.numel() == 0 for module in _elastic(model).values()):
+        _fill_means(model, collect(model, loader, objective, "none", "means"))
+    with _fully_compensated(model):
+        return by_effects(model, sites, cost, loader, plan or Walk(), known, seen)
+
+
+def _elastic(model: nn.Module) -> dict[str, ElasticSite]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, ElasticSite)}
+
+
+def _fill_means(model: nn.Module, statistics: Mapping[str, SiteStatistics]) -> None:
+    for name, module in _elastic(model).items():
+        if module.channel_mean.numel() == 0:
+            contraction.set_mean(module, statistics[name].channel_mean)
+
+
+@contextmanager
+def _fully_compensated(model: nn.Module) -> Iterator[None]:
+    before = [(module, module.compensation) for module in _elastic(model).values()]
+    try:
+        for module, _ in before:
+            module.compensation = "full"
+        yield
+    finally:
+        for module, compensation in before:
+            module.compensation = compensation
 
 
 def by_importance(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from stratavit import artifacts, commands, curve_points, plots, report
+from stratavit import artifact_format, commands, curve_points, plots, report
 from stratavit.architecture import resolve_data_config
 from stratavit.class_names import class_names_of
 from stratavit.devices import pick_device
@@ -82,7 +82,7 @@ def evaluate(args: Namespace) -> commands.Outcome:
     spec: Spec | None = None
     view: list[Any] = []
     model: nn.Module
-    if artifacts.is_supernet(args.target):
+    if artifact_format.is_supernet(args.target):
         model = net = SuperNet.load(args.target, device)
         if commands.budgeted(asked):
             met = net.budget(**asked)

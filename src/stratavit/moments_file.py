@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from stratavit.compensation import Moments
+from stratavit.elastic import ElasticSite
 from stratavit.errors import ArtifactError
 from stratavit.final_mean import FinalMean
 from stratavit.site import Site
 from stratavit.weights import FLOATS
 
-if TYPE_CHECKING:
-    from stratavit.supernet import SuperNet
-
 FACTOR = ".factor"
 SHARES, VECTORS = "final_mean.shares", "final_mean.vectors"
 
 
-def to_tensors(net: SuperNet, second: bool = True) -> dict[str, Tensor]:
+def to_tensors(
+    elastic: Mapping[str, ElasticSite], final_mean: FinalMean | None, second: bool = True
+) -> dict[str, Tensor]:
     """``SITE.mean``; ``SITE.factor`` (lower triangle, row by row) and ``SITE.scalars`` (ridge, energy); the final mean.
 
     Args:
-        net: A super-network.
+        elastic: Site name -> module.
+        final_mean: Of the super-network, if any.
         second: Include second moments (the factors), which are most of the file.
     """
     tensors: dict[str, Tensor] = {}
-    for name, module in net.elastic.items():
+    for name, module in elastic.items():
         if module.channel_mean.numel():
             tensors[f"{name}.mean"] = module.channel_mean
         if second and module.moments is not None:
@@ -37,32 +37,44 @@ def to_tensors(net: SuperNet, second: bool = True) -> dict[str, Tensor]:
             tensors[f"{name}.scalars"] = torch.tensor(
                 [module.moments.ridge, module.moments.energy], dtype=torch.float64
             )
-    if second and net.final_mean is not None:
-        tensors[SHARES] = torch.tensor(net.final_mean.shares, dtype=torch.float64)
-        tensors[VECTORS] = net.final_mean.vectors
+    if second and final_mean is not None:
+        tensors[SHARES] = torch.tensor(final_mean.shares, dtype=torch.float64)
+        tensors[VECTORS] = final_mean.vectors
     return tensors
 
 
-def from_tensors(net: SuperNet, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Gives a super-network what `to_tensors` wrote.
+def from_tensors(
+    elastic: Mapping[str, ElasticSite], sites: Sequence[Site], width: int, tensors: Mapping[str, Tensor], source: str
+) -> FinalMean | None:
+    """Gives the sites of a super-network what `to_tensors` wrote.
+
+    Args:
+        elastic: Site name -> module.
+        sites: The same sites.
+        width: Of what the head reads.
+        tensors: From the file.
+        source: Its name, for the message.
+
+    Returns:
+        The final mean, if the file has one.
 
     Raises:
         ArtifactError: A tensor does not fit the model or is not finite; it is named.
     """
     parts = (".mean", FACTOR, ".scalars")
-    known = {SHARES, VECTORS, *(f"{site.name}{part}" for site in net.sites for part in parts)}
+    known = {SHARES, VECTORS, *(f"{site.name}{part}" for site in sites for part in parts)}
     for name, tensor in sorted(tensors.items()):
         if name not in known or tensor.dtype not in FLOATS:
             raise ArtifactError(
                 f"{source}: {ascii(name)[1:-1][:200]} ({str(tensor.dtype).removeprefix('torch.')}) is nothing that is "
                 "known of this model's channels; copy the file or save the model again"
             )
-    factors = [f"{site.name}{FACTOR}" in tensors for site in net.sites]
+    factors = [f"{site.name}{FACTOR}" in tensors for site in sites]
     if any(factors) and not all(factors):
-        name = net.sites[factors.index(False)].name
+        name = sites[factors.index(False)].name
         raise ArtifactError(f"{source}: the factor of {name} is missing, others are there; save the model again")
-    for site in net.sites:
-        module = net.elastic[site.name]
+    for site in sites:
+        module = elastic[site.name]
         mean = tensors.get(f"{site.name}.mean")
         if mean is not None:
             mean = mean.to(module.out.weight)  # what is finite in a wider type may not be in this one
@@ -73,8 +85,7 @@ def from_tensors(net: SuperNet, tensors: Mapping[str, Tensor], source: str) -> N
             module.channel_mean = mean
         if f"{site.name}{FACTOR}" in tensors:
             module.moments = _moments(site, tensors, source).to(module.out.weight.device)
-    if VECTORS in tensors:
-        net.final_mean = _final_mean(net, tensors, source)
+    return _final_mean(width, tensors, source) if VECTORS in tensors else None
 
 
 def packed(factor: Tensor) -> Tensor:
@@ -108,10 +119,9 @@ def _moments(site: Site, tensors: Mapping[str, Tensor], source: str) -> Moments:
     return Moments(factor, ridge, energy)
 
 
-def _final_mean(net: SuperNet, tensors: Mapping[str, Tensor], source: str) -> FinalMean:
+def _final_mean(width: int, tensors: Mapping[str, Tensor], source: str) -> FinalMean:
     vectors, shares = tensors[VECTORS].float(), tensors.get(SHARES, torch.zeros(0)).flatten().tolist()
     falling = shares == sorted(set(shares), reverse=True) and all(0 < share < 1 for share in shares)
-    width = int(net.model.num_features)  # of what the head reads
     if vectors.shape != (len(shares), width) or not shares or not vectors.isfinite().all() or not falling:
         raise ArtifactError(
             f"{source}: the final mean should be one vector of {width} finite numbers "

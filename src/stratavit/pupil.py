@@ -10,7 +10,7 @@ from typing import Any
 from timm.utils import ModelEmaV3
 
 from stratavit import contraction, curve_points, plots, processes, progressive, report
-from stratavit.artifacts import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
+from stratavit.artifact_format import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
 from stratavit.checkpoint import (
     LOG_FILE,
     Journal,
@@ -19,7 +19,7 @@ from stratavit.checkpoint import (
     weights_of,
 )
 from stratavit.compensation import Moments
-from stratavit.conversion import TOKEN_WEIGHT
+from stratavit.contract import TOKEN_WEIGHT
 from stratavit.errors import StrataViTError
 from stratavit.learner import Drawn
 from stratavit.objectives import Objective

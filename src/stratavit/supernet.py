@@ -1,39 +1,50 @@
-"""`SuperNet`: the object users hold. It joins the parts; the work is done in theirs."""
+"""`SuperNet`: the object users hold. Its methods assemble; the work is done in the packages below."""
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
-from stratavit import architecture, artifacts, following, intake, strata
+from stratavit import architecture, following, intake, listing, moments_file, sensitivity, strata, supernet_file
 from stratavit.answers import Answers
+from stratavit.budget import Budget
 from stratavit.classifier import with_plain_head
-from stratavit.conversion import Convertible
+from stratavit.contract import TOKEN_WEIGHT, Method, known_method, resolve_method, sort_channels
 from stratavit.cost import CostModel, cost_model
-from stratavit.elastic import ElasticSite, run_at
-from stratavit.errors import BudgetError, StrataViTError
+from stratavit.elastic import Compensation, ElasticSite, run_at
+from stratavit.errors import ArtifactError, BudgetError, StrataViTError, described
 from stratavit.extract import small_model
 from stratavit.families import elastic_sites, find_sites, last_norm, stages
 from stratavit.fidelity import Subject, check_cut
 from stratavit.final_mean import FinalMean, Shift
 from stratavit.foreign import as_source, as_timm
 from stratavit.freezing import frozen_names, set_frozen
-from stratavit.limits import Asked
+from stratavit.limits import Asked, find_sub_network
+from stratavit.memory import Memory, memory_of
+from stratavit.objectives import Objective
+from stratavit.pixels import Seen
+from stratavit.prices import priced
 from stratavit.running import Run, running
-from stratavit.site import HEAD_DIM_UNIT, MLP_UNITS
-from stratavit.sizes import Method
+from stratavit.site import HEAD_DIM_UNIT, MLP_UNITS, with_units
+from stratavit.spec import Spec
+from stratavit.structure import in_float32
+from stratavit.timing import Setting
+from stratavit.walk import Walk
+from stratavit.widths import full_spec
+from stratavit.wpac import Criterion
 from stratavit.wrappers import unwrapped
 
 
-class SuperNet(Convertible):
+class SuperNet(nn.Module):
     """A pre-trained ViT made elastic: one set of weights, every size a prefix of it.
 
     Args:
@@ -65,7 +76,9 @@ class SuperNet(Convertible):
         StrataViTError: The weights hold NaN or infinite values, or `data_config` has an unknown key.
     """
 
-    embedding: bool
+    super_network = True  # see `structure.is_super_network`
+
+    # ---- build -------------------------------------------------------------------------------------
 
     def __init__(
         self,
@@ -101,7 +114,8 @@ class SuperNet(Convertible):
         self._cost, self._form = cost_model(self.model, self.sites, size), following.form_of(self.model)
         self._frozen = frozen_names(self.model)
         self._shift = Shift()
-        self._answers: Answers | None = None
+        self._answers: Answers | None = None  # of the full model to the images of `contract`, for `stratify`
+        self._seen: Seen | None = None  # the images of `contract`, if it kept moments of folds
         norm = last_norm(self.model)
         if norm is not None:
             norm.register_forward_hook(self._shift)
@@ -149,16 +163,55 @@ class SuperNet(Convertible):
         before = self.description, self.data_config, self._cost, self._form
         following.plain_heads(self.model)
         try:
-            self.description = following.description_now(self)
+            self.description = following.description_now(self.description, self.model)
             size: Any = architecture.own_size(self.model, self.data_config["input_size"])
             self.data_config = self.data_config | {"input_size": size}
             self._cost, self._form = cost_model(self.model, self.sites, size), following.form_of(self.model)
-            following.check_followed(self, self.description)
+            following.check_followed(self, self.model, self.description, size)
         except Exception:
             self.description, self.data_config, self._cost, self._form = before
             raise
 
-    # ---- execution --------------------------------------------------------------------------------
+    @property
+    def method(self) -> Method:
+        """How cut channels are treated, see the class attributes."""
+        return self._method
+
+    @method.setter
+    def method(self, method: Method) -> None:
+        self._method: Method = known_method(method)
+        self.compensation = "none" if method == "paper" else "full"
+
+    @property
+    def compensation(self) -> Compensation:
+        """What takes the place of cut channels."""
+        return next(iter(self.elastic.values())).compensation
+
+    @compensation.setter
+    def compensation(self, compensation: Compensation) -> None:
+        if compensation not in ("none", "mean", "full"):
+            raise StrataViTError(f"compensation: expected 'none', 'mean' or 'full', got {described(compensation)}")
+        for site in self.elastic.values():
+            site.compensation = compensation
+
+    def set_units(self, head_dim_unit: int = HEAD_DIM_UNIT, mlp_units: int = MLP_UNITS) -> None:
+        """Sets the units that a dropout list cuts sites in; a list made in others is dropped.
+
+        Args:
+            head_dim_unit: Coordinates of the head width that leave together (paper: 8).
+            mlp_units: Groups that the MLP hidden width is cut into (paper: 32).
+        """
+        for name, value in (("head_dim_unit", head_dim_unit), ("mlp_units", mlp_units)):
+            if type(value) is not int or value < 1:
+                raise StrataViTError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        if (head_dim_unit, mlp_units) == self.units:
+            return
+        self.units = head_dim_unit, mlp_units
+        self.sites = with_units(self.sites, head_dim_unit, mlp_units)
+        self.cost = replace(self.cost, sites=self.sites)
+        self.strata = self.final_mean = None
+
+    # ---- run ---------------------------------------------------------------------------------------
 
     def forward(self, images: Tensor, spec: Mapping[str, int] | None = None) -> Tensor:
         """Runs the full model, or the prefix that a spec names; gradients reach the full weights.
@@ -217,7 +270,167 @@ class SuperNet(Convertible):
             copied: nn.Module = copy.deepcopy(self.model)
         return copied.requires_grad_(False).eval()
 
-    # ---- extraction -------------------------------------------------------------------------------
+    # ---- convert -----------------------------------------------------------------------------------
+
+    def contract(
+        self,
+        loader: Iterable[Any],
+        method: Method | None = None,
+        criterion: Criterion | None = None,
+        objective: Objective = "auto",
+        seed: int = 0,
+        token_weight: float = TOKEN_WEIGHT,
+    ) -> Self:
+        """Sorts the knowledge inside every module, in place, without changing the function.
+
+        One forward and one backward pass over the calibration images (the paper uses 1,024).
+
+        Args:
+            loader: Yields images ``[B, 3, H, W]``, ``(images,)``, ``(images, labels [B])``, or mappings of these:
+                images under ``pixel_values``, ``image`` or ``images``, labels under ``labels`` or ``label``. The
+                order does not matter.
+            method: ``paper`` is exactly the paper (WPAC); ``default`` sorts by what each module adds to the
+                residual stream and gathers what `compensation` needs. If None, what the criterion implies.
+            criterion: What channels are sorted by: ``output`` (default method), ``wpac`` (paper), or a baseline
+                (``random``, ``magnitude``, ``taylor``, ``hessian``, ``pca``); only ``output`` goes with ``default``.
+            objective: What is differentiated, see `statistics.collect`; ``auto`` suits the method and the labels.
+            seed: For ``random`` and for the objective ``sampled``.
+            token_weight: Share of a token's weight that follows the gradient norm at the module's output
+                (default method).
+
+        Returns:
+            self.
+
+        Raises:
+            StrataViTError: Bad images, labels or options.
+        """
+        method, criterion = resolve_method(method, criterion)
+        with in_float32(self.model), self.at():
+            facts, self._answers = sort_channels(self.model, loader, criterion, objective, seed, token_weight)
+        if self._answers is not None:
+            self._answers.seal(self.model)  # contraction keeps the function
+        self._seen = None if self._answers is None else self._answers.seen
+        self.released = False
+        self.strata, self.final_mean, self.method = None, None, method
+        self.provenance["contract"] = {"method": method, **facts}
+        return self
+
+    def stratify(
+        self,
+        loader: Iterable[Any],
+        method: Method | None = None,
+        objective: Objective = "auto",
+        measure: sensitivity.Measure = "auto",
+        plan: Walk | None = None,
+        seed: int = 0,
+        price: Literal["macs", "latency"] = "macs",
+        setting: Setting | None = None,
+    ) -> Self:
+        """Makes the one-shot dropout list, down to the smallest size, in place; no training.
+
+        Args:
+            loader: The calibration images, several times over, in any order. Best those of `contract`, pixel by
+                pixel (no random augmentation), and on the same object: each is then measured with moments that do
+                not contain it. If they are others, a line on standard error says so.
+            method: ``default`` measures at cut networks what one more unit brings (`walk`); ``paper`` ranks units by
+                sensitivity of the module times Taylor importance, per MAC, with tails merged (method
+                section 2). As set by `contract` if None.
+            objective: ``paper``: for the Taylor importance, see `statistics.collect`.
+            measure: ``paper``: of sensitivity, ``top1``, ``cost`` or ``auto``, see `sensitivity.bypass_sensitivity`.
+            plan: ``default``: sizes and numbers of images.
+            seed: ``paper``: for the objective ``sampled``.
+            price: What a unit's importance is divided by: its MACs (paper), or its ``latency`` on the device that the
+                weights are on.
+            setting: For ``latency``; one image, eager, if None.
+
+        Returns:
+            self.
+
+        Raises:
+            StrataViTError: Bad images, labels or options.
+        """
+        method = self.method if method is None else known_method(method)
+        cost = priced(self.cost, self.elastic, price, setting)
+        known = self._answers if self._answers is not None and self._answers.belong_to(self.model) else None
+        with in_float32(self.model), self.at():
+            entries, final_mean, facts = listing.make_list(
+                self.model,
+                self.sites,
+                cost,
+                loader,
+                method,
+                objective=objective,
+                measure=measure,
+                plan=plan,
+                seed=seed,
+                known=known,
+                seen=self._seen,
+            )
+        self._answers = None
+        if method != self.method:
+            self.method = method
+        self.strata, self.final_mean = strata.Strata(self.sites, entries), final_mean
+        self.provenance["stratify"] = {"method": method, "price": price, "prices": cost.prices, **facts}
+        return self
+
+    # ---- cost --------------------------------------------------------------------------------------
+
+    def resolve(self, spec: Mapping[str, int] | None) -> Spec:
+        """The width of every site under a spec.
+
+        Raises:
+            StrataViTError: The spec names an unknown site or a width above the full one.
+        """
+        return full_spec(self.sites, spec)
+
+    def macs(self, spec: Mapping[str, int] | None = None, attention: bool = False) -> int:
+        """MACs per image, linear count; ``attention=True`` adds QK^T and AV. The dense model's without a spec."""
+        return self.cost.macs(self.resolve(spec), attention)
+
+    def params(self, spec: Mapping[str, int] | None = None) -> int:
+        """Parameters of the extracted model. The dense model's without a spec."""
+        biased = self.compensation != "none"
+        calibrated = all(module.channel_mean.numel() for module in self.elastic.values())
+        return self.cost.params(self.resolve(spec), biased, corrected=biased and calibrated)
+
+    def budget(self, **asked: Unpack[Asked]) -> Budget:
+        """The sub-network of the dropout list that keeps one budget or several, with asked, got and reachable range.
+
+        The largest that keeps all costs; with `top1` or `max_drop` the smallest that keeps those, too.
+
+        Args:
+            macs: A share in (0, 1] or ``"50%"`` of the dense model, or an absolute count (int, ``"2.1G"``).
+            params: Likewise.
+            memory_mb: Megabytes (10**6 bytes) of the weights in the setting's dtype, or ``"50%"``.
+            latency_ms: Median milliseconds per batch in the setting, on the device that the weights are on, or
+                ``"50%"``. Timed: at about ten sizes, and once more at the one that is returned. As accurate as the
+                machine is quiet.
+            top1: Percent of the images in `data` that must be right.
+            max_drop: Points of top-1 on `data` that may be lost.
+            position: Number of entries of the dropout list to drop; 0 is the full model. Alone only.
+            data: Labelled images, run through about ten times, for `top1` and `max_drop`.
+            setting: `Setting` for `memory_mb` and `latency_ms`; one image, eager, the model's dtype if left out.
+
+        Raises:
+            BudgetError: No budget, an unreadable one, one outside the reachable range, or budgets that exclude
+                each other.
+            StrataViTError: There is no dropout list yet.
+        """
+        if self.strata is None:
+            raise StrataViTError("no dropout list yet: call stratify(loader) first, or give a spec")
+        positions = range(len(self.strata) + 1) if self.method == "default" else self.strata.group_ends()
+        return find_sub_network(self, self.strata, positions, asked)
+
+    def spec(self, **asked: Unpack[Asked]) -> Spec:
+        """The widths of the sub-network that `budget` finds."""
+        return self.budget(**asked).spec
+
+    def memory(self) -> Memory:
+        """What the network holds in memory, by kind."""
+        vectors = None if self.final_mean is None else self.final_mean.vectors
+        return memory_of(self.state_dict().values(), self.elastic.values(), vectors)
+
+    # ---- cut ---------------------------------------------------------------------------------------
 
     def extract(
         self, *, spec: Mapping[str, int] | None = None, verbose: bool = True, **asked: Unpack[Asked]
@@ -265,7 +478,41 @@ class SuperNet(Convertible):
         made: nn.Module = small
         return made
 
-    # ---- files ------------------------------------------------------------------------------------
+    # ---- keep --------------------------------------------------------------------------------------
+
+    def specialise(self, *specs: Mapping[str, int], moments: bool = False) -> Memory:
+        """Makes ready to serve several sizes from this one set of weights: ``net(images, spec)`` in inference mode.
+
+        What compensation makes of `proj` and `fc2` at the widths of each spec is computed once and kept; the rest of
+        every size is a view of the full weights.
+
+        Args:
+            *specs: The sizes to serve.
+            moments: Keep the second moments. Without them the network is frozen, needs little more than its weights,
+                and sizes that were not named are compensated by the mean only.
+
+        Returns:
+            What the network holds in memory.
+
+        Raises:
+            StrataViTError: A spec does not fit.
+        """
+        for spec in [self.resolve(spec) for spec in specs]:
+            for name, module in self.elastic.items():
+                module.specialise(spec[name])
+        if not moments:
+            for module in self.elastic.values():
+                module.moments, module.crossed = None, ()
+            self.released = True
+            self.requires_grad_(False)
+        return self.memory()
+
+    def forget_moments(self) -> None:
+        """Drops second moments and all that was computed from them, as training makes them stale."""
+        self.released = False
+        for module in self.elastic.values():
+            module.moments, module.crossed = None, ()
+            module.forget_last()
 
     def save(self, path: str | Path, overwrite: bool = False, moments: bool = True) -> None:
         """Writes a folder: ``model.safetensors`` (a timm checkpoint), ``moments.safetensors``, ``stratavit.json``.
@@ -279,7 +526,26 @@ class SuperNet(Convertible):
         Raises:
             ArtifactError: The folder exists and is not empty (unless `overwrite`), or cannot be written.
         """
-        artifacts.save_supernet(self, path, overwrite, moments)
+        if self.released:
+            raise ArtifactError(
+                "the second moments were released by specialise(); save before, or specialise(moments=True)"
+            )
+        _ = self.cost  # follows a model that was changed
+        intake.check(self.model)
+        following.check_followed(self, self.model, self.description, self.data_config["input_size"])
+        facts = {
+            "method": self.method,
+            "compensation": self.compensation if moments or self.compensation != "full" else "mean",
+            "model": self.description,
+            "origin": self.origin,
+            "data_config": self.data_config,
+            "units": list(self.units),
+            "frozen": frozen_names(self.model),
+            "strata": None if self.strata is None else self.strata.to_json(),
+            "provenance": self.provenance,
+        }
+        tensors = moments_file.to_tensors(self.elastic, self.final_mean, second=moments)
+        supernet_file.write_super_network(path, self.model, facts, tensors, overwrite)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu", moments: bool = True) -> SuperNet:
@@ -294,4 +560,21 @@ class SuperNet(Convertible):
         Raises:
             ArtifactError: The folder is not a super-network's, or damaged.
         """
-        return artifacts.load_supernet(cls, path, device, moments)
+        saved = supernet_file.read_super_network(path, device, moments)
+        content = saved.content
+        net = cls(saved.model, saved.data_config, _description=content["model"])
+        try:
+            net.method = content.get("method", "default")
+            net.compensation = content.get("compensation", net.compensation)
+        except StrataViTError as error:
+            raise ArtifactError(f"{saved.source}: {error}") from error
+        net.set_units(*saved.units)
+        net.provenance = dict(content.get("provenance", {}))
+        width = int(net.model.num_features)
+        found = moments_file.from_tensors(net.elastic, net.sites, width, saved.moments, saved.moments_source)
+        net.final_mean = found if moments else None
+        if not moments and net.compensation == "full":
+            net.compensation = "mean"
+        if content.get("strata") is not None:
+            net.strata = strata.Strata.from_json(net.sites, content["strata"])
+        return net
