@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import stratavit
+from stratavit import artifact_format
 from stratavit.cli import main, parser
 
 MODEL = "deit_tiny_patch16_224"
