@@ -27,10 +27,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import stratavit
-from stratavit import SuperNet, checkpoint
-from stratavit.artifact_format import JSON_FILE
-from stratavit.cli import main as run_cli
-from stratavit.data import image_loader
+from stratavit import SuperNet
+from stratavit.artifacts.format import JSON_FILE
+from stratavit.cli.parser import main as run_cli
+from stratavit.data.image_folder import image_loader
+from stratavit.training import run_files
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 MODES = ("plain", "channel", "weighted", "layerdrop", "piad")
@@ -113,7 +114,7 @@ def dense(work: Path) -> None:
     stratavit.save(model, work / "resampled", overwrite=True)
     images = ["--data", str(work / "images")]
     recipe = ["--recipe", str(RECIPES / "cifar10_dense.toml"), "--device", "cpu"]
-    resume = ["--resume"] if (work / "dense" / checkpoint.STATE_FILE).exists() else []
+    resume = ["--resume"] if (work / "dense" / run_files.STATE_FILE).exists() else []
     call("finetune", work / "resampled", "--new-head", *images, "--out", work / "dense", *recipe, *resume)
     for method in ("default", "paper"):
         call("convert", work / "dense", *images, "--out", work / f"run-{method}", "--method", method, "--overwrite")
@@ -131,9 +132,9 @@ def arm(work: Path, name: str, seed: int) -> None:
     run, out = start_of(work, variant), work / f"{name}-{seed}"
     recipe = RECIPES / VARIANTS[variant]
     command = ["--data", images_to_train_on(work), "--recipe", recipe, "--device", "cpu"]
-    resume = ["--resume"] if (out / checkpoint.STATE_FILE).exists() else []
+    resume = ["--resume"] if (out / run_files.STATE_FILE).exists() else []
     call("train", run, *command, "--mode", mode, "--seed", seed, "--out", out, *resume)
-    (out / checkpoint.STATE_FILE).unlink()
+    (out / run_files.STATE_FILE).unlink()
 
 
 def images_to_train_on(work: Path) -> Path:
@@ -193,7 +194,7 @@ def measure(folder: Path, loader: Any) -> dict[str, Tensor]:
     if not known.exists():
         net = SuperNet.load(folder)
         found = {f"{n}/12": correct(net, net.spec(macs=n / 12), loader) for n in TWELFTHS}
-        log = checkpoint.Journal(folder / checkpoint.LOG_FILE).rows()
+        log = run_files.Journal(folder / run_files.LOG_FILE).rows()
         found["hours"] = torch.tensor(sum(row["seconds"] for row in log if row["kind"] == "epoch") / 3600)
         save_file(found, known)
     return load_file(known)

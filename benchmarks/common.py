@@ -23,11 +23,11 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import stratavit
-from stratavit.allocation import allocate
-from stratavit.architecture import resolve_data_config
-from stratavit.compensation import Moments
-from stratavit.data import image_loader
-from stratavit.zoo import dense_model
+from stratavit.artifacts.model_loading import dense_model
+from stratavit.data.image_folder import image_loader
+from stratavit.dropout_list.allocation import allocate
+from stratavit.elastic.compensation import Moments
+from stratavit.models.architecture import resolve_data_config
 
 RESULTS = Path(__file__).parent / "results"
 WORK = Path(__file__).parent / "work"  # where converted models are kept

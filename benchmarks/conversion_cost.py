@@ -16,7 +16,7 @@ import timm
 from common import anew, as_if_contracted, grown, interleaved, plain, real_batches, real_model, timed, write_results
 
 import stratavit
-from stratavit.statistics import collect
+from stratavit.calibration.statistics import collect
 
 TITLES = {
     "plain": "plain forward + backward",

@@ -12,7 +12,7 @@ import argparse
 from common import MODELS, real_batches, real_model, write_results
 
 import stratavit
-from stratavit.wpac import CRITERIA
+from stratavit.calibration.wpac import CRITERIA
 
 ATTENTION, MLP = (48, 32, 16), (576, 384, 192)
 

@@ -21,9 +21,9 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 import stratavit
-from stratavit.data import image_loader
-from stratavit.features import knn
-from stratavit.weights import load_weights
+from stratavit.data.image_folder import image_loader
+from stratavit.evaluation.features import knn
+from stratavit.files.state_dicts import load_weights
 
 ARCHITECTURE = "vit_small_patch14_dinov2"
 TWELFTHS = (12, 10, 8)

@@ -13,7 +13,7 @@ import torch
 from common import WORK, converted, real_batches, write_results
 
 from stratavit import export
-from stratavit.export import SUFFIXES
+from stratavit.interop.export import SUFFIXES
 
 SHARES = (1.0, 10 / 12, 6 / 12, 4 / 12)
 IMAGES = 32

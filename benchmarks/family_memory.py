@@ -19,7 +19,7 @@ from common import WORK, converted, write_results
 
 import stratavit
 from stratavit import SuperNet
-from stratavit.memory import size_of
+from stratavit.elastic.memory import size_of
 
 TWELFTHS = (10, 8, 6, 4)
 WAYS = ("largest alone", "means only", "4 sizes specialised", "with moments")

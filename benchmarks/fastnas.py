@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from common import Batches
 from torch import nn
 
-from stratavit.architecture import resolve_data_config
-from stratavit.cost import linear_macs
+from stratavit.models.architecture import resolve_data_config
+from stratavit.models.cost import linear_macs
 
 PACKAGE = "modelopt"
 TITLES = {f"ModelOpt FastNAS (MLP widths), scored by {name}": name for name in ("top-1", "loss")}

@@ -26,7 +26,9 @@ import torch
 from common import write_results
 from PIL import Image
 
-from stratavit import SuperNet, checkpoint, lock
+from stratavit import SuperNet
+from stratavit.files import lock
+from stratavit.training import run_files
 
 CLASSES, IMAGES, PATIENCE = 4, 16, 240
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": CLASSES}
@@ -130,7 +132,7 @@ def begun(out: Path, step: int) -> None:
     """Waits until a run has saved its state at a step."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
-        if (out / checkpoint.STATE_FILE).exists() and checkpoint.read_state(out)["step"] >= step:
+        if (out / run_files.STATE_FILE).exists() and run_files.read_state(out)["step"] >= step:
             return
         time.sleep(0.1)
     sys.exit(f"faults: {out} did not begin")
@@ -143,7 +145,7 @@ def launched(work: Path) -> list[dict[str, Any]]:
         out = work / f"launched-{dies}"
         with started(*LAUNCH, *command(work, out, 100_000)) as first:
             begun(out, 1)
-            before = checkpoint.read_state(out)["step"]
+            before = run_files.read_state(out)["step"]
             rows += refused(work, out)
             begun(out, before + 1)
             rows.append({"what": "the first one trains on", "value": "yes"})
@@ -155,7 +157,7 @@ def launched(work: Path) -> list[dict[str, Any]]:
             rows.append({"what": what + "the launcher's exit code", "value": code})
             rows.append({"what": what + "seconds until all have ended", "value": round(seconds, 1)})
             rows.append({"what": what + "what the other says", "value": "; ".join(told(first)).replace(str(work), "")})
-        step = checkpoint.read_state(out)["step"]
+        step = run_files.read_state(out)["step"]
         with started(*LAUNCH, *command(work, out, 100_000, "--resume")) as again:
             begun(out, step + 1)
             rows.append({"what": what + "resumed and went on", "value": "yes"})

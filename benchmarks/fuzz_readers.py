@@ -19,12 +19,16 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import stratavit
-from stratavit import Recipe, Spec, StrataViTError, SuperNet, checkpoint, curve_points, hf_files, zoo
-from stratavit.class_names import read_class_map
-from stratavit.data import image_loader
-from stratavit.features import read_embeddings
-from stratavit.strata import Strata
-from stratavit.walk import Walk
+from stratavit import Recipe, Spec, StrataViTError, SuperNet
+from stratavit.artifacts import model_loading
+from stratavit.data.class_names import read_class_map
+from stratavit.data.image_folder import image_loader
+from stratavit.dropout_list.strata import Strata
+from stratavit.dropout_list.walk import Walk
+from stratavit.evaluation import curve_points
+from stratavit.evaluation.features import read_embeddings
+from stratavit.interop.transformers import folders
+from stratavit.training import run_files
 
 SIZE, CLASSES = 16, 3
 CUT = {"blocks.0.attn": 4, "blocks.0.mlp": 0, "blocks.1.attn": 0, "blocks.1.mlp": 17}
@@ -108,7 +112,7 @@ def _folder(work: Path, kind: str, file: str, mutate: mutators.Mutator) -> Reade
         stratavit.save(super_network().extract(spec=CUT), folder)
     else:
         _transformers_model().save_pretrained(work / "source")
-        stratavit.save(hf_files.load_equivalent(work / "source"), folder)
+        stratavit.save(folders.load_equivalent(work / "source"), folder)
     description = folder / "stratavit.json"
     content = {k: v for k, v in json.loads(description.read_text()).items() if k != "hashes"}
     description.write_text(json.dumps(content))  # what is behind the hashes is what is looked at
@@ -192,7 +196,7 @@ def _weights() -> dict[str, Tensor]:
 
 
 def _state() -> dict[str, Any]:
-    return {"format": checkpoint.FORMAT, "release": "0", "weights": _weights(), "recipe": {"epochs": 3}, "step": 2}
+    return {"format": run_files.FORMAT, "release": "0", "weights": _weights(), "recipe": {"epochs": 3}, "step": 2}
 
 
 def _pickled(archive: bytes) -> bytes:
@@ -226,13 +230,13 @@ FILES: dict[str, Callable[[Path], Any]] = {
     "classes.txt": read_class_map,
     "curve.csv": lambda path: curve_points.points_in(path.parent),
     "embeddings.safetensors": read_embeddings,
-    "weights.safetensors": zoo.read_checkpoint,
-    "weights.pth": zoo.read_checkpoint,
-    "weights.pth (old form)": zoo.read_checkpoint,
-    "weights.pth (pickle in it)": zoo.read_checkpoint,
-    "state.pt": lambda path: checkpoint.read_state(path.parent),
-    "state.pt (pickle in it)": lambda path: checkpoint.read_state(path.parent),
-    "log.jsonl": lambda path: [row["kind"] for row in checkpoint.Journal(path).rows()],
+    "weights.safetensors": model_loading.read_checkpoint,
+    "weights.pth": model_loading.read_checkpoint,
+    "weights.pth (old form)": model_loading.read_checkpoint,
+    "weights.pth (pickle in it)": model_loading.read_checkpoint,
+    "state.pt": lambda path: run_files.read_state(path.parent),
+    "state.pt (pickle in it)": lambda path: run_files.read_state(path.parent),
+    "log.jsonl": lambda path: [row["kind"] for row in run_files.Journal(path).rows()],
 }
 
 
@@ -327,6 +331,6 @@ def _transformers(work: Path, file: str) -> Reader:
 
     def check(data: bytes) -> None:
         (folder / file).write_bytes(data)
-        outcome(hf_files.load_equivalent, folder)
+        outcome(folders.load_equivalent, folder)
 
     return Reader(((sound / file).read_bytes(),), check, TRANSFORMERS[file])

@@ -34,10 +34,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 import stratavit
-from stratavit import Recipe, SuperNet, checkpoint, demo
-from stratavit.artifact_format import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
-from stratavit.order import Seeded
-from stratavit.pupil import Pupil
+from stratavit import Recipe, SuperNet, demo
+from stratavit.artifacts.format import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
+from stratavit.tasks.piad_task import Pupil
+from stratavit.training import run_files
+from stratavit.training.order import Seeded
 
 CHANGES = {"epochs": 6, "list_epochs": 3, "save_steps": 3, "eval_every": 2, "drop_path": 0.1, "mixup": 0.8}
 START, PHASE, ERRORS = "start", "phase", "errors.txt"  # beside the folder of a run
@@ -222,9 +223,9 @@ def interrupted(folder: Path, tally: Tally) -> None:
     """One run, killed again and again until it ends or no kill is due; then it is let finish."""
     child = start(folder, resume=False)
     while tally.kills < tally.due and kill(child, folder, tally):
-        resume = (folder / checkpoint.STATE_FILE).exists()
+        resume = (folder / run_files.STATE_FILE).exists()
         if resume:
-            tally.steps.append(checkpoint.read_state(folder)["step"])
+            tally.steps.append(run_files.read_state(folder)["step"])
             tally.resumed += 1
         else:
             shutil.rmtree(folder, ignore_errors=True)
@@ -261,13 +262,13 @@ def kill(child: subprocess.Popen[bytes], folder: Path, tally: Tally) -> bool:
 
 def outcome(folder: Path) -> dict[str, Any]:
     """All that a run leaves, but for times."""
-    state = checkpoint.read_state(folder)
-    log = checkpoint.Journal(folder / checkpoint.LOG_FILE).rows()
+    state = run_files.read_state(folder)
+    log = run_files.Journal(folder / run_files.LOG_FILE).rows()
     return {
         **{name: (folder / name).read_bytes() for name in (WEIGHTS_FILE, MOMENTS_FILE)},
         f"dropout list in {JSON_FILE}": json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))["strata"],
-        **{f"{key} in {checkpoint.STATE_FILE}": state[key] for key in COMPARED_STATE},
-        f"{checkpoint.LOG_FILE} without seconds": [{k: v for k, v in r.items() if k != "seconds"} for r in log],
+        **{f"{key} in {run_files.STATE_FILE}": state[key] for key in COMPARED_STATE},
+        f"{run_files.LOG_FILE} without seconds": [{k: v for k, v in r.items() if k != "seconds"} for r in log],
     }
 
 

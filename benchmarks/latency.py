@@ -15,8 +15,8 @@ import torch
 from common import WORK, converted, write_results
 
 from stratavit import Setting, SuperNet
-from stratavit.allocation import allocate
-from stratavit.bench import bench
+from stratavit.dropout_list.allocation import allocate
+from stratavit.evaluation.benchmark import bench
 
 TWELFTHS = (10, 8, 6, 4)
 SIZE = (3, 224, 224)

@@ -11,7 +11,7 @@ from pathlib import Path
 from common import WORK, converted, correct, real_batches, write_results
 
 from stratavit import Setting
-from stratavit.bench import bench
+from stratavit.evaluation.benchmark import bench
 
 SHARES = (0.8, 0.65, 0.5)
 PRICES = ("macs", "latency")

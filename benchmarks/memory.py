@@ -25,12 +25,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from stratavit import SuperNet
-from stratavit.allocation import ordered_list
-from stratavit.report import curve
+from stratavit.calibration.statistics import collect
+from stratavit.dropout_list.allocation import ordered_list
+from stratavit.dropout_list.strata import Strata
+from stratavit.dropout_list.walk import Walk
+from stratavit.reports.curve import curve
 from stratavit.spec import Spec
-from stratavit.statistics import collect
-from stratavit.strata import Strata
-from stratavit.walk import Walk
 
 SHAPES = {
     "DeiT-Ti": "deit_tiny_patch16_224",

@@ -15,8 +15,8 @@ from typing import Any
 from common import MODELS, Batches, draw_lines, real_batches, real_model, write_results
 
 import stratavit
-from stratavit.allocation import allocate
-from stratavit.compensation import GAIN
+from stratavit.dropout_list.allocation import allocate
+from stratavit.elastic.compensation import GAIN
 
 TWELFTHS = (10, 8, 6, 4)
 Row = dict[str, Any]

@@ -20,8 +20,8 @@ from common import Batches
 from timm.layers import Attention
 from torch import nn
 
-from stratavit.architecture import resolve_data_config
-from stratavit.cost import linear_macs
+from stratavit.models.architecture import resolve_data_config
+from stratavit.models.cost import linear_macs
 
 NAMES = {"torch_pruning": "torch-pruning", "modelopt": "nvidia-modelopt"}  # package -> what installs it
 STEPS = 7  # halvings of the ratio

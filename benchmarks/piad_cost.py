@@ -23,11 +23,12 @@ from common import write_results
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from stratavit import Recipe, SuperNet, contraction
-from stratavit.allocation import State, allocate, ordered_list
-from stratavit.optimising import optimiser_and_schedule
+from stratavit import Recipe, SuperNet
+from stratavit.calibration import contraction
+from stratavit.dropout_list.allocation import State, allocate, ordered_list
+from stratavit.dropout_list.strata import Strata
 from stratavit.spec import Spec
-from stratavit.strata import Strata
+from stratavit.training.optimizer import optimiser_and_schedule
 
 SHARES = (*(1 - step / 15 for step in range(1, 11)), 2 / 12, 1.5 / 12)  # ten from 14/15 down to 4/12, and two below
 HALF, TARGET, TARGET_FROM = 6 / 12, 1.15, 4 / 12

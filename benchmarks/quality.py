@@ -25,8 +25,8 @@ from common import MODELS, Batches, draw_lines, real_batches, real_model, write_
 from torch import nn
 
 import stratavit
-from stratavit import sensitivity
-from stratavit.wpac import CRITERIA, Criterion
+from stratavit.calibration.wpac import CRITERIA, Criterion
+from stratavit.dropout_list import sensitivity
 
 TWELFTHS = (10, 8, 6, 4)
 TITLES = {"wpac": "paper: WPAC", "pca": "criterion: PCA"}

@@ -20,7 +20,7 @@ from dinov2_knn import dinov2
 from torch import Tensor, nn
 
 import stratavit
-from stratavit.cost import linear_macs
+from stratavit.models.cost import linear_macs
 
 SHARES = (10 / 12, 8 / 12, 6 / 12)
 

@@ -25,8 +25,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from stratavit import SuperNet
+from stratavit.calibration.statistics import collect
 from stratavit.spec import Spec
-from stratavit.statistics import collect
 
 SHAPES = {
     "DeiT-Ti": ("deit_tiny_patch16_224", 64),

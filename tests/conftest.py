@@ -16,7 +16,7 @@ from helpers import FAMILIES, make_batches, make_images, make_model
 from hypothesis import settings
 from safetensors.torch import load_file
 
-from stratavit import placing
+from stratavit.files import atomic
 
 settings.register_profile("stratavit", deadline=None, max_examples=20, derandomize=True, database=None)
 settings.load_profile("stratavit")
@@ -90,7 +90,7 @@ def images():
 def _no_power_fails():
     """Writing to the disk is not waited for, which takes most of the time of a small model's saving."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placing, "_sync", lambda path: None)
+        patch.setattr(atomic, "_sync", lambda path: None)
         yield
 
 

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import stratavit
-from stratavit.walk import Walk
+from stratavit.dropout_list.walk import Walk
 
 CLASSES = 7
 _SMALL = {

@@ -8,10 +8,10 @@ from helpers import FAMILIES, make_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stratavit.allocation import State, allocate, ordered_list
-from stratavit.cost import cost_model
-from stratavit.families import find_sites
-from stratavit.strata import Strata
+from stratavit.dropout_list.allocation import State, allocate, ordered_list
+from stratavit.dropout_list.strata import Strata
+from stratavit.models.cost import cost_model
+from stratavit.models.families import find_sites
 
 COSTS = {name: cost_model(make_model(name), find_sites(make_model(name)), (3, 32, 32)) for name in FAMILIES}
 SHARES = st.floats(0.3, 1)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from helpers import PLAN, make_batches, make_images, make_model
 
-from stratavit import SuperNet, effects
-from stratavit.answers import Answers, weights_digest
-from stratavit.pixels import Seen, keys_of
-from stratavit.walk import Walk
+from stratavit import SuperNet
+from stratavit.calibration.dense_outputs import Answers, weights_digest
+from stratavit.data.pixels import Seen, keys_of
+from stratavit.dropout_list import marginal_effects
+from stratavit.dropout_list.walk import Walk
 
 IMAGES = make_images(6)
 
@@ -113,14 +114,14 @@ def test_weights_of_any_type_have_a_digest(dtype):
 
 def passes_at_full_width(monkeypatch, net):
     """Images that the dense model runs on while the list is made."""
-    seen, original = [], effects.Reference._pass
+    seen, original = [], marginal_effects.Reference._pass
 
     def watched(self, batch):
         if all(module.width == module.full_width and module.probe is None for module in self.elastic.values()):
             seen.append(len(batch))
         return original(self, batch)
 
-    monkeypatch.setattr(effects.Reference, "_pass", watched)
+    monkeypatch.setattr(marginal_effects.Reference, "_pass", watched)
     net.stratify(make_batches(dtype=torch.float64), plan=PLAN)
     monkeypatch.undo()
     return sum(seen)
@@ -153,12 +154,12 @@ def test_a_change_between_contract_and_stratify_is_measured():
 
 
 def test_a_list_made_alone_asks_once_per_image(monkeypatch):
-    net, asked, original = SuperNet(make_model("plain")).contract(make_batches()), [], effects.Answers.of
+    net, asked, original = SuperNet(make_model("plain")).contract(make_batches()), [], marginal_effects.Answers.of
 
     def watched(self, images, compute):
         return original(self, images, lambda unknown: (asked.append(len(unknown)), compute(unknown))[1])
 
-    monkeypatch.setattr(effects.Answers, "of", watched)
+    monkeypatch.setattr(marginal_effects.Answers, "of", watched)
     net._answers = None
     net.stratify(make_batches(), plan=Walk(states=((0.7, 3), (0.5, 3)), images=6))
     assert sum(asked) == 12

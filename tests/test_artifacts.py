@@ -20,17 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import stratavit
-from stratavit import (
-    ArtifactError,
-    StrataViTError,
-    SuperNet,
-    artifact_format,
-    folders,
-    moments_file,
-    placing,
-    supernet_file,
-    timm_config,
-)
+from stratavit import ArtifactError, StrataViTError, SuperNet
+from stratavit.artifacts import format, moments, super_network, timm_config
+from stratavit.files import atomic, folders
 
 IMAGES = make_images(2, seed=9)
 MIXED = {"blocks.0.attn": 4, "blocks.0.mlp": 0, "blocks.1.attn": 0, "blocks.1.mlp": 33}
@@ -347,7 +339,7 @@ def test_without_second_moments_what_is_cut_is_replaced_by_its_mean(tmp_path):
     net.save(tmp_path / "less", moments=False)
     sizes = [(tmp_path / name / "moments.safetensors").stat().st_size for name in ("less", "whole")]
     assert sizes[0] < sizes[1] / 3
-    assert supernet_file.moments_bytes(tmp_path / "less") == sizes[0]
+    assert super_network.moments_bytes(tmp_path / "less") == sizes[0]
     read = SuperNet.load(tmp_path / "less")
     assert all(module.moments is None for module in read.elastic.values())
     assert read.final_mean is None
@@ -360,8 +352,8 @@ def test_without_second_moments_what_is_cut_is_replaced_by_its_mean(tmp_path):
 @given(st.integers(1, 9))
 def test_triangles_are_packed_without_loss(n):
     factor = torch.randn(n, n).tril()
-    assert moments_file.packed(factor).shape == (n * (n + 1) // 2,)
-    assert torch.equal(moments_file.unpacked(moments_file.packed(factor), n), factor)
+    assert moments.packed(factor).shape == (n * (n + 1) // 2,)
+    assert torch.equal(moments.unpacked(moments.packed(factor), n), factor)
 
 
 def edit_json(path, **changes):
@@ -489,7 +481,7 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old(save, failure, function
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(artifact_format, function, fail_half_way)
+    monkeypatch.setattr(format, function, fail_half_way)
     expected = KeyboardInterrupt if failure == "interrupted" else ArtifactError
     with pytest.raises(expected) as caught:
         save(tmp_path / "out", overwrite=True)
@@ -500,7 +492,7 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old(save, failure, function
 
 
 def test_a_failed_write_leaves_no_new_parents(tmp_path, monkeypatch):
-    monkeypatch.setattr(artifact_format, "save_file", lambda *args: (_ for _ in ()).throw(FAILURES["disk full"]))
+    monkeypatch.setattr(format, "save_file", lambda *args: (_ for _ in ()).throw(FAILURES["disk full"]))
     with pytest.raises(ArtifactError):
         save_super(tmp_path / "new" / "out")
     assert content(tmp_path) == {}
@@ -515,7 +507,7 @@ def test_a_failed_exchange_keeps_the_old(tmp_path, monkeypatch, swaps):
     def fail(*args):
         raise OSError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(placing, "_exchanged", fail if swaps else lambda *args: False)
+    monkeypatch.setattr(atomic, "_exchanged", fail if swaps else lambda *args: False)
     monkeypatch.setattr(folders.Path, "rename", lambda self, to: (fail if self.name == "new" else rename)(self, to))
     with pytest.raises(ArtifactError, match="Permission denied"):
         save_small(tmp_path / "out", overwrite=True)

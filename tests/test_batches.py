@@ -12,8 +12,8 @@ from torch import nn
 
 import stratavit
 from stratavit import StrataViTError, SuperNet
-from stratavit.batches import batches_of, check_images, unpack
-from stratavit.sensitivity import bypass_sensitivity
+from stratavit.data.batches import batches_of, check_images, unpack
+from stratavit.dropout_list.sensitivity import bypass_sensitivity
 
 IMAGES, LABELS = make_images(6), torch.tensor([0, 1, 2, 3, 4, 0])
 Pair = namedtuple("Pair", ["pictures", "classes"])

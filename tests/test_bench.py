@@ -8,9 +8,10 @@ import torch
 from helpers import make_model, make_net
 
 import stratavit
-from stratavit import Setting, StrataViTError, bench, timing
-from stratavit.bench_command import beside_dense
-from stratavit.cli import main
+from stratavit import Setting, StrataViTError, bench
+from stratavit.cli.bench import beside_dense
+from stratavit.cli.parser import main
+from stratavit.evaluation import latency
 
 SIZE = (3, 32, 32)
 SMALL = {"blocks.0.attn": 8, "blocks.0.mlp": 0, "blocks.1.attn": 0, "blocks.1.mlp": 20}
@@ -28,8 +29,8 @@ def clock(monkeypatch):
         seen.append((run(), setting))
         return [float(run())] * at_least
 
-    monkeypatch.setattr(timing, "runner", runner)
-    monkeypatch.setattr(timing, "pass_times", pass_times)
+    monkeypatch.setattr(latency, "runner", runner)
+    monkeypatch.setattr(latency, "pass_times", pass_times)
     return seen
 
 
@@ -64,7 +65,7 @@ def test_the_dense_model_is_rebuilt(family):
         small = net.extract(spec=spec)
         models = beside_dense(small, "small")
         assert list(models) == ["dense", "small"]
-        cost = stratavit.cost.linear_macs(models["dense"], net.data_config["input_size"], attention=True)
+        cost = stratavit.models.cost.linear_macs(models["dense"], net.data_config["input_size"], attention=True)
         if any(spec.values()) or not spec:
             assert cost == net.macs(attention=True)
 
@@ -118,7 +119,7 @@ def test_command(tmp_path, capsys):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_answers_as_the_model_does():
     model = make_model("plain").eval()
-    run = timing.runner(model, SIZE, Setting(runtime="compiled"))
+    run = latency.runner(model, SIZE, Setting(runtime="compiled"))
     with torch.no_grad():
         images = torch.randn(1, *SIZE, generator=torch.Generator().manual_seed(0))
         assert torch.allclose(run.run(), model(images), atol=1e-4)

@@ -8,8 +8,8 @@ from PIL import Image
 
 import stratavit
 from stratavit import StrataViTError, SuperNet, class_names_of, image_loader
-from stratavit.cli import main
-from stratavit.train_command import new_head
+from stratavit.cli.parser import main
+from stratavit.cli.train import new_head
 
 CONFIG = {"input_size": (3, 8, 8)}
 
@@ -224,9 +224,9 @@ def test_every_command_asks_the_model_for_its_names(tmp_path, capsys, command):
 def test_names_from_a_file_are_checked(tmp_path):
     model = timm.create_model("test_vit", num_classes=2)
     stratavit.save(model, tmp_path / "small")
-    content = stratavit.folders.read_json(tmp_path / "small" / "stratavit.json")
+    content = stratavit.files.folders.read_json(tmp_path / "small" / "stratavit.json")
     content.pop("hashes")
     for names in ("ab", [1, 2], {"0": "a"}):
-        stratavit.folders.write_json(tmp_path / "small" / "stratavit.json", content | {"label_names": names})
+        stratavit.files.folders.write_json(tmp_path / "small" / "stratavit.json", content | {"label_names": names})
         with pytest.raises(stratavit.ArtifactError, match="label_names"):
             stratavit.load(tmp_path / "small")

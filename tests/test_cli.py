@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import stratavit
-from stratavit import artifact_format
-from stratavit.cli import main, parser
+from stratavit.artifacts import format
+from stratavit.cli.parser import main, parser
 
 MODEL = "deit_tiny_patch16_224"
 CLASSES = ("ant", "bee", "cat")
@@ -235,7 +235,7 @@ def test_unsupported_architecture(capsys, work, tmp_path):
 
 
 def test_images_are_looked_for_before_weights_are_fetched(work, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("stratavit.convert_command.model_at", None)
+    monkeypatch.setattr("stratavit.cli.convert.model_at", None)
     for arguments in (["convert", MODEL, "--out", tmp_path / "out"], ["evaluate", MODEL]):
         message = complaint(capsys, [*arguments, "--data", tmp_path / "imagenet"])
         assert f"data: {tmp_path / 'imagenet'} is not a folder" in message
@@ -360,7 +360,7 @@ def test_disk_full(run, tmp_path, capsys, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(artifact_format, "save_file", full)
+    monkeypatch.setattr(format, "save_file", full)
     line = complaint(capsys, ["extract", run, "--macs", "0.5", "--out", tmp_path / "new" / "out"])
     assert "No space left" in line
     assert list(tmp_path.iterdir()) == []

@@ -24,8 +24,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stratavit import SuperNet, evaluate
-from stratavit.compensation import LARGEST_RATIO, cholesky, compensate, factorise
-from stratavit.data import image_loader
+from stratavit.data.image_folder import image_loader
+from stratavit.elastic.compensation import LARGEST_RATIO, cholesky, compensate, factorise
 
 IMAGES = make_images(2, seed=9)
 CALIBRATION = torch.cat([images for images, _ in make_batches()])

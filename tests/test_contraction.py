@@ -7,12 +7,12 @@ import torch
 from helpers import make_batches, make_images, make_model, measured_means, out_layers, relative_error, stock_copy
 
 from stratavit import StrataViTError, SuperNet
-from stratavit.data import image_loader
-from stratavit.elastic import AttentionTransform
-from stratavit.heads import ElasticAttention
-from stratavit.hidden import ElasticMlp
-from stratavit.statistics import collect
-from stratavit.wpac import CRITERIA
+from stratavit.calibration.statistics import collect
+from stratavit.calibration.wpac import CRITERIA
+from stratavit.data.image_folder import image_loader
+from stratavit.elastic.attention import ElasticAttention
+from stratavit.elastic.base import AttentionTransform
+from stratavit.elastic.mlp import ElasticMlp
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

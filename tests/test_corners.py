@@ -21,36 +21,24 @@ from timm.models.beit import Beit
 from torch import nn
 
 import stratavit
-from stratavit import (
-    ArtifactError,
-    Spec,
-    StrataViTError,
-    SuperNet,
-    UnsupportedModelError,
-    announced,
-    architecture,
-    artifact_format,
-    card,
-    checkpoint,
-    features,
-    folders,
-    hf_models,
-    image_files,
-    lock,
-    processes,
-    report,
-    signals,
-    statistics,
-    timing,
-    timm_config,
-    torchvision_models,
-)
-from stratavit.batches import watched
-from stratavit.cli import main
-from stratavit.equivalent import check_equivalent
+from stratavit import ArtifactError, Spec, StrataViTError, SuperNet, UnsupportedModelError
+from stratavit.artifacts import format, timm_config
+from stratavit.calibration import statistics
+from stratavit.cli.parser import main
+from stratavit.data import image_files
+from stratavit.data.batches import watched
+from stratavit.elastic.layers import describe_layer
 from stratavit.errors import described, one_line, shown
-from stratavit.families import vit
-from stratavit.layers import describe_layer
+from stratavit.evaluation import features, latency
+from stratavit.files import folders, lock
+from stratavit.interop import torchvision_vit
+from stratavit.interop.equivalence import check_equivalent
+from stratavit.interop.transformers import models
+from stratavit.models import architecture, size_checks
+from stratavit.models.families import vit
+from stratavit.reports import curve, model_card
+from stratavit.training import distributed, run_files
+from stratavit.utils import signals
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": CLASSES}
 
@@ -67,7 +55,7 @@ def failing(error):
 
 def test_more_buffers_than_the_weights_explain(tmp_path, monkeypatch):
     stratavit.save(architectures.make("SwinForImageClassification"), tmp_path / "swin")
-    monkeypatch.setattr(announced, "BUFFERS", -(1 << 40))
+    monkeypatch.setattr(size_checks, "BUFFERS", -(1 << 40))
     with pytest.raises(ArtifactError, match=r"would compute .* numbers beside its weights"):
         stratavit.load(tmp_path / "swin")
 
@@ -105,26 +93,26 @@ def test_a_module_that_no_site_becomes():
 
 def test_a_model_of_transformers_of_another_class():
     with pytest.raises(UnsupportedModelError, match="cannot cut a Identity of transformers: expected one of"):
-        hf_models.layout_of(nn.Identity())
+        models.layout_of(nn.Identity())
 
 
 def test_origins_that_are_none():
     small = stratavit.as_timm(architectures.make("ViTForImageClassification"))
     with pytest.raises(ArtifactError, match=r"origin: expected one of .*, got 'Other'"):
-        hf_models.from_timm(small, {"class": "Other"})
+        models.from_timm(small, {"class": "Other"})
     with pytest.raises(ArtifactError, match="origin: ViTForImageClassification cannot be built: "):
-        hf_models.from_timm(small, {"class": "ViTForImageClassification", "config": {"hidden_size": "x"}})
+        models.from_timm(small, {"class": "ViTForImageClassification", "config": {"hidden_size": "x"}})
 
 
 def test_classes_of_a_model_of_transformers():
-    from stratavit.structure import classes_of
+    from stratavit.utils.model import classes_of
 
     model = architectures.make("ViTForImageClassification")
     assert classes_of(model) == model.config.num_labels
 
 
 def test_a_name_of_torchvisions_that_has_no_other_in_timm():
-    assert torchvision_models._renamed("encoder.layers.encoder_layer_3.other.bias") == "blocks.3.other.bias"
+    assert torchvision_vit._renamed("encoder.layers.encoder_layer_3.other.bias") == "blocks.3.other.bias"
 
 
 def test_arguments_that_an_architecture_sets_itself(monkeypatch):
@@ -153,7 +141,7 @@ def test_neighbours_of_nothing():
 
 def test_a_judge_by_text_embeddings():
     model, batches = make_model("plain"), make_batches()
-    judge = report.judge_of(model, embeddings=torch.eye(CLASSES, features.features(model, make_images(1)).shape[1]))
+    judge = curve.judge_of(model, embeddings=torch.eye(CLASSES, features.features(model, make_images(1)).shape[1]))
     assert judge(model, batches).n == sum(len(labels) for _, labels in batches)
 
 
@@ -164,20 +152,20 @@ def test_features_that_no_gradient_comes_to():
 
 
 def test_cut_networks_that_answer_with_no_numbers(monkeypatch):
-    from stratavit import listing
+    from stratavit.dropout_list import build
 
     net = make_net("plain")
-    monkeypatch.setattr(listing, "walk", lambda *args: ([], {"blocks.0.attn": float("nan")}, []))
+    monkeypatch.setattr(build, "walk", lambda *args: ([], {"blocks.0.attn": float("nan")}, []))
     with pytest.raises(StrataViTError, match="a cut network answered NaN or infinity"):
-        listing.by_effects(net.model, net.sites, net.cost, make_batches(), PLAN)
+        build.by_effects(net.model, net.sites, net.cost, make_batches(), PLAN)
 
 
 def test_what_a_timing_holds():
-    assert timing.Timing.of([0.1, 0.2, 0.3], 4).to_dict()["median_ms"] == pytest.approx(200)
+    assert latency.Timing.of([0.1, 0.2, 0.3], 4).to_dict()["median_ms"] == pytest.approx(200)
 
 
 def test_a_runtime_that_is_not_here_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(timing, "load_session", failing(StrataViTError("pip install it")), raising=False)
+    monkeypatch.setattr(latency, "load_session", failing(StrataViTError("pip install it")), raising=False)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(StrataViTError, match="pip install"):
         stratavit.time_model(make_model("plain"), (3, 32, 32), stratavit.Setting(runtime="onnx", seconds=0.01))
@@ -222,20 +210,20 @@ def test_folders_of_images_that_cannot_be_listed(tmp_path, monkeypatch):
 
 
 def test_a_state_that_memory_is_too_small_for(tmp_path):
-    with pytest.raises(MemoryError), checkpoint.sound(tmp_path):
+    with pytest.raises(MemoryError), run_files.sound(tmp_path):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
 
 
 def test_weights_without_an_average():
     model = make_model("plain")
-    checkpoint.put_weights(checkpoint.weights_of(make_model("plain", seed=3), None), model, None)
+    run_files.put_weights(run_files.weights_of(make_model("plain", seed=3), None), model, None)
     assert torch.equal(model.head.weight, make_model("plain", seed=3).head.weight)
 
 
 def test_a_card_leaves_out_sizes_that_cannot_be_had(monkeypatch):
     net = make_net("plain", stratified=True)
-    monkeypatch.setattr(card, "SHARES", ("12/12", "0/12"))
-    text = card.model_card(net, "user/name")
+    monkeypatch.setattr(model_card, "SHARES", ("12/12", "0/12"))
+    text = model_card.model_card(net, "user/name")
     assert "| 12/12 |" in text
     assert "| 0/12 |" not in text
 
@@ -247,7 +235,7 @@ def test_signals_are_left_alone_in_other_threads():
     before, asked = signal.getsignal(signal.SIGTERM), []
 
     def work():
-        with signals.raised(), processes.stop_on_signal() as stop:
+        with signals.raised(), distributed.stop_on_signal() as stop:
             asked.append((signal.getsignal(signal.SIGTERM), stop.asked))
 
     thread = threading.Thread(target=work)
@@ -264,7 +252,7 @@ def test_a_fault_that_is_no_workers_is_raised_as_it_is():
 def test_accelerate_that_cannot_start(tmp_path, monkeypatch):
     monkeypatch.setattr(accelerate, "Accelerator", failing(ValueError("fp8 needs other hardware")))
     with pytest.raises(StrataViTError, match="train: Accelerate cannot start: fp8"):
-        processes.accelerator(TINY, tmp_path, cpu=True)
+        distributed.accelerator(TINY, tmp_path, cpu=True)
 
 
 def test_processes_that_were_launched_and_not_joined(tmp_path, monkeypatch):
@@ -272,12 +260,12 @@ def test_processes_that_were_launched_and_not_joined(tmp_path, monkeypatch):
     alone = SimpleNamespace(num_processes=1, log_with=[])
     monkeypatch.setattr(accelerate, "Accelerator", lambda **options: alone)
     with pytest.raises(StrataViTError, match="2 processes were launched, but Accelerate joined 1"):
-        processes.accelerator(TINY, tmp_path, cpu=True)
+        distributed.accelerator(TINY, tmp_path, cpu=True)
 
 
 def test_a_tracker_that_fails_at_the_end(capsys):
     tracker = SimpleNamespace(finish=failing(OSError(28, "No space left on device")))
-    processes.release(
+    distributed.release(
         SimpleNamespace(unwrap_model=lambda model, **options: model, trackers=[tracker]), make_model("plain")
     )
     assert "train: the tracker's last numbers are lost: the disk is full" in capsys.readouterr().err
@@ -285,11 +273,11 @@ def test_a_tracker_that_fails_at_the_end(capsys):
 
 def test_states_are_saved_as_often_as_asked(tmp_path):
     run(tmp_path / "run", recipe=dataclasses.replace(TINY, save_every=2))
-    assert checkpoint.read_state(tmp_path / "run")["ended"] == TINY.epochs
+    assert run_files.read_state(tmp_path / "run")["ended"] == TINY.epochs
 
 
 def test_a_folder_that_is_filled_while_it_is_locked(tmp_path, monkeypatch):
-    from stratavit import launch
+    from stratavit.training import launch
 
     take = lock.Lock.take
 
@@ -303,7 +291,7 @@ def test_a_folder_that_is_filled_while_it_is_locked(tmp_path, monkeypatch):
 
 
 def test_a_lock_that_cannot_be_set_leaves_no_folders(tmp_path, monkeypatch):
-    from stratavit import launch
+    from stratavit.training import launch
 
     monkeypatch.setattr(lock.Lock, "take", failing(OSError(28, "No space left on device")))
     with pytest.raises(ArtifactError, match="the disk is full"):
@@ -322,7 +310,7 @@ def test_raw_weights_are_kept_where_asked(tmp_path):
     small = make_net("plain").extract(spec={"blocks.0.attn": 8}, verbose=False)
     recipe = dataclasses.replace(TINY, mode="plain", keep="raw")
     tuned = stratavit.finetune(small, Images(), None, recipe, tmp_path / "run", cpu=True)
-    state = checkpoint.read_state(tmp_path / "run")
+    state = run_files.read_state(tmp_path / "run")
     assert torch.equal(state["weights"]["head.weight"], tuned.head.weight)
 
 
@@ -413,4 +401,4 @@ def test_started_as_a_module():
 
 def test_budgets_of_a_small_model(folder, capsys):
     assert "has one size only" in told(capsys, "bench", folder / "small", "--macs", "50%")
-    assert artifact_format.kind(folder / "small") == artifact_format.SUB
+    assert format.kind(folder / "small") == format.SUB

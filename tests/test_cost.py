@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from stratavit import SuperNet
-from stratavit.cost import cost_model
-from stratavit.families import find_sites
+from stratavit.models.cost import cost_model
+from stratavit.models.families import find_sites
 
 
 def counted_macs(model):

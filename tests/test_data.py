@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from stratavit import Recipe, StrataViTError, SuperNet, evaluate
-from stratavit.augment import training_transform
-from stratavit.class_names import read_class_map
-from stratavit.data import image_loader
+from stratavit.data.class_names import read_class_map
+from stratavit.data.image_folder import image_loader
+from stratavit.training.augmentation import training_transform
 
 CONFIG = {
     "input_size": (3, 16, 16), "mean": (0.5, 0.25, 0.0), "std": (0.5, 0.5, 1.0),

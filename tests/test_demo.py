@@ -8,7 +8,7 @@ import torch
 
 import stratavit
 from stratavit import StrataViTError, demo
-from stratavit.cli import main
+from stratavit.cli.parser import main
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,11 @@ from PIL import Image
 from test_train import TINY, assert_same, fresh, outcome, run
 
 import stratavit
-from stratavit import ArtifactError, StrataViTError, SuperNet, checkpoint, curve_points, hub, loop, plots
-from stratavit.cli import main
+from stratavit import ArtifactError, StrataViTError, SuperNet
+from stratavit.cli.parser import main
+from stratavit.evaluation import curve_points
+from stratavit.reports import hub, plots
+from stratavit.training import run_files, trainer
 
 FULL = "the disk is full (No space left on device)"
 
@@ -62,7 +65,7 @@ def points():
 
 
 def write_curve(out):
-    from stratavit.measure_command import write_curve as write
+    from stratavit.cli.measure import write_curve as write
 
     write(points(), out, "title", True)
 
@@ -174,8 +177,8 @@ def once(owner, name, happens, at=1):
 
 LEFT = "the last state in {} is sound, resume it to go on"
 MOMENTS = {
-    "a state": (loop, "write_state", 2, "state.pt", LEFT),
-    "the log": (checkpoint.Journal, "append", 1, "log.jsonl", LEFT),
+    "a state": (trainer, "write_state", 2, "state.pt", LEFT),
+    "the log": (run_files.Journal, "append", 1, "log.jsonl", LEFT),
     "the result": (SuperNet, "save", 1, "", LEFT),
     "the curve": (curve_points, "write_csv", 1, "", LEFT),
     "the pictures": (plots, "plot_history", 1, "", LEFT),
@@ -222,16 +225,16 @@ def states_on_a_full_disk(place):
     """Wherever the disk ends."""
     disk = mounted(place, "2m")
     state = {"weights": {str(number): torch.randn(300) for number in range(20)}}
-    checkpoint.write_state(disk, {"step": 1, **state})
+    run_files.write_state(disk, {"step": 1, **state})
     kept = (disk / "state.pt").read_bytes()
     for left in range(0, len(kept), 4096):
         fill(disk, left)
         words = f"cannot write {disk / 'state.pt'}: {FULL}; {LEFT.format(disk)}"
-        refused(lambda: checkpoint.write_state(disk, {"step": 2, **state}), words)
+        refused(lambda: run_files.write_state(disk, {"step": 2, **state}), words)
         assert content(disk) == {"state.pt": kept}
     fill(disk, len(kept) + 4096)
-    checkpoint.write_state(disk, {"step": 2, **state})
-    assert checkpoint.read_state(disk)["step"] == 2
+    run_files.write_state(disk, {"step": 2, **state})
+    assert run_files.read_state(disk)["step"] == 2
 
 
 def test_states_on_a_full_disk(place):
@@ -244,7 +247,7 @@ def begun_on_a_full_disk(place):
     refused(partial(run, disk / "run"), str(disk / "run"), FULL)
     assert content(disk) == {}
     (disk / "ballast").unlink()
-    once(loop, "write_state", partial(fill, disk))
+    once(trainer, "write_state", partial(fill, disk))
     refused(partial(run, disk / "run"), str(disk / "run" / "state.pt"), FULL, "there is no state to resume yet")
     (disk / "ballast").unlink()
     run(disk / "run")
@@ -258,8 +261,8 @@ def tracked_on_a_full_disk(place):
     """The tracker writes in a thread of its own, now or later."""
     disk = mounted(place, "8m")
     recipe = stratavit.Recipe.from_dict(TRACKED)
-    once(checkpoint.Journal, "append", partial(fill, disk), at=2)
-    checkpoint.Journal.append = lambda self, row, append=checkpoint.Journal.append: tolerant(append, self, row)
+    once(run_files.Journal, "append", partial(fill, disk), at=2)
+    run_files.Journal.append = lambda self, row, append=run_files.Journal.append: tolerant(append, self, row)
     with suppress(ArtifactError):
         run(disk / "run", recipe=recipe)
     (disk / "ballast").unlink()

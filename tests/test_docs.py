@@ -14,8 +14,8 @@ import torch
 from helpers import make_images, make_net
 
 import stratavit
-from stratavit.cli import parser
-from stratavit.recipe import Recipe, read_toml
+from stratavit.cli.parser import parser
+from stratavit.training.recipe import Recipe, read_toml
 
 ROOT = Path(__file__).parents[1]
 IMAGES = make_images(2, seed=9)

@@ -21,8 +21,8 @@ from test_docs import BLOCKS, ROOT, STRATAVIT
 from torch.utils.data import TensorDataset
 
 import stratavit
-from stratavit.cli import main
-from stratavit.data import image_loader
+from stratavit.cli.parser import main
+from stratavit.data.image_folder import image_loader
 
 MODEL = "deit_tiny_patch16_224"
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}

@@ -7,18 +7,19 @@ import torch
 import torch.nn.functional as F
 from helpers import make_batches, make_images, make_model, make_net, relative_error
 
-from stratavit import SuperNet, effects
-from stratavit.cost import site_macs
-from stratavit.distance import distance
-from stratavit.heads import ElasticAttention
-from stratavit.hidden import ElasticMlp
+from stratavit import SuperNet
+from stratavit.calibration.distance import distance
+from stratavit.dropout_list import marginal_effects
+from stratavit.elastic.attention import ElasticAttention
+from stratavit.elastic.mlp import ElasticMlp
+from stratavit.models.cost import site_macs
 
 IMAGES = make_images(3, seed=9)
 
 
 def measured(net, cut, batches, differentiate=True):
     """Distance, drift and effects at a cut network."""
-    reference = effects.Reference(net.model, net.sites, batches)
+    reference = marginal_effects.Reference(net.model, net.sites, batches)
     return reference.effects(net.cost, cut) if differentiate else reference.forward(cut)
 
 
@@ -80,7 +81,7 @@ def directional(net, site, cut, other, images, eps=1e-4):
     values = []
     with net.at(cut):
         for moving.eps in (eps, -eps):
-            values.append(float(effects.distance(net.model(images).double(), dense, net.model.num_classes)))
+            values.append(float(marginal_effects.distance(net.model(images).double(), dense, net.model.num_classes)))
     setattr(net.model.get_submodule(block), leaf, module)
     return (values[0] - values[1]) / (2 * eps)
 
@@ -92,13 +93,13 @@ def test_effects_equal_finite_differences(family_name, cut, monkeypatch):
     def wide_distance(small, dense, classes):
         return F.kl_div(small.log_softmax(-1), dense.log_softmax(-1), reduction="sum", log_target=True)
 
-    monkeypatch.setattr(effects, "distance", wide_distance)
+    monkeypatch.setattr(marginal_effects, "distance", wide_distance)
     net = wide_net(family_name)
     images = IMAGES.double()
     found = measured(net, cut, [images[:2], images[2:]]).effects
     for site in net.sites:
         width, falls = cut[site.name], []
-        for other in effects.neighbours(site, width, net.cost):
+        for other in marginal_effects.neighbours(site, width, net.cost):
             if other != width:
                 macs = net.cost.site_macs(site, other) - net.cost.site_macs(site, width)
                 falls.append(-directional(net, site, cut, other, images) / macs)
@@ -124,17 +125,19 @@ def test_a_probe_at_its_own_width_gives_exactly_the_networks_answer(family):
             probes = {}
             for site in net.sites:
                 index = min(site.steps.index(cut[site.name]) + stretch, len(site.steps) - 1)
-                probes[site.name] = effects.make_probe(net.elastic[site.name], cut[site.name], site.steps[index])
-            with effects.probing(net.elastic, probes):
+                probes[site.name] = marginal_effects.make_probe(
+                    net.elastic[site.name], cut[site.name], site.steps[index]
+                )
+            with marginal_effects.probing(net.elastic, probes):
                 assert relative_error(net.model(IMAGES), expected) <= 1e-5
 
 
 def test_a_probe_at_full_width_gives_the_dense_answer(family):
     net = copy.deepcopy(make_net(family))
-    probes = {name: effects.make_probe(m, m.full_width, m.full_width) for name, m in net.elastic.items()}
+    probes = {name: marginal_effects.make_probe(m, m.full_width, m.full_width) for name, m in net.elastic.items()}
     with torch.no_grad():
         expected = net(IMAGES)
-        with effects.probing(net.elastic, probes):
+        with marginal_effects.probing(net.elastic, probes):
             assert relative_error(net.model(IMAGES), expected) <= 1e-6
 
 
@@ -143,7 +146,7 @@ def test_neighbours_are_steps_that_cost_alike_and_stay_within_one_unit_and_full_
     dearest = max(site_macs(site, site.steps[1], 1) for site in net.sites)
     for site in net.sites:
         for width in site.steps[1:]:
-            below, above = effects.neighbours(site, width, net.cost)
+            below, above = marginal_effects.neighbours(site, width, net.cost)
             assert site.steps[1] <= below <= width <= above <= site.width
             assert below < width or width == site.steps[1]
             assert above > width or width == site.width
@@ -165,10 +168,10 @@ def test_distance_of_logits_and_of_features():
 
 def test_an_exception_inside_a_probed_pass_takes_the_probes_away():
     net = copy.deepcopy(make_net("plain"))
-    probes = {name: effects.make_probe(m, 8, 16) for name, m in net.elastic.items()}
+    probes = {name: marginal_effects.make_probe(m, 8, 16) for name, m in net.elastic.items()}
 
     def run():
-        with effects.probing(net.elastic, probes):
+        with marginal_effects.probing(net.elastic, probes):
             assert all(module.probe is not None for module in net.elastic.values())
             net.model(torch.zeros(1, 2, 32, 32))
 
@@ -181,8 +184,8 @@ def test_an_exception_inside_a_probed_pass_takes_the_probes_away():
 def test_gradients_of_a_probe_stay_in_the_probe(module):
     net = copy.deepcopy(make_net("plain")).requires_grad_(False)
     sites = {name: m for name, m in net.elastic.items() if isinstance(m, module)}
-    probes = {name: effects.make_probe(m, 8, 16) for name, m in sites.items()}
-    with effects.probing(sites, probes):
+    probes = {name: marginal_effects.make_probe(m, 8, 16) for name, m in sites.items()}
+    with marginal_effects.probing(sites, probes):
         net.model(IMAGES).square().sum().backward()
     assert all(p.grad is None for p in net.parameters())
     for probe in probes.values():

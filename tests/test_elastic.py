@@ -21,8 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stratavit import SuperNet
-from stratavit.heads import ElasticAttention
-from stratavit.hidden import ElasticMlp
+from stratavit.elastic.attention import ElasticAttention
+from stratavit.elastic.mlp import ElasticMlp
 
 IMAGES = make_images(2, seed=9)
 MASKED = ["mean", "paper"]  # what switching channels off in the stock model can show

@@ -12,8 +12,8 @@ from PIL import Image
 
 import stratavit
 from stratavit import ArtifactError, StrataViTError
-from stratavit.cli import main
-from stratavit.export import SUFFIXES
+from stratavit.cli.parser import main
+from stratavit.interop.export import SUFFIXES
 
 SPEC = {"blocks.0.attn": 8, "blocks.0.mlp": 0, "blocks.1.attn": 0, "blocks.1.mlp": 20}
 

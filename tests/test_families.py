@@ -13,11 +13,11 @@ from helpers import PLAN, enliven, make_images, relative_error
 
 import stratavit
 from stratavit import SuperNet
-from stratavit.architecture import describe
-from stratavit.cost import linear_macs
-from stratavit.distance import distance
-from stratavit.equivalent import tensor_of
-from stratavit.structure import classes_of
+from stratavit.calibration.distance import distance
+from stratavit.interop.equivalence import tensor_of
+from stratavit.models.architecture import describe
+from stratavit.models.cost import linear_macs
+from stratavit.utils.model import classes_of
 
 pytestmark = pytest.mark.parametrize("name", architectures.ALL)
 LABELS = torch.arange(12) % 7

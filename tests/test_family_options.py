@@ -11,8 +11,8 @@ from helpers import enliven, make_images, relative_error
 
 import stratavit
 from stratavit import StrataViTError, SuperNet
-from stratavit.architecture import difference
-from stratavit.structure import classes_of
+from stratavit.models.architecture import difference
+from stratavit.utils.model import classes_of
 
 IMAGES = make_images(3, seed=9)
 FAMILIES = (

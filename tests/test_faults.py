@@ -25,13 +25,15 @@ from safetensors.torch import save_file
 from test_train import TINY, CrashError, Images, assert_same, crash, fresh, outcome, run
 
 import stratavit
-from stratavit import ArtifactError, StrataViTError, SuperNet, checkpoint, folders, lock
-from stratavit.augment import TrainingFolder, training_transform
-from stratavit.cli import main
-from stratavit.data import ImageFolder, image_loader
-from stratavit.lock import Lock
-from stratavit.progress import track
-from stratavit.timing import Setting, time_model
+from stratavit import ArtifactError, StrataViTError, SuperNet
+from stratavit.cli.parser import main
+from stratavit.data.image_folder import ImageFolder, image_loader
+from stratavit.evaluation.latency import Setting, time_model
+from stratavit.files import folders, lock
+from stratavit.files.lock import Lock
+from stratavit.training import run_files
+from stratavit.training.augmentation import TrainingFolder, training_transform
+from stratavit.utils.progress import track
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def refused(*args, **kwargs):
 
 
 def rewrite(folder, edit):
-    state = dict(checkpoint.read_state(folder))
+    state = dict(run_files.read_state(folder))
     edit(state)
     torch.save(state, folder / "state.pt")
 
@@ -347,7 +349,7 @@ def test_unreadable_images_in_the_midst_of_an_epoch(tmp_path, workers, capfd):
     assert "is unreadable; the next image takes its place" in capfd.readouterr().err
     message = refused(tmp_path / "all", data=image_set(tmp_path / "none", set(range(24))), recipe=recipe)
     assert "images in a row are unreadable" in message
-    assert checkpoint.read_state(tmp_path / "all")["step"] == 0
+    assert run_files.read_state(tmp_path / "all")["step"] == 0
     assert not (tmp_path / "all" / lock.FILE).exists()
 
 
@@ -442,10 +444,10 @@ def read_without_memory(folder):
     """Sound files that do not fit are not called damaged."""
     big = torch.zeros(64 << 18)
     save_file({"a": big}, folder / "a.safetensors")
-    checkpoint.write_state(folder, {"a": big})
+    run_files.write_state(folder, {"a": big})
     del big
     limited(16 << 20)
-    for read in (lambda: folders.read_tensors(folder / "a.safetensors"), lambda: checkpoint.read_state(folder)):
+    for read in (lambda: folders.read_tensors(folder / "a.safetensors"), lambda: run_files.read_state(folder)):
         with pytest.raises(MemoryError):
             read()
 
@@ -492,7 +494,7 @@ def test_a_clock_that_jumps(begun, whole, tmp_path, monkeypatch, step):
     run(folder, recipe=recipe, resume=True)
     assert len(jumps) > 5
     assert_same(outcome(folder)[1:], outcome(whole)[1:])
-    seconds = [row["seconds"] for row in checkpoint.Journal(folder / "log.jsonl").rows() if row["kind"] == "epoch"]
+    seconds = [row["seconds"] for row in run_files.Journal(folder / "log.jsonl").rows() if row["kind"] == "epoch"]
     assert all(0 < second < 60 for second in seconds), seconds
     timing = time_model(make_model("plain"), (3, 32, 32), Setting(seconds=0.02))
     assert 0 < timing.median_ms <= timing.p90_ms < 10_000

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 import stratavit
 from stratavit import ArtifactError, StrataViTError, SuperNet
-from stratavit.cli import main
-from stratavit.features import features, knn, read_embeddings, zero_shot
-from stratavit.sensitivity import bypass_sensitivity
+from stratavit.cli.parser import main
+from stratavit.dropout_list.sensitivity import bypass_sensitivity
+from stratavit.evaluation.features import features, knn, read_embeddings, zero_shot
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 

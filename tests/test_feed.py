@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from stratavit import StrataViTError
-from stratavit.feed import Feed
-from stratavit.pixels import folds_of, keys_of
+from stratavit.data.feed import Feed
+from stratavit.data.pixels import folds_of, keys_of
 
 IMAGE_BYTES = 12
 

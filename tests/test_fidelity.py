@@ -12,7 +12,7 @@ from torch import nn
 
 import stratavit
 from stratavit import ArtifactError, StrataViTError, SuperNet, UnsupportedModelError
-from stratavit.fidelity import Subject, check_saved
+from stratavit.models.equality import Subject, check_saved
 
 NAMES = ("vit_tiny_patch16_224", "eva02_tiny_patch14_224", "beit_base_patch16_224")
 SWINS = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256")

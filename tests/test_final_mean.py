@@ -9,10 +9,10 @@ from helpers import FAMILIES, PLAN, make_batches, make_images, make_model, make_
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stratavit import effects, walk
-from stratavit.families import last_norm
-from stratavit.final_mean import FinalMean
-from stratavit.pixels import folds_of, keys_of
+from stratavit.data.pixels import folds_of, keys_of
+from stratavit.dropout_list import marginal_effects, walk
+from stratavit.models.families import last_norm
+from stratavit.models.final_mean import FinalMean
 
 IMAGES = make_images(3, seed=9)
 SHIFTED = [name for name in FAMILIES if name != "distilled"]
@@ -115,7 +115,7 @@ def test_measured_vectors_bring_the_mean_back_to_the_dense_models(name):
     for fold, state, vector in zip((1, 0)[: len(states)], states, vectors, strict=True):
         assert net.cost.macs(state.widths) <= state.share * net.macs()
         seen = images[folds_of(keys_of(images)) == fold]
-        with torch.no_grad(), effects.crossed(net.model, fold):
+        with torch.no_grad(), marginal_effects.crossed(net.model, fold):
             dense = read_by_head(net.extract(spec={}), seen).mean(dim=0)
             plain = read_by_head(net.extract(spec=state.widths), seen).mean(dim=0)
             assert relative_error(vector, dense - plain) <= 1e-3

@@ -12,11 +12,12 @@ from PIL import Image
 from test_train import TINY, CrashError, Images, assert_same, crash, terminate
 
 import stratavit
-from stratavit import Recipe, StrataViTError, checkpoint
-from stratavit.cli import main
-from stratavit.plain import Constant
-from stratavit.recipe import FINETUNING, LIST_KEYS
-from stratavit.teacher import Teacher
+from stratavit import Recipe, StrataViTError
+from stratavit.cli.parser import main
+from stratavit.elastic.plain import Constant
+from stratavit.training import run_files
+from stratavit.training.recipe import FINETUNING, LIST_KEYS
+from stratavit.training.teacher import Teacher
 
 PLAIN = dataclasses.replace(TINY, mode="plain")
 SPEC = {"blocks.0.attn": 8, "blocks.0.mlp": 0, "blocks.1.attn": 0, "blocks.1.mlp": 20}
@@ -31,8 +32,8 @@ def run(out, data=None, model=None, recipe=PLAIN, **options):
 
 
 def outcome(folder):
-    log = [{k: v for k, v in row.items() if k != "seconds"} for row in checkpoint.Journal(folder / "log.jsonl").rows()]
-    return checkpoint.read_state(folder), log, (folder / "model.safetensors").read_bytes()
+    log = [{k: v for k, v in row.items() if k != "seconds"} for row in run_files.Journal(folder / "log.jsonl").rows()]
+    return run_files.read_state(folder), log, (folder / "model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_what_a_run_leaves(finished):
     assert isinstance(model.blocks[0].mlp, Constant)
     assert loaded.provenance["finetune"]["recipe"] == PLAIN.to_dict()
     assert loaded.provenance["spec"]["blocks.1.mlp"] == 20
-    rows = checkpoint.Journal(folder / "log.jsonl").rows()
+    rows = run_files.Journal(folder / "log.jsonl").rows()
     assert [(row["kind"], row["epoch"]) for row in rows if row["kind"] == "eval"] == [("eval", 2), ("eval", 3)]
     (point,) = rows[-1]["points"]
     assert point["n"] == 12

@@ -12,8 +12,8 @@ from torch import nn
 
 import stratavit
 from stratavit import ArtifactError, StrataViTError, SuperNet, UnsupportedModelError
-from stratavit.freezing import frozen_names
-from stratavit.structure import classes_of
+from stratavit.models.freezing import frozen_names
+from stratavit.utils.model import classes_of
 
 PLAIN = ("vit_tiny_patch16_224", "eva02_tiny_patch14_224", "beit_base_patch16_224", "vit_base_patch16_clip_224")
 SWINS = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256")
@@ -63,7 +63,7 @@ def test_the_layer_tells_the_classes(name, head, tmp_path):
     net = SuperNet(model).eval()
     assert (net.model.num_classes, dropout_of(net.model)) == (classes, rate)
     assert net.params() == sum(p.numel() for p in model.parameters())
-    assert net.macs() == stratavit.cost.linear_macs(model, (3, 32, 32))
+    assert net.macs() == stratavit.models.cost.linear_macs(model, (3, 32, 32))
     net.save(tmp_path / "net")
     stratavit.save(model, tmp_path / "dense")
     small = put(net.extract(spec={net.sites[0].name: 8}, verbose=False), layer)

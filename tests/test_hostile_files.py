@@ -22,25 +22,18 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
 import stratavit
-from stratavit import (
-    ArtifactError,
-    Recipe,
-    Spec,
-    StrataViTError,
-    SuperNet,
-    artifact_format,
-    checkpoint,
-    curve_points,
-    hub,
-    pupil,
-    torch_checkpoint,
-    zoo,
-)
-from stratavit.class_names import read_class_map
-from stratavit.data import image_loader
-from stratavit.features import read_embeddings
-from stratavit.pupil import evaluations
-from stratavit.strata import Strata
+from stratavit import ArtifactError, Recipe, Spec, StrataViTError, SuperNet
+from stratavit.artifacts import format, model_loading
+from stratavit.data.class_names import read_class_map
+from stratavit.data.image_folder import image_loader
+from stratavit.dropout_list.strata import Strata
+from stratavit.evaluation import curve_points
+from stratavit.evaluation.features import read_embeddings
+from stratavit.files import torch_checkpoint
+from stratavit.reports import hub
+from stratavit.tasks import piad_task
+from stratavit.tasks.piad_task import evaluations
+from stratavit.training import run_files
 
 IMAGES = make_images(2, seed=9)
 MIXED = {"blocks.0.attn": 4, "blocks.0.mlp": 0, "blocks.1.attn": 0, "blocks.1.mlp": 33}
@@ -191,7 +184,7 @@ def test_whatever_writes_weights_writes_their_hashes(tmp_path):
     (tmp_path / "run").mkdir()
     save = lambda path: net.save(path, overwrite=True)  # noqa: E731
     for _ in range(2):
-        checkpoint.publish(save, pupil.SUPER_FILES, tmp_path / "run")
+        run_files.publish(save, piad_task.SUPER_FILES, tmp_path / "run")
         SuperNet.load(tmp_path / "run")
         with torch.no_grad():
             net.model.head.bias += 1
@@ -460,7 +453,7 @@ HUGE = """
 import json, resource, sys, time
 from pathlib import Path
 import torch, stratavit
-from stratavit.zoo import model_at
+from stratavit.artifacts.model_loading import model_at
 torch.set_num_threads(1)
 root = Path(sys.argv[1])
 load = {"super": stratavit.SuperNet.load, "small": stratavit.load, "transformers": lambda p: model_at(str(p))}
@@ -531,7 +524,7 @@ def files(tmp_path_factory):
     (path / "recipe.toml").write_text('epochs = 3\nlist_epochs = 2\nlr = 0.05\nmode = "piad"\n')
     (path / "classes.txt").write_text("cat\ndog\nfish\n")
     curve_points.write_csv([curve_points.Point("6/12", 0.5, 100, 50, 40.0, 80.0, 1.5, 10)], path / "curve.csv")
-    checkpoint.write_state(path, {"weights": weights, "recipe": {"epochs": 3}, "step": 2})
+    run_files.write_state(path, {"weights": weights, "recipe": {"epochs": 3}, "step": 2})
     return path
 
 
@@ -540,13 +533,13 @@ def tensors_of(found):
 
 
 READERS = {
-    "weights.pth": zoo.read_checkpoint,
-    "weights.safetensors": zoo.read_checkpoint,
+    "weights.pth": model_loading.read_checkpoint,
+    "weights.safetensors": model_loading.read_checkpoint,
     "embeddings.safetensors": read_embeddings,
     "recipe.toml": Recipe.read,
     "classes.txt": read_class_map,
     "curve.csv": curve_points.read_csv,
-    "state.pt": lambda path: checkpoint.read_state(path.parent),
+    "state.pt": lambda path: run_files.read_state(path.parent),
 }
 CHECKED = ("weights.pth", "state.pt")  # with checksums: what is read is what was written
 
@@ -629,7 +622,7 @@ def test_tensors_of_other_kinds_in_a_checkpoint(tmp_path, name):
     state = make_model("plain").state_dict() | {"norm.bias": TENSORS[name]}
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(ArtifactError, match=r"norm\.bias"):
-        zoo.load_weights(make_model("plain"), zoo.read_checkpoint(tmp_path / "w.pth"), "w.pth")
+        model_loading.load_weights(make_model("plain"), model_loading.read_checkpoint(tmp_path / "w.pth"), "w.pth")
 
 
 NO_CURVES: list[object] = [None, 5, "points", [5], [{"asked": "1"}], [{}]]
@@ -640,7 +633,7 @@ def test_evaluations_of_a_log_that_are_none_are_left_out(tmp_path, points):
     point = curve_points.Point("1/2", 0.5, 100, 10, 50.0, 60.0, 1.5, 8)
     rows = [{"kind": "eval", "epoch": 1, "points": [vars(point)]}, {"kind": "eval", "epoch": 2, "points": points}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert curve_points.curves(checkpoint.Journal(tmp_path / "log.jsonl").rows()) == [(1, [point]), (2, [])]
+    assert curve_points.curves(run_files.Journal(tmp_path / "log.jsonl").rows()) == [(1, [point]), (2, [])]
     assert evaluations(tmp_path) == [(1, [point])]  # that can be drawn
 
 
@@ -661,7 +654,7 @@ def test_a_compressed_checkpoint_is_not_unpacked(tmp_path):
     ):
         for part in old.infolist():
             new.writestr(part.filename, old.read(part))
-    assert outcome(zoo.read_checkpoint, tmp_path / "bomb.pth") is None
+    assert outcome(model_loading.read_checkpoint, tmp_path / "bomb.pth") is None
 
 
 def test_an_array_of_any_length_in_a_checkpoint_is_not_made(tmp_path):
@@ -679,13 +672,13 @@ def test_an_array_of_any_length_in_a_checkpoint_is_not_made(tmp_path):
 def test_the_same_in_a_checkpoint_of_the_old_form(tmp_path):
     """Pickles one after the other, no archive."""
     torch.save({"a": torch.zeros(2)}, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
-    assert outcome(zoo.read_checkpoint, tmp_path / "w.pth").keys() == {"a"}
+    assert outcome(model_loading.read_checkpoint, tmp_path / "w.pth").keys() == {"a"}
     content, pickled = (tmp_path / "w.pth").read_bytes(), b"\x80\x02cbuiltins\nbytearray\n(J"
     heads = content[: content.index(b"\x80\x02}", content.index(b"little_endian"))]
     (tmp_path / "bomb.pth").write_bytes(heads + pickled + struct.pack("<i", 10**6) + b"tR." + b"\x80\x02].")
     assert len(torch.load(tmp_path / "bomb.pth", weights_only=True)) == 10**6
     with pytest.raises(ArtifactError, match=r"bomb\.pth holds a bytearray"):
-        zoo.read_checkpoint(tmp_path / "bomb.pth")
+        model_loading.read_checkpoint(tmp_path / "bomb.pth")
 
 
 def test_a_text_of_any_length_in_a_checkpoint_of_the_old_form(tmp_path):
@@ -695,7 +688,7 @@ def test_a_text_of_any_length_in_a_checkpoint_of_the_old_form(tmp_path):
     assert content.count(b"X\x06\x00\x00\x00weight") == 1
     (tmp_path / "w.pth").write_bytes(content.replace(b"X\x06\x00\x00\x00weight", b"X\xff\xff\xff\xffweight"))
     with pytest.raises(ArtifactError, match=r"w\.pth is damaged; copy"):
-        zoo.read_checkpoint(tmp_path / "w.pth")
+        model_loading.read_checkpoint(tmp_path / "w.pth")
 
 
 def test_parts_that_are_said_to_be_larger_than_they_are(tmp_path):
@@ -705,7 +698,7 @@ def test_parts_that_are_said_to_be_larger_than_they_are(tmp_path):
     at = content.index(b"PK\x01\x02") + 20  # compressed size in the directory of the archive
     (tmp_path / "w.pth").write_bytes(content[:at] + struct.pack("<I", 0xFFFFFF00) + content[at + 4 :])
     with pytest.raises(ArtifactError, match=r"w\.pth is damaged; copy"):
-        zoo.read_checkpoint(tmp_path / "w.pth")
+        model_loading.read_checkpoint(tmp_path / "w.pth")
 
 
 def test_names_of_parts_are_told_in_one_line(tmp_path):
@@ -716,19 +709,19 @@ def test_names_of_parts_are_told_in_one_line(tmp_path):
     content = (tmp_path / "w.pth").read_bytes()
     (tmp_path / "w.pth").write_bytes(content.replace(b"0123456789", b"0123456780"))
     with pytest.raises(ArtifactError, match=r"the checksum of w/a\\x08\\nb differs"):
-        zoo.read_checkpoint(tmp_path / "w.pth")
+        model_loading.read_checkpoint(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("content", [b"", b"P", b"\x80"])
 def test_a_checkpoint_of_hardly_any_bytes(tmp_path, content):
     (tmp_path / "w.pth").write_bytes(content)
-    assert outcome(zoo.read_checkpoint, tmp_path / "w.pth") is None
+    assert outcome(model_loading.read_checkpoint, tmp_path / "w.pth") is None
 
 
 def test_code_in_a_state_is_not_run(tmp_path):
-    torch.save({"format": checkpoint.FORMAT, "x": Bomb(tmp_path / "made")}, tmp_path / "state.pt")
+    torch.save({"format": run_files.FORMAT, "x": Bomb(tmp_path / "made")}, tmp_path / "state.pt")
     with pytest.raises(ArtifactError, match="is damaged"):
-        checkpoint.read_state(tmp_path)
+        run_files.read_state(tmp_path)
     assert not (tmp_path / "made").exists()
 
 
@@ -741,7 +734,7 @@ def test_lines_of_a_log_that_are_no_rows_are_left_out(tmp_path, line):
     rows = [{"kind": "epoch", "epoch": 1}, {"kind": "epoch", "epoch": 2}]
     lines = [json.dumps(rows[0]).encode(), line, json.dumps(rows[1]).encode()]
     (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines))
-    journal = checkpoint.Journal(tmp_path / "log.jsonl")
+    journal = run_files.Journal(tmp_path / "log.jsonl")
     assert journal.rows() == rows
     journal.rewind(1)
     assert journal.rows() == rows[:1]
@@ -934,7 +927,7 @@ def test_code_in_a_folder_of_transformers_is_not_run(tmp_path, kind):
 def test_artifacts_tell_the_kind_of_hostile_folders(tmp_path):
     for text in (*RAW, '{"format": ["x"]}', '{"format": {"a": 1}}'):
         (tmp_path / "stratavit.json").write_text(text)
-        assert outcome(artifact_format.kind, tmp_path) is None
+        assert outcome(format.kind, tmp_path) is None
 
 
 @pytest.mark.parametrize("kind", LOADERS)

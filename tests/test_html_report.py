@@ -14,11 +14,11 @@ from PIL import Image
 
 import stratavit
 from stratavit import ArtifactError, Setting, StrataViTError, write_report
-from stratavit.cli import main
-from stratavit.curve_points import Point, write_csv
-from stratavit.html_report import SCRIPTS
-from stratavit.report import curve
-from stratavit.strata import Strata
+from stratavit.cli.parser import main
+from stratavit.dropout_list.strata import Strata
+from stratavit.evaluation.curve_points import Point, write_csv
+from stratavit.reports.curve import curve
+from stratavit.reports.html import SCRIPTS
 
 BATCHES = make_batches()
 FAST = ["--batch-size", "6", "--workers", "0"]

@@ -11,19 +11,12 @@ from fake_hub import fake_hub
 from helpers import FAMILIES, make_batches, make_images, make_net
 
 import stratavit
-from stratavit import (
-    ArtifactError,
-    BudgetError,
-    StrataViTError,
-    SuperNet,
-    curve_points,
-    from_pretrained,
-    push_to_hub,
-    report,
-)
-from stratavit.budget import human
-from stratavit.card import model_card
-from stratavit.cli import main
+from stratavit import ArtifactError, BudgetError, StrataViTError, SuperNet, from_pretrained, push_to_hub
+from stratavit.budgets.amounts import human
+from stratavit.cli.parser import main
+from stratavit.evaluation import curve_points
+from stratavit.reports import curve
+from stratavit.reports.model_card import model_card
 
 NAME = "someone/thing"
 IMAGES = make_images(3, seed=4)
@@ -87,7 +80,7 @@ def test_a_sub_network_there_and_back(hub, net, tmp_path):
 def test_a_folder_there_and_back(hub, net, tmp_path):
     """What was uploaded from a folder, and a folder in place of the hub's name."""
     net.save(tmp_path / "run")
-    curve_points.write_csv(report.curve(net, make_batches(), ("12/12", "6/12")), tmp_path / "run" / "curve.csv")
+    curve_points.write_csv(curve.curve(net, make_batches(), ("12/12", "6/12")), tmp_path / "run" / "curve.csv")
     push_to_hub(tmp_path / "run", NAME, endpoint=hub.url, token="secret", moments=False)
     assert {"curve.png", "README.md"} < hub.repos[NAME].keys()
     assert len(hub.repos[NAME]["moments.safetensors"]) < (tmp_path / "run" / "moments.safetensors").stat().st_size
@@ -120,7 +113,7 @@ def front_matter(card):
 def test_the_card_of_a_super_network(net):
     net = copy.deepcopy(net)
     net.provenance["source"] = {"model": "deit_tiny_patch16_224", "weights": None}
-    points = report.curve(net, make_batches(), ("12/12", "8/12", "6/12"))
+    points = curve.curve(net, make_batches(), ("12/12", "8/12", "6/12"))
     card = model_card(net, NAME, points, "mit")
     about = front_matter(card)
     assert (about["license"], about["library_name"]) == ("mit", "stratavit")
@@ -147,7 +140,7 @@ def test_a_card_without_measurements_says_so(net):
 
 def test_the_card_of_a_sub_network_tells_its_own_size(net):
     small = net.extract(macs=0.5, verbose=False)
-    card = model_card(small, NAME, report.curve(net, make_batches(), ("12/12", "6/12")))
+    card = model_card(small, NAME, curve.curve(net, make_batches(), ("12/12", "6/12")))
     assert f"{human(net.params(net.spec(macs=0.5)))} parameters. Widths: blocks.0.attn" in card
     assert "## The super-network that it comes from" in card
     small.provenance["super_network"] = {"source": "a friend"}
@@ -155,7 +148,7 @@ def test_the_card_of_a_sub_network_tells_its_own_size(net):
 
 
 def test_another_model_leaves_nothing_behind(hub, net, tmp_path):
-    push_to_hub(net, NAME, points=report.curve(net, make_batches(), ("12/12",)), endpoint=hub.url, token="secret")
+    push_to_hub(net, NAME, points=curve.curve(net, make_batches(), ("12/12",)), endpoint=hub.url, token="secret")
     push_to_hub(net.extract(macs=0.5, verbose=False), NAME, endpoint=hub.url, token="secret")
     assert hub.repos[NAME].keys() - {".gitattributes"} == {"README.md", "model.safetensors", "stratavit.json"}
 
@@ -186,7 +179,7 @@ def test_towers_with_norms_of_their_own_have_a_config_too(tmp_path):
 def test_push_and_dry_run_by_command(hub, net, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "secret")
     net.save(tmp_path / "run")
-    curve_points.write_csv(report.curve(net, make_batches(), ("12/12",)), tmp_path / "curve.csv")
+    curve_points.write_csv(curve.curve(net, make_batches(), ("12/12",)), tmp_path / "curve.csv")
     assert main(["push", str(tmp_path / "run"), NAME, "--curve", str(tmp_path), "--endpoint", hub.url, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"url": f"{hub.url}/{NAME}"}
     shown = tmp_path / "shown"

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from stratavit import StrataViTError, image_loader
-from stratavit.image_files import in_natural_order
-from stratavit.image_reading import endings
+from stratavit.data.image_files import in_natural_order
+from stratavit.data.image_reading import endings
 
 CONFIG = {"input_size": (3, 8, 8)}
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, features
 
 from stratavit import StrataViTError, image_loader
-from stratavit.image_reading import decoded, endings, open_image
+from stratavit.data.image_reading import decoded, endings, open_image
 
 SIDE = 16
 RAMP = np.linspace(0, 1, SIDE * SIDE).reshape(SIDE, SIDE)

@@ -17,8 +17,9 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.optim.swa_utils import AveragedModel
 
 import stratavit
-from stratavit import ArtifactError, StrataViTError, SuperNet, UnsupportedModelError, intake
-from stratavit.supported import EXAMPLES, support_of
+from stratavit import ArtifactError, StrataViTError, SuperNet, UnsupportedModelError
+from stratavit.interop.supported import EXAMPLES, support_of
+from stratavit.models import source_checks
 
 HYBRIDS = ("vit_tiny_r_s16_p8_224", "vit_small_r26_s32_224", "vit_base_resnet26d_224")
 SWIN = "swin_tiny_patch4_window7_224"
@@ -132,10 +133,10 @@ def test_layers_of_other_libraries_are_looked_at_too(name):
 def test_weights_on_several_devices_are_refused(monkeypatch):
     model = make_model("plain")
     model.head.to("meta")  # the only other device that is always here
-    monkeypatch.setattr(intake, "_check_storage", lambda name, tensor: None)
+    monkeypatch.setattr(source_checks, "_check_storage", lambda name, tensor: None)
     monkeypatch.setattr(torch.Tensor, "isfinite", lambda tensor: torch.ones(1))
     with pytest.raises(UnsupportedModelError, match=r"several devices \(cpu, meta\)"):
-        intake.check_weights(model)
+        source_checks.check_weights(model)
 
 
 def test_what_was_merged_or_made_permanent_is_taken():
@@ -227,11 +228,11 @@ def test_hybrids(name, tmp_path):
     net, images = SuperNet(model).eval(), torch.randn(2, 3, 64, 64)
     assert net.data_config["input_size"] == (3, 64, 64)
     assert net.params() == sum(p.numel() for p in model.parameters())
-    assert net.macs() == stratavit.cost.linear_macs(model, (3, 64, 64))
+    assert net.macs() == stratavit.models.cost.linear_macs(model, (3, 64, 64))
     spec = {"blocks.0.attn": 8, "blocks.0.mlp": 40}
     small = net.extract(spec=spec, verbose=False)
     assert net.params(spec) == sum(p.numel() for p in small.parameters())
-    assert net.macs(spec) == stratavit.cost.linear_macs(small, (3, 64, 64))
+    assert net.macs(spec) == stratavit.models.cost.linear_macs(small, (3, 64, 64))
     stratavit.save(small, tmp_path / "small")
     net.save(tmp_path / "net")
     with torch.no_grad():
@@ -261,7 +262,7 @@ def test_what_is_promised_is_taken(name):
 
 
 def test_a_form_that_cannot_be_run_is_not_promised(monkeypatch):
-    from stratavit import supported
+    from stratavit.interop import supported
 
     def failing(*args):
         raise RuntimeError("no such shape")
@@ -296,7 +297,7 @@ def test_changes_that_are_followed(change, tmp_path):
     small = net.extract(spec=spec, verbose=False)
     full = net.extract(spec={}, verbose=False)
     for model, at in ((small, spec), (full, None)):
-        assert net.macs(at) == stratavit.cost.linear_macs(model, (3, side, side))
+        assert net.macs(at) == stratavit.models.cost.linear_macs(model, (3, side, side))
         assert net.params(at) == sum(p.numel() for p in model.parameters())
     assert net.data_config["input_size"] == (3, side, side)
     assert 0.7 * net.macs() < net.budget(macs=0.8).got <= 0.8 * net.macs()

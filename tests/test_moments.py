@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stratavit.moments import RunningCovariance, RunningMean, RunningScatter, gram
+from stratavit.calibration.moments import RunningCovariance, RunningMean, RunningScatter, gram
 
 
 def one_shot(x, weight):

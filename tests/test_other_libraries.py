@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 import stratavit
 from stratavit import ArtifactError, StrataViTError, SuperNet
-from stratavit.cli import main
-from stratavit.equivalent import tensor_of
-from stratavit.hf_files import PROCESSOR, load_equivalent
-from stratavit.zoo import model_at
+from stratavit.artifacts.model_loading import model_at
+from stratavit.cli.parser import main
+from stratavit.interop.equivalence import tensor_of
+from stratavit.interop.transformers.folders import PROCESSOR, load_equivalent
 
 FAST = ["--batch-size", "6", "--workers", "0", "--device", "cpu"]
 HEADED = "ViTForImageClassification"
@@ -190,7 +190,7 @@ def test_torchvision_without_a_network(monkeypatch):
 def test_the_names_are_torchvisions():
     import torchvision
 
-    from stratavit.torchvision_models import NAMES
+    from stratavit.interop.torchvision_vit import NAMES
 
     assert sorted(NAMES) == sorted(name for name in torchvision.models.list_models() if name.startswith("vit_"))
 
@@ -366,7 +366,7 @@ def test_a_class_name_of_any_length_is_told_in_short(folders, tmp_path):
 
 def test_a_release_with_other_names_is_refused(monkeypatch):
     """In a sentence that names the bound which the package declares, not by an attribute that is missing."""
-    from stratavit.hf_models import OLDEST, library
+    from stratavit.interop.transformers.models import OLDEST, library
 
     bound = ".".join(map(str, OLDEST))
     assert f'"transformers>={bound}"' in (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")

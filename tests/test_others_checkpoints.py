@@ -10,10 +10,11 @@ import torch
 from helpers import enliven
 from safetensors.torch import save_file
 
-from stratavit import ArtifactError, others_files
-from stratavit.timm_filter import fitted
-from stratavit.weights import load_weights
-from stratavit.zoo import dense_model, read_checkpoint
+from stratavit import ArtifactError
+from stratavit.artifacts.model_loading import dense_model, read_checkpoint
+from stratavit.files import checkpoints_of_others
+from stratavit.files.state_dicts import load_weights
+from stratavit.interop.timm_filter import fitted
 
 NAME = "test_vit"
 LARGER = {"img_size": 224}
@@ -185,8 +186,8 @@ def test_nothing_is_allowed_for_good(state, tmp_path):
 
 def test_what_stands_beside_the_weights_is_not_made(tmp_path):
     torch.save({"state_dict": {"a": torch.zeros(1)}, "best": np.float64(0.5)}, tmp_path / "w.pth")
-    content = others_files._load(tmp_path / "w.pth", others_files._BESIDE)
-    assert type(content["best"]) is others_files.Inert
+    content = checkpoints_of_others._load(tmp_path / "w.pth", checkpoints_of_others._BESIDE)
+    assert type(content["best"]) is checkpoints_of_others.Inert
 
 
 class Other:

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stratavit.compensation import RIDGE
-from stratavit.output_aware import BALANCE_FLOOR, FLOOR, elimination_order, output_axes
+from stratavit.calibration.output_aware import BALANCE_FLOOR, FLOOR, elimination_order, output_axes
+from stratavit.elastic.compensation import RIDGE
 
 SHAPES = st.tuples(st.integers(0, 999), st.integers(1, 9), st.integers(1, 12))  # seed, coordinates, outputs
 

@@ -19,7 +19,7 @@ from helpers import stopped_after_rename
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from stratavit.recipe import read_toml
+from stratavit.training.recipe import read_toml
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
@@ -170,7 +170,7 @@ smoke = runpy.run_path({str(ROOT / "release/smoke.py")!r})
 sys.modules.update(dict.fromkeys(smoke["EXTRAS"]))  # importing them fails
 import torch
 torch.set_num_threads(1)
-from stratavit.cli import main
+from stratavit.cli.parser import main
 
 def command(*arguments):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as error:

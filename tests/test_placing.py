@@ -12,8 +12,10 @@ import torch
 from helpers import make_model, stopped_after_rename
 
 import stratavit
-from stratavit import ArtifactError, cli, folders, placing
-from stratavit.batches import LESS
+from stratavit import ArtifactError
+from stratavit.cli import parser
+from stratavit.data.batches import LESS
+from stratavit.files import atomic, folders
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="locks and links of POSIX")
 
@@ -26,7 +28,7 @@ def held(path):
     return {child.name: (child / "file").read_text() for child in path.iterdir()}
 
 
-SYNC = placing._sync  # which other tests do without
+SYNC = atomic._sync  # which other tests do without
 
 
 def stale(*args):
@@ -37,7 +39,7 @@ def stale(*args):
 def test_interrupted_after_either_of_two_renames(tmp_path, monkeypatch, number):
     """Ctrl-C comes when the system has done its part: the old folder is not lost, and nothing lies beside."""
     written(tmp_path / "out", "old")
-    monkeypatch.setattr(placing, "_exchanged", lambda *args: False)
+    monkeypatch.setattr(atomic, "_exchanged", lambda *args: False)
     stopped_after_rename(monkeypatch, number, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         written(tmp_path / "out", "new")
@@ -52,7 +54,7 @@ def test_an_old_folder_that_cannot_be_put_back_is_kept_and_named(tmp_path, monke
         done.append(to)
         (rename if len(done) == 1 else stale)(self, to)
 
-    monkeypatch.setattr(placing, "_exchanged", lambda *args: False)
+    monkeypatch.setattr(atomic, "_exchanged", lambda *args: False)
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(ArtifactError, match=r"what was there is .*\.out\..*/old, move it back") as told:
         written(tmp_path / "out", "new")
@@ -60,21 +62,21 @@ def test_an_old_folder_that_cannot_be_put_back_is_kept_and_named(tmp_path, monke
     assert (kept / "file").read_text() == "old"
     monkeypatch.undo()
     written(tmp_path / "another", "x")  # leaves it alone
-    with placing.beside(tmp_path / "out"):  # the next that writes there puts it back
+    with atomic.beside(tmp_path / "out"):  # the next that writes there puts it back
         assert (tmp_path / "out" / "file").read_text() == "old"
     assert held(tmp_path) == {"out": "old", "another": "x"}
 
 
 def test_two_that_overwrite_where_nothing_was(tmp_path, monkeypatch):
     """Both saw an empty place; the last one stays."""
-    put_folder = placing._put_folder
+    put_folder = atomic._put_folder
 
     def slower(new, path):
-        monkeypatch.setattr(placing, "_put_folder", put_folder)
+        monkeypatch.setattr(atomic, "_put_folder", put_folder)
         written(path, "first")
         put_folder(new, path)
 
-    monkeypatch.setattr(placing, "_put_folder", slower)
+    monkeypatch.setattr(atomic, "_put_folder", slower)
     written(tmp_path / "out", "second")
     assert held(tmp_path) == {"out": "second"}
 
@@ -86,11 +88,11 @@ def test_a_folder_that_another_process_sweeps_away_is_not_used(tmp_path, monkeyp
     def overtaken(**options):
         made.append(mkdtemp(**options))
         if len(made) == 1:
-            made.append(placing._hold(Path(made[0])))
+            made.append(atomic._hold(Path(made[0])))
         return made[0] if len(made) == 2 else made[-1]
 
     monkeypatch.setattr(tempfile, "mkdtemp", overtaken)
-    with placing.beside(tmp_path / "out") as place:
+    with atomic.beside(tmp_path / "out") as place:
         assert place.parent != Path(made[0])
     os.close(made[1])
     written(tmp_path / "out", "x")
@@ -101,16 +103,16 @@ def test_sweeping_that_fails_gives_back_what_it_held(tmp_path, monkeypatch):
     (tmp_path / ".out.abcdefgh.part" / "old").mkdir(parents=True)
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
     monkeypatch.setattr(Path, "rename", stale)
-    placing._sweep(tmp_path / "out")
+    atomic._sweep(tmp_path / "out")
     assert (len(os.listdir("/proc/self/fd")) if before else 0) == before
     monkeypatch.undo()
-    placing._sweep(tmp_path / "out")
+    atomic._sweep(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_file_system_that_brings_files_to_the_disk_and_no_folders(tmp_path, monkeypatch):
     fsync, asked = os.fsync, []
-    monkeypatch.setattr(placing, "_sync", SYNC)
+    monkeypatch.setattr(atomic, "_sync", SYNC)
 
     def files_only(handle):
         asked.append(handle)
@@ -151,10 +153,10 @@ def test_a_file_takes_no_place_that_is_taken(tmp_path, monkeypatch, links):
         monkeypatch.setattr(os, "link", unable)
     folders.write_file(tmp_path / "file", b"x")
     assert (tmp_path / "file").read_bytes() == b"x"
-    with placing.beside(tmp_path / "file") as new:
+    with atomic.beside(tmp_path / "file") as new:
         new.write_bytes(b"y")
         with pytest.raises(ArtifactError, match="another process wrote"):
-            placing.put(new, tmp_path / "file", overwrite=False)
+            atomic.put(new, tmp_path / "file", overwrite=False)
     assert (tmp_path / "file").read_bytes() == b"x"
 
 
@@ -231,9 +233,9 @@ def test_advice_for_want_of_memory_can_be_followed(monkeypatch, capsys, argument
     def without_memory(args):
         raise MemoryError
 
-    monkeypatch.setattr(cli.commands, "info", without_memory)
-    monkeypatch.setattr(cli.measure_command, "evaluate", without_memory)
-    assert cli.main(arguments) == 2
+    monkeypatch.setattr(parser.commands, "info", without_memory)
+    monkeypatch.setattr(parser.measure_command, "evaluate", without_memory)
+    assert parser.main(arguments) == 2
     assert capsys.readouterr().err.strip().endswith(f"memory ran out on the device or here; {advice}")
 
 
@@ -243,13 +245,13 @@ def test_advice_for_want_of_memory_can_be_followed(monkeypatch, capsys, argument
 def test_a_parent_that_is_a_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ArtifactError, match=r"cannot write .*; nothing was changed there"):  # noqa: SIM117
-        with placing.beside(tmp_path / "file" / "out"):
+        with atomic.beside(tmp_path / "file" / "out"):
             raise AssertionError("there is no place")
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_other_faults_of_the_last_step(tmp_path, monkeypatch, overwrite):
-    monkeypatch.setattr(placing, "_put_folder", stale)
+    monkeypatch.setattr(atomic, "_put_folder", stale)
     with pytest.raises(ArtifactError, match=r"Stale file handle; nothing was changed there"):
         written(tmp_path / "out", "x", overwrite)
     assert not any(tmp_path.iterdir())
@@ -270,7 +272,7 @@ def test_a_folder_that_became_another_before_it_was_held(tmp_path, monkeypatch):
 
 
 def test_sentences_of_ours_are_passed_on_as_they_are(tmp_path):
-    with pytest.raises(ArtifactError, match=r"^ours$"), placing.told(tmp_path, "left"):
+    with pytest.raises(ArtifactError, match=r"^ours$"), atomic.told(tmp_path, "left"):
         raise ArtifactError("ours")
 
 
@@ -278,7 +280,7 @@ def test_a_folder_that_others_always_hold(tmp_path, monkeypatch):
     def held_by_others(folder):
         raise BlockingIOError
 
-    monkeypatch.setattr(placing, "_hold", held_by_others)
+    monkeypatch.setattr(atomic, "_hold", held_by_others)
     with pytest.raises(ArtifactError, match=r"cannot write .*; nothing was changed there"):
         written(tmp_path / "out", "x")
     assert not any(tmp_path.iterdir())

@@ -9,10 +9,12 @@ from helpers import make_batches, make_net
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stratavit import StrataViTError, progressive, strata
-from stratavit.growth import Growth
-from stratavit.progressive import extend, grow
-from stratavit.strata import Strata
+from stratavit import StrataViTError
+from stratavit.dropout_list import strata
+from stratavit.dropout_list.growth import Growth
+from stratavit.dropout_list.strata import Strata
+from stratavit.tasks import progressive_list
+from stratavit.tasks.progressive_list import extend, grow
 
 FAST = Growth(reduction=0.7, stages=4)
 
@@ -82,8 +84,8 @@ def test_importance_is_measured_at_the_smallest_network(net, monkeypatch):
 
         return wrapped
 
-    monkeypatch.setattr(progressive, "collect", remember(progressive.collect))
-    monkeypatch.setattr(progressive, "bypass_sensitivity", remember(progressive.bypass_sensitivity))
+    monkeypatch.setattr(progressive_list, "collect", remember(progressive_list.collect))
+    monkeypatch.setattr(progressive_list, "bypass_sensitivity", remember(progressive_list.bypass_sensitivity))
     grow(net, make_batches(), entries, 1, FAST)
     assert seen == [dict(smallest)] * 2
     assert all(module.width == module.full_width for module in net.elastic.values())
@@ -92,7 +94,7 @@ def test_importance_is_measured_at_the_smallest_network(net, monkeypatch):
 def test_sites_at_width_zero_are_skipped(net):
     entries = [strata.Entry("blocks.0.attn", width, 0) for width in (8, 0)]
     widths = Strata(net.sites, entries).spec(2)
-    importance = progressive.importance_at(net, widths, make_batches(), FAST)
+    importance = progressive_list.importance_at(net, widths, make_batches(), FAST)
     assert list(importance) == ["blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"]
     grown = grow(net, make_batches(), entries, 3, FAST)
     assert grown[:2] == entries

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from stratavit import StrataViTError
-from stratavit.recipe import Recipe, field_types
+from stratavit.training.recipe import Recipe, field_types
 
 
 def test_defaults_are_the_papers():

@@ -9,9 +9,9 @@ from helpers import make_batches, make_net
 from rich.console import Console
 
 from stratavit import StrataViTError, evaluate
-from stratavit.curve_points import LADDER, Point, parse_share, write_csv
-from stratavit.plots import plot
-from stratavit.report import curve, table
+from stratavit.evaluation.curve_points import LADDER, Point, parse_share, write_csv
+from stratavit.reports.curve import curve, table
+from stratavit.reports.plots import plot
 
 BATCHES = make_batches()
 

@@ -11,7 +11,7 @@ from helpers import FAMILIES, PLAN, make_batches, make_images, make_net
 from torch.func import functional_call
 
 from stratavit import StrataViTError, evaluate, knn
-from stratavit.compensation import Moments, compensate
+from stratavit.elastic.compensation import Moments, compensate
 
 IMAGES = make_images(2, seed=9)
 HALF = {"blocks.0.attn": 8, "blocks.0.mlp": 30, "blocks.1.attn": 8, "blocks.1.mlp": 30}

@@ -6,8 +6,8 @@ import pytest
 from helpers import make_net
 
 from stratavit import StrataViTError
-from stratavit.random_streams import stream
-from stratavit.sampling import Prefixes, draw
+from stratavit.tasks.sampling import Prefixes, draw
+from stratavit.utils.random_streams import stream
 
 MACS = (100, 90, 85, 40, 20)
 

@@ -10,7 +10,7 @@ import torch
 from helpers import make_images
 
 from stratavit import SuperNet
-from stratavit.plain import Constant, SplitAttention
+from stratavit.elastic.plain import Constant, SplitAttention
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 IMAGES = make_images(3, seed=9)

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stratavit import BudgetError
-from stratavit.budget import parse_amount, parse_measure, parse_points
-from stratavit.search import Limit, meet
+from stratavit.budgets.amounts import parse_amount, parse_measure, parse_points
+from stratavit.budgets.search import Limit, meet
 
 COSTS = [4000, 3000, 2000, 1000]
 

@@ -9,7 +9,7 @@ from helpers import CLASSES, make_batches, make_images, make_model
 from torch import nn
 
 from stratavit import StrataViTError, SuperNet
-from stratavit.sensitivity import COST_FLOOR, Tally, _above_chance, bypass_sensitivity
+from stratavit.dropout_list.sensitivity import COST_FLOOR, Tally, _above_chance, bypass_sensitivity
 
 
 class Zero(nn.Module):

@@ -16,8 +16,13 @@ from PIL import Image
 from test_train import TINY, assert_same, fresh, outcome, run
 
 import stratavit
-from stratavit import SuperNet, artifacts, augment, data, folders, placing, signals
-from stratavit.cli import main
+from stratavit import SuperNet
+from stratavit.artifacts import sub_network
+from stratavit.cli.parser import main
+from stratavit.data import image_folder
+from stratavit.files import atomic, folders
+from stratavit.training import augmentation
+from stratavit.utils import signals
 
 CALLS = ("rename", "replace", "link", "fsync", "mkdir", "rmdir", "unlink", "ftruncate", "chmod")
 
@@ -70,7 +75,7 @@ def super_networks():
 def small_models():
     net = make_net("plain")
     sizes = [net.extract(spec={"blocks.0.attn": width, "blocks.1.mlp": 20}, verbose=False) for width in (4, 8)]
-    return [partial(artifacts.save, model, overwrite=True) for model in sizes]
+    return [partial(sub_network.save, model, overwrite=True) for model in sizes]
 
 
 def files():
@@ -107,7 +112,7 @@ def struck_everywhere(tmp_path, what, kill, swaps):
     write_new(tmp_path / "new")
     old, new, out = tree(tmp_path / "old"), tree(tmp_path / "new"), tmp_path / "below" / "out"
     if not swaps:
-        placing._exchanged = lambda *args: False
+        atomic._exchanged = lambda *args: False
     os.fsync, seen, number, code = lambda handle: None, [], 0, None
     while code != 0:
         number += 1
@@ -227,7 +232,7 @@ def argv(work, command, out):
 
 def stopped(work, command, out, kills, at):
     """A command that gets signals while the nth image is read."""
-    read, reads = augment.TrainingFolder.__getitem__, []
+    read, reads = augmentation.TrainingFolder.__getitem__, []
 
     def called(self, index):
         reads.append(index)
@@ -236,7 +241,7 @@ def stopped(work, command, out, kills, at):
                 os.kill(os.getpid(), kill)
         return read(self, index)
 
-    augment.TrainingFolder.__getitem__ = called
+    augmentation.TrainingFolder.__getitem__ = called
     return main(argv(work, command, out))
 
 
@@ -279,9 +284,9 @@ def test_a_training_that_is_stopped(work, wholes, tmp_path, command, kills):
 
 PLACES = {
     "calibration": (SuperNet, "stratify"),
-    "weights": (artifacts, "save_file"),
-    "description": (artifacts, "write_json"),
-    "exchange": (placing, "_exchanged"),
+    "weights": (sub_network, "save_file"),
+    "description": (sub_network, "write_json"),
+    "exchange": (atomic, "_exchanged"),
 }
 
 
@@ -312,14 +317,14 @@ def test_a_conversion_that_is_stopped(work, tmp_path, place, kill):
 
 def stopped_with_its_workers(work, out, kill):
     os.setpgrp()
-    collate = data._collate
+    collate = image_folder._collate
 
     def called(samples):
         if torch.utils.data.get_worker_info() is not None:
             os.killpg(0, kill)
         return collate(samples)
 
-    data._collate = called
+    image_folder._collate = called
     return main([*argv(work, "convert", out), "--workers", "2"])
 
 

@@ -17,12 +17,14 @@ from test_train import TINY, Images
 from torch import nn
 
 import stratavit
-from stratavit import Recipe, Setting, Spec, StrataViTError, folders, timing
-from stratavit.export import FLOOR, TOLERANCE
-from stratavit.idle import idle_keys
-from stratavit.optimising import optimiser_and_schedule
-from stratavit.recipe import FINETUNING, LIST_KEYS
-from stratavit.teacher import Teacher
+from stratavit import Recipe, Setting, Spec, StrataViTError
+from stratavit.evaluation import latency
+from stratavit.files import folders
+from stratavit.interop.export import FLOOR, TOLERANCE
+from stratavit.training.optimizer import optimiser_and_schedule
+from stratavit.training.recipe import FINETUNING, LIST_KEYS
+from stratavit.training.teacher import Teacher
+from stratavit.training.unused_keys import idle_keys
 
 SPEC = {"blocks.0.attn": 8, "blocks.0.mlp": 0, "blocks.1.mlp": 20}
 STUDENT = {"input_size": (3, 32, 32), "mean": (0,) * 3, "std": (1,) * 3}
@@ -151,7 +153,7 @@ OTHER = {
 def other(key):
     from typing import get_args
 
-    from stratavit.recipe import field_types
+    from stratavit.training.recipe import field_types
 
     kind, now = field_types()[key], getattr(Recipe(), key)
     return next(v for v in get_args(kind) if v != now) if get_args(kind) else OTHER[key]
@@ -223,7 +225,7 @@ def test_the_model_that_is_timed_is_in_eval_mode(dtype, training, monkeypatch):
             return self.norm(images)
 
     model = Witness().train(training)
-    one = timing.runner(model, (3, 8, 8), Setting(dtype=dtype))
+    one = latency.runner(model, (3, 8, 8), Setting(dtype=dtype))
     assert len(seen) >= 2
     assert not any(seen)
     assert model.training == model.norm.training == training
@@ -260,7 +262,7 @@ def test_parity_does_not_depend_on_the_scale_of_the_outputs(format, scale, tmp_p
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 @pytest.mark.parametrize(("error", "sound"), [(0.5, True), (0.0, True), (2.0, False), (float("nan"), False)])
 def test_the_limit_is_that_of_every_image_by_itself(scale, error, sound):
-    from stratavit.export import _difference
+    from stratavit.interop.export import _difference
 
     expected = torch.ones(3, 7)
     expected[0] *= 1000  # the logits of one image are no excuse for another's
@@ -275,7 +277,7 @@ def test_the_limit_is_that_of_every_image_by_itself(scale, error, sound):
 
 
 def test_outputs_that_are_all_zero():
-    from stratavit.export import _difference
+    from stratavit.interop.export import _difference
 
     assert _difference(torch.zeros(2, 3), torch.zeros(2, 3), "torch", TOLERANCE) == 0
     with pytest.raises(StrataViTError, match="answers otherwise"):

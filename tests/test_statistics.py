@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from helpers import CLASSES, make_batches, make_images, make_model
 from torch import Tensor
 
-from stratavit import StrataViTError, SuperNet, statistics
-from stratavit.objectives import drawn_classes
-from stratavit.pixels import folds_of, keys_of
-from stratavit.statistics import collect
+from stratavit import StrataViTError, SuperNet
+from stratavit.calibration import statistics
+from stratavit.calibration.objectives import drawn_classes
+from stratavit.calibration.statistics import collect
+from stratavit.data.pixels import folds_of, keys_of
 
 OBJECTIVES = {
     "label": lambda logits, labels: logits.gather(1, labels[:, None]).sum(),

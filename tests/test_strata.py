@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stratavit import ArtifactError
-from stratavit.cost import site_macs
-from stratavit.site import Site, attention_steps, mlp_steps
-from stratavit.strata import Entry, Strata, removal_order, tail_candidates, unit_importance
+from stratavit.dropout_list.strata import Entry, Strata, removal_order, tail_candidates, unit_importance
+from stratavit.elastic.site import Site, attention_steps, mlp_steps
+from stratavit.models.cost import site_macs
 
 TOKENS = 5
 ATTENTION = Site("a", "attention", 16, heads=2, dim=4, in_biases=3, out_bias=True, steps=attention_steps(16), maps=3)

@@ -14,8 +14,8 @@ from timm.models.vision_transformer import ParallelScalingBlock, VisionTransform
 from torch import nn
 
 from stratavit import SuperNet, UnsupportedModelError
-from stratavit.families import elastic_sites, find_sites, stages
-from stratavit.site import attention_steps, mlp_steps
+from stratavit.elastic.site import attention_steps, mlp_steps
+from stratavit.models.families import elastic_sites, find_sites, stages
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from stratavit import StrataViTError
-from stratavit.cli import main
-from stratavit.supported import markdown, rows, support_of
+from stratavit.cli.parser import main
+from stratavit.interop.supported import markdown, rows, support_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 

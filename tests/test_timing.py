@@ -7,7 +7,8 @@ import torch
 from helpers import make_batches, make_model, make_net
 from torch import nn
 
-from stratavit import BudgetError, Setting, StrataViTError, Timing, evaluate, time_model, timing
+from stratavit import BudgetError, Setting, StrataViTError, Timing, evaluate, time_model
+from stratavit.evaluation import latency
 
 QUICK = Setting(seconds=0.01)
 SIZE = (3, 32, 32)
@@ -47,7 +48,7 @@ def test_statistics_of_timings():
 def test_runtimes_answer_as_the_model_does(runtime):
     model = make_model("plain").eval()
     with torch.inference_mode():
-        answer = timing.runner(model, SIZE, Setting(batch_size=2, runtime=runtime)).run()
+        answer = latency.runner(model, SIZE, Setting(batch_size=2, runtime=runtime)).run()
     images = torch.randn(2, *SIZE, generator=torch.Generator().manual_seed(0))
     found = answer if runtime == "eager" else torch.from_numpy(answer[0])
     with torch.no_grad():
@@ -56,7 +57,7 @@ def test_runtimes_answer_as_the_model_does(runtime):
 
 def test_another_type_leaves_the_model_alone():
     model = make_model("plain").eval()
-    answer = timing.runner(model, SIZE, Setting(dtype="bfloat16")).run()
+    answer = latency.runner(model, SIZE, Setting(dtype="bfloat16")).run()
     assert answer.dtype is torch.bfloat16
     assert next(model.parameters()).dtype is torch.float32
 
@@ -91,7 +92,7 @@ def test_every_pass_is_timed_by_itself():
     found = time_model(model, SIZE, Setting(seconds=0.3, threads=1))
     pause.remove()
     assert found.p90_ms > found.median_ms + 10
-    assert torch.get_num_threads() != 1 or timing.Setting().used_threads == 1
+    assert torch.get_num_threads() != 1 or latency.Setting().used_threads == 1
 
 
 def test_a_latency_budget_times_the_small_model(monkeypatch):
@@ -104,7 +105,7 @@ def test_a_latency_budget_times_the_small_model(monkeypatch):
         params = sum(p.numel() for p in model.parameters())
         return Timing(params / 1000, 0, 0, 5)
 
-    monkeypatch.setattr("stratavit.limits.time_model", clock)
+    monkeypatch.setattr("stratavit.budgets.constraints.time_model", clock)
     setting = Setting(batch_size=7)
     for share in (0.9, 0.5, 0.4):
         met = net.budget(latency_ms=share * net.params() / 1000, setting=setting)

@@ -15,21 +15,23 @@ from test_signals import argv, work  # noqa: F401
 from test_train import run
 
 import stratavit
-from stratavit import SuperNet, launch, lock, loop
-from stratavit.cli import main
+from stratavit import SuperNet
+from stratavit.cli.parser import main
+from stratavit.files import lock
+from stratavit.training import launch, trainer
 
 ROUNDS = 2
 
 
 def racing(work, out, barrier, overwrite):  # noqa: F811
     """One of two trainings that begin together; who runs does not end before the other has."""
-    train = loop.Trainer.run
+    train = trainer.Trainer.run
 
     def last(self):
         barrier.wait(300)
         train(self)
 
-    loop.Trainer.run = last
+    trainer.Trainer.run = last
     make = launch.make_folder
 
     def together(*args):
@@ -71,13 +73,13 @@ def test_two_trainings_in_one_folder(work, tmp_path, overwrite):  # noqa: F811
 
 def converting(work, out, barrier, overwrite):  # noqa: F811
     """One of two conversions that come to their end together."""
-    put = stratavit.folders.put
+    put = stratavit.files.folders.put
 
     def together(*args):
         barrier.wait(300)
         put(*args)
 
-    stratavit.folders.put = together
+    stratavit.files.folders.put = together
     arguments = argv(work, "convert", out)
     return main(arguments if overwrite else arguments[:-1])
 
@@ -107,7 +109,7 @@ def rank(number, port, out, waits, resume):
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if waits:
-        update = loop.Trainer.update
+        update = trainer.Trainer.update
 
         def watched(self, batches):
             if self.step == 2:
@@ -116,7 +118,7 @@ def rank(number, port, out, waits, resume):
                     time.sleep(300)
             update(self, batches)
 
-        loop.Trainer.update = watched
+        trainer.Trainer.update = watched
     try:
         run(out, resume=resume)
     except stratavit.StrataViTError as error:
@@ -159,7 +161,7 @@ def test_one_of_two_processes_is_killed(tmp_path, dies):
         other.join(300)
         assert other.exitcode == 2, other.said()
         assert "refused: train: another process of this training has gone" in other.said()
-    assert stratavit.checkpoint.read_state(out)["step"] == 2
+    assert stratavit.training.run_files.read_state(out)["step"] == 2
     with ExitStack() as stack:
         for one in pair(stack, out, resume=True):
             one.join(300)

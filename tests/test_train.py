@@ -20,15 +20,16 @@ from helpers import CLASSES, make_batches, make_images, make_net, relative_error
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import stratavit
-from stratavit import StrataViTError, SuperNet, augment, checkpoint, demo, order, processes
-from stratavit.learner import Drawn
-from stratavit.loop import Trainer
-from stratavit.piad import train_piad
-from stratavit.processes import StopRequest
-from stratavit.pupil import Pupil, evaluations
-from stratavit.random_streams import stream
-from stratavit.recipe import Recipe
-from stratavit.strata import Strata
+from stratavit import StrataViTError, SuperNet, demo
+from stratavit.dropout_list.strata import Strata
+from stratavit.tasks.piad import train_piad
+from stratavit.tasks.piad_task import Pupil, evaluations
+from stratavit.training import augmentation, distributed, order, run_files
+from stratavit.training.distributed import StopRequest
+from stratavit.training.recipe import Recipe
+from stratavit.training.task import Drawn
+from stratavit.training.trainer import Trainer
+from stratavit.utils.random_streams import stream
 
 TINY = Recipe(
     epochs=3,
@@ -95,7 +96,7 @@ def run(out, method="default", data=None, recipe=TINY, resume=False, evaluation=
 
 
 def trainer(tmp_path, recipe=TINY, method="default", data=None, net=None):
-    accelerator = processes.accelerator(recipe, tmp_path, cpu=True)
+    accelerator = distributed.accelerator(recipe, tmp_path, cpu=True)
     data = data or Images()
     places = order.of(data, recipe, 1)
     decay = recipe.decay(places.steps * recipe.epochs)
@@ -105,8 +106,8 @@ def trainer(tmp_path, recipe=TINY, method="default", data=None, net=None):
 
 def outcome(folder):
     """All that a run leaves, without times."""
-    state = checkpoint.read_state(folder)
-    log = [{k: v for k, v in row.items() if k != "seconds"} for row in checkpoint.Journal(folder / "log.jsonl").rows()]
+    state = run_files.read_state(folder)
+    log = [{k: v for k, v in row.items() if k != "seconds"} for row in run_files.Journal(folder / "log.jsonl").rows()]
     return state, log, (folder / "model.safetensors").read_bytes(), (folder / "moments.safetensors").read_bytes()
 
 
@@ -227,7 +228,7 @@ def test_a_resumed_run_may_change_what_has_no_effect(tmp_path, finished):
 
 
 def test_a_crash_while_the_state_is_written_leaves_the_last_one(tmp_path, monkeypatch):
-    checkpoint.write_state(tmp_path, {"step": 1})
+    run_files.write_state(tmp_path, {"step": 1})
 
     def half(state, file):
         file.write(b"half a state")
@@ -235,8 +236,8 @@ def test_a_crash_while_the_state_is_written_leaves_the_last_one(tmp_path, monkey
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(stratavit.ArtifactError, match="No space left"):
-        checkpoint.write_state(tmp_path, {"step": 2})
-    assert checkpoint.read_state(tmp_path)["step"] == 1
+        run_files.write_state(tmp_path, {"step": 2})
+    assert run_files.read_state(tmp_path)["step"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
 
 
@@ -275,7 +276,7 @@ def test_what_a_run_leaves(finished, method):
     names = {"state.pt", "log.jsonl", "model.safetensors", "moments.safetensors", "stratavit.json", "config.json"}
     assert {path.name for path in folder.iterdir()} == names | {"curve.csv", "curve.png", "history.png"}
     assert [epoch for epoch, _ in evaluations(folder)] == [2, 3]
-    assert evaluations(folder)[-1][1] == stratavit.curve_points.read_csv(folder / "curve.csv")
+    assert evaluations(folder)[-1][1] == stratavit.evaluation.curve_points.read_csv(folder / "curve.csv")
     assert (folder / "history.png").read_bytes()[:4] == b"\x89PNG"
     assert timm.create_model(f"local-dir:{folder}", pretrained=True)
     loaded = SuperNet.load(folder)
@@ -287,7 +288,7 @@ def test_what_a_run_leaves(finished, method):
     with torch.no_grad():
         assert torch.equal(loaded(images, spec), net(images, spec))
         assert torch.allclose(loaded.extract(spec=spec, verbose=False)(images), net(images, spec), atol=1e-5)
-    log = checkpoint.Journal(folder / "log.jsonl").rows()
+    log = run_files.Journal(folder / "log.jsonl").rows()
     assert [(row["kind"], row["epoch"]) for row in log] == [
         *[("epoch", 1), ("epoch", 2), ("eval", 2)],
         *[("epoch", 3), ("eval", 3)],
@@ -305,13 +306,13 @@ def test_what_is_stale_is_dropped(finished):
 def test_means_belong_to_the_weights_that_are_kept(finished):
     net = copy.deepcopy(finished["default"][1])
     kept = {name: module.channel_mean.clone() for name, module in net.elastic.items()}
-    statistics = stratavit.statistics.collect(net.model, make_batches(), scatter="none")
+    statistics = stratavit.calibration.statistics.collect(net.model, make_batches(), scatter="none")
     for name, mean in kept.items():
         assert torch.equal(mean, statistics[name].channel_mean.to(mean))
 
 
 def test_averaged_weights_are_kept_unless_told_otherwise(tmp_path, finished):
-    state = checkpoint.read_state(finished["default"][0])
+    state = run_files.read_state(finished["default"][0])
     assert_same(dict(finished["default"][1].model.state_dict()), dict(state["ema"]))
     raw = run(tmp_path / "raw", recipe=dataclasses.replace(TINY, keep="raw"))
     assert_same(dict(raw.model.state_dict()), dict(state["weights"]))
@@ -393,8 +394,10 @@ def test_full_compensation_in_training(tmp_path):
         assert torch.allclose(loaded.extract(spec=spec, verbose=False)(images), net(images, spec), atol=1e-5)
     for name, module in loaded.elastic.items():
         assert torch.equal(module.moments.factor, net.elastic[name].moments.factor)
-        found = stratavit.statistics.collect(net.model, make_batches(), "auto", "none", token_weight=0.5)[name]
-        _, moments = stratavit.contraction.moments_of(net.elastic[name], found)
+        found = stratavit.calibration.statistics.collect(net.model, make_batches(), "auto", "none", token_weight=0.5)[
+            name
+        ]
+        _, moments = stratavit.calibration.contraction.moments_of(net.elastic[name], found)
         assert relative_error(module.moments.factor, moments.factor) < 1e-5
     with pytest.raises(StrataViTError, match="not 'paper'"):
         run(tmp_path / "paper", "paper", recipe=recipe)
@@ -404,9 +407,9 @@ def test_moments_of_channels_as_they_are():
     """Measured again right after contraction they are those that contraction computed."""
     for family in ("plain", "layer_scale", "odd_widths"):
         net = make_net(family)
-        found = stratavit.statistics.collect(net.model, make_batches(), "auto", "none", token_weight=0.5)
+        found = stratavit.calibration.statistics.collect(net.model, make_batches(), "auto", "none", token_weight=0.5)
         for name, module in net.elastic.items():
-            mean, moments = stratavit.contraction.moments_of(module, found[name])
+            mean, moments = stratavit.calibration.contraction.moments_of(module, found[name])
             assert relative_error(mean.float(), module.channel_mean) < 1e-4
             assert (
                 relative_error(moments.factor @ moments.factor.T, module.moments.factor @ module.moments.factor.T)
@@ -445,14 +448,14 @@ def test_terminated_with_all_its_workers(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert "stopped after step 4 of 18" in done.stderr, done.stderr[-2000:]
-    assert checkpoint.read_state(tmp_path / "run")["step"] == 4
+    assert run_files.read_state(tmp_path / "run")["step"] == 4
 
 
 def test_a_stop_before_an_evaluation_is_not_lost(tmp_path):
     """Asked in the last step of an epoch that is evaluated: nothing is evaluated, and all steps are there."""
     with pytest.raises(KeyboardInterrupt, match="stopped after step 6 of 9"):
         run(tmp_path / "run", data=Images(48, terminate))
-    state = checkpoint.read_state(tmp_path / "run")
+    state = run_files.read_state(tmp_path / "run")
     assert (state["step"], state["ended"]) == (6, 1)
 
 
@@ -469,13 +472,13 @@ def test_forms_of_a_recipe_and_of_held_out_images(tmp_path, form):
     config = {"recipe": Recipe(**values), "mapping": values, "file": tmp_path / "recipe.toml"}[form]
     held_out = TensorDataset(*(torch.cat(side) for side in zip(*make_batches(), strict=True)))
     stratavit.train_piad(fresh(), Images(), held_out, config, tmp_path / "run", proxy=make_batches(), cpu=True)
-    rows = checkpoint.Journal(tmp_path / "run" / "log.jsonl").rows()
+    rows = run_files.Journal(tmp_path / "run" / "log.jsonl").rows()
     assert rows[-1]["points"][0]["n"] == 12
 
 
 def test_the_full_network_teaches():
     """The labels' part of the target is smoothed, the answer's is not; the loss smooths neither again."""
-    target = augment.Target(dataclasses.replace(TINY, mixup=0.0, cutmix=0.0, smoothing=0.3), 3)
+    target = augmentation.Target(dataclasses.replace(TINY, mixup=0.0, cutmix=0.0, smoothing=0.3), 3)
     labels, answer = torch.tensor([0, 2]), torch.randn(2, 3)
     assert torch.allclose(target.taught(labels, answer, 0.0), 0.7 * torch.eye(3)[labels] + 0.1)
     logits, soft = torch.randn(2, 3), target.taught(labels, answer, 1.0)
@@ -611,7 +614,7 @@ def test_a_loss_that_is_not_finite(tmp_path):
     data.images[3] = float("nan")
     with pytest.raises(StrataViTError, match=r"loss is nan at step [0-2] \(prefix \d+, \d+% of MACs, learning rate"):
         run(tmp_path / "run", data=data)
-    state = checkpoint.read_state(tmp_path / "run")
+    state = run_files.read_state(tmp_path / "run")
     assert state["step"] == 0
     assert all(tensor.isfinite().all() for tensor in state["weights"].values())
 
@@ -686,7 +689,7 @@ def test_mixing_needs_no_alpha_to_smooth():
     recipe = dataclasses.replace(TINY, mixup=0.0, cutmix=0.0, smoothing=0.1)
     images, labels = make_batches()[1]
     logits = torch.randn(4, CLASSES)
-    plain, mixing = augment.Target(recipe, CLASSES), augment.Target(TINY, CLASSES)
+    plain, mixing = augmentation.Target(recipe, CLASSES), augmentation.Target(TINY, CLASSES)
     same, target = plain.mix(images, labels)
     assert torch.equal(same, images)
     expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
@@ -762,7 +765,7 @@ def test_two_processes(tmp_path):
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0]["sums"] == ranks[1]["sums"]
     assert ranks[0]["drawn"] != ranks[1]["drawn"]
-    log = checkpoint.Journal(tmp_path / "run" / "log.jsonl").rows()
+    log = run_files.Journal(tmp_path / "run" / "log.jsonl").rows()
     assert all(np.isfinite(row["loss"]) for row in log if row["kind"] == "epoch")
     assert len(log[-1]["points"]) == len({point["asked"] for point in log[-1]["points"]}) > 1
     assert SuperNet.load(tmp_path / "run").provenance["train"]["processes"] == 2

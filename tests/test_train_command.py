@@ -13,10 +13,10 @@ from helpers import CLASSES, make_net
 from PIL import Image
 
 import stratavit
-from stratavit import augment, checkpoint
-from stratavit.cli import main, parser
-from stratavit.recipe import Recipe, field_types
-from stratavit.train_command import recipe_of
+from stratavit.cli.parser import main, parser
+from stratavit.cli.train import recipe_of
+from stratavit.training import augmentation, run_files
+from stratavit.training.recipe import Recipe, field_types
 
 RECIPE = """
 epochs = 2
@@ -74,7 +74,7 @@ def test_train_and_then_extract(work, tmp_path, capsys):
 
 def test_terminated_and_resumed(work, tmp_path, capsys, monkeypatch):
     assert main(command(work, tmp_path / "whole")) == 0
-    read, reads = augment.TrainingFolder.__getitem__, []
+    read, reads = augmentation.TrainingFolder.__getitem__, []
 
     def killed(self, index):
         reads.append(index)
@@ -82,7 +82,7 @@ def test_terminated_and_resumed(work, tmp_path, capsys, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return read(self, index)
 
-    monkeypatch.setattr(augment.TrainingFolder, "__getitem__", killed)
+    monkeypatch.setattr(augmentation.TrainingFolder, "__getitem__", killed)
     error = complaint(capsys, command(work, tmp_path / "out"), 143)
     assert "stopped after step 4 of 6; resume" in error
     monkeypatch.undo()
@@ -161,7 +161,7 @@ def test_class_folders_must_be_the_same(work, tmp_path, capsys):
 
 
 def test_a_resumed_run_refuses_another_recipe(work, tmp_path, capsys):
-    checkpoint.write_state(tmp_path, {"recipe": Recipe().to_dict()})
+    run_files.write_state(tmp_path, {"recipe": Recipe().to_dict()})
     arguments = command(work, tmp_path, "--resume", "--lr", "0.5")
     del arguments[arguments.index("--recipe") : arguments.index("--recipe") + 2]
     assert "trained with lr = 0.0005; a resumed run cannot make it 0.5" in complaint(capsys, arguments)

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 
-from stratavit import StrataViTError, SuperNet, effects, walk
-from stratavit.walk import Walk
+from stratavit import StrataViTError, SuperNet
+from stratavit.dropout_list import marginal_effects, walk
+from stratavit.dropout_list.walk import Walk
 
 IMAGES = make_images(3, seed=9)
 BATCHES = [images for images, _ in make_batches()]
@@ -41,13 +42,13 @@ def test_ratios_move_along_the_effects_by_no_more_than_the_rate(values):
     ratios, effects = ({name: pair[which] for name, pair in values.items()} for which in (0, 1))
     found = walk.moved(ratios, effects, 0.3)
     assert found.keys() == ratios.keys()
-    if sum(effects.values()) <= 0:
+    if sum(marginal_effects.values()) <= 0:
         assert found == ratios
         return
     assert sum(found.values()) == pytest.approx(0, abs=1e-9)
     moves = {name: found[name] - ratios[name] for name in ratios}
     assert max(moves.values()) - min(moves.values()) <= 0.6 + 1e-9
-    in_order = [moves[name] for name in sorted(moves, key=effects.get)]
+    in_order = [moves[name] for name in sorted(moves, key=marginal_effects.get)]
     assert all(a <= b + 1e-9 for a, b in pairwise(in_order))
 
 
@@ -75,7 +76,7 @@ def test_sites_of_a_single_unit_are_neither_measured_nor_judged():
         img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, mlp_ratio=2.0, num_classes=7
     )
     net = SuperNet(enliven(model)).contract(make_batches())
-    found = effects.Reference(net.model, net.sites, BATCHES).effects(
+    found = marginal_effects.Reference(net.model, net.sites, BATCHES).effects(
         net.cost, {site.name: site.steps[-1] if site.kind == "attention" else site.steps[8] for site in net.sites}
     )
     assert found.effects.keys() == {"blocks.0.mlp", "blocks.1.mlp"}

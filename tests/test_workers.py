@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from stratavit import StrataViTError, data, image_loader
+from stratavit import StrataViTError, image_loader
+from stratavit.data import image_folder
 
 CONFIG = {"input_size": (3, 8, 8)}
 
@@ -48,7 +49,7 @@ def test_they_stay_until_the_loader_is_closed_or_gone(loader, before):
     assert workers() == before
     assert torch.equal(everything(loader)[0], first[0])
     assert len(workers() - before) == 2
-    data.rest(None, [1], loader)
+    image_folder.rest(None, [1], loader)
     assert workers() == before
     everything(loader)
     del loader
@@ -57,7 +58,7 @@ def test_they_stay_until_the_loader_is_closed_or_gone(loader, before):
 
 def test_they_end_with_the_loader(loader, before):
     def used():
-        everything(data.ImageLoader(loader.dataset, 2, 2))
+        everything(image_folder.ImageLoader(loader.dataset, 2, 2))
 
     used()
     gc.collect()
@@ -86,7 +87,7 @@ def test_a_pass_that_fails_ends_them(loader, before, monkeypatch):
         raise StrataViTError("ours")
 
     with monkeypatch.context() as patch:
-        patch.setattr(data.ImageFolder, "__getitem__", fail)
+        patch.setattr(image_folder.ImageFolder, "__getitem__", fail)
         with pytest.raises(StrataViTError, match=r"^ours$"):
             list(loader)
     assert workers() == before

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stratavit import wpac
-from stratavit.elastic import fold_heads
-from stratavit.moments import RunningScatter
-from stratavit.statistics import SiteStatistics
-from stratavit.wpac import attention_transform, mlp_order, principal_axes, scatter_needed
+from stratavit.calibration import wpac
+from stratavit.calibration.moments import RunningScatter
+from stratavit.calibration.statistics import SiteStatistics
+from stratavit.calibration.wpac import attention_transform, mlp_order, principal_axes, scatter_needed
+from stratavit.elastic.base import fold_heads
 
 GENERATOR = torch.Generator()
 

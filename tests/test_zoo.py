@@ -9,7 +9,7 @@ from helpers import Bomb, enliven
 from safetensors.torch import save_file
 
 from stratavit import ArtifactError, StrataViTError
-from stratavit.zoo import dense_model, read_checkpoint
+from stratavit.artifacts.model_loading import dense_model, read_checkpoint
 
 NAME = "test_vit"  # timm's own tiny ViT for tests: width 64, 6 blocks
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from stratavit.cli import parser
+from stratavit.cli.parser import parser
 
 PAGE = Path(__file__).parents[1] / "cli.md"
 HEAD = """# Command line

@@ -2,7 +2,7 @@
 
 import sys
 
-from stratavit.cli import main
+from stratavit.cli.parser import main
 
 if __name__ == "__main__":
     sys.exit(main())

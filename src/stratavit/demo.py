@@ -12,12 +12,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from stratavit import artifacts, curve_points, plots, report
+from stratavit.artifacts import sub_network
 from stratavit.errors import StrataViTError
-from stratavit.evaluate import evaluate
-from stratavit.folders import write_folder
-from stratavit.progress import track
+from stratavit.evaluation import curve_points
+from stratavit.evaluation.accuracy import evaluate
+from stratavit.files.folders import write_folder
+from stratavit.reports import curve, plots
 from stratavit.supernet import SuperNet
+from stratavit.utils.progress import track
 
 DATA_CONFIG: dict[str, Any] = {
     "input_size": (1, 8, 8),
@@ -120,15 +122,15 @@ def _work(folder: Path, device: torch.device, epochs: int) -> tuple[dict[str, An
     net = SuperNet(model, DATA_CONFIG)
     net.contract(calibration).stratify(calibration)
     net.provenance["source"] = {"model": "small ViT trained on scikit-learn's digits", "weights": None}
-    points = report.curve(net, test)
+    points = curve.curve(net, test)
     curve_points.write_csv(points, folder / "curve.csv")
     plots.plot(points, folder / "curve.png", "a small ViT on 8 x 8 digits, one training, every size")
 
     met = net.budget(macs=0.5)
     small = net.extract(spec=met.spec)
     net.save(folder / "super-network")
-    artifacts.save(small, folder / "small")
-    loaded = artifacts.load(folder / "small", device)
+    sub_network.save(small, folder / "small")
+    loaded = sub_network.load(folder / "small", device)
     images = next(iter(test))[0].to(device)
     with torch.inference_mode():
         difference = float((loaded(images) - net(images, met.spec)).abs().max())
@@ -145,7 +147,7 @@ def _work(folder: Path, device: torch.device, epochs: int) -> tuple[dict[str, An
         "seconds": time.perf_counter() - started,
     }
     lines = [
-        report.table(points),
+        curve.table(points),
         str(met),
         f"half-size model, saved and loaded back: {metrics}; largest logit difference {difference:.1e}",
         f"done in {result['seconds']:.0f} s",

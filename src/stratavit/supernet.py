@@ -14,34 +14,37 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, Unpack
 
-from stratavit import architecture, following, intake, listing, moments_file, sensitivity, strata, supernet_file
-from stratavit.answers import Answers
-from stratavit.budget import Budget
-from stratavit.classifier import with_plain_head
-from stratavit.contract import TOKEN_WEIGHT, Method, known_method, resolve_method, sort_channels
-from stratavit.cost import CostModel, cost_model
-from stratavit.elastic import Compensation, ElasticSite, run_at
+from stratavit.artifacts import moments as moments_file
+from stratavit.artifacts import super_network as super_network_file
+from stratavit.budgets.amounts import Budget
+from stratavit.budgets.constraints import Asked, find_sub_network
+from stratavit.budgets.latency_cost import priced
+from stratavit.calibration.contract import TOKEN_WEIGHT, Method, known_method, resolve_method, sort_channels
+from stratavit.calibration.dense_outputs import Answers
+from stratavit.calibration.objectives import Objective
+from stratavit.calibration.wpac import Criterion
+from stratavit.data.pixels import Seen
+from stratavit.dropout_list import build, sensitivity, strata
+from stratavit.dropout_list.walk import Walk
+from stratavit.elastic.base import Compensation, ElasticSite, run_at
+from stratavit.elastic.memory import Memory, memory_of
+from stratavit.elastic.running import Run, running
+from stratavit.elastic.site import HEAD_DIM_UNIT, MLP_UNITS, with_units
+from stratavit.elastic.widths import full_spec
 from stratavit.errors import ArtifactError, BudgetError, StrataViTError, described
-from stratavit.extract import small_model
-from stratavit.families import elastic_sites, find_sites, last_norm, stages
-from stratavit.fidelity import Subject, check_cut
-from stratavit.final_mean import FinalMean, Shift
-from stratavit.foreign import as_source, as_timm
-from stratavit.freezing import frozen_names, set_frozen
-from stratavit.limits import Asked, find_sub_network
-from stratavit.memory import Memory, memory_of
-from stratavit.objectives import Objective
-from stratavit.pixels import Seen
-from stratavit.prices import priced
-from stratavit.running import Run, running
-from stratavit.site import HEAD_DIM_UNIT, MLP_UNITS, with_units
+from stratavit.evaluation.latency import Setting
+from stratavit.interop.convert import as_source, as_timm
+from stratavit.models import architecture, changes, source_checks
+from stratavit.models.cost import CostModel, cost_model
+from stratavit.models.equality import Subject, check_cut
+from stratavit.models.extraction import small_model
+from stratavit.models.families import elastic_sites, find_sites, last_norm, stages
+from stratavit.models.final_mean import FinalMean, Shift
+from stratavit.models.freezing import frozen_names, set_frozen
 from stratavit.spec import Spec
-from stratavit.structure import in_float32
-from stratavit.timing import Setting
-from stratavit.walk import Walk
-from stratavit.widths import full_spec
-from stratavit.wpac import Criterion
-from stratavit.wrappers import unwrapped
+from stratavit.utils.classifier import with_plain_head
+from stratavit.utils.model import in_float32
+from stratavit.utils.wrappers import unwrapped
 
 
 class SuperNet(nn.Module):
@@ -92,7 +95,7 @@ class SuperNet(nn.Module):
         super().__init__()
         given = unwrapped(model)
         source = as_timm(given)
-        intake.check(source)
+        source_checks.check(source)
         plain = with_plain_head(source)
         if embedding is None:
             embedding = getattr(source, "embedding", False)
@@ -111,7 +114,7 @@ class SuperNet(nn.Module):
             check_cut(
                 source, architecture.filled(rebuilt, plain), Subject(self.model, stages(self.model).answers), size
             )
-        self._cost, self._form = cost_model(self.model, self.sites, size), following.form_of(self.model)
+        self._cost, self._form = cost_model(self.model, self.sites, size), changes.form_of(self.model)
         self._frozen = frozen_names(self.model)
         self._shift = Shift()
         self._answers: Answers | None = None  # of the full model to the images of `contract`, for `stratify`
@@ -129,7 +132,7 @@ class SuperNet(nn.Module):
     def _elastic_copy(self, plain: nn.Module) -> nn.Module:
         """A copy whose attention and MLP modules are elastic, without methods that are set on instances."""
         copied: Any = copy.deepcopy(plain)
-        intake.drop_own_routines(copied)
+        source_checks.drop_own_routines(copied)
         copied.embedding = self.embedding
         modules, self.whole = elastic_sites(copied)
         for name, module in modules.items():
@@ -150,7 +153,7 @@ class SuperNet(nn.Module):
         Raises:
             StrataViTError: The model was changed in a way that cannot be followed.
         """
-        if following.form_of(self.model) != self._form:
+        if changes.form_of(self.model) != self._form:
             self._follow()
         return self._cost
 
@@ -161,13 +164,13 @@ class SuperNet(nn.Module):
     def _follow(self) -> None:
         """Brings description, image size and cost up to what the owner made of `model`."""
         before = self.description, self.data_config, self._cost, self._form
-        following.plain_heads(self.model)
+        changes.plain_heads(self.model)
         try:
-            self.description = following.description_now(self.description, self.model)
+            self.description = changes.description_now(self.description, self.model)
             size: Any = architecture.own_size(self.model, self.data_config["input_size"])
             self.data_config = self.data_config | {"input_size": size}
-            self._cost, self._form = cost_model(self.model, self.sites, size), following.form_of(self.model)
-            following.check_followed(self, self.model, self.description, size)
+            self._cost, self._form = cost_model(self.model, self.sites, size), changes.form_of(self.model)
+            changes.check_followed(self, self.model, self.description, size)
         except Exception:
             self.description, self.data_config, self._cost, self._form = before
             raise
@@ -353,7 +356,7 @@ class SuperNet(nn.Module):
         cost = priced(self.cost, self.elastic, price, setting)
         known = self._answers if self._answers is not None and self._answers.belong_to(self.model) else None
         with in_float32(self.model), self.at():
-            entries, final_mean, facts = listing.make_list(
+            entries, final_mean, facts = build.make_list(
                 self.model,
                 self.sites,
                 cost,
@@ -531,8 +534,8 @@ class SuperNet(nn.Module):
                 "the second moments were released by specialise(); save before, or specialise(moments=True)"
             )
         _ = self.cost  # follows a model that was changed
-        intake.check(self.model)
-        following.check_followed(self, self.model, self.description, self.data_config["input_size"])
+        source_checks.check(self.model)
+        changes.check_followed(self, self.model, self.description, self.data_config["input_size"])
         facts = {
             "method": self.method,
             "compensation": self.compensation if moments or self.compensation != "full" else "mean",
@@ -545,7 +548,7 @@ class SuperNet(nn.Module):
             "provenance": self.provenance,
         }
         tensors = moments_file.to_tensors(self.elastic, self.final_mean, second=moments)
-        supernet_file.write_super_network(path, self.model, facts, tensors, overwrite)
+        super_network_file.write_super_network(path, self.model, facts, tensors, overwrite)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu", moments: bool = True) -> SuperNet:
@@ -560,7 +563,7 @@ class SuperNet(nn.Module):
         Raises:
             ArtifactError: The folder is not a super-network's, or damaged.
         """
-        saved = supernet_file.read_super_network(path, device, moments)
+        saved = super_network_file.read_super_network(path, device, moments)
         content = saved.content
         net = cls(saved.model, saved.data_config, _description=content["model"])
         try:

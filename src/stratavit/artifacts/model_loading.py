@@ -1,0 +1,78 @@
+"""Dense models by timm name, with weights from the hub or from a local file."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+from stratavit.artifacts import sub_network
+from stratavit.errors import StrataViTError
+from stratavit.files.checkpoints_of_others import read_checkpoint
+from stratavit.files.state_dicts import load_weights, unreachable
+from stratavit.interop import torchvision_vit
+from stratavit.interop.timm_filter import fitted
+from stratavit.interop.transformers import folders
+
+
+def dense_model(name: str, weights: str | Path | None = None, num_classes: int | None = None) -> nn.Module:
+    """A pre-trained timm model in eval mode, or timm's equivalent of one of torchvision.
+
+    Args:
+        name: timm's model name, with or without a pretrained tag; or torchvision's, such as ``vit_b_16``.
+        weights: Local checkpoint (``.safetensors``, or ``.pth`` read with ``weights_only=True``), fitted as timm
+            does; the hub's pretrained weights if None.
+        num_classes: Size of the head, if it is not the architecture's own.
+
+    Raises:
+        StrataViTError: Unknown name, or weights that cannot be fetched, read or fitted.
+    """
+    if torchvision_vit.is_name(name):
+        state = None if weights is None else read_checkpoint(Path(weights))
+        return torchvision_vit.named(name, state, str(weights), num_classes)
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() names them all"
+        if not close and any(mark in name for mark in "/\\"):
+            raise StrataViTError(
+                f"{name} is neither a folder nor the name of a model; give one that was saved, or a name"
+            )
+        raise StrataViTError(f"timm {timm.__version__} has no model named {name!r}; {hint}")
+    arguments = {} if num_classes is None else {"num_classes": num_classes}
+    if weights is not None:
+        model: nn.Module = timm.create_model(name, **arguments)
+        load_weights(model, fitted(name, model, read_checkpoint(Path(weights)), str(weights)), str(weights))
+        return model.eval()
+    with unreachable(name):
+        model = timm.create_model(name, pretrained=True, **arguments)
+    return model.eval()
+
+
+def model_at(
+    target: str,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """A model by name, or from a folder that `stratavit.save` or transformers wrote; of transformers timm's equivalent.
+
+    Args:
+        target: Name or folder.
+        weights, num_classes: See `dense_model`; for names only.
+        device: To load to.
+
+    Raises:
+        StrataViTError: See `dense_model` and `stratavit.load`; options that a folder does not take.
+    """
+    if not Path(target).is_dir():
+        return dense_model(target, weights, num_classes).to(device)
+    if weights is not None or num_classes is not None:
+        raise StrataViTError(
+            f"{target} is a folder with weights and head of its own: leave out --weights, --num-classes"
+        )
+    if folders.is_folder_of_transformers(target):
+        return folders.load_equivalent(target).to(device)
+    return sub_network.load(target, device, timm_form=True)

@@ -1,0 +1,91 @@
+"""Saving and loading sub-networks: safetensors and one JSON file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stratavit.artifacts.format import (
+    SUB,
+    header,
+    label_names,
+    load_model,
+    read_data_config,
+    read_header,
+    read_origin,
+    write_saved,
+)
+from stratavit.errors import ArtifactError, UnsupportedModelError
+from stratavit.interop.convert import as_source, as_timm
+from stratavit.models import architecture, source_checks
+from stratavit.models.equality import Subject, check_saved
+from stratavit.models.freezing import frozen_names
+from stratavit.utils.classifier import with_plain_head
+from stratavit.utils.model import is_super_network
+from stratavit.utils.wrappers import unwrapped
+
+
+def save(model: nn.Module, path: str | Path, overwrite: bool = False) -> None:
+    """Saves a sub-network (or any supported model): ``model.safetensors`` and ``stratavit.json``.
+
+    A model of transformers is saved as timm's equivalent and comes back in its own class.
+
+    Args:
+        model: What `SuperNet.extract` returned, trained further or not.
+        path: Folder to write.
+        overwrite: Replace a folder that is not empty.
+
+    Raises:
+        ArtifactError: The model cannot be described, or the folder cannot be written.
+    """
+    given = unwrapped(model)
+    if is_super_network(given):
+        raise ArtifactError("this is a super-network: save it with its own save(path)")
+    source = as_timm(given)
+    try:
+        source_checks.check(source)
+    except UnsupportedModelError as error:
+        raise ArtifactError(str(error)) from error
+    description, built = architecture.described_and_built(source)
+    plain = with_plain_head(source)
+    data_config = architecture.resolve_data_config(plain)
+    if source is given:  # else `as_timm` has compared
+        check_saved(Subject(source, source), architecture.filled(built, plain), data_config["input_size"])
+    content = header(SUB) | {
+        "model": description,
+        "origin": getattr(plain, "origin", None),
+        "data_config": data_config,
+        "frozen": frozen_names(plain),
+        "provenance": getattr(plain, "provenance", {}),
+    }
+    content |= label_names(plain)
+    write_saved(path, plain, content, overwrite)
+
+
+def load(path: str | Path, device: torch.device | str = "cpu", timm_form: bool = False) -> nn.Module:
+    """Reads what `save` wrote: a plain model in eval mode, of timm's class or of transformers' if it came from there.
+
+    Args:
+        path: The folder.
+        device: Of the weights.
+        timm_form: timm's equivalent of a model of transformers, in place of that.
+
+    Raises:
+        ArtifactError: The folder is not a sub-network's, or is damaged.
+    """
+    folder = Path(path)
+    content = read_header(folder, SUB)
+    model: Any = load_model(content, folder, device)
+    model.provenance = content.get("provenance", {})
+    model.data_config = read_data_config(content, folder, model)
+    model.origin = read_origin(content, folder)
+    return model if timm_form else as_source(model)
+
+
+def site_widths(model: nn.Module) -> dict[str, int]:
+    """Kept width of every site of a sub-network: its own layers tell."""
+    sites = architecture.describe(model)["sites"]
+    return {name: site.get("head_dim", site.get("hidden_features", 0)) for name, site in sites.items()}

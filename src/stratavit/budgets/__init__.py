@@ -1,0 +1,1 @@
+"""Budgets, and the sub-network that keeps them."""

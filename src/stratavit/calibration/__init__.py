@@ -1,0 +1,1 @@
+"""One pass over calibration images, and what it changes in the weights."""

@@ -1,0 +1,254 @@
+"""The calibration pass: one forward and one backward pass that gathers what the method needs, streaming.
+
+Shape legend: B images, N tokens, H heads, w head_dim (at the width in use), m MLP hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stratavit.calibration.dense_outputs import Answers
+from stratavit.calibration.moments import RunningCovariance, RunningMean, RunningScatter
+from stratavit.calibration.objectives import OBJECTIVES, Objective, Score
+from stratavit.data.batches import batches_of
+from stratavit.data.pixels import folds_of, keys_of
+from stratavit.elastic.base import ElasticSite
+from stratavit.errors import StrataViTError
+from stratavit.models.families import stages
+from stratavit.utils.model import classes_of, eval_mode, frozen, model_device, model_dtype
+from stratavit.utils.progress import track
+
+Scatter = Literal["weighted", "plain", "none"]
+
+
+@dataclass
+class SiteStatistics:
+    """What a calibration pass leaves of one site, float64, means over all tokens of all images.
+
+    Attributes:
+        taylor: First-order Taylor importance ``mean |g*h|``: attention ``[3, H, w]`` (q, k, v; where q and k stay
+            whole v alone, ``[1, H, w]``), MLP ``[1, 1, m]`` of the post-activation. Empty if covariances were asked
+            for.
+        hessian: Second-order term ``mean 1/2 (g*h)^2``, same shape.
+        channel_mean: Mean of what `proj` / `fc2` reads, ``[H, w]`` or ``[1, m]``, under the token weights of
+            `covariance` if there is one.
+        scatter: Attention only: ``[3, H, w, w]``, scatter of q, k, v around their unweighted means,
+            every token weighted by its importance (method section 1) or by 1. Of q and k alone, ``[2, H, w, w]``,
+            if covariances were asked for; of v alone, ``[1, H, w, w]``, where q and k stay whole.
+        covariance: Of what `proj` / `fc2` reads, heads jointly and head after head, ``[H*w, H*w]`` or ``[m, m]``.
+        crossed: `channel_mean` and `covariance` without the images of fold 0, and without those of fold 1.
+        images: Number of calibration images.
+    """
+
+    taylor: Tensor
+    hessian: Tensor
+    channel_mean: Tensor
+    scatter: Tensor | None = None
+    covariance: Tensor | None = None
+    crossed: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    images: int = 0
+
+
+class SiteObserver:
+    """Turns the features of one site, and their gradients, into running moments.
+
+    Args:
+        site: The module.
+        scatter: Weighting of the q, k, v scatter.
+        token_weight: Gather covariances of what `proj` / `fc2` reads, this share of every token's weight
+            in proportion to the gradient norm at the module's output; None: gather Taylor terms instead.
+
+    Attributes:
+        folds: Of the images of the batch that runs, ``[B]``; windows of an image lie one after the other.
+    """
+
+    def __init__(self, site: ElasticSite, scatter: Scatter, token_weight: float | None = None) -> None:
+        self.heads, self.attention = site.heads, site.attention
+        self.weighted, self.folds = scatter == "weighted", torch.zeros(1, dtype=torch.long)
+        turned = site.tied or (site.attention and token_weight is None)  # v turns by its covariance where there is one
+        self._scatter = RunningScatter() if turned and scatter != "none" else None
+        self._covariance = None if token_weight is None else RunningCovariance(token_weight)
+        self._taylor, self._hessian, self._mean = RunningMean(), RunningMean(), RunningMean()
+        self._held: list[Tensor] = []
+
+    def features(self, features: Tensor) -> None:
+        """qkv ``[B, N, 3, H, w]``, or v alone: waits for the gradient."""
+        if not features.requires_grad:
+            return
+        if self._covariance is None:
+            self._await_gradient(features, self._taylor_terms)
+        elif self._scatter is not None:
+            self._await_gradient(features, self._scatter_of_qk)
+
+    def inputs_of_out(self, features: Tensor) -> None:
+        """Head outputs ``[B, N, H*w]`` or post-activations ``[B, N, m]``."""
+        x = features.detach()
+        if self._covariance is not None:
+            self._held = [x]
+            return
+        sums = x.unflatten(-1, (self.heads, -1)).sum(dim=(0, 1), dtype=torch.float32)  # [H, w]
+        self._mean.update(sums, x.shape[0] * x.shape[1])
+        if not self.attention and features.requires_grad:
+            self._await_gradient(features, lambda x, g: self._taylor_terms(x[:, :, None, None], g[:, :, None, None]))
+
+    def outputs(self, outputs: Tensor) -> None:
+        """What the module adds, ``[B, N, C]``: the norm of its gradient weighs the token."""
+        if self._covariance is not None:
+            x, folds = self._held.pop(), self.folds
+            x = x.reshape(len(folds), -1, x.shape[-1])  # [B, N, H*w], the tokens of all windows of an image
+            outputs.register_hook(lambda gradient: self._covariance_of(x, gradient, folds.to(x.device)))
+
+    def _await_gradient(self, features: Tensor, then: Callable[[Tensor, Tensor], None]) -> None:
+        """Calls `then` with features and gradient once that is there, then lets go of them."""
+        held = [features.detach()]
+        features.register_hook(lambda gradient: then(held.pop(), gradient))
+
+    def _taylor_terms(self, features: Tensor, gradient: Tensor) -> None:
+        """`features` ``[B, N, G, H, w]`` (G = 3 for qkv, 1 for an MLP) with the gradient of the objective."""
+        product = (gradient * features).flatten(0, 1)  # [T, G, H, w]
+        tokens = product.shape[0]
+        self._hessian.update(product.square().sum(dim=0) / 2, tokens)
+        importance = product.abs_()
+        self._taylor.update(importance.sum(dim=0), tokens)
+        if self._scatter is not None:
+            self._scatter_of(features, importance)
+
+    def _scatter_of_qk(self, features: Tensor, gradient: Tensor) -> None:
+        features, gradient = features[:, :, :2], gradient[:, :, :2]
+        self._scatter_of(features, (gradient * features).abs_().flatten(0, 1))
+
+    def _scatter_of(self, features: Tensor, importance: Tensor) -> None:
+        """`features` ``[B, N, G, H, w]``, `importance` ``[T, G, H, w]``."""
+        assert self._scatter is not None
+        x = features.flatten(0, 1).flatten(1, 2).transpose(0, 1)  # [G*H, T, w]
+        weight = importance.mean(dim=-1).flatten(1).T if self.weighted else None  # [G*H, T]
+        self._scatter.update(x, weight)
+
+    def _covariance_of(self, x: Tensor, gradient: Tensor, folds: Tensor) -> None:
+        """`x` ``[B, N, H*w]``, `gradient` ``[B, N, C]`` of images in `folds` ``[B]``."""
+        assert self._covariance is not None
+        weight = gradient.norm(dim=-1).reshape(len(x), -1)  # [B, N]
+        for fold in (0, 1):
+            chosen = folds == fold
+            if chosen.any():
+                self._covariance.update(x[chosen].flatten(0, 1), weight[chosen].flatten(), fold)
+
+    def result(self) -> SiteStatistics:
+        """The moments over everything seen."""
+        scatter = None if self._scatter is None else self._scatter.scatter.unflatten(0, (-1, self.heads))
+        if self._covariance is None:
+            return SiteStatistics(self._taylor.mean, self._hessian.mean, self._mean.mean, scatter)
+        mean, covariance = self._covariance.result()
+        empty, shape = mean.new_empty(0), (self.heads, -1)
+        (m1, c1), (m0, c0) = self._covariance.result(folds=(1,)), self._covariance.result(folds=(0,))
+        crossed = (m1.unflatten(0, shape), c1), (m0.unflatten(0, shape), c0)
+        return SiteStatistics(empty, empty, mean.unflatten(0, shape), scatter, covariance, crossed)
+
+
+def collect(
+    model: nn.Module,
+    loader: Iterable[Any],
+    objective: Objective = "auto",
+    scatter: Scatter = "weighted",
+    description: str = "calibrate",
+    token_weight: float | None = None,
+    seed: int = 0,
+    answers: Answers | None = None,
+) -> dict[str, SiteStatistics]:
+    """Runs every batch forward and backward in eval mode and gathers each elastic site's statistics.
+
+    Only activations are differentiated, not weights, so a pass costs less than a training step. The
+    widths the sites are set to are the ones that are observed; skipped modules are left out.
+
+    Args:
+        model: A model whose sites are elastic modules.
+        loader: Yields images ``[B, 3, H, W]``, ``(images,)``, ``(images, labels [B])`` or mappings of these, see
+            `batches.unpack`; their order does not matter.
+        objective: What is differentiated, summed over images: ``label`` the logit of the true class (the
+            reference implementation), ``cross_entropy``, and without labels: ``prediction`` the logit of the
+            predicted class, ``sampled`` the cross-entropy of a class drawn from the prediction, ``feature`` half
+            the squared norm of the pooled features. ``auto`` is ``label`` where labels are there, else
+            ``prediction``; with `token_weight` ``cross_entropy``, else ``sampled``; for a model without a head
+            ``feature``.
+        scatter: Weighting of the q, k, v scatter; ``none`` leaves it out.
+        description: Title of the progress bar.
+        token_weight: Gather covariances in place of Taylor terms, see `SiteObserver`.
+        seed: For ``sampled``.
+        answers: Takes the model's answers, which the pass has anyway.
+
+    Returns:
+        Site name -> statistics.
+
+    Raises:
+        StrataViTError: No images, labels missing or out of range, or a non-finite result.
+    """
+    if objective not in OBJECTIVES:
+        raise StrataViTError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    sites = {name: module for name, module in model.named_modules() if isinstance(module, ElasticSite)}
+    if torch.is_inference_mode_enabled():
+        raise StrataViTError("calibration needs gradients: call it outside torch.inference_mode()")
+    headless = not classes_of(model)
+    if headless and objective not in ("auto", "feature"):
+        raise StrataViTError(f"objective {objective!r} needs a head, but the model has none; use 'feature' or 'auto'")
+    if headless:
+        objective = "feature"
+    score = Score(objective, token_weight is not None, seed, headless)
+    active = {
+        name: SiteObserver(site, scatter, token_weight)
+        for name, site in sites.items()
+        if site.width and not site.bypassed
+    }
+    try:
+        for name, observer in active.items():
+            sites[name].observer = observer
+        with eval_mode(model), frozen(model):
+            images_seen = _run(model, loader, score, description, active.values(), answers)
+    finally:
+        for site in sites.values():
+            site.observer = None
+    if images_seen == 0:
+        raise StrataViTError("calibration: the loader gave no images; check the data folder or the loader")
+    results = {}
+    for name in list(active):
+        results[name] = result = active.pop(name).result()  # popped, so that no site's sums outlive its result
+        result.images = images_seen
+        if not all(t.isfinite().all() for t in vars(result).values() if isinstance(t, Tensor)):
+            raise StrataViTError(
+                f"calibration: {name} produced NaN or infinite values; check the weights and the images"
+            )
+    return results
+
+
+def _run(
+    model: nn.Module,
+    loader: Iterable[Any],
+    score: Score,
+    description: str,
+    observers: Iterable[SiteObserver],
+    answers: Answers | None = None,
+) -> int:
+    """Forward and backward over the loader with observers in place; returns the number of images."""
+    parts = stages(model)
+    device, dtype = model_device(model), model_dtype(model)
+    images_seen = 0
+    for images, labels in batches_of(track(loader, description), model):
+        keys = keys_of(images)
+        folds = folds_of(keys)
+        for observer in observers:
+            observer.folds = folds
+        with torch.no_grad():
+            tokens = parts.stem(images.to(device, dtype))
+        tokens.requires_grad_(True)
+        with torch.enable_grad():
+            left = parts.through(tokens)
+            torch.autograd.grad(score(parts, left, labels, keys), tokens)
+        if answers is not None:
+            with torch.no_grad():
+                answers.add(keys, parts.tail(left), parts.pool(left))
+        images_seen += len(images)
+    return images_seen

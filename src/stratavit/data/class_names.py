@@ -1,0 +1,206 @@
+"""Which class a folder of images is: by a class map, by the model's own names, by the training split, or by order."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stratavit.data.image_files import some
+from stratavit.errors import StrataViTError, described
+from stratavit.files.folders import read_small
+from stratavit.utils.model import classes_of, is_super_network
+
+MEND = "give --class-map FILE (one class folder name per line)"
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """Class folders and their numbers.
+
+    Attributes:
+        names: Of all classes, by number.
+        index: Class folder -> number.
+        how: What the numbers follow, for people.
+        positions: Whether they follow nothing but the order of folders.
+    """
+
+    names: tuple[str, ...]
+    index: Mapping[str, int]
+    how: str
+    positions: bool = False
+
+
+def class_names_of(model: Any) -> list[str] | None:
+    """The names of a model's classes in the order of its head, for `image_loader`; None if it says none.
+
+    They are ``id2label`` of a model that came from transformers, or ``label_names`` of timm's ``pretrained_cfg``;
+    placeholders (``LABEL_0``) and names that are not as many as the head has classes say nothing.
+
+    Args:
+        model: A model of timm or transformers, a small model, or a super-network.
+    """
+    inner: Any = model.model if is_super_network(model) else model
+    cfg, origin = getattr(inner, "pretrained_cfg", None) or {}, getattr(model, "origin", None) or {}
+    if not isinstance(cfg, Mapping):
+        cfg = vars(cfg)
+    labels = getattr(getattr(inner, "config", None), "id2label", None)
+    classes = classes_of(model)
+    for given in (cfg.get("label_names"), labels, (origin.get("config") or {}).get("id2label")):
+        names = _in_order(given)
+        if names and len(names) == classes and not all(re.fullmatch(r"LABEL_\d+", name) for name in names):
+            return names
+    return None
+
+
+def set_class_names(model: Any, names: Sequence[str]) -> None:
+    """Names the classes of a head that was put into timm's form of a model, in place of those that it had."""
+    model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), "label_names": list(names)}
+    origin = getattr(model, "origin", None)
+    if origin:
+        labels = {
+            "id2label": {str(index): name for index, name in enumerate(names)},
+            "label2id": {name: index for index, name in enumerate(names)},
+        }
+        model.origin = {**origin, "config": {**origin["config"], **labels}}
+
+
+def _in_order(given: Any) -> list[str] | None:
+    """Names from a sequence, or from a mapping of their numbers, which JSON makes texts."""
+    if isinstance(given, Mapping):
+        try:
+            numbered = {int(key): name for key, name in given.items()}
+        except (TypeError, ValueError):
+            return None
+        if sorted(numbered) != list(range(len(given))):
+            return None
+        given = [numbered[index] for index in range(len(numbered))]
+    if not isinstance(given, list | tuple) or not all(isinstance(name, str) for name in given):
+        return None
+    return list(given)
+
+
+def read_class_map(path: Path) -> dict[str, int]:
+    """Class folder name -> index from a text file of one name per line.
+
+    Raises:
+        StrataViTError: The file is not readable text, or names a class twice.
+    """
+    try:
+        names = [line.strip() for line in read_small(path).decode().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise StrataViTError(f"class map {path}: cannot be read as text, one class folder name per line") from error
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    if repeated or not names:
+        what = f"{described(repeated[0])} appears twice" if repeated else "is empty"
+        raise StrataViTError(f"class map {path}: {what}")
+    return {name: index for index, name in enumerate(names)}
+
+
+def by_class_map(folder: Path, found: Sequence[str], path: str | Path) -> Numbering:
+    """The numbers that a class map gives.
+
+    Raises:
+        StrataViTError: The map cannot be read, or does not know one of the folders.
+    """
+    index = read_class_map(Path(path))
+    unknown = [name for name in found if name not in index]
+    if len(unknown) == len(found):
+        raise StrataViTError(f"{folder} holds no usable images: none of its class folders is in the class map")
+    if unknown:
+        raise StrataViTError(f"{folder / unknown[0]} is not a class of {path} ({len(unknown)} such folders)")
+    return Numbering(tuple(index), index, f"by {Path(path).name}")
+
+
+def by_names(folder: Path, found: Sequence[str], names: Sequence[str]) -> Numbering | None:
+    """The numbers of folders that are called as the model calls its classes; None if none of them is.
+
+    A folder may have one of several names that commas part, in other cases of letters, with ``_`` for a blank.
+
+    Raises:
+        StrataViTError: Some folders are called so and others are not, or it is not clear which class one is.
+    """
+    levels = [_indexed([name] for name in names), _indexed([_plain(name)] for name in names)]
+    levels.append(_indexed([_plain(part) for part in name.split(",")] for name in names))
+    index: dict[str, int] = {}
+    for name in found:
+        keys = (name, _plain(name), _plain(name))
+        hits = next((level[key] for level, key in zip(levels, keys, strict=True) if key in level), [])
+        if len(hits) > 1:
+            raise StrataViTError(
+                f"data: {folder / name}: the model has {len(hits)} classes of that name, numbers "
+                f"{some(map(str, hits))}; {MEND}"
+            )
+        if hits:
+            index[name] = hits[0]
+    if not index:
+        return None
+    odd = [name for name in found if name not in index]
+    if odd:
+        raise StrataViTError(
+            f"data: {folder}: {len(odd)} class folders ({some(odd)}) have no name of the model's classes, while "
+            f"{len(index)} have ({some(index)}); rename them or take them out, or {MEND}"
+        )
+    twice = next((number for number, count in Counter(index.values()).items() if count > 1), None)
+    if twice is not None:
+        both = " and ".join(name for name, number in index.items() if number == twice)
+        raise StrataViTError(f"data: {folder}: {both} are both called as the model's class {twice}; {MEND}")
+    return Numbering(tuple(names), index, "by the model's class names")
+
+
+def by_order(
+    folder: Path, found: Sequence[str], train: Sequence[str] | None, classes: int | None, unmatched: bool
+) -> Numbering:
+    """The numbers of folders in natural order: of those of the training split, where there is one beside it.
+
+    Args:
+        folder: For messages.
+        found: Its class folders.
+        train: Those of the training split, unless this is it or there is none.
+        classes: Of the model's head; None or 0: any.
+        unmatched: The model names its classes otherwise.
+
+    Raises:
+        StrataViTError: The training split has other classes, and nothing says which of the two has those of the head.
+    """
+    how = "in natural order of the class folders" + (", none of which the model names" if unmatched else "")
+    if train is None or list(train) == list(found):
+        return _ordered(found, how)
+    missing, extra = [name for name in found if name not in train], [name for name in train if name not in found]
+    if not missing and (not classes or len(train) == classes):
+        return _ordered(train, f"{how} of the training split, {len(extra)} of which are not here ({some(extra)})")
+    if not extra and classes and len(found) == classes:
+        return _ordered(found, f"{how}, {len(missing)} of which the training split lacks ({some(missing)})")
+    lacks = f"{some(missing)} is not among the class folders of the training split" if missing else ""
+    more = f"{some(extra)} is there to train on only" if extra else ""
+    head = f", and the model's head has {classes} classes" if classes else ""
+    raise StrataViTError(
+        f"data: {folder}: class folders differ, {' and '.join(filter(None, (lacks, more)))}{head}; take out what is no "
+        f"class, or {MEND}"
+    )
+
+
+def other_order(names: Sequence[str]) -> tuple[str, str] | None:
+    """Two names, the first of which comes before the second here and after it where letters decide; None if none."""
+    theirs = sorted(names)
+    return next(((ours, other) for ours, other in zip(names, theirs, strict=True) if ours != other), None)
+
+
+def _ordered(names: Sequence[str], how: str) -> Numbering:
+    return Numbering(tuple(names), {name: index for index, name in enumerate(names)}, how, positions=True)
+
+
+def _indexed(named: Iterable[list[str]]) -> dict[str, list[int]]:
+    """Name -> numbers of the classes that have it among theirs."""
+    found: dict[str, list[int]] = {}
+    for index, names in enumerate(named):
+        for name in set(names):
+            found.setdefault(name, []).append(index)
+    return found
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").split()).casefold()

@@ -1,0 +1,198 @@
+"""The images of a folder: a class is the folder directly below it, however deep its images lie."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stratavit.data.image_reading import endings
+from stratavit.data.splits import kind_of_split, looks_like_split
+from stratavit.errors import StrataViTError, shown
+
+_TOOLS = {"@eadir", "__macosx", "__pycache__", "$recycle.bin", "system volume information", "lost+found"}
+
+
+@dataclass
+class Listing:
+    """What a folder holds.
+
+    Attributes:
+        folder: The folder.
+        samples: Path and class folder of every image, in natural order of the paths.
+        empty: Class folders without an image.
+        hidden: Names of hidden and tool folders and files, which are left out.
+        passed: Ending -> number of files that are no images to Pillow.
+        loose: Images beside the class folders, which are of no class.
+        files: Names of other files beside the class folders.
+        inner: Class folder -> names of the folders in it.
+    """
+
+    folder: Path
+    samples: list[tuple[str, str]] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
+    hidden: list[str] = field(default_factory=list)
+    passed: Counter[str] = field(default_factory=Counter)
+    loose: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    inner: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def classes(self) -> list[str]:
+        """Class folders with images, in natural order."""
+        return in_natural_order({label for _, label in self.samples})
+
+    def notes(self) -> list[str]:
+        """What was left out, a sentence each."""
+        said = []
+        if self.hidden:
+            said.append(f"left out {len(self.hidden)} hidden or tool folders and files ({some(self.hidden)})")
+        if self.passed:
+            count = sum(self.passed.values())
+            said.append(f"passed over {count} files whose endings are not of images ({_counted(self.passed)})")
+        if self.empty:
+            said.append(f"{len(self.empty)} class folders hold no images and are no classes ({some(self.empty)})")
+        if self.loose:
+            said.append(f"left out {len(self.loose)} images that lie in no class folder, first {self.loose[0]}")
+        return [f"{self.folder}: {text}" for text in said]
+
+
+def list_images(folder: Path, bare: bool = False) -> Listing:
+    """Finds the images of a folder; links to other folders are followed.
+
+    Args:
+        folder: Holds one folder of images per class.
+        bare: It is no split of a data set, so that a folder in it may be one by mistake.
+
+    Raises:
+        StrataViTError: No images in class folders; folders that hold splits or wait to be sorted by a list; a folder
+            cannot be read, or a link leads back to a folder that holds it, so that images would be found many times.
+    """
+    found, read = Listing(folder), endings()
+    for path, parts in _walk(str(folder), (), found):
+        ending = os.path.splitext(path)[1].lower()
+        if ending not in read:
+            found.passed[ending] += 1
+            found.files += [] if parts else [os.path.basename(path)]
+        elif parts:
+            found.samples.append((path, parts[0]))
+        else:
+            found.loose.append(path)
+    found.samples.sort(key=lambda sample: (_natural_key(sample[0]), sample[0]))
+    with_images = set(found.classes)
+    found.empty = in_natural_order(set(found.inner) - with_images)
+    found.loose.sort(key=_natural_key)
+    if not found.samples:
+        raise StrataViTError(f"{folder} holds no usable images: {_reason(found)}")
+    _check_depth(found, bare)
+    return found
+
+
+def class_folders(folder: Path) -> list[str]:
+    """The class folders with images of a folder in natural order, without looking at every image.
+
+    Raises:
+        StrataViTError: A folder cannot be read.
+    """
+    read, found = endings(), Listing(folder)
+    named = [entry for entry in _entries(str(folder)) if is_folder(entry) and not _is_aside(entry.name)]
+    inside = {entry.name: (path for path, _ in _walk(entry.path, (entry.name,), found)) for entry in named}
+    return in_natural_order(
+        name for name, paths in inside.items() if any(os.path.splitext(path)[1].lower() in read for path in paths)
+    )
+
+
+def in_natural_order(names: Iterable[str]) -> list[str]:
+    """Names with the numbers in them counted, 2 before 10, and letters in any case alike; as timm orders them."""
+    return sorted(names, key=lambda name: (_natural_key(name), name))
+
+
+def _natural_key(text: str) -> list[Any]:
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", text.lower()))]
+
+
+def _walk(top: str, parts: tuple[str, ...], found: Listing) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Every file below a folder, with the names of the folders on the way to it."""
+    waiting: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [(top, parts, ())]
+    while waiting:
+        path, parts, above = waiting.pop()
+        real = os.path.realpath(path)
+        if real in above:
+            raise StrataViTError(f"data: {path} is a link to a folder that holds it; take it out")
+        for entry in _entries(path):
+            if _is_aside(entry.name):
+                found.hidden.append(entry.name)
+            elif is_folder(entry):
+                if not parts:
+                    found.inner.setdefault(entry.name, [])
+                elif len(parts) == 1:
+                    found.inner.setdefault(parts[0], []).append(entry.name)
+                waiting.append((entry.path, (*parts, entry.name), (*above, real)))
+            else:
+                yield entry.path, parts
+
+
+def _entries(path: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(path) as entries:
+            return list(entries)
+    except OSError as error:
+        raise StrataViTError(f"data: {path} cannot be read ({error.strerror})") from error
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_aside(name: str) -> bool:
+    return name.startswith(".") or name.casefold() in _TOOLS
+
+
+def _check_depth(found: Listing, bare: bool) -> None:
+    """Whether the folders directly below are classes, as far as names can tell."""
+    folder = found.folder
+    for name, inner in found.inner.items():
+        if len({kind_of_split(inside) for inside in inner} - {None}) > 1:
+            raise StrataViTError(
+                f"data: {folder / name} holds {some([f'{inside}/' for inside in inner])}, which are splits, not "
+                f"images of one class; give that folder, or put the splits above the classes, such as train/{name}"
+            )
+        if bare and looks_like_split(name) and inner:
+            raise StrataViTError(
+                f"data: {folder / name} looks like a split, not like a class; rename it to train or val"
+            )
+    lists = [name for name in found.files if "annotation" in name.casefold()]
+    if len(found.classes) == 1 and lists:
+        raise StrataViTError(
+            f"data: {folder} holds all images in one folder, {found.classes[0]}, and {lists[0]}; expected "
+            "<class>/<image>: sort the images into class folders by that file"
+        )
+
+
+def _reason(found: Listing) -> str:
+    if found.loose:
+        return (
+            f"expected <class>/<image>, found {len(found.loose)} images in no class folder; if {found.folder.name} is "
+            "a class, give a folder that holds the class folders, such as one named train or val"
+        )
+    if found.passed:
+        return f"expected <class>/<image> in a format that Pillow reads, found others only ({_counted(found.passed)})"
+    return "expected <class>/<image>"
+
+
+def some(names: Iterable[str], most: int = 5) -> str:
+    """A few of these names, for a sentence."""
+    different = list(dict.fromkeys(names))
+    return ", ".join(shown(name, 60) for name in different[:most]) + (", ..." if len(different) > most else "")
+
+
+def _counted(passed: Counter[str]) -> str:
+    return some(f"{ending or 'no ending'} {count}" for ending, count in passed.most_common())

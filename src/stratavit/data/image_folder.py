@@ -1,0 +1,297 @@
+"""Images from a folder, prepared the way the model was trained, through timm's transforms."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from stratavit.data.batches import LESS, guarded
+from stratavit.data.class_names import MEND, Numbering, by_class_map, by_names, by_order, other_order
+from stratavit.data.image_files import class_folders, list_images
+from stratavit.data.image_reading import decoded, open_image
+from stratavit.data.splits import SPLITS, find_split, split_folder, unused_splits
+from stratavit.errors import StrataViTError, described, one_line, out_of_memory
+
+Sample = tuple[Tensor | None, int, str]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Where the images of a data set are.
+
+    Attributes:
+        samples: Path and number of the class of every image.
+    """
+
+    samples: list[tuple[str, int]]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+class ImageFolder(Dataset[Sample]):
+    """Labelled images under ``folder/<class>/``; an unreadable image gives None in place of a tensor.
+
+    Args:
+        folder: Holds one folder of images per class; they may lie deeper.
+        data_config: timm's data configuration (input size, mean, std, interpolation, crop).
+        class_map: Text file with one class folder name per line; the line number is the class index.
+        class_names: Names of the model's classes, which number the folders if these are called so.
+        train: Class folders of the training split, which number the folders if nothing else does.
+        num_classes: Classes of the model's head; None or 0 (features): not checked.
+        bare: The folder is no split of a data set.
+
+    Attributes:
+        numbering: Names and numbers of the classes.
+        listing: What the folder holds, see `image_files.Listing`.
+        reader: Its `samples` are all images, with the number of their class.
+
+    Raises:
+        StrataViTError: No images, or class folders that do not fit, see `class_names`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        data_config: Mapping[str, Any],
+        class_map: str | Path | None = None,
+        class_names: Sequence[str] | None = None,
+        train: Callable[[], Sequence[str]] | None = None,
+        num_classes: int | None = None,
+        bare: bool = False,
+    ) -> None:
+        self.listing = list_images(folder, bare)
+        self.numbering = _numbered(folder, self.listing.classes, class_map, class_names, train, num_classes)
+        self.reader = Reader([(path, self.numbering.index[name]) for path, name in self.listing.samples])
+        channels = data_config["input_size"][0]
+        if channels not in (1, 3):
+            raise StrataViTError(
+                f"images have 1 or 3 channels, the model expects {channels}; give your own loader in Python"
+            )
+        self.mode = "L" if channels == 1 else "RGB"
+        keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+        self.transform = create_transform(
+            **{key: data_config[key] for key in keys if key in data_config}, is_training=False
+        )
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> Sample:
+        path, label = self.reader.samples[index]
+        size: tuple[int, int] | None = None
+        try:
+            with open_image(path) as image:
+                size = image.size
+                picture = decoded(image, self.mode, path)
+        except StrataViTError:  # sound, but of an unknown scale
+            raise
+        except Exception as error:  # what Pillow raises for damage differs with the format that it takes a file for
+            if out_of_memory(error):  # no damage: without this image the others would be another set
+                raise _too_large(path, size) from error
+            return None, label, path
+        try:
+            return self.transform(picture), label, path
+        except Exception as error:  # of timm, torchvision or Pillow
+            if out_of_memory(error):
+                raise _too_large(path, size) from error
+            raise StrataViTError(f"data: {path} cannot be prepared ({one_line(error)}); take it out") from error
+
+
+def _too_large(path: str, size: tuple[int, int] | None) -> StrataViTError:
+    said = "" if size is None else f", which says it has {size[0]} x {size[1]} pixels"
+    return StrataViTError(f"data: memory ran out while {path} was read{said}; take it out, or {LESS}")
+
+
+class ImageLoader:
+    """Batches ``(images [B, C, H, W], labels [B])`` of an `ImageFolder`, leaving unreadable images out.
+
+    Their number and the first one's name are told on standard error after each pass, and kept in
+    `unreadable`. May be run through any number of times. Worker processes stay from one pass to the next, until
+    `close`, a pass that is given up, or the end of the loader.
+    """
+
+    def __init__(self, dataset: ImageFolder, batch_size: int = 64, workers: int = 0, limit: int | None = None) -> None:
+        self.dataset = dataset
+        count = len(dataset) if limit is None else min(limit, len(dataset))
+        # evenly spread over the classes, which lie one after another in the folder's order
+        indices = [index * len(dataset) // count for index in range(count)] if count else []
+        self._subset, self._batch_size, self._workers = torch.utils.data.Subset(dataset, indices), batch_size, workers
+        self.loader = self._torch_loader(persistent=workers > 0)
+        self._running = False
+        self.unreadable: list[str] = []
+
+    def _torch_loader(self, persistent: bool) -> DataLoader[Any]:
+        return DataLoader(
+            self._subset,
+            self._batch_size,
+            num_workers=self._workers,
+            collate_fn=_collate,
+            worker_init_fn=_leave_quietly,
+            persistent_workers=persistent,
+            generator=torch.Generator(),  # nothing here is random; not to draw from everyone's
+        )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes by their numbers: of the class map, of the model, or of the folders."""
+        return self.dataset.numbering.names
+
+    @property
+    def classes(self) -> int:
+        """Number of classes: those of the class map, of the model that named them, or the folders."""
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._running:  # a pass within a pass: the workers that stay serve one at a time
+            yield from self._batches(self._torch_loader(persistent=False))
+            return
+        self._running, whole = True, False
+        try:
+            yield from self._batches(self.loader)
+            whole = True
+        finally:
+            self._running = False
+            if not whole:
+                self.close()
+
+    def _batches(self, batches: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        unreadable: list[str] = []
+        for images, labels, failed in guarded(batches, "images"):
+            unreadable += failed
+            if len(images):
+                yield images, labels
+        if unreadable and unreadable != self.unreadable:
+            print(f"left out {len(unreadable)} unreadable images, first {unreadable[0]}", file=sys.stderr)
+        self.unreadable = unreadable
+
+    def close(self) -> None:
+        """Ends the worker processes; the next pass starts others."""
+        iterator, self.loader._iterator = self.loader._iterator, None
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            iterator._shutdown_workers()
+
+
+def rest(*loaders: Any) -> None:
+    """Ends the workers of the image loaders among these, which are not needed for a while."""
+    for loader in loaders:
+        if isinstance(loader, ImageLoader):
+            loader.close()
+
+
+def _leave_quietly(worker: int) -> None:
+    """What ends all processes of a group is told by the first of them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+
+
+def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
+    good = [(image, label) for image, label, _ in samples if image is not None]
+    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
+    return images, torch.tensor([label for _, label in good]), [path for image, _, path in samples if image is None]
+
+
+def image_loader(
+    data: str | Path,
+    data_config: Mapping[str, Any],
+    split: str,
+    num_classes: int | None,
+    class_map: str | Path | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    limit: int | None = None,
+    class_names: Sequence[str] | None = None,
+) -> ImageLoader:
+    """A loader over a folder of images in timm's evaluation transform.
+
+    A class is a folder directly below the split. Which number it has is said by the class map; else by the names of
+    the model's classes, if the folders are called so; else by the natural order (2 before 10) of the class folders of
+    the training split, or of those here if there is none. What was used, and what was left out, is told once on
+    standard error.
+
+    Args:
+        data: A folder with ``train/`` and ``val/`` (or either), or the class folders themselves. Other names are
+            ``training``, ``valid``, ``validation`` and, where there is none of these, ``test`` and ``testing``, in any
+            case of letters.
+        data_config: timm's data configuration of the model, such as ``net.data_config``.
+        split: ``train`` or ``val``.
+        num_classes: Classes of the model's head; None or 0 (features): not checked.
+        class_map: Text file with one class folder name per line; the line number is the class index.
+        batch_size, workers: Of torch's DataLoader.
+        limit: At most this many images, spread evenly over the folder.
+        class_names: Names of the model's classes in the order of the head, see `class_names_of`.
+
+    Raises:
+        StrataViTError: The folder is missing, empty, or there are two for one split; its classes do not match the
+            head, the class map, the names or the training split.
+    """
+    if split not in SPLITS:
+        raise StrataViTError(f"split: expected {' or '.join(map(repr, SPLITS))}, got {described(split)}")
+    folder = split_folder(data, split)
+    train = find_split(data, "train") if split == "val" else None
+    listed = None if train is None else partial(class_folders, train)
+    bare = folder == Path(data)
+    dataset = ImageFolder(folder, data_config, class_map, class_names, listed, num_classes, bare)
+    loader = ImageLoader(dataset, batch_size, workers, limit)
+    found = loader.classes
+    if num_classes and found != num_classes:
+        what = "class folders" if class_map is None else "classes in the class map"
+        raise StrataViTError(
+            f"data: {folder} has {found} {what}, but the model's head has {num_classes} classes; "
+            "give --class-map FILE (one class folder name per line), or a model whose head matches (--num-classes, "
+            "when fine-tuning --new-head)"
+        )
+    _tell(dataset, [] if bare else unused_splits(data, split, folder), bool(num_classes))
+    return loader
+
+
+def _numbered(
+    folder: Path,
+    found: list[str],
+    class_map: str | Path | None,
+    class_names: Sequence[str] | None,
+    train: Callable[[], Sequence[str]] | None,
+    num_classes: int | None,
+) -> Numbering:
+    """What says the numbers of class folders, see `image_loader`."""
+    if class_map is not None:
+        return by_class_map(folder, found, class_map)
+    named = by_names(folder, found, class_names) if class_names else None
+    if named is not None:
+        return named
+    return by_order(folder, found, train() if train else None, num_classes, unmatched=bool(class_names))
+
+
+def _tell(dataset: ImageFolder, unused: list[str], head: bool) -> None:
+    """Once and by one process: what is read, how it is numbered, and what was left out."""
+    if int(os.environ.get("RANK", "0")):
+        return
+    listing, numbering = dataset.listing, dataset.numbering
+    aside = f" ({', '.join(f'{name}/' for name in unused)} not used)" if unused else ""
+    lines = [
+        f"{listing.folder}{aside}: {len(listing.samples)} images in {len(listing.classes)} class folders, numbered "
+        f"{numbering.how}"
+    ]
+    order = other_order(numbering.names) if head and numbering.positions else None
+    if order is not None:
+        lines.append(
+            f"{listing.folder}: class folder {order[0]} comes before {order[1]} here; torchvision and datasets sort by "
+            f"letters, the other way round: if the model was trained in their order, {MEND}"
+        )
+    for line in lines + listing.notes():
+        print(f"data: {line}", file=sys.stderr)

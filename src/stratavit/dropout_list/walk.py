@@ -1,0 +1,130 @@
+"""The dropout list of the default method: keep ratios that follow effects measured at cut networks (`effects`)."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stratavit.calibration.dense_outputs import Answers
+from stratavit.data.feed import Feed
+from stratavit.data.pixels import Seen, keys_of
+from stratavit.dropout_list.allocation import State, allocate
+from stratavit.dropout_list.marginal_effects import Reference, crossed
+from stratavit.elastic.site import Site
+from stratavit.errors import StrataViTError
+from stratavit.models.cost import CostModel
+from stratavit.models.families import last_norm
+from stratavit.utils.model import eval_mode, frozen
+from stratavit.utils.progress import track
+
+FAMILIAR = 0.1  # share of images below which they are not those of `contract`
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How the list is measured.
+
+    Attributes:
+        states: (share of the MACs, steps there), largest first.
+        images: Of each step.
+        rate: Largest change of the logarithm of a keep ratio in one step.
+    """
+
+    states: tuple[tuple[float, int], ...] = ((5 / 6, 3), (2 / 3, 3), (1 / 2, 4), (1 / 3, 5))
+    images: int = 150
+    rate: float = 0.3
+
+    def __post_init__(self) -> None:
+        shares = [share for share, _ in self.states]
+        falling = shares == sorted(set(shares), reverse=True) and all(0 < share < 1 for share in shares)
+        if not shares or not falling or any(steps < 1 for _, steps in self.states):
+            raise StrataViTError(
+                f"plan: expected states (share, steps) with falling shares between 0 and 1 and at least 1 step each, "
+                f"got {self.states!r}"
+            )
+        if self.images < 1 or not self.rate > 0:
+            raise StrataViTError(
+                f"plan: expected at least 1 image and a rate above 0, got {self.images!r} and {self.rate!r}"
+            )
+
+
+def walk(
+    model: nn.Module,
+    sites: Sequence[Site],
+    cost: CostModel,
+    loader: Iterable[Any],
+    plan: Walk,
+    answers: Answers | None = None,
+    seen: Seen | None = None,
+) -> tuple[list[State], dict[str, float], list[Tensor]]:
+    """Measures keep ratios at one size after the other.
+
+    Args:
+        model: Its sites are elastic modules, calibrated.
+        sites: Its sites.
+        cost: Of the model.
+        loader: See `statistics.collect`; labels are not used.
+        plan: How.
+        answers: Of the dense model, as far as they are known.
+        seen: The images that the moments of the sites were computed from, if that is known.
+
+    Returns:
+        The states; the logarithm of the keep ratios at the last one; at each state by how much the mean of what
+        the head reads has moved from the dense model's, ``[C]``, dense minus small (empty if no norm can take it).
+    """
+    if torch.is_inference_mode_enabled():
+        raise StrataViTError("stratify needs gradients: call it outside torch.inference_mode()")
+    feed, fold = Feed(loader, model), 0
+    answers = Answers() if answers is None else answers
+    ratios = dict.fromkeys((site.name for site in sites), 0.0)
+    caps = {site.name: site.width for site in sites}
+    floor = cost.macs({site.name: site.steps[1] for site in sites}) / cost.macs()
+    steps = [(share, left) for share, count in plan.states if share > floor for left in reversed(range(count))]
+    states: list[State] = []
+    drifts: list[Tensor] = []
+    with eval_mode(model), frozen(model):
+        for share, left in track(steps, "measure the list"):
+            fold = 1 - fold
+            batches = feed.take(plan.images, fold)
+            if seen is not None:
+                tell_of_strangers(batches, seen)
+                seen = None
+            with crossed(model, fold):
+                reference = Reference(model, sites, batches, answers)
+                found = reference.effects(cost, allocate(cost, ratios, share, caps))
+                ratios = moved(ratios, found.effects, plan.rate)
+                if left == 0:
+                    caps = allocate(cost, ratios, share, caps)
+                    states.append(State(share, caps))
+                    if last_norm(model) is not None:
+                        drifts.append(reference.forward(caps).drift)
+    return states, ratios, drifts
+
+
+def tell_of_strangers(batches: Iterable[Tensor], seen: Seen) -> None:
+    """Says so if hardly any of the images is one that was seen: folds are told by pixels."""
+    if seen.share([key for images in batches for key in keys_of(images)]) < FAMILIAR:
+        print(
+            "stratify: cross-fitting cannot work, because the loader gives other pixels than contract's did (random "
+            "augmentation, or another data set); give both the same images in the evaluation transform",
+            file=sys.stderr,
+        )
+
+
+def moved(ratios: Mapping[str, float], effects: Mapping[str, float], rate: float) -> dict[str, float]:
+    """Log ratios after one step: up where the effect is above the mean, by at most `rate`; their mean stays 0.
+
+    Sites without an effect only follow the shift of the mean.
+    """
+    mean = sum(effects.values()) / max(len(effects), 1)
+    if mean <= 0:
+        return dict(ratios)
+    new = {name: ratio + rate * math.tanh(effects.get(name, mean) / mean - 1) for name, ratio in ratios.items()}
+    centre = sum(new.values()) / len(new)
+    return {name: ratio - centre for name, ratio in new.items()}

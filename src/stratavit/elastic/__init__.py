@@ -1,0 +1,1 @@
+"""Attention and MLP modules that run any prefix of their channels."""

@@ -1,0 +1,312 @@
+"""What attention and MLP modules have in common that run any prefix of their channels from one set of weights.
+
+They take the place of timm's modules inside a super-network and keep their parameter names, so a
+super-network's state dict is an ordinary timm checkpoint. `weights_at` is the one place that says what a
+module's weights are at a width; elastic execution and extraction both call it. One class for each kind of
+module: `heads` (attention), `split_heads` (attention whose q and k stay whole), `hidden` (MLPs).
+
+Shape legend: B images, N tokens, C token width, H heads, d full head_dim, m full hidden width, w kept width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stratavit.elastic.compensation import GAIN, Moments, compensate
+from stratavit.elastic.corrected import Corrected, stale
+from stratavit.elastic.running import Run, current_run, running
+from stratavit.elastic.site import Site
+
+Compensation = Literal["none", "mean", "full"]
+
+
+class Weights(NamedTuple):
+    """What a module computes with at some width: into its channels, then out of them."""
+
+    in_weight: Tensor  # attention [3*H*w, C] (v alone where q and k stay whole: [H*w, C]), MLP [w, C] (gated [2*w, C])
+    in_bias: Tensor | None
+    out_weight: Tensor  # attention [C, H*w], MLP [C, w]
+    out_bias: Tensor | None
+
+
+class Observer(Protocol):
+    """Sees the features of a module as it runs; `statistics` collects moments through it."""
+
+    def features(self, features: Tensor) -> None:
+        """Attention: qkv ``[B, N, 3, H, w]`` (q before the attention scale), or v alone, ``[B, N, 1, H, w]``.
+
+        MLP: never called.
+        """
+
+    def inputs_of_out(self, features: Tensor) -> None:
+        """Attention: head outputs ``[B, N, H*w]``. MLP: post-activations ``[B, N, w]``."""
+
+    def outputs(self, outputs: Tensor) -> None:
+        """What the module adds to the residual stream, ``[B, N, C]``, before any LayerScale."""
+
+
+@dataclass(frozen=True)
+class AttentionTransform:
+    """A change of coordinates inside the heads that leaves the attention module's function unchanged.
+
+    Per head: ``W_q <- q W_q``, ``W_k <- k W_k``, ``W_v <- v W_v``, ``W_o <- W_o o`` (biases alike), with
+    ``q^T k = 1`` and ``o v = 1``.
+
+    Attributes:
+        q, k: ``[H, d, d]``, new coordinates from old; None where q and k stay as they are.
+        v: The same of v.
+        o: ``[H, d, d]``, old coordinates from new.
+    """
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor
+    o: Tensor
+
+
+def fold_heads(matrix: Tensor, weight: Tensor) -> Tensor:
+    """Applies ``[H, d, d]`` to the rows of ``[H*d]`` or ``[H*d, C]`` head by head, in float64, cast back."""
+    rows = weight.double().view(*matrix.shape[:2], -1)  # [H, d, C]
+    return (matrix.to(rows.device) @ rows).view(weight.shape).to(weight.dtype)
+
+
+class Probe(NamedTuple):
+    """Stands in for a module's weights while the effect of small changes of its width is measured."""
+
+    weights: Weights  # at some width p
+    gate: Tensor | None  # attention: factor of each coordinate of q, [p]
+
+
+class ElasticSite(nn.Module):
+    """Common ground of the elastic modules.
+
+    Attributes:
+        attention: It is an attention module; else an MLP.
+        tied: Attention of which q and k are cut along with v.
+        bypassed: The module adds nothing at all; set while its sensitivity is measured.
+        compensation: ``full`` replaces dropped channels by what the kept ones predict, ``mean`` by their mean,
+            ``none`` by nothing. ``full`` without `moments` is ``mean``.
+        gain: Share of the output energy lost that ``full`` puts back, see `compensation.compensate`.
+        channel_mean: Mean of the channels that `proj` / `fc2` reads, ``[H, d]`` or ``[1, m]``;
+            empty before any calibration.
+        moments: Second moments of the same channels, coordinate-major (coordinate, then head), so that a
+            cut is a prefix of all heads at once.
+        crossed: `channel_mean` and `moments` without the images of fold 0, and without those of fold 1; after
+            calibration, for the list. Not saved.
+        corrected: Width -> what `specialise` computed. Not saved.
+        probe: Weights that take the place of the module's own.
+        observer: Set while statistics are collected.
+    """
+
+    attention = False
+    tied = False
+    heads: int
+    full_width: int
+
+    def __init__(self, stock: nn.Module, heads: int, full_width: int) -> None:
+        super().__init__()
+        self.heads, self.full_width = heads, full_width
+        self._adopt(stock)
+        self.compensation: Compensation = "none"
+        self.gain = GAIN
+        self.moments: Moments | None = None
+        self.crossed: tuple[tuple[Tensor, Moments], ...] = ()
+        self.probe: Probe | None = None
+        self.corrected: dict[int, Corrected] = {}
+        self.observer: Observer | None = None
+        self.bypassed = False
+        self.channel_mean: Tensor
+        self.register_buffer("channel_mean", self.out.weight.new_empty(0), persistent=False)
+
+    def _adopt(self, stock: nn.Module) -> None:
+        """Takes over a stock module's parts and plain attributes under their names, but no methods of its own."""
+        for name, value in vars(stock).items():
+            if not name.startswith("_") and name != "training" and not callable(getattr(type(stock), name, None)):
+                setattr(self, name, value)
+        for name, child in stock.named_children():
+            self.add_module(name, child)
+        for name, parameter in stock._parameters.items():
+            self.register_parameter(name, parameter)
+        for name, buffer in stock._buffers.items():
+            self.register_buffer(name, buffer, persistent=name not in stock._non_persistent_buffers_set)
+
+    @classmethod
+    def refusal(cls, stock: nn.Module) -> tuple[str, str] | None:
+        """The part of a stock module that does not allow it to be cut, and why; None if it can be."""
+        raise NotImplementedError
+
+    def site(self, name: str) -> Site:
+        """What `cost` and the dropout list need to know."""
+        raise NotImplementedError
+
+    def fixed_params(self, scaling: int) -> int:
+        """Parameters that are there at every width above 0, `scaling` those that are not."""
+        return sum(parameter.numel() for parameter in self.parameters()) - scaling
+
+    def fold(self, transform: AttentionTransform) -> None:
+        """Attention: applies a change of coordinates in place."""
+        raise NotImplementedError
+
+    def permute(self, order: Tensor) -> None:
+        """MLP: sorts the hidden units in place."""
+        raise NotImplementedError
+
+    def norms(self) -> Tensor:
+        """L2 norm of each coordinate's weights: attention ``[3, H, d]`` (v alone ``[1, H, d]``), MLP ``[1, 1, m]``."""
+        raise NotImplementedError
+
+    def numbers(self, width: int, weights: Weights) -> dict[str, Any]:
+        """Numbers of the small layer at a width, see `layers.describe_layer`."""
+        raise NotImplementedError
+
+    def tensors(self, width: int, weights: Weights) -> dict[str, Tensor | None]:
+        """Tensors of the small layer that are cut, under its names; None for a bias that is not there."""
+        raise NotImplementedError
+
+    def in_weight(self, width: int) -> tuple[Tensor, Tensor | None]:
+        """The first linear map at a width."""
+        raise NotImplementedError
+
+    @property
+    def out(self) -> nn.Linear:
+        """The second linear map: `proj` or `fc2`."""
+        raise NotImplementedError
+
+    def out_by_head(self) -> Tensor:
+        """Weight of `out` as ``[C, H, d]`` (one head for an MLP)."""
+        return self.out.weight.unflatten(1, (self.heads, self.full_width))
+
+    def out_by_coordinate(self) -> Tensor:
+        """Weight of `out` as ``[C, d*H]``, coordinate-major: coordinate, then head."""
+        return self.out_by_head().transpose(1, 2).flatten(1)
+
+    @property
+    def width(self) -> int:
+        """Kept width of the call that runs, see `running`; the full width unless something else is said."""
+        return current_run().widths.get(self, self.full_width)
+
+    def weights_at(self, width: int) -> Weights:
+        """Weights of the prefix of `width` channels (per head), 0 < width <= full width.
+
+        Always computed from the weights that are there: nothing is remembered.
+
+        Raises:
+            StrataViTError: Only what `specialise` kept could tell them, and the weights have changed since.
+        """
+        in_weight, in_bias = self.in_weight(width)
+        if width == self.full_width:
+            return Weights(in_weight, in_bias, self.out.weight, self.out.bias)
+        if self.compensation == "full" and self.moments is not None:
+            return Weights(in_weight, in_bias, *self.compensated_out(width, self.gain))
+        if self.compensation == "full" and width in self.corrected:
+            return Weights(in_weight, in_bias, *self.corrected[width].checked(self._rests_on(), width))
+        kept = self.out_by_head()[:, :, :width].flatten(1)  # [C, H, w] -> [C, H*w]
+        return Weights(in_weight, in_bias, kept, self.out_bias_at(width))
+
+    def weights_now(self) -> Weights:
+        """Weights of the call that runs: the probe's, else those at its width.
+
+        The second map is taken from the run where that has fixed it, else from `specialise`.
+        """
+        if self.probe is not None:
+            return self.probe.weights
+        run, width = current_run(), self.width
+        known = run.fixed.get(self)
+        if known is None and self.compensation == "full" and width in self.corrected and not self._learns():
+            known = self.corrected[width].unless_changed(self._rests_on())
+            if known is None and self.moments is None:
+                raise stale(width)
+        return self.weights_at(width) if known is None else Weights(*self.in_weight(width), *known)
+
+    def fixed_out(self, width: int) -> tuple[Tensor, Tensor] | None:
+        """Compensated weight and bias of `out`, apart from any gradient; None where there is nothing to compute."""
+        if self.compensation != "full" or self.moments is None or not 0 < width < self.full_width:
+            return None
+        with torch.no_grad():
+            return self.compensated_out(width, self.gain)
+
+    def specialise(self, width: int) -> None:
+        """Keeps `fixed_out` at a width for as long as the weights stay as they are."""
+        with torch.inference_mode(False):
+            pair = self.fixed_out(width)
+        if pair is not None:
+            self.corrected[width] = Corrected(pair, self._rests_on())
+
+    def forget_last(self) -> None:
+        """Drops what `specialise` kept."""
+        self.corrected.clear()
+
+    def _learns(self) -> bool:
+        return torch.is_grad_enabled() and any(t.requires_grad for t in self._rests_on())
+
+    def _rests_on(self) -> list[Tensor]:
+        """What the second map is computed from, besides the moments."""
+        return [t for t in (self.out.weight, self.out.bias, self.channel_mean) if t is not None]
+
+    def compensated_out(self, width: int, gain: float) -> tuple[Tensor, Tensor]:
+        """Weight ``[C, H*w]`` and bias ``[C]`` of `out` with what the dropped channels did folded in."""
+        with torch.autocast(self.out.weight.device.type, enabled=False):
+            return self._solved(width, gain)
+
+    def _solved(self, width: int, gain: float) -> tuple[Tensor, Tensor]:
+        assert self.moments is not None
+        if self.moments.factor.device != self.out.weight.device:  # pragma: no cover: takes a second device
+            self.moments = self.moments.to(self.out.weight.device)
+        weight = self.out_by_coordinate().float()  # [C, d*H]
+        mean = self.channel_mean.T.flatten().float()  # [d*H]
+        kept, shift = compensate(weight, mean, self.moments, width * self.heads, gain)
+        kept = kept.unflatten(1, (width, self.heads)).transpose(1, 2).flatten(1)  # [C, w*H] -> [C, H*w]
+        bias = shift if self.out.bias is None else self.out.bias.float() + shift
+        return kept.to(self.out.weight.dtype), bias.to(self.out.weight.dtype)
+
+    def out_bias_at(self, width: int) -> Tensor | None:
+        """Bias of `out` at a width: ``bias + W[:, w:] mean[w:]``, what the dropped channels add on average.
+
+        Exact at full width. W is detached: in training the correction follows the weights without
+        steering them. At width 0 without compensation the module adds nothing at all (paper).
+        """
+        if self.compensation == "none":
+            return None if width == 0 else self.out.bias
+        if width == self.full_width or self.channel_mean.numel() == 0:
+            return self.out.bias
+        dropped = self.out_by_head().detach()[:, :, width:].flatten(1)  # [C, H*(d-w)]
+        constant = dropped @ self.channel_mean[:, width:].flatten().to(dropped)
+        return constant if self.out.bias is None else self.out.bias + constant
+
+    def written(self, features: Tensor, weights: Weights) -> Tensor:
+        """What `out` makes of its inputs, ``[B, N, H*w]`` to ``[B, N, C]``, the observer looking on."""
+        if self.observer is not None:
+            self.observer.inputs_of_out(features)
+        out = F.linear(features, weights.out_weight, weights.out_bias)
+        if self.observer is not None:
+            self.observer.outputs(out)
+        return out
+
+    def constant(self, x: Tensor) -> Tensor:
+        """Output at width 0 (or bypassed): a constant for every token, or zeros. x ``[B, N, C]``."""
+        bias = None if self.bypassed else self.out_bias_at(0)
+        zeros = torch.zeros_like(x)
+        return zeros if bias is None else zeros + bias
+
+
+@contextmanager
+def run_at(elastic: Mapping[str, ElasticSite], widths: Mapping[str, int] | None, fixed: bool = False) -> Iterator[None]:
+    """The sites run at these widths inside, in this thread or task alone.
+
+    Args:
+        elastic: Site name -> module.
+        widths: Of every site; None is full width.
+        fixed: No weight changes inside and none gets a gradient, so compensated weights are computed once.
+    """
+    chosen = {module: module.full_width if widths is None else widths[name] for name, module in elastic.items()}
+    pairs = {module: module.fixed_out(width) for module, width in chosen.items()} if fixed else {}
+    known = {module: pair for module, pair in pairs.items() if pair is not None}
+    with running(Run(chosen, known)):
+        yield

@@ -1,0 +1,55 @@
+"""What `SuperNet.specialise` keeps: compensated weights, with a note of what they were computed from."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from stratavit.errors import StrataViTError
+from stratavit.utils.model import digest_of
+
+
+class Corrected:
+    """The second map at a width, computed beforehand, and a note of what it was computed from.
+
+    The note holds on to the memory of those tensors, so that no others can come to lie at their address. It notices
+    tensors that were replaced, moved, cast or changed in place; `checked` compares the numbers themselves.
+
+    Args:
+        pair: Weight ``[C, H*w]`` and bias ``[C]``.
+        basis: What they were computed from.
+    """
+
+    def __init__(self, pair: tuple[Tensor, Tensor], basis: list[Tensor]) -> None:
+        self.pair = pair
+        self._basis = [(tensor.detach(), _version(tensor)) for tensor in basis]
+        self._digest = digest_of(enumerate(basis))
+
+    def unless_changed(self, basis: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+        """The pair, or None if it was computed from other tensors; changes through ``.data`` in place go unseen."""
+        same = len(basis) == len(self._basis) and all(
+            (now.data_ptr(), now.dtype, now.shape, _version(now)) == (then.data_ptr(), then.dtype, then.shape, version)
+            for now, (then, version) in zip(basis, self._basis, strict=True)
+        )
+        return self.pair if same else None
+
+    def checked(self, basis: list[Tensor], width: int) -> tuple[Tensor, Tensor]:
+        """The pair, the numbers that it rests on compared; too slow for every pass, right for extraction.
+
+        Raises:
+            StrataViTError: They differ.
+        """
+        if digest_of(enumerate(basis)) != self._digest:
+            raise stale(width)
+        return self.pair
+
+
+def stale(width: int) -> StrataViTError:
+    """What is said where a specialised width belongs to other weights."""
+    return StrataViTError(
+        f"width {width} was specialised for other weights (trained, moved, copied or cast since), and the moments "
+        "are released; load the super-network again, move or cast it, then specialise"
+    )
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,214 @@
+"""The two modules of a small model that timm does not have: plain torch, in need of nothing else from this library.
+
+Both can be compiled by `torch.jit.script`, which reads their annotations: it knows ``Optional[Tensor]``, but neither
+``Tensor | None`` nor ``from __future__ import annotations``.
+
+Shape legend: B images (or windows), N tokens, C token width, H heads, a width of q and k, b width of v.
+"""
+
+# ruff: noqa: UP045
+
+import math
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Constant(nn.Module):
+    """Stands in for a module cut to width 0: adds one learnt vector to every token, or nothing.
+
+    Args:
+        dim: Token width C; 0 for a module that adds nothing.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype)) if dim else None
+
+    def forward(
+        self,
+        x: Tensor,
+        shared_rel_pos_bias: Optional[Tensor] = None,
+        mask: Optional[Tensor] = None,
+        rope: Optional[Tensor] = None,
+        attn_mask: Optional[Tensor] = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Tokens ``[B, N, C]`` to the same constant for each; takes what timm's blocks give to their modules.
+
+        Args:
+            x: Tokens.
+            shared_rel_pos_bias, mask, rope, attn_mask, is_causal: See `SplitAttention`; of no effect.
+        """
+        zeros = torch.zeros_like(x)
+        bias = self.bias
+        return zeros if bias is None else zeros + bias
+
+
+class SplitAttention(nn.Module):
+    """Attention whose q and k have one width per head and v another; it does what several classes of timm do.
+
+    Used where timm's own class has but one width. What a family needs beyond q, k, v and proj is put in place after
+    construction, under timm's names: `q_norm`, `k_norm` (qk-norm), `logit_scale` (cosine attention),
+    `relative_position_bias_table` or `cpb_mlp` with `relative_coords_table`, and `relative_position_index`.
+
+    Args:
+        dim: Token width C.
+        num_heads: H.
+        qk_dim: Width a.
+        v_dim: Width b.
+        scale: Factor of the scores; that of the model that was cut, whatever a is.
+        biases: Of q, k, v and proj.
+        num_prefix_tokens: Tokens in front that are not rotated.
+        rotate_half: Rotation pairs are coordinates i and i + a / 2, else 2 i and 2 i + 1.
+    """
+
+    relative_position_index: Optional[Tensor]
+    relative_coords_table: Optional[Tensor]
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qk_dim: int,
+        v_dim: int,
+        scale: float,
+        biases: tuple[bool, bool, bool, bool] = (True, True, True, True),
+        num_prefix_tokens: int = 0,
+        rotate_half: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.qk_dim, self.v_dim, self.scale = num_heads, qk_dim, v_dim, scale
+        self.num_prefix_tokens, self.rotate_half = num_prefix_tokens, rotate_half
+        self.q = nn.Linear(dim, num_heads * qk_dim, biases[0], device, dtype)
+        self.k = nn.Linear(dim, num_heads * qk_dim, biases[1], device, dtype)
+        self.v = nn.Linear(dim, num_heads * v_dim, biases[2], device, dtype)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        self.logit_scale: nn.Parameter | None = None  # [H, 1, 1]
+        self.relative_position_bias_table: nn.Parameter | None = None  # [distances, H]
+        self.cpb_mlp: nn.Module | None = None
+        self.register_buffer("relative_coords_table", None, persistent=False)
+        self.register_buffer("relative_position_index", None, persistent=False)  # [N, N]
+        self.attn_drop = nn.Dropout(0.0)
+        self.proj = nn.Linear(num_heads * v_dim, dim, biases[3], device, dtype)
+        self.proj_drop = nn.Dropout(0.0)
+
+    def forward(
+        self,
+        x: Tensor,
+        shared_rel_pos_bias: Optional[Tensor] = None,
+        mask: Optional[Tensor] = None,
+        rope: Optional[Tensor] = None,
+        attn_mask: Optional[Tensor] = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; takes what timm's blocks give to their attention.
+
+        Args:
+            x: Tokens; for windowed attention all windows of all images.
+            shared_rel_pos_bias: Added to the scores (BEiT).
+            mask: Of the windows of one image, ``[windows, N, N]``, added to the scores (Swin).
+            rope: Sines and cosines of rotary positions, ``[..., N, 2 a]``.
+            attn_mask: Added to the scores, or False where a token is not seen.
+            is_causal: See `torch.nn.functional.scaled_dot_product_attention`.
+        """
+        q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, a]
+        k = self.k(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        v = self.v(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, b]
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q = rotated(q, rope, self.num_prefix_tokens, self.rotate_half).type_as(v)
+            k = rotated(k, rope, self.num_prefix_tokens, self.rotate_half).type_as(v)
+        scale, logit_scale = self.scale, self.logit_scale
+        if logit_scale is not None:
+            q, k, scale = cosines(q, k, logit_scale)
+        bias = gathered(self._distances(), self.relative_position_index, shared_rel_pos_bias)
+        if attn_mask is not None:
+            bias = attn_mask if bias is None else bias + attn_mask
+        drop = self.attn_drop.p if self.training else 0.0
+        mixed: Tensor = self.proj_drop(self.proj(attend(q, k, v, bias, mask, scale, drop, is_causal)))
+        return mixed
+
+    def _distances(self) -> Optional[Tensor]:
+        """What every distance of two tokens adds to the scores, ``[distances, H]``; None for nothing."""
+        coords = self.relative_coords_table
+        if self.cpb_mlp is not None and coords is not None:
+            return sixteen(self.cpb_mlp(coords))
+        return self.relative_position_bias_table
+
+
+def scores_ready(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, rope: Optional[Tensor]
+) -> tuple[Tensor, Tensor, float]:
+    """q and k ``[B, H, N, a]`` of an elastic module normalised and rotated, and the factor of their products."""
+    if getattr(module, "q_norm", None) is not None:
+        q, k = module.q_norm(q), module.k_norm(k)
+    if rope is not None:
+        q, k = (rotated(x, rope, module.num_prefix_tokens, module.rotate_half).type_as(v) for x in (q, k))
+    logit_scale = getattr(module, "logit_scale", None)
+    return (q, k, scale) if logit_scale is None else cosines(q, k, logit_scale)
+
+
+def cosines(q: Tensor, k: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, float]:
+    """q and k of cosine attention, the temperature in q, and the factor of their products."""
+    temperature = logit_scale.clamp(max=math.log(100.0)).exp()  # Swin-V2's bound
+    return F.normalize(q, dim=-1) * temperature, F.normalize(k, dim=-1), 1.0
+
+
+def rotated(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
+    """Rotary positions: every pair of coordinates of ``[B, H, N, a]`` turned, but for the `prefix` tokens in front."""
+    sine, cosine = rope.tensor_split(2, dim=-1)
+    left, turned = x[:, :, :prefix], x[:, :, prefix:]
+    if half:
+        first, second = turned.chunk(2, dim=-1)
+        crossed = torch.cat([-second, first], dim=-1)
+    else:
+        crossed = torch.stack([-turned[..., 1::2], turned[..., ::2]], dim=-1).flatten(-2)
+    return torch.cat([left, turned * cosine + crossed * sine], dim=2)
+
+
+def position_bias(module: Any, shared: Optional[Tensor] = None) -> Optional[Tensor]:
+    """What relative positions of an elastic module add to the scores, ``[1, H, N, N]``; None for nothing."""
+    table = getattr(module, "relative_position_bias_table", None)
+    if getattr(module, "cpb_mlp", None) is not None:
+        table = sixteen(module.cpb_mlp(module.relative_coords_table))
+    return gathered(table, getattr(module, "relative_position_index", None), shared)
+
+
+def sixteen(learnt: Tensor) -> Tensor:
+    """Swin-V2's bias of every distance, ``[distances, H]``, from what its small MLP says of it."""
+    return 16 * learnt.flatten(0, 2).sigmoid()
+
+
+def gathered(table: Optional[Tensor], index: Optional[Tensor], shared: Optional[Tensor]) -> Optional[Tensor]:
+    """The row of a table for every pair of tokens, ``[1, H, N, N]``, and what is shared by all blocks."""
+    if table is None:
+        return shared
+    assert index is not None, "a table of relative positions comes with its index"
+    bias = table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1).unsqueeze(0)
+    return bias if shared is None else bias + shared
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Optional[Tensor],
+    mask: Optional[Tensor],
+    scale: Optional[float],
+    drop: float = 0.0,
+    is_causal: bool = False,
+) -> Tensor:
+    """Values ``[B, H, N, b]`` mixed by softmax of the scores: ``[B, N, H*b]``; `mask` see `SplitAttention`."""
+    if mask is not None:  # B holds the windows of one image after those of another
+        bias = mask.unsqueeze(1) if bias is None else bias + mask.unsqueeze(1)  # [windows, H, N, N]
+        bias = bias.unsqueeze(0).expand(q.shape[0] // len(mask), -1, -1, -1, -1).flatten(0, 1)  # [B, H, N, N]
+    if bias is not None and bias.dtype != torch.bool:
+        bias = bias.to(q.dtype)
+    mixed = F.scaled_dot_product_attention(q, k, v, bias, drop, is_causal, scale=scale)
+    return mixed.transpose(1, 2).flatten(2)

@@ -1,0 +1,1 @@
+"""Accuracy and latency of a model."""

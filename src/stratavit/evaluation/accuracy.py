@@ -1,0 +1,111 @@
+"""Accuracy of a model on labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stratavit.data.batches import batches_of, check_labels
+from stratavit.errors import StrataViTError
+from stratavit.interop.equivalence import tensor_of
+from stratavit.utils.model import classes_of, measured_at, model_device, model_dtype
+from stratavit.utils.progress import track
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Accuracy over a data set.
+
+    Attributes:
+        top1, top5: Percent of images whose true class is the first, or among the first five, answers.
+        loss: Mean cross-entropy, nats.
+        n: Number of images.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    n: int
+
+    def to_dict(self) -> dict[str, float | int]:
+        """The metrics as plain numbers."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} %, loss {self.loss:.4f} over {self.n} images"
+
+
+@dataclass
+class Tally:
+    """Correct answers and summed loss so far."""
+
+    first: int = 0
+    fifth: int = 0
+    loss: float = 0.0
+    n: int = 0
+
+    def add(self, logits: Tensor, labels: Tensor, at_least: int = 0) -> None:
+        """Adds a batch.
+
+        Args:
+            logits: ``[B, classes]`` float.
+            labels: ``[B]``.
+            at_least: Classes that there may be besides; those without a logit are never answered.
+        """
+        if logits.isnan().any():
+            raise StrataViTError("evaluate: the model answers NaN; check its weights, and whether its type overflows")
+        if at_least > logits.shape[-1]:
+            logits = F.pad(logits, (0, at_least - logits.shape[-1]), value=float(logits.min()) - 1)
+        check_labels(labels, logits.shape[-1])
+        best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices  # [B, 5]
+        hits = best == labels[:, None]
+        self.first += int(hits[:, 0].sum())
+        self.fifth += int(hits.any(dim=-1).sum())
+        self.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        self.n += len(labels)
+
+    def metrics(self) -> Metrics:
+        """The means.
+
+        Raises:
+            StrataViTError: Nothing was added.
+        """
+        if self.n == 0:
+            raise StrataViTError("evaluate: the loader gave no images; check the data folder or the loader")
+        return Metrics(100 * self.first / self.n, 100 * self.fifth / self.n, self.loss / self.n, self.n)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, loader: Iterable[Any], spec: Mapping[str, int] | None = None, description: str = "evaluate"
+) -> Metrics:
+    """Runs a model over labelled images in eval mode.
+
+    Args:
+        model: Any model from images to logits, or a `SuperNet`.
+        loader: Yields ``(images [B, 3, H, W], labels [B])``, or mappings of these, see `batches.unpack`.
+        spec: Sub-network to run, for a `SuperNet`.
+        description: Title of the progress bar.
+
+    Raises:
+        StrataViTError: No images, no labels, images or labels that do not fit the model, NaN, or no head.
+    """
+    if not classes_of(model):
+        raise StrataViTError(
+            "evaluate: the model answers with features, not classes; measure it by nearest neighbours (stratavit.knn, "
+            "--knn) or by text embeddings (stratavit.zero_shot, --zero-shot FILE)"
+        )
+    tally = Tally()
+    with measured_at(model, spec) as run:
+        for images, labels in batches_of(track(loader, description), model, finite=True):
+            if labels is None:
+                raise StrataViTError("evaluate: the loader gives no labels; accuracy needs (images, labels)")
+            images = images.to(model_device(model), model_dtype(model))
+            logits = tensor_of(run(images)).float()
+            tally.add(logits, labels.to(logits.device))
+    return tally.metrics()

@@ -1,0 +1,123 @@
+"""Accuracy at one size, and a ladder of such points as a file."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from stratavit.errors import ArtifactError, StrataViTError, one_line
+from stratavit.files.folders import read_small
+
+LADDER = tuple(f"{twelfths}/12" for twelfths in range(12, 1, -1))
+_LARGEST = 2**63
+
+
+@dataclass(frozen=True)
+class Point:
+    """One sub-network on the curve.
+
+    Attributes:
+        asked: Share of the dense model's MACs that was asked for.
+        share: Share that was got.
+        macs, params: Of the sub-network.
+        top1, top5: Percent.
+        loss: Mean cross-entropy.
+        n: Images it was measured on.
+    """
+
+    asked: str
+    share: float
+    macs: int
+    params: int
+    top1: float
+    top5: float
+    loss: float
+    n: int
+
+
+def parse_share(text: str) -> float:
+    """A share in (0, 1] from ``"8/12"``, ``"0.5"`` or ``"50%"``.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    top, _, bottom = text.strip().removesuffix("%").partition("/")
+    parts = float(bottom) if bottom else 1.0
+    share = float(top) / parts / (100 if text.strip().endswith("%") else 1) if parts else 0.0
+    if not 0 < share <= 1:
+        raise ValueError(f"a share must be above 0 and at most 1, got {text!r}")
+    return share
+
+
+def write_csv(points: Sequence[Point], path: Path) -> None:
+    """The curve as CSV, one row per budget."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(Point.__dataclass_fields__))
+        writer.writeheader()
+        writer.writerows(asdict(point) for point in points)
+
+
+def read_csv(path: Path) -> list[Point]:
+    """What `write_csv` wrote; nothing if there is no such file.
+
+    Raises:
+        ArtifactError: It is something else.
+    """
+    if not path.exists():
+        return []
+    types = get_type_hints(Point)
+    try:
+        lines = csv.DictReader(read_small(path).decode().splitlines(keepends=True))
+        points = [Point(**{key: types[key](value) for key, value in row.items()}) for row in lines]
+        if sorted(lines.fieldnames or types) != sorted(types):
+            raise ValueError("a column is missing, unknown or there twice")
+        return [_checked(point) for point in points]
+    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+        raise ArtifactError(f"{path} is not a curve written by StrataViT ({one_line(error)})") from error
+
+
+def curves(rows: Iterable[Mapping[str, Any]]) -> list[tuple[int, list[Point]]]:
+    """The curves in the rows of a run's log, with the epochs that had ended; one that has other values is empty."""
+    found = []
+    for row in rows:
+        if row["kind"] == "eval":
+            points: list[Point] = []
+            with suppress(ValueError, TypeError, KeyError):
+                points = [_checked(Point(**point)) for point in row["points"]]
+            found.append((row["epoch"], points))
+    return found
+
+
+def last_curve(rows: Iterable[Mapping[str, Any]]) -> list[Point]:
+    """The last of the `curves`; empty if there is none."""
+    found = curves(rows)
+    return found[-1][1] if found else []
+
+
+def _checked(point: Point) -> Point:
+    """The point, if its values are those of a network that was measured."""
+    for name, kind in get_type_hints(Point).items():
+        if not isinstance(getattr(point, name), int | float if kind is float else kind):
+            raise TypeError(f"{point.asked}: {name} is of another type")
+    parse_share(point.asked)
+    percent = 0 <= point.top1 <= 100 and 0 <= point.top5 <= 100
+    sizes = 0 < point.share <= 1 and 0 < point.macs < _LARGEST and 0 < point.params < _LARGEST
+    if not (percent and sizes and 0 <= point.loss < float("inf") and 0 < point.n < _LARGEST):
+        raise ValueError(f"{point.asked}: a number is out of range")
+    return point
+
+
+def points_in(folder: str | Path) -> list[Point]:
+    """The curve in a folder that `stratavit curve` wrote.
+
+    Raises:
+        StrataViTError: There is none.
+    """
+    points = read_csv(Path(folder) / "curve.csv")
+    if not points:
+        raise StrataViTError(f"{folder} holds no curve.csv; make one with `stratavit curve`")
+    return points

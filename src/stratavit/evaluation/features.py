@@ -1,0 +1,162 @@
+"""Accuracy of models that answer with features: nearest neighbours, and text embeddings of the classes (zero-shot).
+
+Shape legend: B images, n images of the bank, D feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stratavit.data.batches import batches_of
+from stratavit.errors import ArtifactError, StrataViTError
+from stratavit.evaluation.accuracy import Metrics, Tally
+from stratavit.files.folders import read_tensors
+from stratavit.files.state_dicts import FLOATS
+from stratavit.interop.convert import as_timm
+from stratavit.interop.equivalence import tensor_of
+from stratavit.utils.model import classes_of, measured_at, model_device, model_dtype
+from stratavit.utils.progress import track
+
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # as DINO and DINOv2 are evaluated
+SCALE = 100.0  # CLIP's largest
+CHUNK = 4096  # images of the bank compared at once
+
+
+def features(model: Any, images: Tensor) -> Tensor:
+    """Unit-length features ``[B, D]`` float32: the outputs of a headless model, or what the head of another one reads.
+
+    Args:
+        model: A timm model.
+        images: ``[B, 3, H, W]``.
+    """
+    images = images.to(model_device(model), model_dtype(model))
+    if not classes_of(model):
+        return F.normalize(tensor_of(model(images)).float(), dim=-1)
+    pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+    return F.normalize(pooled.float(), dim=-1)
+
+
+@torch.inference_mode()
+def knn(
+    model: nn.Module,
+    bank: Iterable[Any],
+    loader: Iterable[Any],
+    spec: Mapping[str, int] | None = None,
+    k: int = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+    description: str = "nearest neighbours",
+) -> Metrics:
+    """Classifies images by the labels of their nearest neighbours, as DINO and DINOv2 are evaluated.
+
+    The k images of the bank that are most alike vote, each with weight ``exp(cosine / temperature)``.
+
+    Args:
+        model: Any timm model, or a `SuperNet`; bank and images are seen by the same sub-network.
+        bank: Yields ``(images, labels)`` to compare with.
+        loader: Yields ``(images, labels)`` to classify.
+        spec: Sub-network to run, for a `SuperNet`.
+        k: Neighbours that vote.
+        temperature: See above.
+        description: Title of the progress bar.
+
+    Raises:
+        StrataViTError: No images or labels, or k is no number of images.
+    """
+    if k < 1 or not temperature > 0:
+        raise StrataViTError(f"knn: expected k of at least 1 and a temperature above 0, got {k!r} and {temperature!r}")
+    model = as_timm(model)
+    with measured_at(model, spec) as inner:
+        known = [(features(inner, x), y) for x, y in _labelled(model, bank, f"{description}, bank")]
+        if not known:
+            raise StrataViTError("knn: the bank gave no images; a generator is used up after one pass")
+        stored, labels = torch.cat([x for x, _ in known]), torch.cat([y for _, y in known]).to(known[0][0].device)
+        classes, tally = int(labels.max()) + 1, Tally()
+        for images, truth in _labelled(model, loader, description):
+            votes = _votes(features(inner, images), stored, labels, classes, k, temperature)
+            tally.add(votes.clamp_min(1e-12).log(), truth.to(votes.device), at_least=int(truth.max()) + 1)
+    return tally.metrics()
+
+
+def _votes(queries: Tensor, stored: Tensor, labels: Tensor, classes: int, k: int, temperature: float) -> Tensor:
+    """Share of the weighted votes of each class, ``[B, classes]``."""
+    best: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(stored), CHUNK):
+        alike = queries @ stored[start : start + CHUNK].T  # [B, chunk]
+        values, indices = alike.topk(min(k, alike.shape[1]), dim=1)
+        best.append((values, indices + start))
+    values, indices = (torch.cat(side, dim=1) for side in zip(*best, strict=True))
+    values, chosen = values.topk(min(k, values.shape[1]), dim=1)
+    weights = ((values - values[:, :1]) / temperature).exp()  # [B, k]
+    votes = torch.zeros(len(queries), classes, device=queries.device)
+    votes.scatter_add_(1, labels[indices.gather(1, chosen)], weights)
+    return votes / votes.sum(dim=1, keepdim=True)
+
+
+@torch.inference_mode()
+def zero_shot(
+    model: nn.Module,
+    embeddings: Tensor,
+    loader: Iterable[Any],
+    spec: Mapping[str, int] | None = None,
+    scale: float = SCALE,
+    description: str = "zero-shot",
+) -> Metrics:
+    """Classifies images by the class whose text embedding is most alike (CLIP, SigLIP).
+
+    Args:
+        model: An image tower that ends in the space of the embeddings, or a `SuperNet` of one.
+        embeddings: ``[classes, D]``, one row per class, see `read_embeddings`; any length.
+        loader: Yields ``(images, labels)``.
+        spec: Sub-network to run, for a `SuperNet`.
+        scale: Of the cosines, for the cross-entropy.
+        description: Title of the progress bar.
+
+    Raises:
+        StrataViTError: Widths differ, or there are no images or labels.
+    """
+    model, tally, rows = as_timm(model), Tally(), F.normalize(embeddings.float(), dim=-1)
+    with measured_at(model, spec) as inner:
+        for images, truth in _labelled(model, loader, description):
+            found = features(inner, images)
+            if found.shape[-1] != rows.shape[-1]:
+                raise StrataViTError(
+                    f"zero-shot: the text embeddings have {rows.shape[-1]} numbers each, the image features "
+                    f"{found.shape[-1]}; give embeddings of the text tower that belongs to this model"
+                )
+            tally.add(scale * found @ rows.to(found.device).T, truth.to(found.device))
+    return tally.metrics()
+
+
+def read_embeddings(path: str | Path) -> Tensor:
+    """Text embeddings of the classes from a ``.safetensors`` file with one tensor ``[classes, D]``, in class order.
+
+    Raises:
+        ArtifactError: It is missing, damaged, or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ArtifactError(f"zero-shot: {path} is not a file")
+    tensors = read_tensors(path)
+    found = next(iter(tensors.values())) if len(tensors) == 1 else None
+    if (
+        found is None
+        or found.dim() != 2
+        or not found.numel()
+        or found.dtype not in FLOATS
+        or not found.isfinite().all()
+    ):
+        raise ArtifactError(f"zero-shot: {path} should hold one tensor [classes, width] of finite numbers")
+    return found
+
+
+def _labelled(model: nn.Module, loader: Iterable[Any], description: str) -> Iterable[tuple[Tensor, Tensor]]:
+    for images, labels in batches_of(track(loader, description), model, finite=True):
+        if labels is None:
+            raise StrataViTError(f"{description}: the loader gives no labels; it needs (images, labels)")
+        yield images, labels

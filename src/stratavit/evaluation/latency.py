@@ -1,0 +1,210 @@
+"""How long a model takes, pass by pass: median, 90th percentile and throughput."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from operator import index
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, SupportsIndex, get_args
+
+import torch
+from torch import nn
+
+from stratavit.errors import StrataViTError
+from stratavit.interop.export import INPUT, export, onnx_session, without_their_warnings
+from stratavit.utils.model import eval_mode, model_device, model_dtype
+
+Runtime = Literal["eager", "compiled", "onnx"]
+Precision = Literal["float32", "float16", "bfloat16"]
+AT_LEAST_RUNS = 5
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is run.
+
+    Attributes:
+        batch_size: Images per pass.
+        runtime: ``eager``; ``compiled`` by `torch.compile`; ``onnx``, by ONNX Runtime on the CPU, in float32.
+        dtype: Of weights and images; None is the model's own.
+        threads: CPU threads; 0 is what torch is set to.
+        seconds: Shortest time that is spent on one measurement, after warming up.
+    """
+
+    batch_size: int = 1
+    runtime: Runtime = "eager"
+    dtype: Precision | None = None
+    threads: int = 0
+    seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("threads", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, SupportsIndex) or index(value) < least:
+                raise StrataViTError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+        if self.runtime not in get_args(Runtime):
+            raise StrataViTError(f"runtime: expected one of {', '.join(get_args(Runtime))}, got {self.runtime!r}")
+        if self.dtype not in (None, *get_args(Precision)):
+            raise StrataViTError(f"dtype: expected one of {', '.join(get_args(Precision))}, got {self.dtype!r}")
+        if self.runtime == "onnx" and self.dtype not in (None, "float32"):
+            raise StrataViTError(f"dtype: ONNX Runtime is timed in float32 only, got {self.dtype!r}")
+        if not isinstance(self.seconds, float | int) or not 0 < self.seconds < float("inf"):
+            raise StrataViTError(f"seconds: expected a number above 0, got {self.seconds!r}")
+
+    def dtype_of(self, model: nn.Module) -> torch.dtype:
+        """The type that a model is run in."""
+        if self.runtime == "onnx":
+            return torch.float32
+        dtype: torch.dtype = model_dtype(model) if self.dtype is None else getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def used_threads(self) -> int:
+        """CPU threads."""
+        return self.threads or torch.get_num_threads()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long one pass takes.
+
+    Attributes:
+        median_ms, p90_ms: Milliseconds per batch.
+        images_per_second: Images per batch over the median.
+        runs: Number of passes timed.
+    """
+
+    median_ms: float
+    p90_ms: float
+    images_per_second: float
+    runs: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float], batch_size: int) -> Timing:
+        """From the time of each pass."""
+        times = torch.tensor(seconds, dtype=torch.float64)
+        median, p90 = (float(times.quantile(q)) for q in (0.5, 0.9))
+        return cls(1000 * median, 1000 * p90, batch_size / median, len(seconds))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def time_model(model: nn.Module, image_size: Sequence[int], setting: Setting | None = None) -> Timing:
+    """Times a model on the device it is on.
+
+    Args:
+        model: From images to logits; in eval mode meanwhile, unchanged.
+        image_size: Channels, height, width.
+        setting: How it is run; one image, eager, if None.
+
+    Raises:
+        StrataViTError: The runtime needs packages that are not there, or cannot run the model.
+    """
+    setting = setting or Setting()
+    return Timing.of(pass_times(runner(model, image_size, setting), setting), setting.batch_size)
+
+
+def session_of(model: nn.Module, image_size: Sequence[int], threads: int) -> Any:
+    """The model in ONNX Runtime, any batch size."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        export(copy.deepcopy(model).float(), file, "onnx", noise(1, image_size))
+        return onnx_session(file, threads)
+
+
+def noise(batch_size: int, image_size: Sequence[int]) -> torch.Tensor:
+    """Images to run a model on."""
+    return torch.randn(batch_size, *image_size, generator=torch.Generator().manual_seed(0))
+
+
+class Pass(NamedTuple):
+    """One pass over a batch, to be timed.
+
+    Attributes:
+        run: Runs it; the caller sees to inference mode.
+        model: Must be in eval mode meanwhile.
+    """
+
+    run: Callable[[], Any]
+    model: nn.Module
+
+
+def runner(model: nn.Module, image_size: Sequence[int], setting: Setting, session: Any | None = None) -> Pass:
+    """One pass over a batch of noise, warmed up, ready to be timed.
+
+    Args:
+        model: From images to logits.
+        image_size: Channels, height, width.
+        setting: How it is run.
+        session: What `session_of` gave for this model, not to export it once more.
+    """
+    images = noise(setting.batch_size, image_size)
+    dtype, timed = setting.dtype_of(model), model
+    try:
+        with without_their_warnings():
+            if setting.runtime == "onnx":
+                loaded = session or session_of(model, image_size, setting.used_threads)
+                feed = {INPUT: images.numpy()}
+                run = partial(loaded.run, None, feed)
+            else:
+                timed = model if dtype is model_dtype(model) else copy.deepcopy(model).to(dtype)
+                called = torch.compile(timed, dynamic=False) if setting.runtime == "compiled" else timed
+                run = partial(called, images.to(model_device(model), dtype))
+            with eval_mode(timed), torch.inference_mode():
+                run()
+                run()
+    except StrataViTError:
+        raise
+    except Exception as error:  # what an exporter, a compiler or a missing kernel raises is of any kind
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise StrataViTError(f"the model cannot be run {setting.runtime} in {dtype} here: {reason}") from error
+    return Pass(run, timed)
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type != "cpu":  # pragma: no cover: takes a second device
+        getattr(torch, device.type).synchronize()  # torch.cuda, torch.mps, torch.xpu
+    return time.perf_counter()
+
+
+def pass_times(one: Pass, setting: Setting, at_least: int = AT_LEAST_RUNS) -> list[float]:
+    """Seconds of each of so many passes, or more, each waited for."""
+    times: list[float] = []
+    device = model_device(one.model)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(setting.used_threads)
+    try:
+        with eval_mode(one.model), torch.inference_mode():
+            while len(times) < at_least or sum(times) < setting.seconds:
+                started = _clock(device)
+                one.run()
+                times.append(_clock(device) - started)
+    finally:
+        torch.set_num_threads(threads)
+    return times
+
+
+def in_turns(passes: Sequence[Pass], setting: Setting, rounds: int, at_least: int = AT_LEAST_RUNS) -> list[Timing]:
+    """Times several side by side, in turns, so that a machine that slows down slows all.
+
+    Args:
+        passes: What to time.
+        setting: How they are run; `seconds` is for all turns together.
+        rounds: Turns of each.
+        at_least: Passes in each turn.
+    """
+    part = dataclasses.replace(setting, seconds=setting.seconds / rounds)
+    times: list[list[float]] = [[] for _ in passes]
+    for _ in range(rounds):
+        for known, one in zip(times, passes, strict=True):
+            known += pass_times(one, part, at_least)
+    return [Timing.of(known, setting.batch_size) for known in times]

@@ -1,0 +1,278 @@
+"""Writing a folder whole or not at all, and reading its JSON and tensors without running code."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import stat
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stratavit.errors import ArtifactError, one_line, out_of_memory, reason_of
+from stratavit.files.atomic import beside, followed, put
+
+LARGEST_TEXT = 64 << 20  # bytes of a JSON or text file; the longest list that a model can have is a few MB
+DEEPEST = 100  # objects and arrays of a JSON file in one another; ours have less than ten
+
+
+def write_folder(path: str | Path, write: Callable[[Path], None], overwrite: bool = False) -> Path:
+    """Calls `write` on a temporary folder beside `path`, then lets it take the place of `path`.
+
+    If writing fails or is interrupted, `path` is as it was and nothing is left behind; if the process is killed, `path`
+    is as it was, or new and whole.
+
+    Args:
+        path: The folder to make.
+        write: Fills the folder it is given.
+        overwrite: Replace a folder that is not empty.
+
+    Raises:
+        ArtifactError: `path` is taken, or cannot be written (disk full, no permission).
+    """
+    path = check_free(path, overwrite)
+    place = followed(path)
+    with beside(place) as new:
+        new.mkdir()
+        write(new)
+        open_to_others(new)
+        put(new, place, overwrite)
+    return path
+
+
+def check_free(path: str | Path, overwrite: bool, whole: bool = True) -> Path:
+    """The path, if a folder may be written there; worth asking before long work.
+
+    Args:
+        path: The folder.
+        overwrite: It may hold something.
+        whole: It will be written as a whole, beside its place first.
+
+    Raises:
+        ArtifactError: It is a file, cannot be written, or is a folder that is not empty while `overwrite` is off.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_dir():
+            raise ArtifactError(f"{path} is a file; give a folder to write to")
+        if path.is_dir() and not overwrite and any(path.iterdir()):
+            raise ArtifactError(f"{path} is not empty; give another folder or ask to overwrite (--overwrite)")
+        if whole:
+            _check_writable(path)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {reason_of(error)}") from error
+    return path
+
+
+def write_file(path: str | Path, content: bytes, overwrite: bool = False) -> Path:
+    """Writes one file whole or not at all, see `write_folder`.
+
+    Raises:
+        ArtifactError: `path` is taken, or cannot be written (disk full, no permission).
+    """
+    path = check_free_file(path, overwrite)
+    place = followed(path)
+    with beside(place) as new:
+        new.write_bytes(content)
+        open_to_others(new)
+        put(new, place, overwrite)
+    return path
+
+
+def check_free_file(path: str | Path, overwrite: bool) -> Path:
+    """The path, if a file may be written there; worth asking before long work.
+
+    Raises:
+        ArtifactError: It is a folder, cannot be written, or is a file while `overwrite` is off.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise ArtifactError(f"{path} is a folder; give a file to write to")
+        if path.exists() and not overwrite:
+            raise ArtifactError(f"{path} exists; give another file or ask to overwrite (--overwrite)")
+        _check_writable(path)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {reason_of(error)}") from error
+    return path
+
+
+def _check_writable(path: Path) -> None:
+    """Whether something can be put in the place of `path`: it is written beside it first.
+
+    Raises:
+        OSError: No.
+    """
+    place = followed(path)
+    if os.path.ismount(place):
+        raise OSError(errno.EBUSY, "a disk is mounted there; give a folder in it")
+    parent = next((parent for parent in place.absolute().parents if parent.exists()), place)
+    if not parent.is_dir():
+        raise OSError(errno.ENOTDIR, f"{parent} is a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        fixed = os.name == "posix" and os.statvfs(parent).f_flag & os.ST_RDONLY
+        raise OSError(errno.EACCES, f"{parent} is read-only" if fixed else f"no permission to write to {parent}")
+
+
+def open_to_others(path: Path) -> None:
+    """Gives a private temporary file, or a folder and its files, the permissions that the user's umask asks for."""
+    allowed = _allowed(path if path.is_dir() else path.parent)
+    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
+    for file in files:
+        file.chmod(0o666 & allowed)
+    if path.is_dir():
+        path.chmod(allowed)
+
+
+def _allowed(folder: Path) -> int:
+    """The permissions that a new file gets of those it asks for; a look at the umask itself changes it meanwhile."""
+    probe = folder / f".{uuid.uuid4().hex}"
+    handle = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o777)
+    try:
+        return stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
+        probe.unlink()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes readable JSON.
+
+    Raises:
+        ArtifactError: See `json_text`.
+    """
+    path.write_text(json_text(content, path.name) + "\n", encoding="utf-8")
+
+
+def json_text(content: Any, name: str) -> str:
+    """Readable JSON.
+
+    Raises:
+        ArtifactError: The content has NaN, infinity or an object that JSON does not have, or is nested too deeply to be
+            read again; `name` is named.
+    """
+    try:
+        text = json.dumps(content, indent=1, allow_nan=False)
+        _check_depth(content)
+        return text
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{name}: holds something that JSON cannot ({error}); check the provenance") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        ArtifactError: The file is missing, unreadable, too large, or not a JSON object: one that names a key twice,
+            has a number that is not finite or is nested deeper than anything we write is none.
+    """
+    try:
+        content = json.loads(
+            read_small(path).decode(),
+            object_pairs_hook=_unique,
+            parse_constant=_finite,
+            parse_float=_finite,
+        )
+        _check_depth(content)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path.parent} is not a folder saved by StrataViT: {path.name} is missing") from error
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {reason_of(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} is not valid JSON ({one_line(error)}); save the model again") from error
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path} should hold a JSON object, found {type(content).__name__}")
+    return content
+
+
+def read_small(path: Path) -> bytes:
+    """The bytes of a file that people could read.
+
+    Raises:
+        OSError: It cannot be read, is no regular file, or is larger than such a file can be.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    if found.st_size > LARGEST_TEXT:
+        raise OSError(errno.EFBIG, f"larger than {LARGEST_TEXT >> 20} MB")
+    return path.read_bytes()
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it names {next(name for name in names if names.count(name) > 1)!r} twice")
+    return content
+
+
+def _check_depth(content: Any) -> None:
+    level = [content]
+    for _ in range(DEEPEST):
+        level = [inner for value in level if isinstance(value, dict | list | tuple) for inner in _inside(value)]
+        if not level:
+            return
+    raise ValueError(f"it is nested deeper than {DEEPEST} levels")
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is not a finite number")
+    return number
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a safetensors file, from its header alone.
+
+    Raises:
+        ArtifactError: See `read_tensors`.
+    """
+    with _reading(path), safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def read_tensors(path: Path, without: str | None = None) -> dict[str, Tensor]:
+    """Reads a safetensors file.
+
+    Args:
+        path: The file.
+        without: End of the names of tensors that are left where they are.
+
+    Raises:
+        ArtifactError: The file is missing, truncated or otherwise damaged.
+        MemoryError: It is sound, and memory ran out.
+    """
+    with _reading(path):
+        if without is None:
+            return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if not name.endswith(without)}  # noqa: SIM118
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "not a regular file")
+        yield
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path.parent} is incomplete: {path.name} is missing") from error
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError) as error:
+        if out_of_memory(error) or "(os error 12)" in str(error):
+            raise MemoryError(str(error)) from error
+        reason = " ".join(reason_of(error).split())[:200]
+        raise ArtifactError(f"{path} is damaged or not a safetensors file ({reason})") from error

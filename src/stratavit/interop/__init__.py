@@ -1,0 +1,1 @@
+"""Other libraries: transformers, torchvision, ONNX, checkpoints of others."""

@@ -1,0 +1,38 @@
+"""Models of other libraries: timm's equivalent on entry, their own class on extraction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from stratavit.interop import torchvision_vit
+from stratavit.interop.transformers import models
+from stratavit.models.source_checks import check_layers
+from stratavit.utils.wrappers import unwrapped
+
+
+def as_timm(model: nn.Module) -> nn.Module:
+    """timm's equivalent of a model of transformers or torchvision, its weights copied; any other model as it is.
+
+    Wrappers (DataParallel, torch.compile, an averaged copy) are taken off. The equivalent computes the same up to
+    rounding. Of a model of transformers it answers with the logits, or with the pooled features where there is no head.
+
+    Raises:
+        UnsupportedModelError: The model has no equivalent in timm.
+    """
+    model = unwrapped(model)
+    if models.is_transformers(model):
+        check_layers(model)
+        return models.to_timm(model)
+    if torchvision_vit.is_torchvision(model):
+        check_layers(model)
+        return torchvision_vit.to_timm(model)
+    return model
+
+
+def as_source(small: Any) -> nn.Module:
+    """A small model in the class that its source had: of transformers if it came from there, else as it is."""
+    origin = getattr(small, "origin", None)
+    model: nn.Module = small if not origin else models.from_timm(small, origin)
+    return model

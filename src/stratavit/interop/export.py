@@ -1,0 +1,235 @@
+"""Small models in other forms, checked against eager before they are kept: ONNX, torch.export, transformers."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stratavit.data.batches import check_finite, check_images, unpack
+from stratavit.errors import StrataViTError
+from stratavit.files.atomic import beside, followed, put
+from stratavit.files.folders import check_free, check_free_file, open_to_others, write_folder
+from stratavit.interop.convert import as_timm
+from stratavit.interop.equivalence import tensor_of
+from stratavit.interop.transformers.folders import load_transformers, save_transformers
+from stratavit.models.architecture import resolve_data_config
+from stratavit.utils.model import eval_mode, is_super_network, model_dtype
+from stratavit.utils.wrappers import unwrapped
+
+Format = Literal["onnx", "torch", "transformers"]
+SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2", "transformers": "-transformers"}
+TOLERANCE = 1e-4  # of the largest logit of an image
+FLOOR = 1e-10  # and this: what is left where logits cancel out
+NOISE_IMAGES = 8
+INPUT, OUTPUT = "images", "logits"
+Runner = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How an exported file compares with the model it came from.
+
+    Attributes:
+        file: The file, or the folder of ``transformers``.
+        format: ``onnx``, ``torch`` or ``transformers``.
+        size: Of the file or the folder, bytes.
+        images: Number of images compared.
+        difference: Largest absolute difference of a logit.
+        largest: Largest absolute logit.
+    """
+
+    file: str
+    format: Format
+    size: int
+    images: int
+    difference: float
+    largest: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"wrote {self.file} ({self.size / 2**20:.3g} MiB); largest logit difference to eager {self.difference:.1e} "
+            f"over {self.images} images (largest logit {self.largest:.3g})"
+        )
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    format: Format = "onnx",
+    images: Tensor | None = None,
+    overwrite: bool = False,
+    tolerance: float = TOLERANCE,
+) -> Parity:
+    """Writes a model to one file that needs neither this library nor timm; the batch size is free.
+
+    The file is read back and run (ONNX Runtime, or `torch.export.load`) on the images, one batch and one image alone,
+    and kept only if it answers as the model does. The same goes for the folder that ``transformers`` writes by
+    ``save_pretrained``; `load_transformers` reads it.
+
+    Args:
+        model: What `SuperNet.extract` or `load` returned, in float32; exported as in eval mode, on the CPU.
+        path: File to write; a folder for ``transformers``.
+        format: ``onnx``, by torch's own exporter (torch.export), ``torch``, a program for `torch.export.load`, or
+            ``transformers``, for models that came from there.
+        images: To compare on, ``[B, C, H, W]``, prepared for the model; noise if None.
+        overwrite: Replace the file if it is there.
+        tolerance: Largest difference of a logit that passes, as a share of the largest logit of its image (and
+            `FLOOR` more), so that logits of any scale are judged alike.
+
+    Raises:
+        StrataViTError: Not a small model in float32, an unknown format, images that do not fit the model, packages
+            are missing, or the file answers otherwise than the model; then nothing is left.
+        ArtifactError: The file exists or cannot be written.
+    """
+    if format not in SUFFIXES:
+        raise StrataViTError(f"export: expected a format of {', '.join(SUFFIXES)}, got {format!r}")
+    model = unwrapped(model)
+    if is_super_network(model):
+        raise StrataViTError("export: a super-network has many sizes; extract one first")
+    if model_dtype(model) is not torch.float32:
+        raise StrataViTError(f"export: the model is in {model_dtype(model)}; call model.float() first")
+    model, path = as_timm(model), Path(path)
+    if format == "transformers":
+        check_free(path, overwrite)
+    else:
+        check_free_file(path, overwrite)
+    if images is None:
+        size = resolve_data_config(model)["input_size"]
+        images = torch.randn(NOISE_IMAGES, *size, generator=torch.Generator().manual_seed(0))
+    images = _fitting(model, images)
+    device = next(model.parameters()).device
+    try:
+        with eval_mode(model), torch.no_grad():
+            if format == "transformers":
+                return _transformers(model.cpu(), path, images.float().cpu(), tolerance, overwrite)
+            return _checked(model.cpu(), path, format, images.float().cpu(), tolerance, overwrite)
+    finally:
+        model.to(device)
+
+
+def _fitting(model: nn.Module, images: Tensor) -> Tensor:
+    """Images to compare on: at least one, finite, such as the model takes."""
+    images, _ = unpack((images,), "export")
+    check_images(model, images, "export")
+    check_finite(images, "export")
+    if not len(images):
+        raise StrataViTError("export: there are no images to compare on; give at least one, or leave images out")
+    return images
+
+
+def _checked(model: nn.Module, path: Path, format: Format, images: Tensor, tolerance: float, overwrite: bool) -> Parity:
+    """Writes beside `path`, compares, puts it there."""
+    write, run = (_to_onnx, _run_onnx) if format == "onnx" else (_to_program, _run_program)
+    target = followed(path)
+    with beside(target) as place:
+        new = place.with_suffix(SUFFIXES[format])  # torch asks for its own
+        # a copy: the program keeps its example, and a view would keep all images
+        write(model, images[:2].clone() if len(images) > 1 else images.repeat(2, 1, 1, 1), new)
+        expected, answer = model(images), run(new)
+        found = torch.cat([answer(images), answer(images[:1])])
+        difference = _difference(found, torch.cat([expected, expected[:1]]), format, tolerance)
+        open_to_others(new)
+        size = new.stat().st_size
+        put(new, target, overwrite)
+    return Parity(str(path), format, size, len(images), difference, float(expected.abs().max()))
+
+
+def _transformers(model: Any, path: Path, images: Tensor, tolerance: float, overwrite: bool) -> Parity:
+    """Writes a folder in the format of transformers, compares, renames."""
+    if not getattr(model, "origin", None):
+        raise StrataViTError("export: format transformers is for models that came from there; this one is timm's")
+    expected, compared = model(images), []
+
+    def write(folder: Path) -> None:
+        save_transformers(model, folder)
+        found = tensor_of(load_transformers(folder)(pixel_values=images))
+        compared.append(_difference(found, expected, "transformers", tolerance))
+
+    write_folder(path, write, overwrite)
+    size = sum(file.stat().st_size for file in path.iterdir())
+    return Parity(str(path), "transformers", size, len(images), compared[0], float(expected.abs().max()))
+
+
+def _difference(found: Tensor, expected: Tensor, format: Format, tolerance: float) -> float:
+    differences, largest = (x.abs().flatten(1).amax(1) for x in (found - expected, expected))  # [B]
+    beyond = differences / (tolerance * largest + FLOOR)
+    if not bool((beyond <= 1).all()):  # NaN does not pass either
+        worst = int(beyond.nan_to_num(torch.inf).argmax())
+        difference, size = float(differences[worst]), float(largest[worst])
+        raise StrataViTError(
+            f"export: the {format} file answers otherwise than the model: a logit differs by {difference:.2e}, "
+            f"more than {tolerance:.0e} of the largest logit of that image, {size:.3g}; nothing was written"
+        )
+    return float(differences.max())
+
+
+def _free_batch() -> tuple[dict[int, Any]]:
+    return ({0: torch.export.Dim("batch", min=1)},)
+
+
+@contextmanager
+def without_their_warnings() -> Iterator[None]:
+    """Drops what exporters and compilers warn about their own parts; what they say of our calls is kept."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(?!stratavit\b)")
+        yield
+
+
+def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise StrataViTError("export to ONNX needs more packages: pip install 'stratavit[export]'") from error
+    with without_their_warnings(), redirect_stdout(io.StringIO()):  # some releases print what they did
+        torch.onnx.export(
+            model,
+            (example,),
+            str(path),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=_free_batch(),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+
+
+def onnx_session(path: Path, threads: int = 0) -> Any:
+    """An ONNX Runtime session on the CPU; 0 threads is what it chooses itself."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _run_onnx(path: Path) -> Runner:
+    session = onnx_session(path)
+    return lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
+
+
+def _to_program(model: nn.Module, example: Tensor, path: Path) -> None:
+    with without_their_warnings():
+        program = torch.export.export(model, (example,), dynamic_shapes=_free_batch())
+        content = io.BytesIO()  # torch aborts the process if the end of a file cannot be written
+        torch.export.save(program, content)
+        path.write_bytes(content.getbuffer())
+
+
+def _run_program(path: Path) -> Runner:
+    program = torch.export.load(path).module()
+    return lambda images: program(images)

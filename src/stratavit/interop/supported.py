@@ -1,0 +1,135 @@
+"""What is supported, to what degree and why not more: found out from the models themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from torch import nn
+
+from stratavit.elastic.base import ElasticSite
+from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, one_line
+from stratavit.interop.transformers.layouts import LAYOUTS
+from stratavit.models import architecture, source_checks
+from stratavit.models.cost import cost_model
+from stratavit.models.families import elastic_sites, family_of, find_sites, stages
+
+EXAMPLES = {  # what it stands for -> a timm model of it
+    "ViT, AugReg, MAE": "vit_base_patch16_224",
+    "DeiT": "deit_base_patch16_224",
+    "DeiT, distilled (two heads)": "deit_base_distilled_patch16_224",
+    "DeiT-III (LayerScale)": "deit3_base_patch16_224",
+    "CLIP image towers": "vit_base_patch16_clip_224",
+    "SigLIP image towers (attention pooling)": "vit_base_patch16_siglip_224",
+    "DINOv2, also with registers": "vit_small_patch14_reg4_dinov2",
+    "DINOv2 giant, AIMv2 (SwiGLU)": "vit_giant_patch14_dinov2",
+    "EVA": "eva_giant_patch14_224",
+    "EVA-02 tiny, small (rotary, SwiGLU)": "eva02_tiny_patch14_224",
+    "EVA-02 base, large": "eva02_base_patch14_224",
+    "DINOv3 (rotary)": "vit_small_patch16_dinov3",
+    "RoPE-ViT, Perception Encoder": "vit_small_patch16_rope_mixed_224",
+    "BEiT, BEiT-v2": "beit_base_patch16_224",
+    "Swin": "swin_tiny_patch4_window7_224",
+    "Swin-V2": "swinv2_tiny_window8_256",
+    "BEiT-3": "beit3_base_patch16_224",
+    "Hybrids (a ResNet as the stem)": "vit_small_r26_s32_224",
+    "Parallel blocks": "vit_base_patch16_xp_224",
+}
+
+
+class Support(NamedTuple):
+    """What can be cut of a model.
+
+    Attributes:
+        name: Of the model, in timm.
+        family: Title of its family; empty if it has none.
+        attention: ``q, k, v``, ``v`` (q and k stay whole), or ``whole``.
+        mlp: ``yes``, or ``whole``.
+        reason: Why not more; empty if all can be cut.
+    """
+
+    name: str
+    family: str
+    attention: str
+    mlp: str
+    reason: str
+
+
+def support_of(name: str) -> Support:
+    """What can be cut of timm's model of a name, built without weights: all that a conversion asks of it is tried."""
+    model = timm.create_model(name, device="meta").eval()
+    try:
+        title = family_of(model).title
+        found, whole = _tried(model)
+    except (UnsupportedModelError, ArtifactError) as error:
+        return Support(name, "", "whole", "whole", str(error).removeprefix("cannot cut this model: "))
+    attention = [module for module in found.values() if module.attention]
+    cut = "whole" if not attention else "q, k, v" if all(module.tied for module in attention) else "v"
+    reasons = [text.split(": ", 1)[1] for text in whole.values()]
+    if cut == "v":
+        reasons.append(
+            "q and k stay whole (qk-norm, rotary positions or cosine attention; "
+            "timm has one class for these and for EVA)"
+        )
+    mlp = "yes" if any(not module.attention for module in found.values()) else "whole"
+    return Support(name, title, cut, mlp, "; ".join(dict.fromkeys(reasons)))
+
+
+def _tried(model: nn.Module) -> tuple[dict[str, ElasticSite], dict[str, str]]:
+    """`elastic_sites`, after each step of a conversion that needs no numbers was taken.
+
+    Raises:
+        UnsupportedModelError, ArtifactError: As the constructor of `SuperNet`; or a step fails.
+    """
+    source_checks.check_layers(model)
+    found, whole = elastic_sites(model)
+    architecture.describe(model)
+    try:
+        size = architecture.merged_data_config(model, None)["input_size"]
+        cost_model(model, find_sites(model), size)
+        with torch.no_grad():
+            stages(model).answers(torch.zeros(1, *size, device="meta"))
+    except Exception as error:  # of timm or torch, whatever a form of model does that none of ours does
+        raise UnsupportedModelError(f"it cannot be run: {type(error).__name__}: {one_line(error)}") from error
+    return found, whole
+
+
+def supported(pattern: str | None = None) -> Iterator[tuple[str, Support]]:
+    """What each row stands for, and its support: the examples, or all of timm's models that match a pattern.
+
+    Args:
+        pattern: Such as ``vit_*dinov3``.
+
+    Raises:
+        StrataViTError: Nothing matches.
+    """
+    if pattern is None:
+        yield from ((title, support_of(name)) for title, name in EXAMPLES.items())
+        return
+    names = timm.list_models(pattern)
+    if not names:
+        raise StrataViTError(f"timm {timm.__version__} has no model that matches {pattern!r}; try 'vit_*'")
+    yield from (("", support_of(name)) for name in names)
+
+
+def rows(pattern: str | None = None) -> list[dict[str, Any]]:
+    """The same as plain data; without a pattern also the classes of transformers and torchvision."""
+    found: list[dict[str, Any]] = [{"models": title, **one._asdict()} for title, one in supported(pattern)]
+    if pattern is None:
+        for name, layout in LAYOUTS.items():
+            one = support_of(layout.architecture)._replace(name=name, family="transformers")
+            found.append({"models": f"transformers {name}", **one._asdict()})
+        one = support_of("vit_base_patch16_224")._replace(name="vit_b_16", family="torchvision")
+        found.append({"models": "torchvision vit_b_16 and its siblings", **one._asdict()})
+    return found
+
+
+def markdown(table: list[dict[str, Any]]) -> str:
+    """The table of docs/models.md."""
+    lines = ["| models | example | attention | MLP | why not more |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row['models']} | `{row['name']}` | {row['attention']} | {row['mlp']} | {row['reason']} |" for row in table
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Families of timm models: taken apart, described, counted, compared and cut."""

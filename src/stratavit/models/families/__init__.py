@@ -1,0 +1,129 @@
+"""The families of models that can be cut, and the kinds of modules in them.
+
+A new family is one subclass of `base.Family`, a new kind of module one subclass of `elastic.ElasticSite`; both are
+listed here, the only place that knows which there are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import Attention, AttentionRope, GluMlp, Mlp, SwiGLU
+from timm.models.beit import Attention as BeitAttention
+from timm.models.eva import EvaAttention
+from timm.models.swin_transformer import WindowAttention
+from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
+from torch import Tensor, nn
+
+from stratavit.elastic.attention import ElasticAttention, ElasticBeit, ElasticWindows
+from stratavit.elastic.base import ElasticSite
+from stratavit.elastic.mlp import ElasticGlu, ElasticMlp, ElasticSwiGlu
+from stratavit.elastic.site import Site
+from stratavit.elastic.value_attention import ElasticCosine, ElasticSplit
+from stratavit.errors import UnsupportedModelError
+from stratavit.models.families.base import Family
+from stratavit.models.families.eva import BeitFamily, EvaFamily
+from stratavit.models.families.swin import Swin, SwinV2
+from stratavit.models.families.vit import Vit
+from stratavit.models.stages import Stages
+
+FAMILIES: tuple[Family, ...] = (Vit(), EvaFamily(), BeitFamily(), Swin(), SwinV2())
+KINDS: dict[type[nn.Module], type[Any]] = {
+    Attention: ElasticAttention,
+    AttentionRope: ElasticSplit,
+    EvaAttention: ElasticSplit,
+    BeitAttention: ElasticBeit,
+    WindowAttention: ElasticWindows,
+    WindowAttentionV2: ElasticCosine,
+    Mlp: ElasticMlp,
+    GluMlp: ElasticGlu,
+    SwiGLU: ElasticSwiGlu,
+}
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family that a model belongs to.
+
+    Raises:
+        UnsupportedModelError: To none.
+    """
+    for family in FAMILIES:
+        if isinstance(model, family.model):
+            return family
+    names = [family.model.__name__ for family in FAMILIES]
+    kind, origin = type(model).__name__, type(model).__module__
+    known = tuple(family.model for family in FAMILIES)
+    inside = next((name for name, module in model.named_modules() if isinstance(module, known)), None)
+    if origin.split(".")[0] == "peft":
+        reason = "merge the adapters first: model.merge_and_unload()"
+    elif inside is not None:
+        reason = f"it holds a timm model: pass that, model.{inside}"
+    elif kind in names:
+        reason = f"{origin}.{kind} is not timm's class of that name; load the weights into timm's, or transformers'"
+    else:
+        reason = (
+            f"expected a timm model of one of the classes {', '.join(names)}; "
+            "`stratavit models` lists what is supported"
+        )
+    raise UnsupportedModelError(f"cannot cut a {kind}: {reason}")
+
+
+def kind_of(module: nn.Module) -> type[ElasticSite] | None:
+    """The elastic class of a stock module; None if there is none."""
+    kind: type[ElasticSite] | None = KINDS.get(type(module))
+    if kind is ElasticAttention and not isinstance(getattr(module, "q_norm", nn.Identity()), nn.Identity):
+        return ElasticSplit  # qk-norm
+    return kind
+
+
+def elastic_sites(model: nn.Module) -> tuple[dict[str, ElasticSite], dict[str, str]]:
+    """An elastic module for every site of a model, sharing its weights, in order of execution.
+
+    Returns:
+        Site name -> elastic module; name -> reason for every attention and MLP module that is left whole.
+
+    Raises:
+        UnsupportedModelError: The model is of no known family, or nothing of it can be cut.
+    """
+    family = family_of(model)
+    family.check(model)
+    found: dict[str, ElasticSite] = {}
+    whole: dict[str, str] = {}
+    for block_name, block in family.blocks(model):
+        for leaf in ("attn", "mlp"):
+            name, module = f"{block_name}.{leaf}", getattr(block, leaf)
+            kind: Any = kind_of(module)
+            refused = None if kind is None else kind.refusal(module)
+            if kind is None:
+                whole[name] = f"{name}: a {type(module).__name__} is not one of the {leaf} modules that can be cut"
+            elif refused is not None:
+                whole[name] = f"{name}.{refused[0]}: {refused[1]}"
+            else:
+                found[name] = kind(module)
+    if not found:
+        raise UnsupportedModelError(f"cannot cut this model: {next(iter(whole.values()))}")
+    return found, whole
+
+
+def find_sites(model: nn.Module) -> tuple[Site, ...]:
+    """The attention and MLP modules of a model that can be cut, in order of execution.
+
+    Raises:
+        UnsupportedModelError: See `elastic_sites`.
+    """
+    return tuple(module.site(name) for name, module in elastic_sites(model)[0].items())
+
+
+def stages(model: nn.Module) -> Stages:
+    """Splits a supported model at its blocks, so that work before a block can be shared."""
+    return family_of(model).stages(model)
+
+
+def last_norm(model: nn.Module) -> nn.Module | None:
+    """The norm whose bias is added to what the head reads; None if there is none with a bias, or two heads."""
+    return family_of(model).last_norm(model)
+
+
+def layer_scale(model: nn.Module, site: str) -> Tensor | None:
+    """LayerScale factors ``[C]`` of a site's output, or None."""
+    return family_of(model).layer_scale(model, site)

@@ -1,0 +1,99 @@
+"""What the library needs to know of a family of models: one class with a few functions, a page of code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from stratavit.errors import UnsupportedModelError
+from stratavit.models.stages import Stages
+
+
+class Family:
+    """A class of models and its forward pass, taken apart.
+
+    Subclasses have no state: every function gets the model.
+
+    Attributes:
+        title: For people.
+        model: timm's class.
+        fallback: Name of a model of this class, for models that do not know their own name.
+        has_buffers: It computes buffers when it is built, so it cannot be built without storage.
+    """
+
+    title: ClassVar[str]
+    model: ClassVar[type[nn.Module]]
+    fallback: ClassVar[str]
+    has_buffers: ClassVar[bool] = True
+
+    def check(self, model: Any) -> None:
+        """Refuses a model of this class as a whole.
+
+        Raises:
+            UnsupportedModelError: Says which part, and why.
+        """
+        if not model.global_pool:
+            refuse("global_pool", "a model that answers with all its tokens is not supported; pool them, e.g. 'token'")
+        for method in ("forward", "forward_features"):
+            if getattr(type(model), method) is not getattr(self.model, method):
+                refuse(method, f"{type(model).__name__} overrides the order of execution of {self.model.__name__}")
+
+    def blocks(self, model: Any) -> Iterator[tuple[str, Any]]:
+        """Names and modules of the residual blocks, each with an ``attn`` and an ``mlp``, in order of execution."""
+        yield from ((f"blocks.{number}", block) for number, block in enumerate(model.blocks))
+
+    def stages(self, model: Any) -> Stages:
+        """The forward pass in three parts."""
+        raise NotImplementedError
+
+    def last_norm(self, model: Any) -> nn.Module | None:
+        """The norm whose bias is added to what the head reads; None if there is none with a bias."""
+        raise NotImplementedError
+
+    def layer_scale(self, model: Any, site: str) -> Tensor | None:
+        """Factors ``[C]`` of what a site adds to the tokens, or None."""
+        block, _, leaf = site.rpartition(".")
+        gamma: Tensor | None = getattr(model.get_submodule(block), "gamma_1" if leaf == "attn" else "gamma_2", None)
+        return gamma
+
+    def arguments(self, model: Any) -> dict[str, Any]:
+        """Arguments of `timm.create_model` that build the same model, but for the widths of its sites."""
+        raise NotImplementedError
+
+
+def refuse(module: str, reason: str) -> None:
+    """Raises `UnsupportedModelError` for a part of a model."""
+    raise UnsupportedModelError(f"cannot cut this model: {module}: {reason}")
+
+
+def with_bias(norm: nn.Module) -> nn.Module | None:
+    """The norm, if it has a bias."""
+    return norm if getattr(norm, "bias", None) is not None else None
+
+
+def sizes(model: Any) -> dict[str, Any]:
+    """Arguments of `timm.create_model` that models of several classes share."""
+    return {
+        "img_size": list(model.patch_embed.img_size),
+        "patch_size": list(model.patch_embed.patch_size),
+        "in_chans": model.patch_embed.proj.in_channels,
+        "num_classes": model.num_classes,
+        "global_pool": model.global_pool,
+        "embed_dim": model.embed_dim,
+    }
+
+
+def head_stages(model: Any, stem: Any, blocks: Any) -> Stages:
+    """Stages of a model whose answer is ``forward_head(norm(tokens))``."""
+
+    def tail(tokens: Tensor) -> Tensor:
+        logits: Tensor = model.forward_head(model.norm(tokens))
+        return logits
+
+    def pool(tokens: Tensor) -> Tensor:
+        pooled: Tensor = model.forward_head(model.norm(tokens), pre_logits=True)
+        return pooled
+
+    return Stages(stem, tuple(blocks), tail, pool)

@@ -1,0 +1,68 @@
+"""timm's `SwinTransformer` and `SwinTransformerV2`: stages of windows, tokens merged in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from torch import nn
+
+from stratavit.models.families.base import Family, head_stages, sizes, with_bias
+from stratavit.models.stages import Stages
+
+
+class Swin(Family):
+    """The paper's second family."""
+
+    title = "Swin"
+    model = SwinTransformer
+    fallback = "swin_tiny_patch4_window7_224"
+
+    def blocks(self, model: Any) -> Iterator[tuple[str, Any]]:
+        """Blocks of all stages."""
+        for number, stage in enumerate(model.layers):
+            yield from ((f"layers.{number}.blocks.{index}", block) for index, block in enumerate(stage.blocks))
+
+    def stages(self, model: Any) -> Stages:
+        """Split at the blocks and where patches are merged."""
+        steps: list[tuple[str, nn.Module]] = []
+        for number, stage in enumerate(model.layers):
+            steps.append((f"layers.{number}.downsample", stage.downsample))
+            steps += [(name, block) for name, block in self.blocks(model) if name.startswith(f"layers.{number}.")]
+        return head_stages(model, model.patch_embed, steps)
+
+    def last_norm(self, model: Any) -> nn.Module | None:
+        """`norm`: a shift of all tokens is a shift of their mean."""
+        return with_bias(model.norm) if model.global_pool == "avg" else None
+
+    def arguments(self, model: Any) -> dict[str, Any]:
+        """Sizes; all else is the architecture's own."""
+        windows = [max(list(block.window_size) for block in stage.blocks) for stage in model.layers]
+        same = len({tuple(window) for window in windows}) == 1
+        heads = [
+            [block.attn.num_heads for block in stage.blocks if hasattr(block.attn, "num_heads")][:1]
+            for stage in model.layers
+        ]
+        return {
+            **({"num_heads": [found[0] for found in heads]} if all(heads) else {}),
+            **sizes(model),
+            "depths": [len(stage.blocks) for stage in model.layers],
+            "window_size": windows[0] if same else windows,
+            **_options(model),
+        }
+
+
+def _options(model: Any) -> dict[str, Any]:
+    """Arguments that a block remembers."""
+    block = model.layers[0].blocks[0]
+    return {"mlp_ratio": block.mlp_ratio} | ({"strict_img_size": False} if block.dynamic_mask else {})
+
+
+class SwinV2(Swin):
+    """Swin-V2: norms after the branches, cosine attention."""
+
+    title = "Swin-V2"
+    model = SwinTransformerV2
+    fallback = "swinv2_tiny_window8_256"

@@ -1,0 +1,115 @@
+"""timm's `VisionTransformer`: ViT, DeiT, DeiT-III, AugReg, CLIP and SigLIP towers, DINOv2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from timm.layers import LayerScale, get_act_layer, get_norm_layer
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from torch import Tensor, nn
+
+from stratavit.elastic.layers import ATTENTION, describe_layer
+from stratavit.elastic.plain import Constant
+from stratavit.models.families.base import Family, head_stages, refuse, with_bias
+from stratavit.models.stages import Stages
+
+_ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
+_NORMS = ("layernorm", "layernormfp32", "rmsnorm", "rmsnormfp32")
+
+
+class Vit(Family):
+    """Plain Vision Transformers."""
+
+    title = "ViT"
+    model = VisionTransformer
+    fallback = "vit_tiny_patch16_224"
+    has_buffers = False
+
+    def blocks(self, model: VisionTransformer) -> Iterator[tuple[str, Any]]:
+        """The blocks; only those whose branches are one attention and one MLP."""
+        for name, block in super().blocks(model):
+            if type(block) not in (Block, ResPostBlock):
+                refuse(name, f"a {type(block).__name__} is not a sequential timm Block (attention, then MLP)")
+            yield name, block
+
+    def stages(self, model: VisionTransformer) -> Stages:
+        """Split at the blocks."""
+
+        def stem(images: Tensor) -> Tensor:
+            return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+
+        return head_stages(model, stem, self.blocks(model))
+
+    def last_norm(self, model: VisionTransformer) -> nn.Module | None:
+        """None for two heads, and where tokens are pooled by attention after the norm."""
+        if isinstance(model, VisionTransformerDistilled) or model.attn_pool is not None:
+            return None
+        return with_bias(model.norm if isinstance(model.fc_norm, nn.Identity) else model.fc_norm)
+
+    def layer_scale(self, model: VisionTransformer, site: str) -> Tensor | None:
+        """`ls1` or `ls2`."""
+        block, _, leaf = site.rpartition(".")
+        scale = getattr(model.get_submodule(block), "ls1" if leaf == "attn" else "ls2", None)
+        return getattr(scale, "gamma", None)
+
+    def arguments(self, model: VisionTransformer) -> dict[str, Any]:
+        """Read off the built model; a small one, too."""
+        block, patches = model.blocks[0], model.patch_embed
+        return {
+            **_attention_arguments(model),
+            **_mlp_arguments(model),
+            "img_size": list(patches.img_size) if patches.img_size is not None else None,
+            "patch_size": list(patches.patch_size),
+            "in_chans": model.in_chans if hasattr(model, "in_chans") else patches.proj.in_channels,
+            "num_classes": model.num_classes,
+            "global_pool": model.global_pool,
+            "embed_dim": model.embed_dim,
+            "depth": len(model.blocks),
+            "init_values": 1e-5 if isinstance(getattr(block, "ls1", None), LayerScale) else None,
+            "class_token": model.cls_token is not None,
+            "pos_embed": "none" if model.pos_embed is None else "learn",
+            "no_embed_class": model.no_embed_class,
+            "reg_tokens": model.num_reg_tokens,
+            "pre_norm": not isinstance(model.norm_pre, nn.Identity),
+            "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
+            "fc_norm": not isinstance(model.fc_norm, nn.Identity),
+            "pool_include_prefix": model.pool_include_prefix,
+            "dynamic_img_size": model.dynamic_img_size,
+            "dynamic_img_pad": getattr(patches, "dynamic_img_pad", False),
+            "norm_layer": _named(block.norm1, _NORMS, get_norm_layer) or "layernorm",
+        }
+
+
+def _attention_arguments(model: VisionTransformer) -> dict[str, Any]:
+    """What the attention modules that are left tell; nothing where they are of a kind that is left whole."""
+    modules = [block.attn for block in model.blocks]
+    measured = [describe_layer("", attn) for attn in modules if isinstance(attn, ATTENTION)]
+    if not measured and not all(isinstance(attn, Constant) for attn in modules):
+        return {}
+    first = measured[0] if measured else {}
+    biases = first.get("biases", [first.get("qkv_bias", True)] * 3 + [first.get("proj_bias", True)])
+    pool = model.attn_pool  # built with the same number of heads, and never cut
+    return {
+        "num_heads": first.get("num_heads", 1) if pool is None else pool.num_heads,
+        "qkv_bias": biases[0],
+        "qk_norm": any(not isinstance(getattr(attn, "q_norm", nn.Identity()), nn.Identity) for attn in modules),
+        "proj_bias": biases[3],
+    }
+
+
+def _mlp_arguments(model: VisionTransformer) -> dict[str, Any]:
+    """The same for MLPs."""
+    modules = [block.mlp for block in model.blocks] if model.attn_pool is None else [model.attn_pool.mlp]
+    known = [mlp for mlp in modules if hasattr(mlp, "fc2")]
+    if not known:
+        return {"mlp_ratio": 4.0, "act_layer": None} if all(isinstance(mlp, Constant) for mlp in modules) else {}
+    features = known[0].fc1.out_features if hasattr(known[0], "fc1") else known[0].fc2.in_features  # both halves
+    act = _named(known[0].act, _ACTIVATIONS, get_act_layer)
+    return {"mlp_ratio": features / model.embed_dim, "act_layer": act}
+
+
+def _named(layer: nn.Module, names: tuple[str, ...], lookup: Any) -> str | None:
+    """timm's name for a layer's class; None for torch's own GELU, timm's default."""
+    return next((name for name in names if type(layer) is lookup(name)), None)

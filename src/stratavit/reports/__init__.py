@@ -1,0 +1,1 @@
+"""Curves, pictures, pages, model cards and the hub."""

@@ -1,0 +1,183 @@
+"""One HTML page about a super-network: every size, its accuracy, the dropout list, where it is from. Needs no network.
+
+The page is `page/page.html` with style, scripts and data put in. All arithmetic on sizes is done here; what the page
+computes is which site has which width at a position of the list.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import platform
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from stratavit.errors import ArtifactError, StrataViTError
+from stratavit.evaluation.benchmark import ROUNDS
+from stratavit.evaluation.curve_points import Point
+from stratavit.evaluation.latency import AT_LEAST_RUNS, Setting, in_turns, runner
+from stratavit.files.folders import check_free_file, write_file
+from stratavit.reports.curve import title_of
+from stratavit.supernet import SuperNet
+from stratavit.version import __version__
+
+SCRIPTS = ("common.js", "curve.js", "sizes.js", "list.js", "facts.js", "start.js")
+_PLACE = re.compile(r"\{\{(title|style|script|data)\}\}")
+
+
+def write_report(
+    net: SuperNet,
+    path: str | Path,
+    points: Sequence[Point] = (),
+    title: str | None = None,
+    overwrite: bool = False,
+    *,
+    latency: Setting | None = None,
+    run: str = "RUN",
+) -> Path:
+    """Writes one HTML page that shows a super-network in a browser; it holds all it needs, and asks no server.
+
+    Args:
+        net: With a dropout list.
+        path: File to write.
+        points: Accuracy against size, see `report.curve`; without them the page shows sizes only.
+        title: Of the page; source and method if None.
+        overwrite: Replace the file if it is there.
+        latency: Time the points on the device that the weights are on, in this setting.
+        run: Folder of the super-network, for the command that extracts what is shown.
+
+    Returns:
+        The file.
+
+    Raises:
+        StrataViTError: There is no dropout list, points that are not of this list, or none to time.
+        ArtifactError: The file is taken or cannot be written, or the provenance holds what JSON does not have.
+    """
+    check_free_file(path, overwrite)
+    data = page_data(net, points, title, run)
+    if latency is not None:
+        add_latency(data, net, latency)
+    return write_file(path, page(data), overwrite)
+
+
+def page_data(
+    net: SuperNet, points: Sequence[Point] = (), title: str | None = None, run: str = "RUN"
+) -> dict[str, Any]:
+    """What the page shows, as plain values.
+
+    The dropout list is given by entry: number of the site, width afterwards. MACs and parameters are those of every
+    position, exact.
+
+    Raises:
+        StrataViTError: There is no dropout list, or a point is not of this list.
+    """
+    if net.strata is None:
+        raise StrataViTError("no dropout list yet: call stratify(loader) first; the report shows what leaves when")
+    number = {site.name: i for i, site in enumerate(net.sites)}
+    widths = {site.name: site.width for site in net.sites}
+    macs, params = [net.macs(widths)], [net.params(widths)]
+    for entry in net.strata.entries:
+        widths[entry.site] = entry.width
+        macs.append(net.macs(widths))
+        params.append(net.params(widths))
+    return {
+        "title": title_of(net) if title is None else title,
+        "method": net.method,
+        "compensation": net.compensation,
+        "extract": f"stratavit extract {shlex.quote(run)}",
+        "curve": f"stratavit curve {shlex.quote(run)}",
+        "sites": [[site.name, site.kind, list(site.steps), site.heads] for site in net.sites],
+        "whole": dict(net.whole),
+        "entries": [[number[entry.site], entry.width] for entry in net.strata.entries],
+        "stops": net.strata.group_ends() if net.method == "paper" else None,
+        "macs": macs,
+        "params": params,
+        "points": [_shown(point, macs, params) for point in points],
+        "latency": None,
+        "facts": {
+            "method": {"method": net.method, "compensation": net.compensation, "units": list(net.units)},
+            "model": {key: value for key, value in net.description.items() if key != "sites"},
+            "input": net.data_config,
+            **{f"provenance: {key}": value for key, value in net.provenance.items()},
+            "versions": versions(),
+        },
+    }
+
+
+def _shown(point: Point, macs: Sequence[int], params: Sequence[int]) -> dict[str, Any]:
+    """A point with its position in the list; what is not finite becomes None."""
+    known = [p for p, size in enumerate(zip(macs, params, strict=True)) if size == (point.macs, point.params)]
+    if not known:
+        raise StrataViTError(
+            f"the curve is not of this super-network: no position of its list has {point.macs} MACs and {point.params} "
+            "parameters; measure it again with `stratavit curve`"
+        )
+    if not 0 <= point.top1 <= 100:
+        raise StrataViTError(f"the curve's top-1 should be percent of images, got {point.top1!r}")
+    row = {key: value if isinstance(value, str) or math.isfinite(value) else None for key, value in vars(point).items()}
+    return row | {"position": known[0], "ms": None}
+
+
+def add_latency(data: dict[str, Any], net: SuperNet, setting: Setting) -> None:
+    """Times the points of a page side by side, in turns, and notes how.
+
+    Raises:
+        StrataViTError: There are no points, or the setting cannot be run.
+    """
+    if not data["points"]:
+        raise StrataViTError("latency is measured at the points of the curve; give points (--curve or --data)")
+    assert net.strata is not None
+    models = [net.small_at(net.strata.spec(point["position"])) for point in data["points"]]
+    runs = [runner(model, net.data_config["input_size"], setting) for model in models]
+    for point, found in zip(data["points"], in_turns(runs, setting, ROUNDS, -(-AT_LEAST_RUNS // ROUNDS)), strict=True):
+        point["ms"] = found.median_ms
+    dtype = str(setting.dtype_of(models[0])).removeprefix("torch.")
+    device = next(net.parameters()).device.type
+    threads = f"{setting.used_threads} thread{'s' * (setting.used_threads != 1)}"
+    data["latency"] = f"batch {setting.batch_size}, {setting.runtime}, {dtype}, {device}, {threads}; median"
+
+
+def versions() -> dict[str, str]:
+    """Of what wrote the page."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
+    return {"stratavit": __version__, **found}
+
+
+def page(data: Mapping[str, Any]) -> bytes:
+    """The page with its data; the same bytes for the same data.
+
+    Raises:
+        ArtifactError: The data hold what JSON does not have.
+    """
+    folder = files("stratavit").joinpath("page")
+    read = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.html", "page.css", *SCRIPTS)}
+    parts = {
+        "title": html.escape(str(data["title"])),
+        "style": read["page.css"],
+        "script": "\n".join(read[name] for name in SCRIPTS),
+        "data": embedded(data),
+    }
+    return _PLACE.sub(lambda match: parts[match[1]], read["page.html"]).encode("utf-8", "replace")
+
+
+def embedded(data: Mapping[str, Any]) -> str:
+    """JSON that may stand inside a script element: ASCII, and nothing in it can end the element.
+
+    Raises:
+        ArtifactError: The data hold what JSON does not have.
+    """
+    try:
+        text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"the report holds something that JSON cannot ({error}); check the provenance and data_config"
+        ) from error
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

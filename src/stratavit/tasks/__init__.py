@@ -1,0 +1,1 @@
+"""What is trained: a super-network by PIAD, or one small model."""

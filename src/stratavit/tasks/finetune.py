@@ -1,0 +1,168 @@
+"""Fine-tuning of one small model: the training loop of PIAD, without a list.
+
+Source: method section 2 (arXiv 2511.11683): 30 epochs, learning rate 5e-5 to 1e-6, no warm-up; the
+rest is the DeiT recipe.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from stratavit.artifacts import format, sub_network
+from stratavit.artifacts.timm_config import FILE as TIMM_FILE
+from stratavit.errors import StrataViTError
+from stratavit.evaluation import curve_points
+from stratavit.evaluation.accuracy import evaluate
+from stratavit.interop.convert import as_source, as_timm
+from stratavit.interop.transformers.models import is_transformers
+from stratavit.models import architecture
+from stratavit.models.architecture import resolve_data_config
+from stratavit.models.cost import linear_macs
+from stratavit.spec import Spec
+from stratavit.training.launch import Config, batches, folder_of, recipe_for, train
+from stratavit.training.recipe import FINETUNING, Recipe
+from stratavit.training.run_files import publish, put_weights, weights_of
+from stratavit.training.task import Drawn
+from stratavit.training.teacher import Teacher
+from stratavit.utils.model import is_super_network
+
+SMALL_FILES = (format.WEIGHTS_FILE, TIMM_FILE, format.JSON_FILE)
+
+
+def finetune(
+    model: nn.Module,
+    train_data: Dataset[Any],
+    val_data: Dataset[Any] | Iterable[Any] | None = None,
+    config: Config = None,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    cpu: bool = False,
+    teacher: nn.Module | None = None,
+) -> nn.Module:
+    """Fine-tunes a small model (or any timm `VisionTransformer`) in place.
+
+    Interruptions, processes, precision and files are those of `train_piad`; `out` holds a sub-network at the end
+    (`stratavit.load`).
+
+    Args:
+        model: What `SuperNet.extract` returned. For another data set give it a new head first
+            (``model.reset_classifier(classes)``).
+        train_data: Of known length, gives ``(image [C, H, W], label)``, augmented by itself if at all.
+        val_data: Labelled images to evaluate on: a data set, or a loader.
+        config: A `Recipe`; or some of its keys, or a recipe's file, the other keys as in the interrupted run, or as
+            `recipe.FINETUNING` has them. Keys of the dropout list have no effect, which is told; `mode` is ``plain``.
+        out: Folder of the run; must be empty or absent, unless `resume`. None keeps nothing but `model`.
+        resume, overwrite, cpu: See `train_piad`.
+        teacher: A model with the same classes whose answers are ``config.distil`` of every target.
+
+    Returns:
+        `model`, in eval mode, with the weights that `Recipe.keep` names; of transformers a new model of its class.
+
+    Raises:
+        StrataViTError: Bad data or recipe, a loss that is not finite (the last state stays), Accelerate is missing.
+        ArtifactError: `out` is not free, holds no state to resume, or cannot be written; the model cannot be saved.
+        KeyboardInterrupt: Stopped on request; the state is saved.
+    """
+    if is_super_network(model):
+        raise StrataViTError("finetune: this is a super-network: train it with train_piad, or extract a model first")
+    recipe = recipe_for(config, out, resume, FINETUNING, {"mode": "plain"})
+    foreign, model = is_transformers(model), as_timm(model)
+    architecture.describe(model)  # refused before any work if it could not be saved
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise StrataViTError("finetune: all weights are frozen; call model.requires_grad_(True) first")
+    data_config = resolve_data_config(model)
+
+    def learner(steps: int, accelerator: Any) -> Student:
+        return Student(model, data_config, recipe, recipe.decay(steps), accelerator)
+
+    evaluation = None if val_data is None else batches(val_data, recipe.batch_size)
+    taught = None if teacher is None else Teacher.of(teacher, data_config)
+    with folder_of(out) as folder:
+        train(learner, model, train_data, recipe, folder, evaluation, resume, overwrite, cpu, taught)
+    return as_source(model) if foreign else model
+
+
+class Plain(nn.Module):
+    """A model of one size in the place of a super-network."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, spec: Mapping[str, int] | None = None) -> Tensor:
+        """Images ``[B, C, H, W]`` to logits ``[B, classes]``."""
+        logits: Tensor = self.model(images)
+        return logits
+
+
+class Student:
+    """One small model in training, see `loop.Learner`."""
+
+    kind = "small model"
+
+    def __init__(
+        self, model: nn.Module, data_config: Mapping[str, Any], recipe: Recipe, decay: float, accelerator: Any
+    ) -> None:
+        self.net = Plain(model.float().to(accelerator.device))
+        self.recipe, self.accelerator = recipe, accelerator
+        self.full_macs = linear_macs(model, data_config["input_size"])
+        self.ema = ModelEmaV3(self.net, decay) if decay else None
+
+    @property
+    def judge(self) -> nn.Module:
+        """The model that is evaluated and kept: averaged or raw weights."""
+        net = self.net if self.ema is None or self.recipe.keep == "raw" else self.ema.module
+        judge: nn.Module = net.model
+        return judge
+
+    def begin_stage(self, stage: int) -> None:
+        """Nothing is measured."""
+
+    def draw(self, generator: random.Random) -> list[Drawn]:
+        """The model as it is."""
+        return [Drawn(Spec({}), self.full_macs)]
+
+    def facts(self) -> dict[str, Any]:
+        """Nothing to log beyond the loss."""
+        return {}
+
+    def evaluate(self, loader: Iterable[Any]) -> list[curve_points.Point]:
+        """Its accuracy, one point."""
+        params = sum(p.numel() for p in self.net.model.parameters())
+        metrics = evaluate(self.judge, loader).to_dict()
+        return [curve_points.Point("12/12", 1.0, self.full_macs, params, **metrics)]  # type: ignore[arg-type]
+
+    def graduate(self, facts: dict[str, Any]) -> None:
+        """Gives the model the weights to keep; eval mode. `facts` go into its provenance."""
+        model = self.net.model
+        if self.judge is not model:
+            with torch.no_grad():
+                model.load_state_dict(self.judge.state_dict())
+        model.provenance = {**getattr(model, "provenance", {}), "finetune": facts}  # type: ignore[assignment]
+        model.eval()
+
+    def publish(self, folder: Path, points: list[curve_points.Point]) -> None:
+        """Writes the model into the run's folder."""
+        publish(lambda path: sub_network.save(self.net.model, path, overwrite=True), SMALL_FILES, folder)
+
+    def state(self) -> dict[str, Any]:
+        """Weights and averaged weights."""
+        return weights_of(self.net.model, None if self.ema is None else self.ema.module.model)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes what `state` gave.
+
+        Raises:
+            StrataViTError: It is another model's.
+        """
+        put_weights(state, self.net.model, None if self.ema is None else self.ema.module.model)

@@ -1,0 +1,85 @@
+"""Progressive Importance-Aware Dropout (PIAD): draw a prefix of a growing list, run it, train the full weights.
+
+Source: method section 2 (arXiv 2511.11683).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from stratavit.supernet import SuperNet
+from stratavit.tasks.piad_task import Pupil
+from stratavit.training.launch import Config, batches, folder_of, recipe_for, spread, train
+from stratavit.training.teacher import Teacher
+from stratavit.utils.model import classes_of
+
+
+def train_piad(
+    net: SuperNet,
+    train_data: Dataset[Any],
+    val_data: Dataset[Any] | Iterable[Any] | None = None,
+    config: Config = None,
+    out: str | Path | None = None,
+    *,
+    proxy: Iterable[Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    cpu: bool = False,
+    teacher: nn.Module | None = None,
+) -> SuperNet:
+    """Trains a super-network in place, so that every prefix of its dropout list is a good network.
+
+    Runs in one process, or in many under ``accelerate launch``; each draws its own prefixes. SIGTERM and Ctrl-C
+    save the state and stop. `out` gets ``state.pt``, ``log.jsonl``, the trained super-network (`SuperNet.load`) and,
+    with `val_data`, ``curve.csv``, ``curve.png`` and ``history.png`` (all evaluations).
+
+    Second moments and the final mean of an untrained network are dropped. While training, cut channels count as zero
+    (``method="paper"``) or are replaced by their mean, measured at the start of every epoch (default).
+
+    Args:
+        net: A super-network, best contracted (`SuperNet.contract`).
+        train_data: Of known length, gives ``(image [C, H, W], label)``, augmented by itself if at all.
+        val_data: To evaluate the ladder of budgets on: a data set of ``(image, label)``, or a loader of such batches.
+            Networks without a head are measured by the nearest neighbours among the proxy images (`features.knn`).
+        config: A `Recipe`; or some of its keys, or a recipe's file, the other keys as in the interrupted run, or the
+            paper's for DeiT-S. A resumed run may change only what has no effect on the weights, such as ``workers``.
+            Units are the recipe's, not those of `SuperNet.set_units`.
+        out: Folder of the run; must be empty or absent, unless `resume`. None keeps nothing but `net`.
+        proxy: Batches that importance and means are measured on, best in the evaluation transform; run through several
+            times per epoch while the list grows. None takes ``config.proxy_images`` of `train_data`, evenly spread, as
+            it gives them.
+        resume: Go on with the interrupted run in `out`; on the CPU the result is bit-identical to that of a run that
+            was not interrupted.
+        overwrite: Empty `out` first, if there is something in it.
+        cpu: Train on the CPU even where there is an accelerator.
+        teacher: A model with the same classes whose answers are ``config.distil`` of every target. Without one the full
+            network teaches smaller prefixes. A network that answers with features learns those of the teacher alone,
+            whatever `distil` is; its teacher is the network as it came, unless another is given.
+
+    Returns:
+        `net`, in eval mode, with the weights that `Recipe.keep` names and the finished list.
+
+    Raises:
+        StrataViTError: Bad data or recipe, a loss that is not finite (the last state stays), Accelerate is missing.
+        ArtifactError: `out` is not free, holds no state to resume, or cannot be written.
+        KeyboardInterrupt: Stopped on request; the state is saved.
+    """
+    recipe = recipe_for(config, out, resume, {})
+    if proxy is None:
+        proxy = batches(spread(train_data, recipe.proxy_images), recipe.batch_size)
+
+    def learner(steps: int, accelerator: Any) -> Pupil:
+        return Pupil(net, recipe, recipe.decay(steps), proxy, accelerator)
+
+    evaluation = None if val_data is None else batches(val_data, recipe.batch_size)
+    if teacher is None and not classes_of(net):
+        teacher = net.source_copy()
+    taught = None if teacher is None else Teacher.of(teacher, net.data_config)
+    with folder_of(out) as folder:
+        train(learner, net.model, train_data, recipe, folder, evaluation, resume, overwrite, cpu, taught)
+    return net

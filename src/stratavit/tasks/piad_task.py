@@ -1,0 +1,253 @@
+"""The network in training: its raw and averaged weights, its growing list, and what is measured of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from timm.utils import ModelEmaV3
+
+from stratavit.artifacts.format import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
+from stratavit.artifacts.timm_config import FILE as TIMM_FILE
+from stratavit.calibration import contraction
+from stratavit.calibration.contract import TOKEN_WEIGHT
+from stratavit.calibration.objectives import Objective
+from stratavit.calibration.statistics import collect
+from stratavit.dropout_list.strata import Entry, Strata
+from stratavit.elastic.compensation import Moments
+from stratavit.errors import StrataViTError
+from stratavit.evaluation import curve_points
+from stratavit.reports import curve, plots
+from stratavit.spec import Spec
+from stratavit.supernet import SuperNet
+from stratavit.tasks import progressive_list
+from stratavit.tasks.sampling import Prefixes, draw, random_widths, without_layers
+from stratavit.training import distributed
+from stratavit.training.recipe import Recipe
+from stratavit.training.run_files import (
+    LOG_FILE,
+    Journal,
+    publish,
+    put_weights,
+    weights_of,
+)
+from stratavit.training.task import Drawn
+
+CURVE_FILE, PLOT_FILE, HISTORY_FILE = "curve.csv", "curve.png", "history.png"
+SUPER_FILES = (WEIGHTS_FILE, MOMENTS_FILE, TIMM_FILE, CURVE_FILE, PLOT_FILE, HISTORY_FILE, JSON_FILE)
+
+
+class Pupil:
+    """A super-network in training.
+
+    Args:
+        net: It is moved to the accelerator's device, in float32, and loses what training makes stale: moments and the
+            final mean.
+        recipe: Averaging, the list, and which weights are kept.
+        decay: EMA decay per step; 0 is no average.
+        proxy: Images that importance and means are measured on.
+        accelerator: Of the run.
+
+    Attributes:
+        kind: The method, so that a state of one is not resumed with the other.
+        ema: The averaged copy, or None.
+        full_macs: MACs per image of the full network.
+        given: The list that the network came with, if the recipe goes by it; else empty.
+        entries: The dropout list so far.
+        prefixes: Its prefixes.
+    """
+
+    def __init__(self, net: SuperNet, recipe: Recipe, decay: float, proxy: Iterable[Any], accelerator: Any) -> None:
+        self.net, self.recipe, self.proxy, self.accelerator = net, recipe, proxy, accelerator
+        self.kind: str = net.method
+        self.full_macs = net.macs()
+        forget_moments(net, recipe)
+        net.set_units(recipe.head_dim_unit, recipe.mlp_units)
+        self.given = given_list(net, recipe)
+        net.float().to(accelerator.device)
+        self.ema = ModelEmaV3(net, decay) if decay else None
+        self.set_list([])
+
+    @property
+    def judge(self) -> SuperNet:
+        """The network that is evaluated and kept: averaged or raw weights."""
+        return self.net if self.ema is None or self.recipe.keep == "raw" else self.ema.module
+
+    @property
+    def strata(self) -> Strata:
+        """The list so far."""
+        return Strata(self.net.sites, self.entries)
+
+    @property
+    def smallest(self) -> float:
+        """Share of the dense MACs that the smallest sub-network of the list costs."""
+        return self.net.macs(self.strata.smallest()) / self.net.macs()
+
+    def facts(self) -> dict[str, Any]:
+        """Length of the list and its smallest network, for the log."""
+        return {"entries": len(self.entries), "smallest": self.smallest}
+
+    def set_list(self, entries: list[Entry]) -> None:
+        """Takes a list, the first process's where there are several."""
+        rows = distributed.agree(self.accelerator, Strata(self.net.sites, entries).to_json())
+        self.entries = [Entry(*row) for row in rows]
+        self.prefixes = Prefixes.of(self.strata, self.net.cost, whole_groups=self.net.method == "paper")
+
+    def begin_stage(self, stage: int) -> None:
+        """Measures means and importance on the raw weights as they are, and lets the list grow."""
+        if self.recipe.mode == "plain":
+            return
+        self.refresh_means(self.net)
+        if self.recipe.mode != "channel":
+            self.set_list(self.grown(self.net, self.entries, stage))
+
+    def grown(self, net: SuperNet, entries: list[Entry], stage: int) -> list[Entry]:
+        """The list for a stage: on along the given one, and measured at `net` where that does not suffice."""
+        growth = self.recipe.growth
+        target = growth.target(self.full_macs, stage)
+        entries = progressive_list.extend(entries, self.given[len(entries) :], net.cost, target)
+        return progressive_list.grow(net, self.proxy, entries, stage, growth)
+
+    def draw(self, generator: random.Random) -> list[Drawn]:
+        """Sub-networks that one batch runs, as the recipe's mode has it."""
+        mode, sites = self.recipe.mode, self.net.sites
+        if mode == "plain":
+            return [self._drawn(self.net.resolve(None))]
+        if mode == "channel":
+            return [self._drawn(random_widths(sites, generator))]
+        found = [self.prefixes[index] for index in draw(self.recipe.sampling, self.prefixes.macs, generator)]
+        if mode == "piad":
+            return found
+        rate = self.recipe.layer_drop if mode == "layerdrop" else 0.0
+        return [self._drawn(without_layers(one.spec, sites, rate, generator)) for one in found]
+
+    def _drawn(self, spec: Spec) -> Drawn:
+        return Drawn(spec, self.net.macs(spec))
+
+    def refresh_means(self, net: SuperNet) -> None:
+        """Measures anew what takes the place of cut channels: the mean of every channel, and moments if they serve."""
+        if net.compensation == "none":
+            return
+        full = net.compensation == "full"
+        objective: Objective = "auto" if full else self.recipe.objective
+        with net.at():
+            statistics = collect(net.model, self.proxy, objective, "none", "means", TOKEN_WEIGHT if full else None)
+        for name, module in net.elastic.items():
+            mean = statistics[name].channel_mean
+            if full:
+                mean, moments = contraction.moments_of(module, statistics[name])
+                module.moments = agree_moments(self.accelerator, moments)
+            mean = distributed.agree_tensor(self.accelerator, mean.to(module.out.weight))
+            contraction.set_mean(module, mean)
+
+    def settle(self) -> SuperNet:
+        """The judge with its list and its own means; ``plain`` and ``channel`` make their list here, in one go."""
+        judge = self.judge
+        self.refresh_means(judge)
+        if self.recipe.mode in ("plain", "channel"):
+            self.set_list(self.grown(judge, [], 0))
+        judge.strata = self.strata
+        return judge
+
+    def evaluate(self, loader: Iterable[Any]) -> list[curve_points.Point]:
+        """The ladder of budgets, largest first, its rungs shared out among the processes."""
+        rungs = curve_points.LADDER[self.accelerator.process_index :: self.accelerator.num_processes]
+        judge = curve.judge_of(self.net, bank=self.proxy)
+        points = distributed.gather(self.accelerator, curve.curve(self.settle(), loader, rungs, judge))
+        return sorted(points, key=lambda point: -point.macs)
+
+    def graduate(self, facts: dict[str, Any]) -> None:
+        """Gives `net` the weights to keep, their means and the list; eval mode. `facts` go into its provenance."""
+        judge, net = self.settle(), self.net
+        if judge is not net:
+            net.model.load_state_dict(judge.model.state_dict())
+            for name, module in net.elastic.items():
+                contraction.set_mean(module, judge.elastic[name].channel_mean)
+                module.moments = judge.elastic[name].moments
+        net.strata = judge.strata
+        net.eval()
+        net.provenance.pop("stratify", None)
+        net.provenance["train"] = facts
+
+    def publish(self, folder: Path, points: list[curve_points.Point]) -> None:
+        """Writes the super-network into the run's folder, and the curve of the last evaluation if there was one."""
+
+        def write(path: Path) -> None:
+            self.net.save(path, overwrite=True)
+            if points:
+                title = f"{self.net.description['architecture']}, {self.recipe.mode}"
+                curve_points.write_csv(points, path / CURVE_FILE)
+                plots.plot(points, path / PLOT_FILE, title)
+                plots.plot_history(evaluations(folder), path / HISTORY_FILE, title)
+
+        publish(write, SUPER_FILES, folder)
+
+    def state(self) -> dict[str, Any]:
+        """Weights, averaged weights, means and list."""
+        return {
+            "strata": self.strata.to_json(),
+            "given": Strata(self.net.sites, self.given).to_json(),
+            **weights_of(self.net.model, None if self.ema is None else self.ema.module.model),
+            "means": {name: module.channel_mean for name, module in self.net.elastic.items()},
+            "moments": {name: None if m.moments is None else vars(m.moments) for name, m in self.net.elastic.items()},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes what `state` gave.
+
+        Raises:
+            StrataViTError: It is another model's.
+        """
+        put_weights(state, self.net.model, None if self.ema is None else self.ema.module.model)
+        for name, module in self.net.elastic.items():
+            contraction.set_mean(module, state["means"][name])
+            moments = state["moments"][name]
+            module.moments = None if moments is None else Moments(**moments).to(module.out.weight.device)
+        self.given = list(Strata.from_json(self.net.sites, state["given"]).entries)
+        self.set_list(list(Strata.from_json(self.net.sites, state["strata"]).entries))
+
+
+def forget_moments(net: SuperNet, recipe: Recipe) -> None:
+    """Drops what training makes stale, and sets what takes the place of cut channels.
+
+    Raises:
+        StrataViTError: The recipe compensates in full, and the network was contracted as in the paper; or its weights
+            are frozen.
+    """
+    if net.method == "paper" and recipe.compensation == "full":
+        raise StrataViTError("train: compensation 'full' needs a network contracted by the default method, not 'paper'")
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        raise StrataViTError("train: all weights are frozen (as specialise() does); call requires_grad_(True) first")
+    net.final_mean = net._answers = None
+    net.forget_moments()
+    net.compensation = "none" if net.method == "paper" else recipe.compensation
+
+
+def evaluations(folder: Path) -> list[tuple[int, list[curve_points.Point]]]:
+    """The ladders of budgets that a run has logged, with the epochs after which they were measured."""
+    found = curve_points.curves(Journal(folder / LOG_FILE).rows())
+    return [(epoch, points) for epoch, points in found if points]
+
+
+def given_list(net: SuperNet, recipe: Recipe) -> list[Entry]:
+    """The list that a network came with, if the recipe goes by it.
+
+    Raises:
+        StrataViTError: It has none in the recipe's units.
+    """
+    if recipe.list_source == "progressive":
+        return []
+    if net.strata is None:
+        raise StrataViTError(
+            "train: list_source 'given' needs a network with a dropout list in units of "
+            f"{recipe.head_dim_unit} (head_dim_unit) and 1/{recipe.mlp_units} (mlp_units); call stratify first"
+        )
+    return list(net.strata.entries)
+
+
+def agree_moments(accelerator: Any, moments: Moments) -> Moments:
+    """The first process's moments on all of them."""
+    scalars = distributed.agree(accelerator, (moments.ridge, moments.energy))
+    return Moments(distributed.agree_tensor(accelerator, moments.factor), *scalars)

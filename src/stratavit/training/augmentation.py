@@ -1,0 +1,142 @@
+"""Augmentation and regularisation of the DeiT recipe, all of it timm's: transforms, mixup, drop-path."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup, create_transform
+from timm.data.auto_augment import posterize
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from stratavit.calibration.distance import distance
+from stratavit.data.image_folder import ImageFolder
+from stratavit.errors import StrataViTError
+from stratavit.models.families import family_of
+from stratavit.training.recipe import Recipe
+
+TRIES = 100
+
+
+def training_transform(data_config: Mapping[str, Any], recipe: Recipe) -> Any:
+    """timm's training transform: random crop and flip, RandAugment, random erasing."""
+    keys = ("input_size", "interpolation", "mean", "std")
+    transform = create_transform(
+        **{key: data_config[key] for key in keys if key in data_config},
+        is_training=True,
+        scale=(recipe.crop, 1.0),
+        hflip=recipe.flip,
+        color_jitter=0.0,
+        auto_augment=recipe.randaugment or None,
+        re_prob=recipe.erasing,
+        re_mode="pixel",
+    )
+    for step in getattr(transform, "transforms", ()):
+        policies = getattr(step, "policy", None) or [getattr(step, "ops", ())]
+        for operation in (operation for policy in policies for operation in policy):
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Any, bits: int, **options: Any) -> Any:
+    """timm's, with 1 bit where it draws 0, which Pillow refuses from release 13 on."""
+    return posterize(image, max(1, bits), **options)
+
+
+class TrainingFolder(Dataset[tuple[Tensor, int]]):
+    """Images of a folder in the training transform; an unreadable one is told and replaced by the next.
+
+    Args:
+        folder: Its transform is replaced.
+        transform: See `training_transform`.
+    """
+
+    def __init__(self, folder: ImageFolder, transform: Any) -> None:
+        folder.transform = transform
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        for offset in range(min(TRIES, len(self.folder))):
+            image, label, path = self.folder[(index + offset) % len(self.folder)]
+            if image is not None:
+                return image, label
+            print(f"train: {path} is unreadable; the next image takes its place", file=sys.stderr)
+        raise StrataViTError(f"train: {TRIES} images in a row are unreadable, last {path}; check the data folder")
+
+
+class Features:
+    """Trains a model that answers with features, by those of the teacher; nothing is mixed, labels are not used."""
+
+    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as they are."""
+        return images, labels
+
+    def taught(self, target: Tensor, answer: Tensor, share: float) -> Tensor:
+        """The teacher's features ``[B, D]``, whatever the share."""
+        return answer
+
+    def loss(self, features: Tensor, target: Tensor) -> Tensor:
+        """Mean of the squared distance over the squared length of the target, in float32."""
+        return distance(features, target, 0) / len(features)
+
+
+class Target:
+    """Mixes images by mixup and cutmix and computes the loss against what they became.
+
+    Args:
+        recipe: Alphas and label smoothing.
+        classes: Of the head.
+    """
+
+    def __init__(self, recipe: Recipe, classes: int) -> None:
+        self.smoothing, self.classes = recipe.smoothing, classes
+        mixes = recipe.mixup or recipe.cutmix
+        self.mixup = (
+            Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes) if mixes else None
+        )
+
+    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images ``[B, C, H, W]`` and labels ``[B]`` to images and soft targets ``[B, classes]``, or unchanged."""
+        if self.mixup is None:
+            return images, labels
+        mixed, soft = self.mixup(images, labels)
+        return mixed, soft
+
+    def taught(self, target: Tensor, answer: Tensor, share: float) -> Tensor:
+        """The target of a smaller prefix: `share` of it the full network's answer, logits ``[B, classes]``."""
+        if self.mixup is None:
+            target = F.one_hot(target, self.classes).float() * (1 - self.smoothing) + self.smoothing / self.classes
+        return (1 - share) * target + share * answer.float().softmax(dim=-1)
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Mean cross-entropy against soft targets (smoothed already) or labels, in float32."""
+        smoothing = 0.0 if target.is_floating_point() else self.smoothing
+        return F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
+
+
+@contextmanager
+def drop_path(model: nn.Module, rate: float) -> Iterator[None]:
+    """Runs the body with drop-path rates rising linearly over the blocks to `rate`; puts the model's own back."""
+    blocks = [block for _, block in family_of(model).blocks(model)]
+    rates = torch.linspace(0, rate, len(blocks)).tolist()
+    before: list[tuple[Any, Any]] = [(block.drop_path1, block.drop_path2) for block in blocks]
+    try:
+        for block, share in zip(blocks, rates, strict=True):
+            block.drop_path1 = DropPath(share) if share else nn.Identity()
+            block.drop_path2 = DropPath(share) if share else nn.Identity()
+        yield
+    finally:
+        for block, (first, second) in zip(blocks, before, strict=True):
+            block.drop_path1, block.drop_path2 = first, second
+            first.train(block.training)
+            second.train(block.training)

@@ -1,0 +1,79 @@
+"""AdamW with a cosine schedule, both timm's, and the watch over the loss."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+
+from stratavit.training import distributed
+from stratavit.training.recipe import Recipe
+from stratavit.training.task import Drawn
+
+
+def optimiser_and_schedule(model: nn.Module, recipe: Recipe, images: int, epoch_steps: int) -> tuple[Any, Any]:
+    """AdamW and its schedule per step, a function of the step's number alone.
+
+    Weights of a module that a step skips as a whole have no gradient, so the step leaves them untouched, decay
+    included. Weights cut from a module that runs have gradient 0: they decay, and follow their momentum.
+
+    Args:
+        model: The timm model; its norms, biases and tokens are spared from decay.
+        recipe: Rates.
+        images: Of the global batch; the rate is proportional to it. Where that falls below `Recipe.min_lr`, it stays.
+        epoch_steps: Steps per epoch.
+    """
+    rate = recipe.lr * images / 512
+    least = min(recipe.min_lr, rate)  # neither the cosine nor the warm-up goes the other way
+    optimiser = create_optimizer_v2(model, opt="adamw", lr=rate, weight_decay=recipe.weight_decay)
+    warmup = recipe.warmup_epochs * epoch_steps
+    schedule = CosineLRScheduler(
+        optimiser,
+        recipe.epochs * epoch_steps,
+        least,
+        warmup_t=warmup,
+        warmup_lr_init=least if warmup else 0.0,
+        t_in_epochs=False,
+    )
+    return optimiser, schedule
+
+
+class Losses:
+    """Losses of the passes since the last look, left on the device, and the mean of the epoch."""
+
+    def __init__(self) -> None:
+        self.sum = self.count = 0.0
+        self._pending: list[tuple[int, Drawn, Tensor]] = []
+
+    def add(self, step: int, drawn: Drawn, loss: Tensor) -> None:
+        """Remembers one pass: number of the step, what ran, loss."""
+        self._pending.append((step, drawn, loss.detach()))
+
+    def look(self, accelerator: Any) -> tuple[int, Drawn, float] | None:
+        """Adds what is pending, of all processes, to the mean; waits for the device.
+
+        Returns:
+            Step, sub-network and loss of the first pass whose loss is not finite (on another process: of the last pass
+            here); None if there is none.
+        """
+        if not self._pending:
+            return None
+        losses = torch.stack([loss for _, _, loss in self._pending]).tolist()
+        everywhere = distributed.gather(accelerator, losses)
+        for loss in everywhere:  # one by one: the mean does not depend on when one looked
+            self.sum += loss
+        self.count += len(everywhere)
+        bad = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
+        step, drawn, _ = self._pending[bad[0] if bad else -1]
+        self._pending.clear()
+        return None if math.isfinite(sum(everywhere)) else (step, drawn, losses[bad[0] if bad else -1])
+
+    def take_mean(self) -> float:
+        """Mean over the epoch; starts a new one."""
+        mean = self.sum / max(self.count, 1.0)
+        self.sum = self.count = 0.0
+        return mean

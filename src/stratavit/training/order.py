@@ -1,0 +1,146 @@
+"""Which image comes when, and with which augmentation: all of it follows from seed, epoch and place alone.
+
+So a run that is interrupted anywhere goes on exactly as if it had not been, however many worker processes
+load images: there is no state of a generator that could be lost.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from stratavit.errors import StrataViTError
+from stratavit.training.recipe import Recipe
+from stratavit.utils.random_streams import stream
+
+Key = tuple[int, int, int]  # epoch, place in the epoch, index of the image
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of images.
+
+    Attributes:
+        count: Images in the data set.
+        batch_size: Images per batch of one process.
+        processes: Number of training processes; they take places in turn.
+        accumulate: Batches per step of the optimiser.
+        repeats: Copies of an image per epoch, each augmented anew; an epoch then holds `count` / `repeats` different
+            images (repeated augmentation, as in the DeiT recipe).
+        seed: Of the run.
+
+    Raises:
+        StrataViTError: There are fewer images than one step takes.
+    """
+
+    count: int
+    batch_size: int
+    processes: int
+    accumulate: int
+    repeats: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.steps == 0:
+            step = self.batch_size * self.processes * self.accumulate
+            raise StrataViTError(
+                f"train: {self.count} images are fewer than the {step} of one step; lower batch_size or accumulate"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Steps of the optimiser per epoch; images that fill no whole step are left out."""
+        return self.count // (self.batch_size * self.processes * self.accumulate)
+
+    def indices(self, epoch: int) -> Tensor:
+        """Index of the image at every place of an epoch, ``[count]``."""
+        generator = torch.Generator().manual_seed(stream(self.seed, "order", epoch).getrandbits(63))
+        order = torch.randperm(self.count, generator=generator)
+        return order.repeat_interleave(self.repeats)[: self.count]
+
+    def batches(self, epoch: int, process: int, first_step: int = 0) -> list[list[Key]]:
+        """Keys of one process's batches in an epoch, from a step on."""
+        order = self.indices(epoch).tolist()
+        found = []
+        for batch in range(first_step * self.accumulate, self.steps * self.accumulate):
+            start = batch * self.batch_size * self.processes + process
+            places = range(start, start + self.batch_size * self.processes, self.processes)
+            found.append([(epoch, place, order[place]) for place in places])
+        return found
+
+
+def of(data: Dataset[Any], recipe: Recipe, processes: int) -> Order:
+    """The order that a recipe gives the images of a data set of known length.
+
+    Raises:
+        StrataViTError: There are fewer images than one step takes.
+    """
+    count = len(data)  # type: ignore[arg-type]
+    return Order(count, recipe.batch_size, processes, recipe.accumulate, recipe.repeats, recipe.seed)
+
+
+class Seeded(Dataset[Any]):
+    """A data set read by `Key`: every generator is seeded by seed, epoch and place before an image is augmented."""
+
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, key: Key) -> Any:
+        epoch, place, index = key
+        seed_all(self.seed, "image", epoch, place)
+        return self.dataset[index]
+
+
+def loader(
+    dataset: Dataset[Any], order: Order, epoch: int, process: int, first_step: int, workers: int, pin: bool
+) -> DataLoader[Any]:
+    """Batches of one process in an epoch, from a step on; at most one worker per core."""
+    workers = min(workers, os.cpu_count() or 1)
+    keys = order.batches(epoch, process, first_step)
+    seeded = Seeded(dataset, order.seed)
+    return DataLoader(
+        seeded, batch_sampler=keys, num_workers=workers, pin_memory=pin, worker_init_fn=_leave_signals_to_the_parent
+    )
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A scheduler's SIGTERM to all processes must not take the images from a run that is about to save its state."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def close(batches: Iterator[Any]) -> None:
+    """Ends the workers of a loader that is iterated over; as they ignore signals, they must not wait for one."""
+    shut = getattr(batches, "_shutdown_workers", None)
+    if shut is not None:
+        shut()
+
+
+def seed_all(*numbers: int | str) -> None:
+    """Seeds Python's, NumPy's and torch's generators by these numbers alone."""
+    value = stream(*numbers).getrandbits(63)
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.manual_seed(value)
+
+
+@contextmanager
+def kept_generators() -> Iterator[None]:
+    """Runs the body and puts the generators of Python, NumPy and torch back as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

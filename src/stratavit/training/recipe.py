@@ -1,0 +1,286 @@
+"""The recipe of a training run: every number that changes its result, from a TOML file and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from stratavit.calibration.objectives import Objective
+from stratavit.dropout_list.growth import Growth
+from stratavit.dropout_list.sensitivity import Measure
+from stratavit.errors import StrataViTError, described, one_line
+from stratavit.files.folders import read_small
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover: Python 3.10, as in `make test-matrix`
+    import tomli as tomllib
+
+Mode = Literal["piad", "plain", "channel", "weighted", "layerdrop"]
+Keep = Literal["ema", "raw"]
+Sampling = Literal["uniform", "sandwich", "budget"]
+ListSource = Literal["progressive", "given"]
+Precision = Literal["auto", "no", "fp16", "bf16"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a super-network is trained. The defaults are the paper's for DeiT-S and DeiT-Ti on ImageNet-1k.
+
+    Sources: (P) the paper, arXiv 2511.11683; (D) the DeiT recipe, arXiv 2012.12877, which the paper follows;
+    (S) StrataViT's own.
+
+    Attributes:
+        mode: ``piad`` (P), or an arm to compare it with, in our reading of the paper's ablation: ``plain``
+            runs the full network only; ``channel`` keeps a uniformly drawn number of units at every site; ``weighted``
+            draws from a list that is made once, before training, and leaves every site a unit; ``layerdrop`` is
+            ``weighted`` with whole sites skipped at random. ``plain`` and ``channel`` make their list at the end.
+        layer_drop: Probability that ``layerdrop`` skips a site (S: 0.2, as LayerDrop, arXiv 1909.11556).
+        compensation: What takes the place of cut channels while training, where the method is not the paper's: their
+            ``mean``, or ``full``, what the kept ones predict (S). ``full`` starts from the one-shot networks, and keeps
+            second moments.
+        distil: Share of the target that is the teacher's answer to the same batch, one forward pass more; without a
+            teacher of its own the full network teaches smaller prefixes; 0 is none (P: none).
+        epochs: Passes over the training images; 150 for DeiT-B (P).
+        batch_size: Images per process and pass; times `accumulate` times processes it is the global batch (D: 1,024).
+        accumulate: Batches whose gradients are added up for one step, each with its own draw (S).
+        lr: Largest learning rate per 512 images of the global batch (D).
+        min_lr: Learning rate at the end of the cosine (D).
+        warmup_epochs: Epochs of linear warm-up from `min_lr` (P: none).
+        weight_decay: Of AdamW; norms, biases and tokens are spared, as timm does (D).
+        clip: Largest gradient norm; 0 is no clipping (D: none).
+        drop_path: Rate at the last block, rising linearly from 0 (D).
+        mixup, cutmix: Alphas of the Beta distributions, 0 is off (D).
+        smoothing: Label smoothing (D).
+        randaugment: timm's name of the policy for image folders; empty is none (D).
+        crop: Smallest share of an image that a random crop keeps, image folders only (D: 0.08).
+        flip: Probability of a horizontal flip, image folders only (D: 0.5).
+        erasing: Probability of random erasing, image folders only (D).
+        repeats: Repeated augmentation, copies of an image per epoch (D).
+        ema_decay: Of the averaged weights, 0 is none (D: 0.99996).
+        ema_horizon: If above 0, in place of `ema_decay`: the average reaches back over this share of all steps. For
+            short runs, which 0.99996 would leave near their start (S).
+        keep: Which weights are evaluated and saved: ``ema``, or ``raw`` (S).
+        reduction: r, share of the dense MACs that the finished list drops (P).
+        list_source: ``progressive`` measures what to append whenever the list grows (P); ``given`` takes it from the
+            list that the network came with, and measures only what that list lacks (S).
+        list_epochs: P_e, epochs in which the list grows (P).
+        growths: Times per epoch that the list grows and means are measured (P: 1); more for runs of few epochs (S).
+        head_dim_unit: Coordinates of the head width that are dropped together (P).
+        mlp_units: Groups that the MLP hidden width is dropped in (P).
+        objective: What Taylor importance differentiates, see `statistics.collect`; ``auto``: the true logit (P).
+        measure: Of sensitivity, see `sensitivity.bypass_sensitivity`; ``auto`` is top-1 (P) except near chance.
+        sampling: See `sampling.draw`; ``uniform`` (P).
+        proxy_images: Images that importance and means are measured on (P: 1,024).
+        precision: ``no``, ``fp16``, ``bf16``, or ``auto``, what `accelerate launch` was told (S).
+        seed: Of order, augmentation, draws and drop-path (S).
+        workers: Image-loading processes per training process (S).
+        eval_every: Epochs between evaluations of the ladder of budgets; the last epoch is always evaluated (S).
+        save_every: Epochs between saved states (S).
+        save_steps: Also save after so many steps; 0 is never (S).
+        log_steps: Steps between looks at the loss; a loss that is not finite is found then (S).
+        tracker: ``tensorboard``, another of Accelerate's, or ``none`` (S).
+    """
+
+    mode: Mode = "piad"
+    layer_drop: float = 0.2
+    compensation: Literal["mean", "full"] = "mean"
+    distil: float = 0.0
+    epochs: int = 300
+    batch_size: int = 128
+    accumulate: int = 1
+    lr: float = 5e-4
+    min_lr: float = 1e-5
+    warmup_epochs: int = 0
+    weight_decay: float = 0.05
+    clip: float = 0.0
+    drop_path: float = 0.1
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    smoothing: float = 0.1
+    randaugment: str = "rand-m9-mstd0.5-inc1"
+    crop: float = 0.08
+    flip: float = 0.5
+    erasing: float = 0.25
+    repeats: int = 3
+    ema_decay: float = 0.99996
+    ema_horizon: float = 0.0
+    keep: Keep = "ema"
+    reduction: float = 0.875
+    list_source: ListSource = "progressive"
+    list_epochs: int = 50
+    growths: int = 1
+    head_dim_unit: int = 8
+    mlp_units: int = 32
+    objective: Objective = "auto"
+    measure: Measure = "auto"
+    sampling: Sampling = "uniform"
+    proxy_images: int = 1024
+    precision: Precision = "auto"
+    seed: int = 0
+    workers: int = 4
+    eval_every: int = 10
+    save_every: int = 1
+    save_steps: int = 0
+    log_steps: int = 50
+    tracker: str = "tensorboard"
+
+    def __post_init__(self) -> None:
+        for name, kind in field_types().items():
+            _check_type(name, getattr(self, name), kind)
+            if kind is float:
+                object.__setattr__(self, name, float(getattr(self, name)))
+        for name in _AT_LEAST_ONE:
+            _check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in _NOT_NEGATIVE:
+            _check(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        for name in _SHARES:
+            _check(0 <= getattr(self, name) < 1, f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        for name in ("reduction", "crop"):
+            _check(0 < getattr(self, name) <= 1, f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
+        for name in ("flip", "distil"):
+            _check(0 <= getattr(self, name) <= 1, f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        _check(
+            self.mode != "piad" or self.list_epochs <= self.epochs,
+            f"list_epochs ({self.list_epochs}) must not exceed epochs ({self.epochs}), or the list stays unfinished",
+        )
+        _check(self.warmup_epochs < self.epochs, "warmup_epochs must be below epochs")
+        _check(
+            not (self.mixup or self.cutmix) or self.batch_size % 2 == 0,
+            f"batch_size must be even for mixup and cutmix, got {self.batch_size}",
+        )
+
+    @property
+    def growth(self) -> Growth:
+        """How the list grows: over `list_epochs`, or in one go except for ``piad``."""
+        stages = self.list_epochs * self.growths if self.mode == "piad" else 1
+        return Growth(self.reduction, stages, self.objective, self.measure)
+
+    def resumed(self, asked: Recipe | None, source: str) -> Recipe:
+        """The recipe of a run that was begun with this one and goes on.
+
+        Args:
+            asked: May differ in what has no effect on the weights; None is this one.
+            source: Where this one is from, for the message.
+
+        Raises:
+            StrataViTError: It differs in something else.
+        """
+        for key, value in (asked or self).to_dict().items():
+            if key not in _WITHOUT_EFFECT and value != getattr(self, key):
+                raise StrataViTError(
+                    f"{source} was trained with {key} = {described(getattr(self, key))}; a resumed run "
+                    f"cannot make it {described(value)}"
+                )
+        return asked or self
+
+    def decay(self, steps: int) -> float:
+        """EMA decay per step for a run of so many steps; 0 is no average."""
+        if not self.ema_horizon:
+            return self.ema_decay
+        return max(1 - 1 / (self.ema_horizon * steps), 0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key with its value."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "recipe") -> Recipe:
+        """A recipe from some of its keys.
+
+        Raises:
+            StrataViTError: An unknown key, a wrong type or a value out of range; `source` is named.
+        """
+        known = field_types()
+        for name in values:
+            if name not in known:
+                raise StrataViTError(f"{source}: unknown key {described(name)}; the keys are {', '.join(known)}")
+        try:
+            return cls(**values)
+        except StrataViTError as error:
+            raise StrataViTError(f"{source}: {error}") from error
+
+    @classmethod
+    def read(
+        cls,
+        path: str | Path | None,
+        overrides: Mapping[str, Any] | None = None,
+        base: Mapping[str, Any] | None = None,
+    ) -> Recipe:
+        """A recipe from a TOML file (None: the defaults), some keys overridden.
+
+        Args:
+            path: Of the file.
+            overrides: Win over the file.
+            base: Take the place of the defaults.
+
+        Raises:
+            StrataViTError: The file cannot be read, or see `from_dict`.
+        """
+        values = {} if path is None else read_toml(Path(path))
+        source = "recipe" if path is None else str(path)
+        return cls.from_dict(dict(base or {}) | values | dict(overrides or {}), source)
+
+
+# of one small model: the paper's 30 epochs (P); keys of the dropout list have no effect
+FINETUNING: dict[str, Any] = {"mode": "plain", "epochs": 30, "lr": 5e-5, "min_lr": 1e-6}
+LIST_KEYS = (
+    *("mode", "layer_drop", "compensation", "reduction", "list_epochs", "growths", "head_dim_unit", "mlp_units"),
+    *("objective", "measure", "sampling", "proxy_images", "list_source"),
+)
+_WITHOUT_EFFECT = ("workers", "eval_every", "save_every", "save_steps", "log_steps", "tracker")
+_AT_LEAST_ONE = (
+    *("epochs", "batch_size", "accumulate", "repeats", "list_epochs"),
+    *("proxy_images", "eval_every", "save_every", "log_steps", "growths", "head_dim_unit", "mlp_units"),
+)
+_NOT_NEGATIVE = (
+    *("lr", "min_lr", "warmup_epochs", "weight_decay", "clip", "mixup", "cutmix"),
+    *("ema_horizon", "workers", "save_steps", "seed"),
+)
+_LARGEST = 2**32  # of any number: seeds go as far
+_SHARES = ("drop_path", "smoothing", "erasing", "ema_decay", "layer_drop")
+
+
+def field_types() -> dict[str, Any]:
+    """Key -> type of every key: ``int``, ``float``, ``str`` or a ``Literal``."""
+    return get_type_hints(Recipe)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The keys of a TOML file.
+
+    Raises:
+        StrataViTError: It cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(read_small(path).decode())
+    except OSError as error:
+        raise StrataViTError(f"recipe {path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:  # of a number of thousands of digits, too
+        raise StrataViTError(f"recipe {path}: not valid TOML ({one_line(error)})") from error
+
+
+def _check(sound: bool, message: str) -> None:
+    if not sound:
+        raise StrataViTError(message)
+
+
+def _check_type(name: str, value: Any, kind: Any) -> None:
+    if get_origin(kind) is Literal:
+        choices = ", ".join(get_args(kind))
+        _check(
+            isinstance(value, str) and value in get_args(kind),
+            f"{name} must be one of {choices}, got {described(value)}",
+        )
+        return
+    accepted = (int, float) if kind is float else (kind,)
+    words = {int: "a whole number", float: "a number", str: "a text"}
+    sound = isinstance(value, accepted) and not isinstance(value, bool)
+    _check(sound, f"{name} must be {words[kind]}, got {described(value)}")
+    _check(kind is not float or abs(value) < float("inf"), f"{name} must be finite, got {described(value)}")
+    small = kind is str or abs(value) <= _LARGEST
+    _check(small, f"{name} must be at most {_LARGEST:,}, got {described(value)}")

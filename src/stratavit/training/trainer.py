@@ -1,0 +1,316 @@
+"""The training loop, shared by PIAD and fine-tuning: steps, epochs, evaluation, and a state that survives any kill.
+
+Distribution, precision and trackers are Hugging Face Accelerate's; optimiser, schedule, mixup and weight averaging are
+timm's.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from stratavit.data.batches import check_images, check_labels, unpack
+from stratavit.data.image_folder import rest
+from stratavit.errors import StrataViTError
+from stratavit.evaluation import curve_points
+from stratavit.files.atomic import told
+from stratavit.training import distributed, order, run_files
+from stratavit.training.augmentation import Features, Target
+from stratavit.training.optimizer import Losses, optimiser_and_schedule
+from stratavit.training.recipe import Recipe
+from stratavit.training.run_files import Journal, write_state
+from stratavit.training.task import Drawn, Learner
+from stratavit.training.teacher import Teacher
+from stratavit.utils.model import classes_of
+from stratavit.utils.progress import track
+from stratavit.utils.random_streams import stream
+
+
+class Trainer:
+    """One training run; see `launch.train` for the arguments.
+
+    Attributes:
+        step: Steps of the optimiser done.
+        begun: Stages begun (list grown, means measured); a stage is an epoch, or a part of one (`Recipe.growths`).
+        ended: Epochs ended (evaluated, logged).
+        learner: The network, its averaged copy, and what it draws from.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        data: Dataset[Any],
+        places: order.Order,
+        recipe: Recipe,
+        out: Path,
+        evaluation: Iterable[Any] | None,
+        accelerator: Any,
+        stop: distributed.StopRequest,
+        teacher: Teacher | None = None,
+    ) -> None:
+        self.learner, self.net = learner, learner.net
+        self.data, self.order, self.recipe, self.out = data, places, recipe, out
+        self.evaluation, self.accelerator, self.stop = evaluation, accelerator, stop
+        if recipe.growths > places.steps:
+            raise StrataViTError(
+                f"train: growths ({recipe.growths}) must not exceed the {places.steps} steps of an epoch"
+            )
+        self.rank = accelerator.process_index
+        self.total = self.order.steps * recipe.epochs
+        self.step = self.begun = self.ended = 0
+        self.losses = Losses()
+        self.journal = Journal(out / run_files.LOG_FILE)
+        self.classes = classes_of(self.net.model)  # a wrapper around one model says nothing of them
+        self.target = Target(recipe, self.classes) if self.classes else Features()
+        self.teacher = None if teacher is None else teacher.to(accelerator.device, self.classes)
+        images = recipe.batch_size * recipe.accumulate * accelerator.num_processes
+        optimiser, self.schedule = optimiser_and_schedule(self.net.model, recipe, images, self.order.steps)
+        self.model, self.optimiser = distributed.prepare(accelerator, self.net, optimiser)
+        if recipe.tracker != "none":
+            with self.tracking():
+                accelerator.init_trackers("stratavit")
+
+    # ---- the run ----------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Trains from where it stands to the end."""
+        if self.step == 0:
+            self.save()
+        while self.ended < self.recipe.epochs:
+            self.train_epoch(self.ended)
+            if self.to_evaluate():  # which takes long
+                self.save()
+                self.pause(at_once=True)
+            self.end_epoch()
+        self.finish()
+
+    def begin_stage(self) -> None:
+        """Where a stage begins, measures means and importance on the weights as they are, and lets the list grow."""
+        stage = self.step * self.recipe.growths // self.order.steps
+        if self.begun > stage:
+            return
+        order.seed_all(self.recipe.seed, "stage", stage)  # proxy images may be augmented
+        self.learner.begin_stage(stage)
+        self.rest()
+        self.begun = stage + 1
+
+    def train_epoch(self, epoch: int) -> None:
+        """Takes the steps of an epoch that are left."""
+        started, first = time.perf_counter(), self.step - epoch * self.order.steps
+        pin = self.accelerator.device.type == "cuda"
+        batches = iter(order.loader(self.data, self.order, epoch, self.rank, first, self.recipe.workers, pin))
+        self.model.train()
+        steps = range(first, self.order.steps)
+        shown = track(steps, f"epoch {epoch + 1} of {self.recipe.epochs}") if self.rank == 0 else steps
+        try:
+            for _ in shown:
+                self.begin_stage()
+                self.update([next(batches) for _ in range(self.recipe.accumulate)])
+                if self.recipe.save_steps and self.step % self.recipe.save_steps == 0:
+                    self.save()
+                self.pause()
+        finally:
+            order.close(batches)
+        self.look()
+        self.seconds = time.perf_counter() - started
+
+    def pause(self, at_once: bool = False) -> None:
+        """Saves and stops if that was asked for; several processes look together, every few steps or `at_once`.
+
+        Raises:
+            KeyboardInterrupt: It was.
+        """
+        if self.stop.agreed(self.accelerator, self.step, at_once):
+            self.save()
+            raise self.stop.by(f"stopped after step {self.step} of {self.total}; resume {self.out} to go on")
+
+    def update(self, batches: list[Any]) -> None:
+        """One step of the optimiser: every batch draws its own prefixes, gradients are averaged."""
+        self.schedule.step_update(self.step)
+        for number, batch in enumerate(batches):
+            order.seed_all(self.recipe.seed, "step", self.step, number, self.rank)
+            images, target = self.prepare(batch)
+            drawn = self.draw(number)
+            taught = [self.teacher is not None or one.macs < self.learner.full_macs for one in drawn]
+            answer = self.answer(images) if any(taught) else None
+            for turn, (one, learns) in enumerate(zip(drawn, taught, strict=True), start=1):
+                last = number + 1 == len(batches) and turn == len(drawn)
+                soft = target
+                if answer is not None and learns:
+                    soft = self.target.taught(target, answer, self.recipe.distil)
+                self.learn(images, soft, one, 1 / (len(drawn) * len(batches)), last)
+        if self.recipe.clip:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        if self.learner.ema is not None:
+            self.learner.ema.update(self.net)
+        self.step += 1
+        if self.step % self.recipe.log_steps == 0:
+            self.look()
+
+    @torch.no_grad()
+    def answer(self, images: Tensor) -> Tensor | None:
+        """Logits of the teacher, or of the full network, which then teaches smaller ones; None if nothing does."""
+        if self.classes and not self.recipe.distil:
+            return None
+        if self.teacher is None:
+            logits: Tensor = self.net(images)
+            return logits
+        with self.accelerator.autocast():
+            return self.teacher(images)
+
+    def learn(self, images: Tensor, target: Tensor, drawn: Drawn, share: float, last: bool) -> None:
+        """Forward and backward at a sub-network; processes exchange gradients in the last pass of a step."""
+        with nullcontext() if last else self.accelerator.no_sync(self.model):
+            loss = self.target.loss(self.model(images, drawn.spec), target)
+            self.accelerator.backward(loss * share)
+        self.losses.add(self.step, drawn, loss)
+
+    def draw(self, number: int) -> list[Drawn]:
+        """Sub-networks that batch `number` of this step runs on this process."""
+        return self.learner.draw(stream(self.recipe.seed, "draw", self.step, number, self.rank))
+
+    def prepare(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """A batch on the device, mixed."""
+        images, labels = unpack(batch, "train")
+        check_images(self.net.model, images, "train")
+        if not self.classes:
+            labels = torch.zeros(len(images), dtype=torch.long)
+        if labels is None:
+            raise StrataViTError("train: the training data gives no labels; it must give (image, label)")
+        if self.classes:
+            check_labels(labels, self.classes)
+        device = self.accelerator.device
+        return self.target.mix(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+
+    def rest(self) -> None:
+        """Ends the processes that read images to measure on, while those that read images to train on work."""
+        rest(self.evaluation, getattr(self.learner, "proxy", None))
+
+    def to_evaluate(self) -> bool:
+        """Whether the ladder of budgets is evaluated at the end of this epoch."""
+        epoch = self.ended + 1
+        due = epoch == self.recipe.epochs or epoch % self.recipe.eval_every == 0
+        return self.evaluation is not None and due
+
+    def end_epoch(self) -> None:
+        """Evaluates if it is time, writes the log and the state."""
+        evaluates, self.ended = self.to_evaluate(), self.ended + 1
+        row = {
+            "loss": self.losses.take_mean(),
+            "lr": self.rate,
+            **self.learner.facts(),
+            "seconds": round(self.seconds, 3),
+        }
+        self.log("epoch", row, row)
+        if evaluates:
+            order.seed_all(self.recipe.seed, "evaluation", self.ended)
+            assert self.evaluation is not None
+            points = self.learner.evaluate(self.evaluation)
+            self.rest()
+            self.log("eval", {"points": [asdict(p) for p in points]}, {f"top1 at {p.asked}": p.top1 for p in points})
+        if self.ended == self.recipe.epochs or self.ended % self.recipe.save_every == 0:
+            self.save()
+
+    def log(self, kind: str, row: dict[str, Any], values: dict[str, float]) -> None:
+        """Writes a row of the log, and values for the tracker."""
+
+        def write() -> None:
+            self.journal.append({"kind": kind, "epoch": self.ended, "step": self.step, **row})
+            shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+            print(f"epoch {self.ended} of {self.recipe.epochs}: {shown}", file=sys.stderr)
+            with self.tracking():
+                self.accelerator.log(values, step=self.step)
+
+        distributed.on_main(self.accelerator, write)
+
+    def tracking(self) -> AbstractContextManager[None]:
+        """Around what a tracker writes."""
+        return told(self.out, f"the tracker ({self.recipe.tracker}) failed; {run_files.left(self.out)}")
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the last step."""
+        return float(self.schedule.optimizer.param_groups[0]["lr"])
+
+    def look(self) -> None:
+        """Looks at the losses since the last look.
+
+        Raises:
+            StrataViTError: One is not finite; names step, prefix and learning rate.
+        """
+        bad = self.losses.look(self.accelerator)
+        if bad is None:
+            return
+        step, drawn, loss = bad
+        self.schedule.step_update(step)
+        name = "sub-network" if drawn.position is None else f"prefix {drawn.position}"
+        raise StrataViTError(
+            f"train: the loss is {loss:g} at step {step} ({name}, {drawn.macs / self.learner.full_macs:.0%} of MACs, "
+            f"learning rate {self.rate:.3g}) or not finite on another process; "
+            f"{run_files.left(self.out, '')}: train anew with a lower lr or with clip"
+        )
+
+    # ---- what is kept and written ---------------------------------------------------------
+
+    def save(self) -> None:
+        """Writes the state."""
+        self.look()
+        scaler = self.accelerator.scaler
+        state = {
+            "recipe": self.recipe.to_dict(),
+            **self.identity(),
+            "step": self.step,
+            "begun": self.begun,
+            "ended": self.ended,
+            "loss": [self.losses.sum, self.losses.count],
+            **self.learner.state(),
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        distributed.on_main(self.accelerator, lambda: write_state(self.out, state))
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one that wrote the state."""
+        return {
+            "kind": self.learner.kind,
+            "processes": self.accelerator.num_processes,
+            "images": self.order.count,
+            "teacher": None if self.teacher is None else self.teacher.name,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes back to a state.
+
+        Raises:
+            StrataViTError: It belongs to another model, data set, method, teacher or number of processes.
+        """
+        with run_files.sound(self.out):
+            for key, value in self.identity().items():
+                if state[key] != value:
+                    raise StrataViTError(f"{self.out} was trained with {key} = {state[key]}; now it is {value}")
+            self.learner.restore(state)
+            self.optimiser.load_state_dict(state["optimiser"])
+            if state["scaler"] is not None and self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])  # pragma: no cover: float16 on a GPU
+            self.step, self.begun, self.ended = (int(state[key]) for key in ("step", "begun", "ended"))
+            self.losses.sum, self.losses.count = state["loss"]
+        distributed.on_main(self.accelerator, lambda: self.journal.rewind(self.ended))
+
+    def finish(self) -> None:
+        """Gives the network the weights to keep, and writes it with the last evaluation."""
+        order.seed_all(self.recipe.seed, "end")
+        facts = {"recipe": self.recipe.to_dict(), "steps": self.step, **self.identity()}
+        self.learner.graduate(facts)
+        points = curve_points.last_curve(self.journal.rows())
+        distributed.on_main(self.accelerator, lambda: self.learner.publish(self.out, points))

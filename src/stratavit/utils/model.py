@@ -1,0 +1,120 @@
+"""What every part needs to know of a model: classes, type, device, mode."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stratavit.utils.classifier import classes_in_head
+from stratavit.utils.wrappers import unwrapped
+
+
+def is_super_network(model: nn.Module) -> bool:
+    """Whether a model is a super-network (`SuperNet`), as its class says of itself."""
+    return bool(getattr(type(model), "super_network", False))
+
+
+def classes_of(model: nn.Module) -> int:
+    """Classes that a model tells apart; 0 where it answers with features: no head, one into an embedding, one output.
+
+    Args:
+        model: A timm model, or a super-network of one, wrapped or not; any other is taken to have classes.
+    """
+    inner: Any = unwrapped(model)
+    inner = unwrapped(inner.model) if is_super_network(inner) else inner
+    if getattr(inner, "embedding", False):
+        return 0
+    if hasattr(inner, "config") and not hasattr(inner, "num_classes"):  # of transformers
+        return _several(getattr(inner, "num_labels", 0))
+    told = getattr(inner, "num_classes", None)
+    found = None if told is None else classes_in_head(inner)  # a head may have been replaced
+    return _several(2 if told is None else told if found is None else found)
+
+
+def _several(classes: int) -> int:
+    return int(classes) if classes > 1 else 0
+
+
+@contextmanager
+def measured_at(model: Any, spec: Mapping[str, int] | None) -> Iterator[Callable[[Tensor], Any]]:
+    """Eval mode, and what maps images to outputs inside: a super-network at a spec, or any other model as it is.
+
+    Args:
+        model: Its weights must not change inside.
+        spec: For a super-network, or for a wrapper of one that takes ``(images, spec)``.
+    """
+    with eval_mode(model), model.at(spec, fixed=True) if is_super_network(model) else nullcontext() as inner:
+        if inner is not None or spec is None:
+            yield model if inner is None else inner
+        else:
+            yield lambda images: model(images, spec)
+
+
+def computed_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Buffers that are not saved, because a model computes them when it is built: full name, module, key, tensor."""
+    for name, module in model.named_modules():
+        for key in module._non_persistent_buffers_set:
+            buffer = getattr(module, key)
+            if buffer is not None:
+                yield f"{name}.{key}".lstrip("."), module, key, buffer
+
+
+def digest_of(tensors: Iterable[tuple[Any, Tensor]]) -> bytes:
+    """A hash of named tensors: names, types, shapes and numbers, however they were changed."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors:
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.digest()
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """Floating-point type of a model's weights."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Device of a model's weights."""
+    return next(model.parameters()).device
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Runs the body in eval mode; every module is then as it was, also where only a part was training."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Runs the body with half-precision weights held in float32; casting there and back is exact."""
+    dtype = model_dtype(model)
+    try:
+        if dtype in (torch.float16, torch.bfloat16):
+            model.float()
+        yield
+    finally:
+        model.to(dtype)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No weight asks for a gradient inside."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
