@@ -1,0 +1,100 @@
+"""The order of packages: this list is the picture of the architecture. A package imports from those before it only."""
+
+import ast
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "stratavit"
+ORDER = (
+    # ground
+    *("version", "errors", "spec", "utils", "files", "data"),
+    # networks
+    *("elastic", "models", "interop"),
+    # method
+    *("calibration", "dropout_list", "evaluation", "budgets"),
+    # object
+    *("artifacts", "supernet"),
+    # use
+    *("training", "reports", "tasks", "demo", "cli"),
+)
+OUTSIDE = ("plain", "__init__", "__main__")  # names for pickles, users and ``python -m``
+
+
+def modules():
+    """Dotted name -> file, of every module."""
+    found = {}
+    for path in SOURCE.rglob("*.py"):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = path
+    return found
+
+
+def imports(path, lazy):
+    """Dotted names of ours that a file imports; with `lazy` also inside functions and for type checkers."""
+    known, found = modules(), set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = ast.walk(tree) if lazy else tree.body
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "stratavit":
+            place = node.module.removeprefix("stratavit").lstrip(".")
+            for alias in node.names:
+                name = f"{place}.{alias.name}".lstrip(".")
+                found.add(name if name in known else place or "__init__")
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("stratavit.") for alias in node.names if "stratavit" in alias.name}
+    return found
+
+
+def package(name):
+    return name.split(".")[0]
+
+
+@pytest.mark.parametrize("name", sorted(set(modules()) - set(OUTSIDE)))
+def test_a_package_imports_from_those_below_it_only(name):
+    ours = ORDER.index(package(name))
+    for other in imports(modules()[name], lazy=True):
+        assert ORDER.index(package(other)) <= ours, f"{name} imports {other}"
+
+
+def test_every_package_has_its_place():
+    assert {package(name) for name in modules()} == {*ORDER, *OUTSIDE}
+
+
+def graph():
+    links = defaultdict(set)
+    for name, path in modules().items():
+        links[name] = imports(path, lazy=True) - {name}
+    return links
+
+
+def test_there_is_no_circle():
+    links, done, path = graph(), set(), []
+
+    def visit(name):
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            path.append(name)
+            for other in links[name]:
+                visit(other)
+            done.add(path.pop())
+
+    for name in list(links):
+        visit(name)
+
+
+def test_the_longest_chain_of_imports():
+    """From a module down to one that imports nothing of ours, as ``python -X importtime`` nests them."""
+    links = {name: imports(path, lazy=False) - {name} for name, path in modules().items()}
+
+    @cache
+    def length(name):
+        return 1 + max((length(other) for other in links[name]), default=0)
+
+    longest = max((name for name in links if name not in OUTSIDE), key=length)
+    chain = [longest]
+    while links[chain[-1]]:
+        chain.append(max(links[chain[-1]], key=length))
+    assert len(chain) <= 13, " -> ".join(chain)
