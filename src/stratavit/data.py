@@ -22,6 +22,7 @@ from stratavit.class_names import MEND, Numbering, by_class_map, by_names, by_or
 from stratavit.errors import StrataViTError, described, one_line, out_of_memory
 from stratavit.image_files import class_folders, list_images
 from stratavit.image_reading import decoded, open_image
+from stratavit.signals import hush
 from stratavit.splits import SPLITS, find_split, split_folder, unused_splits
 
 Sample = tuple[Tensor | None, int, str]
@@ -196,6 +197,7 @@ def rest(*loaders: Any) -> None:
 
 def _leave_quietly(worker: int) -> None:
     """What ends all processes of a group is told by the first of them."""
+    hush()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
 

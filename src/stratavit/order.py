@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from stratavit.errors import StrataViTError
 from stratavit.recipe import Recipe
 from stratavit.sampling import stream
+from stratavit.signals import hush
 
 Key = tuple[int, int, int]  # epoch, place in the epoch, index of the image
 
@@ -115,6 +116,7 @@ def loader(
 
 def _leave_signals_to_the_parent(worker: int) -> None:
     """A scheduler's SIGTERM to all processes must not take the images from a run that is about to save its state."""
+    hush()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
