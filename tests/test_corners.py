@@ -147,6 +147,8 @@ def test_neighbours_of_nothing():
         stratavit.knn(model, batches, batches, k=0)
     with pytest.raises(StrataViTError, match="knn: the bank gave no images"):
         stratavit.knn(model, [], batches)
+    with pytest.raises(StrataViTError, match="knn: the bank has the label -1, expected numbers of classes"):
+        stratavit.knn(model, [(images, labels * 0 - 1) for images, labels in batches], batches)
     with pytest.raises(StrataViTError, match="the loader gives no labels"):
         stratavit.knn(model, [make_images(2)], batches)
 
