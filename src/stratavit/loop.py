@@ -312,4 +312,5 @@ class Trainer:
         facts = {"recipe": self.recipe.to_dict(), "steps": self.step, **self.identity()}
         self.learner.graduate(facts)
         points = report.last_curve(self.journal.rows())
+        processes.unwrap(self.accelerator, self.model)  # what is saved must answer as what is loaded
         processes.on_main(self.accelerator, lambda: self.learner.publish(self.out, points))
