@@ -15,11 +15,14 @@ from stratavit import architecture
 from stratavit.classifier import head_layers, with_plain_head
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.families import family_of
-from stratavit.fidelity import Subject, check_saved
+from stratavit.fidelity import Subject, check_extracted, check_saved
+from stratavit.intake import own_routines
 from stratavit.weights import check_fit
 
 if TYPE_CHECKING:
     from stratavit.supernet import SuperNet
+
+WAY_OUT = "undo it, or change the model before SuperNet(model)"
 
 
 def form_of(model: Any) -> tuple[Any, ...]:
@@ -46,14 +49,20 @@ def description_now(net: SuperNet) -> dict[str, Any]:
     old = net.description
     description = {**old, "args": {**old["args"], **family_of(net.model).arguments(net.model)}}
     try:
-        built = architecture.build(description, "meta", computed=False)
+        _check_tensors(net, architecture.build(description, "meta", computed=False))
+    except ArtifactError as error:
+        raise StrataViTError(str(error)) from error
+    return description
+
+
+def _check_tensors(net: SuperNet, built: nn.Module) -> None:
+    """Whether the model of a super-network has the tensors of one that was built from its description."""
+    try:
         check_fit(built, {name: tuple(t.shape) for name, t in net.model.state_dict().items()}, "the changed model")
     except ArtifactError as error:
-        raise StrataViTError(
-            f"the model of this super-network was changed in a way that cannot be followed ({error}); undo it, or "
-            "change the model before SuperNet(model)"
+        raise ArtifactError(
+            f"the model of this super-network was changed in a way that cannot be followed ({error}); {WAY_OUT}"
         ) from error
-    return description
 
 
 def plain_heads(model: nn.Module) -> None:
@@ -62,10 +71,27 @@ def plain_heads(model: nn.Module) -> None:
 
 
 def check_followed(net: SuperNet, description: Mapping[str, Any]) -> None:
-    """Whether what loading would build of a super-network answers as it does, at full size.
+    """Whether what loading would build of a super-network has its tensors and answers as it does, at full size.
 
     Raises:
         ArtifactError: It does not.
     """
-    built = architecture.filled(architecture.build(description), net.model)
-    check_saved(Subject(net.model, net), built, net.data_config["input_size"])
+    built = architecture.build(description)
+    _check_tensors(net, built)
+    check_saved(Subject(net.model, net), architecture.filled(built, net.model), net.data_config["input_size"])
+
+
+def check_small(net: SuperNet, small: nn.Module, widths: Mapping[str, int]) -> None:
+    """Whether a small model answers as its super-network does; tried where hooks or methods of instances came later.
+
+    Raises:
+        StrataViTError: It does not.
+    """
+    if any(_followed_by_others(module, net) for module in net.modules()):
+        answers = Subject(net.model, lambda images: net(images, widths))
+        check_extracted(answers, small, net.data_config["input_size"])
+
+
+def _followed_by_others(module: nn.Module, net: SuperNet) -> bool:
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return bool(own_routines(module)) or any(hook is not net._shift for hook in hooks)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from stratavit.answers import Answers
 from stratavit.classifier import with_plain_head
 from stratavit.conversion import Convertible
 from stratavit.cost import CostModel, cost_model
-from stratavit.elastic import ElasticSite, run_at
+from stratavit.elastic import ElasticSite, run_at, site_of
 from stratavit.errors import BudgetError, StrataViTError
 from stratavit.extract import small_model
 from stratavit.families import elastic_sites, find_sites, last_norm, stages
@@ -114,7 +113,7 @@ class SuperNet(Convertible):
 
     def _elastic_copy(self, plain: nn.Module) -> nn.Module:
         """A copy whose attention and MLP modules are elastic, without methods that are set on instances."""
-        copied: Any = copy.deepcopy(plain)
+        copied: Any = intake.whole_copy(plain)
         intake.drop_own_routines(copied)
         copied.embedding = self.embedding
         modules, self.whole = elastic_sites(copied)
@@ -126,8 +125,12 @@ class SuperNet(Convertible):
 
     @property
     def elastic(self) -> dict[str, ElasticSite]:
-        """Site name -> elastic module."""
-        return {site.name: self.model.get_submodule(site.name) for site in self.sites}
+        """Site name -> elastic module.
+
+        Raises:
+            StrataViTError: One of them was taken out of the model, or another module put in its place.
+        """
+        return {site.name: site_of(self.model, site.name) for site in self.sites}
 
     @property
     def cost(self) -> CostModel:
@@ -213,9 +216,7 @@ class SuperNet(Convertible):
 
     def source_copy(self) -> nn.Module:
         """A copy of the full model as it is, to teach by."""
-        with torch.no_grad():
-            copied: nn.Module = copy.deepcopy(self.model)
-        return copied.requires_grad_(False).eval()
+        return intake.whole_copy(self.model).requires_grad_(False).eval()
 
     # ---- extraction -------------------------------------------------------------------------------
 
@@ -244,8 +245,14 @@ class SuperNet(Convertible):
         return as_source(self.small_at(spec))
 
     def small_at(self, widths: Mapping[str, int]) -> nn.Module:
-        """The plain small model of a spec in timm's form, see `extract`."""
+        """The plain small model of a spec in timm's form, see `extract`.
+
+        Raises:
+            UnsupportedModelError: Other tools have put layers of theirs into `model`.
+            StrataViTError: Hooks or replaced methods make `model` answer otherwise than what can be cut out of it.
+        """
         widths = self.resolve(widths)
+        intake.check_layers(self.model)
         small: Any = small_model(self.model, self.sites, widths, self.final_shift(widths))
         small.provenance = {
             "super_network": self.provenance,
@@ -262,6 +269,7 @@ class SuperNet(Convertible):
         small.source_args = dict(self.description["args"])
         if self.released:  # all of it was frozen to be served, see `specialise`
             set_frozen(small, self._frozen)
+        following.check_small(self, small, widths)
         made: nn.Module = small
         return made
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from stratavit.allocation import State, allocate
@@ -20,7 +19,7 @@ from stratavit.families import last_norm
 from stratavit.feed import Feed
 from stratavit.pixels import Seen, keys_of
 from stratavit.progress import track
-from stratavit.structure import Site, eval_mode, frozen
+from stratavit.structure import Site, eval_mode, frozen, takes_gradients
 
 FAMILIAR = 0.1  # share of images below which they are not those of `contract`
 
@@ -77,8 +76,8 @@ def walk(
         The states; the logarithm of the keep ratios at the last one; at each state by how much the mean of what
         the head reads has moved from the dense model's, ``[C]``, dense minus small (empty if no norm can take it).
     """
-    if torch.is_inference_mode_enabled():
-        raise StrataViTError("stratify needs gradients: call it outside torch.inference_mode()")
+    if not takes_gradients(model):
+        raise StrataViTError("stratify needs gradients: make the network and call it outside torch.inference_mode()")
     feed, fold = Feed(loader, model), 0
     answers = Answers() if answers is None else answers
     ratios = dict.fromkeys((site.name for site in sites), 0.0)
