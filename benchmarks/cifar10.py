@@ -28,7 +28,7 @@ from torch import Tensor
 
 import stratavit
 from stratavit import SuperNet
-from stratavit.artifacts.format import JSON_FILE
+from stratavit.artifacts.folder_format import JSON_FILE
 from stratavit.cli.parser import main as run_cli
 from stratavit.data.image_folder import image_loader
 from stratavit.training import run_files

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Subset
 
 import stratavit
 from stratavit import Recipe, SuperNet, demo
-from stratavit.artifacts.format import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
+from stratavit.artifacts.folder_format import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
 from stratavit.tasks.piad_task import Pupil
 from stratavit.training import run_files
 from stratavit.training.order import Seeded

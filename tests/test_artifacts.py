@@ -21,7 +21,7 @@ from torch import nn
 
 import stratavit
 from stratavit import ArtifactError, StrataViTError, SuperNet
-from stratavit.artifacts import format, moments, super_network, timm_config
+from stratavit.artifacts import folder_format, moments, super_network, timm_config
 from stratavit.files import atomic, folders
 
 IMAGES = make_images(2, seed=9)
@@ -481,7 +481,7 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old(save, failure, function
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(format, function, fail_half_way)
+    monkeypatch.setattr(folder_format, function, fail_half_way)
     expected = KeyboardInterrupt if failure == "interrupted" else ArtifactError
     with pytest.raises(expected) as caught:
         save(tmp_path / "out", overwrite=True)
@@ -492,7 +492,7 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old(save, failure, function
 
 
 def test_a_failed_write_leaves_no_new_parents(tmp_path, monkeypatch):
-    monkeypatch.setattr(format, "save_file", lambda *args: (_ for _ in ()).throw(FAILURES["disk full"]))
+    monkeypatch.setattr(folder_format, "save_file", lambda *args: (_ for _ in ()).throw(FAILURES["disk full"]))
     with pytest.raises(ArtifactError):
         save_super(tmp_path / "new" / "out")
     assert content(tmp_path) == {}

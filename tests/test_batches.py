@@ -1,5 +1,6 @@
 """What a loader yields is taken as it is meant, or refused in one sentence: never a traceback, never another number."""
 
+import copy
 from collections import UserDict, namedtuple
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from helpers import CLASSES, PLAN, make_batches, make_images, make_model, make_net
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 import stratavit
 from stratavit import StrataViTError, SuperNet
@@ -332,6 +334,19 @@ def test_training_takes_mappings_and_any_whole_numbers(tmp_path):
 def test_training_refuses_what_does_not_fit(make, tmp_path):
     with pytest.raises(StrataViTError, match=r"^train: [^\n]*$"):
         finetuned(make, tmp_path / "run")
+
+
+class InTurn(IterableDataset):
+    def __iter__(self):
+        yield from zip(IMAGES, LABELS, strict=True)
+
+
+@pytest.mark.parametrize("data", [InTurn(), DataLoader(list(zip(IMAGES, LABELS, strict=True)), 1), None])
+@pytest.mark.parametrize("train", [stratavit.finetune, stratavit.train_piad])
+def test_training_needs_images_by_their_numbers(train, data, tmp_path):
+    model = make_model("plain") if train is stratavit.finetune else copy.deepcopy(make_net("plain", stratified=True))
+    with pytest.raises(StrataViTError, match=rf"^train: expected a data set .* got {type(data).__name__}"):
+        train(model, data, out=tmp_path / "run", cpu=True)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Which class a folder is: by a class map, by the model's names, by the training split, by order."""
 
+import unicodedata
+
 import pytest
 import timm
 import torch
@@ -79,6 +81,22 @@ def test_a_class_map_wins(tmp_path):
     (tmp_path / "map.txt").write_text("b\na\n")
     options = {"class_map": tmp_path / "map.txt", "class_names": ["a", "b"]}
     assert numbers(tmp_path, classes=2, **options) == {"a": 1, "b": 0}
+
+
+@pytest.mark.parametrize("text", ["b\r\na\r\n", "\ufeffb\na\n", "\n b \n\na"])
+def test_class_maps_of_other_editors(tmp_path, text):
+    folders(tmp_path / "val", "a", "b")
+    (tmp_path / "map.txt").write_bytes(text.encode())
+    assert numbers(tmp_path, classes=2, class_map=tmp_path / "map.txt") == {"a": 1, "b": 0}
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])  # letters and their accents in one, and apart as macOS writes them
+def test_names_that_look_alike_are_alike(tmp_path, form):
+    ours, others = (unicodedata.normalize(way, "\u00c4ffchen") for way in (form, "NFC" if form == "NFD" else "NFD"))
+    folders(tmp_path / "val", "Zebra", ours)
+    (tmp_path / "map.txt").write_text(f"{others}\nZebra\n", encoding="utf-8")
+    for options in ({"class_names": [others, "Zebra"]}, {"class_map": tmp_path / "map.txt"}):
+        assert numbers(tmp_path, classes=2, **options) == {ours: 0, "Zebra": 1}
 
 
 # ---- order ------------------------------------------------------------------------------------------------------

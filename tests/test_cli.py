@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import stratavit
-from stratavit.artifacts import format
+from stratavit.artifacts import folder_format
 from stratavit.cli.parser import main, parser
 
 MODEL = "deit_tiny_patch16_224"
@@ -360,7 +360,7 @@ def test_disk_full(run, tmp_path, capsys, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(format, "save_file", full)
+    monkeypatch.setattr(folder_format, "save_file", full)
     line = complaint(capsys, ["extract", run, "--macs", "0.5", "--out", tmp_path / "new" / "out"])
     assert "No space left" in line
     assert list(tmp_path.iterdir()) == []

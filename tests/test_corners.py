@@ -22,7 +22,7 @@ from torch import nn
 
 import stratavit
 from stratavit import ArtifactError, Spec, StrataViTError, SuperNet, UnsupportedModelError
-from stratavit.artifacts import format, timm_config
+from stratavit.artifacts import folder_format, timm_config
 from stratavit.calibration import statistics
 from stratavit.cli.parser import main
 from stratavit.data import image_files
@@ -135,6 +135,8 @@ def test_neighbours_of_nothing():
         stratavit.knn(model, batches, batches, k=0)
     with pytest.raises(StrataViTError, match="knn: the bank gave no images"):
         stratavit.knn(model, [], batches)
+    with pytest.raises(StrataViTError, match="knn: the bank has the label -1, expected numbers of classes"):
+        stratavit.knn(model, [(images, labels * 0 - 1) for images, labels in batches], batches)
     with pytest.raises(StrataViTError, match="the loader gives no labels"):
         stratavit.knn(model, [make_images(2)], batches)
 
@@ -401,4 +403,4 @@ def test_started_as_a_module():
 
 def test_budgets_of_a_small_model(folder, capsys):
     assert "has one size only" in told(capsys, "bench", folder / "small", "--macs", "50%")
-    assert format.kind(folder / "small") == format.SUB
+    assert folder_format.kind(folder / "small") == folder_format.SUB

@@ -23,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import stratavit
 from stratavit import ArtifactError, Recipe, Spec, StrataViTError, SuperNet
-from stratavit.artifacts import format, model_loading
+from stratavit.artifacts import folder_format, model_loading
 from stratavit.data.class_names import read_class_map
 from stratavit.data.image_folder import image_loader
 from stratavit.dropout_list.strata import Strata
@@ -927,7 +927,7 @@ def test_code_in_a_folder_of_transformers_is_not_run(tmp_path, kind):
 def test_artifacts_tell_the_kind_of_hostile_folders(tmp_path):
     for text in (*RAW, '{"format": ["x"]}', '{"format": {"a": 1}}'):
         (tmp_path / "stratavit.json").write_text(text)
-        assert outcome(format.kind, tmp_path) is None
+        assert outcome(folder_format.kind, tmp_path) is None
 
 
 @pytest.mark.parametrize("kind", LOADERS)

@@ -1,5 +1,7 @@
 """Images of every format, depth and orientation as 8-bit pixels."""
 
+import os
+import struct
 import warnings
 
 import numpy as np
@@ -117,6 +119,36 @@ def test_numbers_of_which_nothing_says_what_is_white_are_refused(tmp_path, pixel
     Image.fromarray(pixels).save(tmp_path / "val" / "a" / "0.tif")
     with pytest.raises(StrataViTError, match=r"0\.tif holds .* to .* which of them is white"):
         next(iter(image_loader(tmp_path, config(3), "val", None)))
+
+
+TIFFS = {  # bits, kind of numbers (1 without a sign, 2 with, 3 floats), whether 0 is white, bytes, lightness
+    "white is 0, 16 bits": (16, 1, True, (65535 - RAMP * 65535).astype("<u2").tobytes(), RAMP),
+    "white is 0, 8 bits": (8, 1, True, (255 - RAMP * 255).astype("u1").tobytes(), RAMP),
+    "white is 0, floats": (32, 3, True, (1 - RAMP).astype("<f4").tobytes(), RAMP),
+    "with a sign": (16, 2, False, (RAMP * 32767).astype("<i2").tobytes(), RAMP),
+    "dark with a sign": (16, 2, False, (RAMP * 200).astype("<i2").tobytes(), RAMP * 200 / 32767),
+    "12 bits, black": (12, 1, False, bytes(SIDE * SIDE * 3 // 2), RAMP * 0),
+    "12 bits, white": (12, 1, False, b"\xff" * (SIDE * SIDE * 3 // 2), RAMP * 0 + 1),
+}
+
+
+@pytest.mark.parametrize("name", TIFFS)
+def test_what_a_tiff_says_of_its_numbers(tmp_path, name):
+    bits, kind, zero_is_white, content, lightness = TIFFS[name]
+    tags = {256: SIDE, 257: SIDE, 258: bits, 259: 1, 262: not zero_is_white, 273: 8, 277: 1, 278: SIDE}
+    tags |= {279: len(content), 339: kind}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(content))
+    (tmp_path / "0.tif").write_bytes(head + content + struct.pack("<H", len(tags)) + entries + bytes(4))
+    found = np.asarray(read(tmp_path / "0.tif", "L")) / 255
+    assert np.abs(found - lightness).max() <= 1.01 / 255
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "0.png")
+    with pytest.raises(OSError, match="not a regular file"):
+        read(tmp_path / "0.png")
 
 
 # ---- modes ------------------------------------------------------------------------------------------------------

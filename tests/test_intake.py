@@ -2,6 +2,7 @@
 
 import copy
 import json
+import threading
 import warnings
 
 import architectures
@@ -317,6 +318,62 @@ def swin_of_another_size(model):
         model.set_input_size(img_size=64)
 
 
+TURNED = {  # what makes a super-network answer otherwise than what can be cut out of it
+    "hook of a site": lambda net: net.model.blocks[0].attn.register_forward_hook(doubled),
+    "hook of a site, by keyword": lambda net: net.model.blocks[1].mlp.register_forward_pre_hook(
+        lambda module, args, kwargs: ((2 * args[0],), kwargs), with_kwargs=True
+    ),
+    "hook of the last norm": lambda net: net.model.norm.register_forward_hook(doubled),
+    "hook of the whole": lambda net: net.register_forward_hook(doubled),
+    "forward of a site": lambda net: own_forward(net.model.blocks[0].attn),
+    "forward of a block": lambda net: own_forward(net.model.blocks[0]),
+    "LoRA": lambda net: at("blocks.0.attn.qkv", Lora)(net.model),
+    "pruning": lambda net: prune.l1_unstructured(net.model.blocks[0].mlp.fc1, "weight", 0.5),
+    "fewer blocks": lambda net: setattr(net.model, "blocks", net.model.blocks[:1]),
+    "adapter": lambda net: at("blocks.0.mlp", lambda mlp: nn.Sequential(mlp, nn.Linear(32, 32)))(net.model),
+}
+
+
+def doubled(module, args, out):
+    return 2 * out
+
+
+def own_forward(module):
+    before = module.forward
+    module.forward = lambda *args, **kwargs: 2 * before(*args, **kwargs)
+
+
+@pytest.mark.parametrize("spec", [{}, {"blocks.0.attn": 8, "blocks.1.mlp": 8}])
+@pytest.mark.parametrize("turn", TURNED)
+def test_no_small_model_is_cut_that_would_answer_otherwise(turn, spec, tmp_path):
+    net = copy.deepcopy(make_net("plain"))
+    TURNED[turn](net)
+    for use in (lambda: net.extract(spec=spec, verbose=False), lambda: net.save(tmp_path / "net")):
+        with pytest.raises(StrataViTError) as caught:
+            use()
+        assert "\n" not in str(caught.value)
+
+
+def test_hooks_that_look_on_do_not_stand_in_the_way():
+    net, seen = copy.deepcopy(make_net("plain")), []
+    for module in (net, net.model, net.model.norm, net.model.blocks[0].attn):
+        module.register_forward_hook(lambda module, args, out: seen.append(out.detach()))
+    small, images = net.extract(spec={"blocks.0.attn": 8}, verbose=False), make_images(2)
+    with torch.no_grad():
+        assert relative_error(small(images), net(images, {"blocks.0.attn": 8})) < 1e-5
+    assert seen
+
+
+@pytest.mark.parametrize(
+    "add", [lambda m: m.register_buffer("x", torch.zeros(3)), lambda m: m.add_module("x", nn.Linear(2, 2))]
+)
+def test_tensors_added_later_are_refused_by_name(add, tmp_path):
+    net = copy.deepcopy(make_net("plain"))
+    add(net.model)
+    with pytest.raises(ArtifactError, match=r"cannot be followed .*\bx\b"):
+        net.save(tmp_path / "net")
+
+
 @pytest.mark.parametrize(
     ("name", "apply"),
     [
@@ -351,3 +408,64 @@ def test_windows_of_another_size_are_saved_or_refused(tmp_path):
     stratavit.save(small, tmp_path / "small")
     with torch.no_grad():
         assert relative_error(stratavit.load(tmp_path / "small")(images), small(images)) < 1e-5
+
+
+# ---- and by hand ------------------------------------------------------------------------------------------------
+
+
+def graph_kept(model):
+    model.blocks[1].saved = model(make_images(1))
+
+
+KEPT = {  # what was left in a model that cannot be copied, and its name
+    "a lock": (lambda model: setattr(model, "lock", threading.Lock()), "lock"),
+    "an output with its graph": (graph_kept, r"blocks\.1\.saved"),
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_what_cannot_be_copied_is_named(kept):
+    leave, name = KEPT[kept]
+    model, net = make_model("plain"), copy.deepcopy(make_net("plain"))
+    leave(model), leave(net.model)
+    for use in (lambda: SuperNet(model), lambda: net.extract(spec={}, verbose=False), net.source_copy):
+        with pytest.raises(UnsupportedModelError, match=f"{name} does not allow it"):
+            use()
+
+
+def one_tensor(model):
+    model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
+
+
+def test_one_tensor_in_two_places_is_refused(tmp_path):
+    model, net = make_model("plain"), copy.deepcopy(make_net("plain"))
+    one_tensor(model), one_tensor(net.model)
+    for use in (
+        lambda: SuperNet(model),
+        lambda: stratavit.save(model, tmp_path / "x"),
+        lambda: net.save(tmp_path / "x"),
+    ):
+        with pytest.raises(StrataViTError, match=r"blocks\.0\.mlp\.fc1\.weight and blocks\.1.* are one tensor"):
+            use()
+
+
+def test_weights_in_one_memory_are_saved(tmp_path):
+    model = make_model("plain")
+    model.blocks[1].norm1.weight = nn.Parameter(model.blocks[0].norm1.weight.data)
+    stratavit.save(model, tmp_path / "x")
+    assert stratavit.load(tmp_path / "x").blocks[1].norm1.weight.equal(model.blocks[0].norm1.weight)
+
+
+def test_weights_of_inference_mode():
+    """Serving may do all in it; what needs gradients says so; small models can be trained."""
+    net = make_net("plain")
+    with torch.inference_mode():
+        served = SuperNet(make_model("plain")).eval()
+        assert served.extract(spec={"blocks.0.attn": 8}, verbose=False)(make_images(2)).isfinite().all()
+        model = make_model("plain")
+        small = net.extract(spec={"blocks.0.attn": 8, "blocks.1.mlp": 8}, verbose=False)
+    small(make_images(2)).sum().backward()
+    assert all(parameter.grad is not None for parameter in small.blocks.parameters())
+    for use in (lambda: SuperNet(model), lambda: served.contract(make_batches())):
+        with pytest.raises(StrataViTError, match="outside"):
+            use()

@@ -2,6 +2,7 @@
 
 import gc
 import multiprocessing
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from PIL import Image
 
 from stratavit import StrataViTError, image_loader
 from stratavit.data import image_folder
+from stratavit.training import order
 
 CONFIG = {"input_size": (3, 8, 8)}
 
@@ -101,3 +103,18 @@ def test_nothing_is_drawn_from_the_general_generator(loader):
     everything(loader)
     everything(loader)
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("init", [image_folder._leave_quietly, order._leave_signals_to_the_parent])
+def test_a_thread_whose_reader_has_gone_says_nothing(init, capfd):
+    """Where a worker hands tensors over, multiprocessing tells errors of its own so."""
+
+    def work():
+        init(0)
+        sys.excepthook(EOFError, EOFError("gone"), None)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert capfd.readouterr().err == ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from stratavit.calibration.wpac import Criterion
 from stratavit.data.pixels import Seen
 from stratavit.dropout_list import build, sensitivity, strata
 from stratavit.dropout_list.walk import Walk
-from stratavit.elastic.base import Compensation, ElasticSite, run_at
+from stratavit.elastic.base import Compensation, ElasticSite, run_at, site_of
 from stratavit.elastic.memory import Memory, memory_of
 from stratavit.elastic.running import Run, running
 from stratavit.elastic.site import HEAD_DIM_UNIT, MLP_UNITS, with_units
@@ -131,7 +130,7 @@ class SuperNet(nn.Module):
 
     def _elastic_copy(self, plain: nn.Module) -> nn.Module:
         """A copy whose attention and MLP modules are elastic, without methods that are set on instances."""
-        copied: Any = copy.deepcopy(plain)
+        copied: Any = source_checks.whole_copy(plain)
         source_checks.drop_own_routines(copied)
         copied.embedding = self.embedding
         modules, self.whole = elastic_sites(copied)
@@ -143,8 +142,12 @@ class SuperNet(nn.Module):
 
     @property
     def elastic(self) -> dict[str, ElasticSite]:
-        """Site name -> elastic module."""
-        return {site.name: self.model.get_submodule(site.name) for site in self.sites}
+        """Site name -> elastic module.
+
+        Raises:
+            StrataViTError: One of them was taken out of the model, or another module put in its place.
+        """
+        return {site.name: site_of(self.model, site.name) for site in self.sites}
 
     @property
     def cost(self) -> CostModel:
@@ -269,9 +272,7 @@ class SuperNet(nn.Module):
 
     def source_copy(self) -> nn.Module:
         """A copy of the full model as it is, to teach by."""
-        with torch.no_grad():
-            copied: nn.Module = copy.deepcopy(self.model)
-        return copied.requires_grad_(False).eval()
+        return source_checks.whole_copy(self.model).requires_grad_(False).eval()
 
     # ---- convert -----------------------------------------------------------------------------------
 
@@ -460,8 +461,14 @@ class SuperNet(nn.Module):
         return as_source(self.small_at(spec))
 
     def small_at(self, widths: Mapping[str, int]) -> nn.Module:
-        """The plain small model of a spec in timm's form, see `extract`."""
+        """The plain small model of a spec in timm's form, see `extract`.
+
+        Raises:
+            UnsupportedModelError: Other tools have put layers of theirs into `model`.
+            StrataViTError: Hooks or replaced methods make `model` answer otherwise than what can be cut out of it.
+        """
         widths = self.resolve(widths)
+        source_checks.check_layers(self.model)
         small: Any = small_model(self.model, self.sites, widths, self.final_shift(widths))
         small.provenance = {
             "super_network": self.provenance,
@@ -478,6 +485,7 @@ class SuperNet(nn.Module):
         small.source_args = dict(self.description["args"])
         if self.released:  # all of it was frozen to be served, see `specialise`
             set_frozen(small, self._frozen)
+        changes.check_small(self, self.model, small, widths, self.data_config["input_size"])
         made: nn.Module = small
         return made
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stratavit.artifacts.format import (
+from stratavit.artifacts.folder_format import (
     SUB,
     header,
     label_names,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stratavit.artifacts.format import (
+from stratavit.artifacts.folder_format import (
     JSON_FILE,
     MOMENTS_FILE,
     SUPER,

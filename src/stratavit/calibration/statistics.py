@@ -20,7 +20,7 @@ from stratavit.data.pixels import folds_of, keys_of
 from stratavit.elastic.base import ElasticSite
 from stratavit.errors import StrataViTError
 from stratavit.models.families import stages
-from stratavit.utils.model import classes_of, eval_mode, frozen, model_device, model_dtype
+from stratavit.utils.model import classes_of, eval_mode, frozen, model_device, model_dtype, takes_gradients
 from stratavit.utils.progress import track
 
 Scatter = Literal["weighted", "plain", "none"]
@@ -190,8 +190,8 @@ def collect(
     if objective not in OBJECTIVES:
         raise StrataViTError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
     sites = {name: module for name, module in model.named_modules() if isinstance(module, ElasticSite)}
-    if torch.is_inference_mode_enabled():
-        raise StrataViTError("calibration needs gradients: call it outside torch.inference_mode()")
+    if not takes_gradients(model):
+        raise StrataViTError("calibration needs gradients: make the network and call it outside torch.inference_mode()")
     headless = not classes_of(model)
     if headless and objective not in ("auto", "feature"):
         raise StrataViTError(f"objective {objective!r} needs a head, but the model has none; use 'feature' or 'auto'")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stratavit.artifacts import format, sub_network
+from stratavit.artifacts import folder_format, sub_network
 from stratavit.budgets.amounts import human
 from stratavit.cli.commands import Outcome, budgeted, budgets
 from stratavit.errors import BudgetError, StrataViTError
@@ -30,7 +30,7 @@ def run(args: Namespace) -> Outcome:
     """Times a small model, or sizes of a super-network, beside the dense model."""
     device = pick_device(args.device)
     asked = budgets(args)
-    if format.kind(args.target) == format.SUPER:
+    if folder_format.kind(args.target) == folder_format.SUPER:
         net = SuperNet.load(args.target, device)
         config = net.data_config
         models = sizes(net, args.shares, asked if budgeted(asked) else None)

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from rich.table import Table
 
-from stratavit.artifacts import format, sub_network, super_network
+from stratavit.artifacts import folder_format, sub_network, super_network
 from stratavit.budgets.amounts import human
 from stratavit.data.class_names import class_names_of
 from stratavit.data.image_folder import ImageLoader, image_loader
@@ -129,8 +129,8 @@ def push(args: Namespace) -> Outcome:
 
 def info(args: Namespace) -> Outcome:
     """What a saved folder holds."""
-    kind = format.kind(args.target)
-    if kind == format.SUPER:
+    kind = folder_format.kind(args.target)
+    if kind == folder_format.SUPER:
         net = SuperNet.load(args.target)
         widths = dict(net.resolve(None))
         smallest = net.macs() if net.strata is None else net.macs(net.strata.smallest())

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from stratavit.artifacts import format
+from stratavit.artifacts import folder_format
 from stratavit.artifacts.model_loading import model_at
 from stratavit.cli import commands
 from stratavit.data.class_names import class_names_of
@@ -86,7 +86,7 @@ def evaluate(args: Namespace) -> commands.Outcome:
     spec: Spec | None = None
     view: list[Any] = []
     model: nn.Module
-    if format.is_supernet(args.target):
+    if folder_format.is_supernet(args.target):
         model = net = SuperNet.load(args.target, device)
         if commands.budgeted(asked):
             met = net.budget(**asked)

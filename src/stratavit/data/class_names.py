@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,13 +85,14 @@ def _in_order(given: Any) -> list[str] | None:
 
 
 def read_class_map(path: Path) -> dict[str, int]:
-    """Class folder name -> index from a text file of one name per line.
+    """Class folder name -> index from a text file of one name per line; names are `composed`.
 
     Raises:
         StrataViTError: The file is not readable text, or names a class twice.
     """
     try:
-        names = [line.strip() for line in read_small(path).decode().splitlines() if line.strip()]
+        text = composed(read_small(path).decode("utf-8-sig"))  # Windows puts a mark in front
+        names = [line.strip() for line in text.splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise StrataViTError(f"class map {path}: cannot be read as text, one class folder name per line") from error
     repeated = sorted(name for name, count in Counter(names).items() if count > 1)
@@ -106,13 +108,14 @@ def by_class_map(folder: Path, found: Sequence[str], path: str | Path) -> Number
     Raises:
         StrataViTError: The map cannot be read, or does not know one of the folders.
     """
-    index = read_class_map(Path(path))
+    known = read_class_map(Path(path))
+    index = {name: known[composed(name)] for name in found if composed(name) in known}
     unknown = [name for name in found if name not in index]
     if len(unknown) == len(found):
         raise StrataViTError(f"{folder} holds no usable images: none of its class folders is in the class map")
     if unknown:
         raise StrataViTError(f"{folder / unknown[0]} is not a class of {path} ({len(unknown)} such folders)")
-    return Numbering(tuple(index), index, f"by {Path(path).name}")
+    return Numbering(tuple(known), index, f"by {Path(path).name}")
 
 
 def by_names(folder: Path, found: Sequence[str], names: Sequence[str]) -> Numbering | None:
@@ -202,5 +205,10 @@ def _indexed(named: Iterable[list[str]]) -> dict[str, list[int]]:
     return found
 
 
+def composed(name: str) -> str:
+    """Letters with their accents in one: macOS writes them apart, so that names differ which look alike."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _plain(name: str) -> str:
-    return " ".join(name.replace("_", " ").split()).casefold()
+    return " ".join(composed(name).replace("_", " ").split()).casefold()

@@ -23,6 +23,7 @@ from stratavit.data.image_files import class_folders, list_images
 from stratavit.data.image_reading import decoded, open_image
 from stratavit.data.splits import SPLITS, find_split, split_folder, unused_splits
 from stratavit.errors import StrataViTError, described, one_line, out_of_memory
+from stratavit.utils.signals import hush
 
 Sample = tuple[Tensor | None, int, str]
 
@@ -196,6 +197,7 @@ def rest(*loaders: Any) -> None:
 
 def _leave_quietly(worker: int) -> None:
     """What ends all processes of a group is told by the first of them."""
+    hush()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from stratavit.errors import StrataViTError, out_of_memory
 # programs, drawings and films, and formats of which Pillow knows the head only
 _NOT_DECODED = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
 _LIGHTEST = 65535
+_BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF: bits of a number; 0 if the lowest number is white
 _TOLERANCE = 1e-4
 
 
@@ -35,7 +38,12 @@ def open_image(path: str) -> Image.Image:
 
     It is read from memory: of a file, parts of a damaged length would be made room for before it is found too short.
     What a file is goes by its content.
+
+    Raises:
+        OSError: It is no regular file (a pipe would be waited for), or no image.
     """
+    if not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "not a regular file")
     return Image.open(io.BytesIO(Path(path).read_bytes()), formats=formats())
 
 
@@ -51,15 +59,17 @@ def decoded(image: Image.Image, mode: str, path: str) -> Image.Image:
         StrataViTError: The image has whole numbers or floats of which nothing says what is white.
     """
     image.load()
+    tags: Any = getattr(image, "tag_v2", {})
+    negative = tags.get(_PHOTOMETRIC) == 0  # Pillow turns it over in 8 bits only
     if image.mode.startswith("I;16"):
-        white: float | None = _LIGHTEST
+        white: float | None = 2 ** tags.get(_BITS, (16,))[0] - 1
     elif image.mode == "I":
         white = _white_of_integers(image, path)
     else:
         white = _white_of_floats(image, path) if image.mode == "F" else None
     image = _upright(image)
     if white is not None:
-        image = _scaled(image, white)
+        image = _scaled(image, white, negative)
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         image = image.convert("RGBA")  # the same colours; Pillow warns of a direct way
     return image.convert(mode)
@@ -77,8 +87,9 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _scaled(image: Image.Image, white: float) -> Image.Image:
+def _scaled(image: Image.Image, white: float, negative: bool) -> Image.Image:
     values = np.asarray(image).astype(np.float64)
+    values = white - values if negative else values
     return Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
 
 
@@ -89,8 +100,10 @@ def _white_of_integers(image: Image.Image, path: str) -> int:
     tags: Any = getattr(image, "tag_v2", {})
     if image.format in ("PNG", "PPM"):  # 16 bits by the format
         return _LIGHTEST
+    if low >= 0 and tuple(tags.get(_BITS, ())) == (16,):
+        return 32767  # 16 bits with a sign
     if low == high == 0 or (low >= 0 and 255 < high <= _LIGHTEST):
-        return 32767 if tuple(tags.get(258, ())) == (16,) else _LIGHTEST  # 16 bits with a sign
+        return _LIGHTEST
     raise _unknown(path, f"whole numbers from {low} to {high}")
 
 

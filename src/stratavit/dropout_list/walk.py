@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from stratavit.calibration.dense_outputs import Answers
@@ -20,7 +19,7 @@ from stratavit.elastic.site import Site
 from stratavit.errors import StrataViTError
 from stratavit.models.cost import CostModel
 from stratavit.models.families import last_norm
-from stratavit.utils.model import eval_mode, frozen
+from stratavit.utils.model import eval_mode, frozen, takes_gradients
 from stratavit.utils.progress import track
 
 FAMILIAR = 0.1  # share of images below which they are not those of `contract`
@@ -78,8 +77,8 @@ def walk(
         The states; the logarithm of the keep ratios at the last one; at each state by how much the mean of what
         the head reads has moved from the dense model's, ``[C]``, dense minus small (empty if no norm can take it).
     """
-    if torch.is_inference_mode_enabled():
-        raise StrataViTError("stratify needs gradients: call it outside torch.inference_mode()")
+    if not takes_gradients(model):
+        raise StrataViTError("stratify needs gradients: make the network and call it outside torch.inference_mode()")
     feed, fold = Feed(loader, model), 0
     answers = Answers() if answers is None else answers
     ratios = dict.fromkeys((site.name for site in sites), 0.0)

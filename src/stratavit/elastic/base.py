@@ -23,6 +23,7 @@ from stratavit.elastic.compensation import GAIN, Moments, compensate
 from stratavit.elastic.corrected import Corrected, stale
 from stratavit.elastic.running import Run, current_run, running
 from stratavit.elastic.site import Site
+from stratavit.errors import StrataViTError
 
 Compensation = Literal["none", "mean", "full"]
 
@@ -294,6 +295,23 @@ class ElasticSite(nn.Module):
         bias = None if self.bypassed else self.out_bias_at(0)
         zeros = torch.zeros_like(x)
         return zeros if bias is None else zeros + bias
+
+
+def site_of(model: nn.Module, name: str) -> ElasticSite:
+    """The elastic module of a name.
+
+    Raises:
+        StrataViTError: The owner of the super-network has taken it out, or put another one in its place.
+    """
+    module: Any = model
+    for part in name.split("."):
+        module = getattr(module, part, None)
+    if not isinstance(module, ElasticSite):
+        raise StrataViTError(
+            f"{name} of this super-network was taken out of its model or replaced; undo it, or change the model before "
+            "SuperNet(model)"
+        )
+    return module
 
 
 @contextmanager

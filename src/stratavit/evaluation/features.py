@@ -66,7 +66,7 @@ def knn(
         description: Title of the progress bar.
 
     Raises:
-        StrataViTError: No images or labels, or k is no number of images.
+        StrataViTError: No images or labels, labels below 0, or k is no number of images.
     """
     if k < 1 or not temperature > 0:
         raise StrataViTError(f"knn: expected k of at least 1 and a temperature above 0, got {k!r} and {temperature!r}")
@@ -76,6 +76,8 @@ def knn(
         if not known:
             raise StrataViTError("knn: the bank gave no images; a generator is used up after one pass")
         stored, labels = torch.cat([x for x, _ in known]), torch.cat([y for _, y in known]).to(known[0][0].device)
+        if int(labels.min()) < 0:  # as data sets mark images without one
+            raise StrataViTError(f"knn: the bank has the label {int(labels.min())}, expected numbers of classes")
         classes, tally = int(labels.max()) + 1, Tally()
         for images, truth in _labelled(model, loader, description):
             votes = _votes(features(inner, images), stored, labels, classes, k, temperature)

@@ -14,9 +14,13 @@ from torch import nn
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.files.state_dicts import check_fit
 from stratavit.models import architecture
-from stratavit.models.equality import Subject, check_saved
+from stratavit.models.equality import Subject, check_extracted, check_saved
 from stratavit.models.families import family_of
+from stratavit.models.final_mean import Shift
+from stratavit.models.source_checks import own_routines
 from stratavit.utils.classifier import head_layers, with_plain_head
+
+WAY_OUT = "undo it, or change the model before SuperNet(model)"
 
 
 def form_of(model: Any) -> tuple[Any, ...]:
@@ -42,14 +46,20 @@ def description_now(old: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """
     description = {**old, "args": {**old["args"], **family_of(model).arguments(model)}}
     try:
-        built = architecture.build(description, "meta", computed=False)
+        _check_tensors(model, architecture.build(description, "meta", computed=False))
+    except ArtifactError as error:
+        raise StrataViTError(str(error)) from error
+    return description
+
+
+def _check_tensors(model: nn.Module, built: nn.Module) -> None:
+    """Whether the model of a super-network has the tensors of one that was built from its description."""
+    try:
         check_fit(built, {name: tuple(t.shape) for name, t in model.state_dict().items()}, "the changed model")
     except ArtifactError as error:
-        raise StrataViTError(
-            f"the model of this super-network was changed in a way that cannot be followed ({error}); undo it, or "
-            "change the model before SuperNet(model)"
+        raise ArtifactError(
+            f"the model of this super-network was changed in a way that cannot be followed ({error}); {WAY_OUT}"
         ) from error
-    return description
 
 
 def plain_heads(model: nn.Module) -> None:
@@ -58,7 +68,7 @@ def plain_heads(model: nn.Module) -> None:
 
 
 def check_followed(net: nn.Module, model: nn.Module, description: Mapping[str, Any], size: Any) -> None:
-    """Whether what loading would build of a super-network answers as it does, at full size.
+    """Whether what loading would build of a super-network has its tensors and answers as it does, at full size.
 
     Args:
         net: The super-network.
@@ -69,5 +79,28 @@ def check_followed(net: nn.Module, model: nn.Module, description: Mapping[str, A
     Raises:
         ArtifactError: It does not.
     """
-    built = architecture.filled(architecture.build(description), model)
-    check_saved(Subject(model, net), built, size)
+    built = architecture.build(description)
+    _check_tensors(model, built)
+    check_saved(Subject(model, net), architecture.filled(built, model), size)
+
+
+def check_small(net: Any, model: nn.Module, small: nn.Module, widths: Mapping[str, int], size: Any) -> None:
+    """Whether a small model answers as its super-network does; tried where hooks or methods of instances came later.
+
+    Args:
+        net: The super-network.
+        model: Its elastic model.
+        small: What was cut out of it.
+        widths: At which.
+        size: Of its images.
+
+    Raises:
+        StrataViTError: It does not.
+    """
+    if any(_followed_by_others(module) for module in net.modules()):
+        check_extracted(Subject(model, lambda images: net(images, widths)), small, size)
+
+
+def _followed_by_others(module: nn.Module) -> bool:
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return bool(own_routines(module)) or any(not isinstance(hook, Shift) for hook in hooks)

@@ -72,6 +72,15 @@ def check_saved(model: Subject, rebuilt: nn.Module, size: tuple[int, ...]) -> No
     _check("save", ArtifactError, model, (Subject(rebuilt, rebuilt),), size)
 
 
+def check_extracted(net: Subject, small: nn.Module, size: tuple[int, ...]) -> None:
+    """Whether a small model answers as the super-network that it was cut out of does at its size.
+
+    Raises:
+        StrataViTError: It does not; the module that differs first is named.
+    """
+    _check("extract from", StrataViTError, net, (Subject(small, small),), size)
+
+
 def _check(
     verb: str, error: type[StrataViTError], source: Subject, others: tuple[Subject, ...], size: tuple[int, ...]
 ) -> None:

@@ -5,20 +5,21 @@ No search and no training: each kept weight is copied once.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from stratavit.elastic.base import ElasticSite
+from stratavit.elastic.base import ElasticSite, site_of
 from stratavit.elastic.layers import KEPT, build_layer
 from stratavit.elastic.site import Site
 from stratavit.models.families import last_norm
 from stratavit.models.final_mean import plain_norm
 from stratavit.models.freezing import freeze_like
+from stratavit.models.source_checks import drop_own_routines, whole_copy
 
 
+@torch.inference_mode(False)
 def small_model(
     model: nn.Module, sites: tuple[Site, ...], widths: Mapping[str, int], shift: Tensor | None = None
 ) -> nn.Module:
@@ -36,14 +37,13 @@ def small_model(
     # deepcopy takes the small module wherever it meets the elastic one, whose weights are thus never copied
     replaced: dict[int, nn.Module] = {}
     for site in sites:
-        elastic = model.get_submodule(site.name)
-        assert isinstance(elastic, ElasticSite)
+        elastic = site_of(model, site.name)
         replaced[id(elastic)] = small_site(site, elastic, widths[site.name])
     norm = last_norm(model)
     if norm is not None:
         replaced[id(norm)] = plain_norm(norm, shift)
-    with torch.no_grad():
-        small: nn.Module = copy.deepcopy(model, memo=replaced)
+    small = whole_copy(model, replaced)
+    drop_own_routines(small)
     return small.eval()
 
 

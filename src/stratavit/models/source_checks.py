@@ -5,13 +5,15 @@ Anything else is told in one sentence at the door, before work is done that coul
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
 import torch
 from torch import nn
 
-from stratavit.errors import StrataViTError, UnsupportedModelError
+from stratavit.elastic.base import ElasticSite
+from stratavit.errors import StrataViTError, UnsupportedModelError, one_line, out_of_memory
 from stratavit.files.state_dicts import FLOATS
 from stratavit.models.families import KINDS, family_of
 from stratavit.utils.wrappers import held_by
@@ -67,9 +69,21 @@ def check_weights(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"weights: this {type(model).__name__} has none; give the model as it was before it was quantised"
         )
+    _check_untied(model)
     if len(places) > 1:
         names = ", ".join(sorted(str(place) for place in places))
         raise UnsupportedModelError(f"weights: they lie on several devices ({names}); move the model to one")
+
+
+def _check_untied(model: nn.Module) -> None:
+    """Refuses one tensor in two places: each place is sorted and cut in its own way."""
+    seen: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = seen.setdefault(id(parameter), name)
+        if other != name:
+            raise UnsupportedModelError(
+                f"weights: {other} and {name} are one tensor, which cannot be cut in two ways; clone it for one of them"
+            )
 
 
 def _check_storage(name: str, tensor: torch.Tensor) -> None:
@@ -78,11 +92,49 @@ def _check_storage(name: str, tensor: torch.Tensor) -> None:
             f"weights: {name} has no storage (device meta, or offloaded by accelerate); load the weights into memory, "
             "without device_map, first"
         )
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise UnsupportedModelError(
+            f"weights: {name} was made inside torch.inference_mode() and can get no gradient; make the model, or load "
+            "its weights, outside of it"
+        )
     if type(tensor) not in (nn.Parameter, torch.Tensor):
         raise UnsupportedModelError(
             f"weights: {name} is a {type(tensor).__module__}.{type(tensor).__name__}, expected a plain tensor; "
             "give the model as it was before it was quantised or distributed"
         )
+
+
+def whole_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy without gradients; `memo` as of `copy.deepcopy`.
+
+    Raises:
+        UnsupportedModelError: Something that the model holds cannot be copied; its place is named.
+    """
+    try:
+        return _deep_copy(model, memo)
+    except Exception as error:  # what was kept there may refuse in any way
+        if out_of_memory(error):
+            raise
+        raise UnsupportedModelError(
+            f"cannot copy this {type(model).__name__}: {_not_copied(model)} does not allow it "
+            f"({type(error).__name__}: {one_line(error)}); delete it, or detach() what was kept of a forward pass"
+        ) from error
+
+
+def _deep_copy(value: Any, memo: dict[int, Any] | None = None) -> Any:
+    with torch.no_grad():
+        return copy.deepcopy(value, memo)
+
+
+def _not_copied(model: nn.Module) -> str:
+    """The first thing beside submodules that cannot be copied."""
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            try:
+                _deep_copy(None if key == "_modules" else value)
+            except Exception:
+                return f"{name}.{key}".lstrip(".")
+    return "something in it"
 
 
 def own_routines(module: nn.Module) -> list[str]:
@@ -121,7 +173,11 @@ def _foreign(module: Any) -> str | None:
 
 
 def _to_cut(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, module) for name, module in model.named_modules() if type(module) in KINDS]
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if type(module) in KINDS or isinstance(module, ElasticSite)
+    ]
 
 
 def _unlike_linear(name: str, layer: nn.Module) -> str | None:

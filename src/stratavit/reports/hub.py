@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
 from typing_extensions import Unpack
 
-from stratavit.artifacts import format, sub_network
+from stratavit.artifacts import folder_format, sub_network
 from stratavit.artifacts.timm_config import FILE as TIMM_FILE
 from stratavit.budgets.constraints import Asked
 from stratavit.errors import ArtifactError, BudgetError
@@ -24,7 +24,7 @@ from stratavit.reports.model_card import CARD_FILE, CURVE_FILE, model_card
 from stratavit.supernet import SuperNet
 from stratavit.utils.devices import pick_device
 
-FILES = (format.JSON_FILE, format.WEIGHTS_FILE, format.MOMENTS_FILE, TIMM_FILE)
+FILES = (folder_format.JSON_FILE, folder_format.WEIGHTS_FILE, folder_format.MOMENTS_FILE, TIMM_FILE)
 
 
 def from_pretrained(
@@ -77,7 +77,7 @@ def from_pretrained(
             raise ArtifactError(f"cannot get {str(name)!r} from the hub, nor is it a folder: {_line(error)}") from error
         folder = Path(found)
     sized = spec is not None or any(value is not None for value in asked.values())
-    if format.kind(folder) == format.SUB:
+    if folder_format.kind(folder) == folder_format.SUB:
         if sized:
             raise BudgetError(f"{name} has one size only; budgets are for super-networks")
         return sub_network.load(folder, device)
@@ -159,7 +159,7 @@ def write_upload(
     if not points and isinstance(model, str | Path):
         points = curve_points.read_csv(Path(model) / "curve.csv")
     if isinstance(model, str | Path):
-        super_network = format.kind(model) == format.SUPER
+        super_network = folder_format.kind(model) == folder_format.SUPER
         model = SuperNet.load(model) if super_network else sub_network.load(model)
     title = repo_id.rpartition("/")[2]
 

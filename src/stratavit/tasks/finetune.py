@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from stratavit.artifacts import format, sub_network
+from stratavit.artifacts import folder_format, sub_network
 from stratavit.artifacts.timm_config import FILE as TIMM_FILE
 from stratavit.errors import StrataViTError
 from stratavit.evaluation import curve_points
@@ -34,7 +34,7 @@ from stratavit.training.task import Drawn
 from stratavit.training.teacher import Teacher
 from stratavit.utils.model import is_super_network
 
-SMALL_FILES = (format.WEIGHTS_FILE, TIMM_FILE, format.JSON_FILE)
+SMALL_FILES = (folder_format.WEIGHTS_FILE, TIMM_FILE, folder_format.JSON_FILE)
 
 
 def finetune(

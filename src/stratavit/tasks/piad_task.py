@@ -9,7 +9,7 @@ from typing import Any
 
 from timm.utils import ModelEmaV3
 
-from stratavit.artifacts.format import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
+from stratavit.artifacts.folder_format import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
 from stratavit.artifacts.timm_config import FILE as TIMM_FILE
 from stratavit.calibration import contraction
 from stratavit.calibration.contract import TOKEN_WEIGHT

@@ -102,14 +102,19 @@ def prepare(accelerator: Any, *parts: Any) -> Any:
 
 def release(accelerator: Any, model: Any) -> None:
     """Closes trackers and takes Accelerate's wrappers off the model; the processes stay joined for what comes next."""
-    plain = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    for name in ("forward", "_original_forward"):  # bound to the object by Accelerate where precision is mixed
-        vars(plain).pop(name, None)
+    unwrap(accelerator, model)
     for tracker in accelerator.trackers:
         try:
             tracker.finish()
         except (OSError, RuntimeError) as error:  # of a run that has its result, or failed already
             print(f"train: the tracker's last numbers are lost: {reason_of(error)}", file=sys.stderr)
+
+
+def unwrap(accelerator: Any, model: Any) -> None:
+    """Lets the model run in its own precision again."""
+    plain = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    for name in ("forward", "_original_forward"):  # bound to the object by Accelerate where precision is mixed
+        vars(plain).pop(name, None)
 
 
 def agree(accelerator: Any, value: Any) -> Any:

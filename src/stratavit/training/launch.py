@@ -163,7 +163,7 @@ def make_folder(out: Path, overwrite: bool, lock: Lock) -> None:
 
 def spread(data: Dataset[Any], count: int) -> Dataset[Any]:
     """At most `count` items, evenly spread."""
-    size = len(data)  # type: ignore[arg-type]
+    size = order.length_of(data)
     count = min(count, size)
     return Subset(data, [index * size // count for index in range(count)])
 

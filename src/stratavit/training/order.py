@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from stratavit.errors import StrataViTError
 from stratavit.training.recipe import Recipe
 from stratavit.utils.random_streams import stream
+from stratavit.utils.signals import hush
 
 Key = tuple[int, int, int]  # epoch, place in the epoch, index of the image
 
@@ -83,10 +84,23 @@ def of(data: Dataset[Any], recipe: Recipe, processes: int) -> Order:
     """The order that a recipe gives the images of a data set of known length.
 
     Raises:
-        StrataViTError: There are fewer images than one step takes.
+        StrataViTError: There are fewer images than one step takes, or see `length_of`.
     """
-    count = len(data)  # type: ignore[arg-type]
-    return Order(count, recipe.batch_size, processes, recipe.accumulate, recipe.repeats, recipe.seed)
+    return Order(length_of(data), recipe.batch_size, processes, recipe.accumulate, recipe.repeats, recipe.seed)
+
+
+def length_of(data: Any) -> int:
+    """Number of images of a data set.
+
+    Raises:
+        StrataViTError: It is something else, such as a loader, or gives its images in turn only.
+    """
+    if isinstance(data, IterableDataset) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise StrataViTError(
+            "train: expected a data set of known length that gives every image by its number, got "
+            f"{type(data).__name__}" + ("; give its dataset" if isinstance(data, DataLoader) else "")
+        )
+    return len(data)
 
 
 class Seeded(Dataset[Any]):
@@ -115,6 +129,7 @@ def loader(
 
 def _leave_signals_to_the_parent(worker: int) -> None:
     """A scheduler's SIGTERM to all processes must not take the images from a run that is about to save its state."""
+    hush()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 

@@ -313,4 +313,5 @@ class Trainer:
         facts = {"recipe": self.recipe.to_dict(), "steps": self.step, **self.identity()}
         self.learner.graduate(facts)
         points = curve_points.last_curve(self.journal.rows())
+        distributed.unwrap(self.accelerator, self.model)  # what is saved must answer as what is loaded
         distributed.on_main(self.accelerator, lambda: self.learner.publish(self.out, points))

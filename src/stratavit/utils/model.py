@@ -83,6 +83,11 @@ def model_device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def takes_gradients(model: nn.Module) -> bool:
+    """Whether gradients can be had now: neither this call nor the making of the weights is in inference mode."""
+    return not torch.is_inference_mode_enabled() and not any(p.is_inference() for p in model.parameters())
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Runs the body in eval mode; every module is then as it was, also where only a part was training."""

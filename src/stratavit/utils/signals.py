@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,3 +35,8 @@ def raised() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def hush() -> None:
+    """For worker processes: the thread that hands tensors over says nothing when their reader has gone meanwhile."""
+    sys.excepthook = lambda *error: None  # its only use there: what a worker itself fails of is told by torch

@@ -208,4 +208,11 @@ _FITS: dict[str, Callable[[Any], bool]] = {
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    """As files hold them: dense, on the CPU, none sharing memory with another."""
+    found: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        dense = tensor.detach().contiguous().cpu()
+        found[name] = dense.clone() if dense.data_ptr() in places else dense
+        places.add(dense.data_ptr())
+    return found
