@@ -1,7 +1,7 @@
 """Brings into the site what its pages link to outside docs/: other pages, source files, folders of results.
 
-Pages are read in the repository, too, so they link to `../src/stratavit/errors.py` as it lies there. At build time every
-such target becomes a page `repository/PATH`, and the links are turned to it.
+Pages are read in the repository, too, so they link to `../src/stratavit/errors.py` as it lies there. At build time
+every such target becomes a page `repository/PATH`, and the links are turned to it.
 """
 
 from __future__ import annotations
