@@ -1,11 +1,15 @@
 """The order of packages: this list is the picture of the architecture. A package imports from those before it only."""
 
 import ast
+import subprocess
+import sys
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+import stratavit
 
 SOURCE = Path(__file__).parents[1] / "src" / "stratavit"
 ORDER = (
@@ -98,3 +102,17 @@ def test_the_longest_chain_of_imports():
     while links[chain[-1]]:
         chain.append(max(links[chain[-1]], key=length))
     assert len(chain) <= 13, " -> ".join(chain)
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    heavy = ("torch", "timm", "torchvision", "matplotlib", "huggingface_hub", "transformers")
+    code = f"import sys, stratavit; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_every_public_name_is_there():
+    assert {name: getattr(stratavit, name) for name in stratavit.__all__}
+    assert set(stratavit.__all__) <= set(dir(stratavit))
+    assert set(stratavit._HOMES) == set(stratavit.__all__)
+    with pytest.raises(AttributeError):
+        stratavit.nothing  # noqa: B018
