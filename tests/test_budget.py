@@ -10,7 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stratavit import BudgetError, Setting, StrataViTError, SuperNet
-from stratavit.budgets.amounts import human, parse_amount, parse_measure, parse_points
+from stratavit.budgets.amounts import parse_amount, parse_measure, parse_points
+from stratavit.utils.text import human
 
 DENSE = 1_074_925_056  # MACs of DeiT-Tiny
 SHARES = [(index + 1) / 50 for index in range(50)]

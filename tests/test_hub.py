@@ -12,11 +12,11 @@ from helpers import FAMILIES, make_batches, make_images, make_net
 
 import stratavit
 from stratavit import ArtifactError, BudgetError, StrataViTError, SuperNet, from_pretrained, push_to_hub
-from stratavit.budgets.amounts import human
 from stratavit.cli.parser import main
 from stratavit.evaluation import curve_points
 from stratavit.reports import curve
 from stratavit.reports.model_card import model_card
+from stratavit.utils.text import human
 
 NAME = "someone/thing"
 IMAGES = make_images(3, seed=4)

@@ -215,7 +215,7 @@ def test_the_sdist_holds_all_that_is_committed():
 def test_the_wheel_holds_the_package_with_its_types_and_pages():
     assert PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"] == {"packages": ["src/stratavit"]}
     package = {path.removeprefix("src/stratavit/") for path in committed() if path.startswith("src/")}
-    assert {"py.typed", "page/page.html", "page/page.css"} <= package
+    assert {"py.typed", "reports/page/page.html", "reports/page/page.css"} <= package
     assert {path.partition(".")[2] for path in package} == {"py", "typed", "html", "css", "js"}
 
 
@@ -239,8 +239,8 @@ def archives(tmp_path):
     return pack
 
 
-FILES = ["README.md", "tests/test_a.py", "src/stratavit/__init__.py", "src/stratavit/page/page.html"]
-PACKAGE = ["stratavit/__init__.py", "stratavit/page/page.html"]
+FILES = ["README.md", "tests/test_a.py", "src/stratavit/__init__.py", "src/stratavit/reports/page/page.html"]
+PACKAGE = ["stratavit/__init__.py", "stratavit/reports/page/page.html"]
 
 
 def test_whole_archives_pass(archives):
@@ -252,7 +252,7 @@ def test_whole_archives_pass(archives):
     [
         (FILES[1:], PACKAGE, "stratavit-1.0.tar.gz lacks README.md"),
         ([*FILES, "notes.txt"], PACKAGE, "stratavit-1.0.tar.gz holds by mistake notes.txt"),
-        (FILES, PACKAGE[:1], "stratavit-1.0-py3-none-any.whl lacks stratavit/page/page.html"),
+        (FILES, PACKAGE[:1], "stratavit-1.0-py3-none-any.whl lacks stratavit/reports/page/page.html"),
         (FILES, [*PACKAGE, "tests/test_a.py"], "stratavit-1.0-py3-none-any.whl holds by mistake tests/test_a.py"),
     ],
 )

@@ -81,9 +81,16 @@ def test_settings_that_make_no_sense(changes, sentence):
 
 
 def test_a_model_that_cannot_be_run_is_told_in_one_line():
+    def missing(module, inputs):
+        raise RuntimeError("no kernel\nfor this device")
+
+    model = make_model("plain")
+    model.blocks[0].register_forward_pre_hook(missing)
     for runtime in ("eager", "onnx"):
         with pytest.raises(StrataViTError, match=rf"the model cannot be run {runtime} in torch.float32 here: [^\n]*$"):
-            time_model(make_model("plain"), (3, 20, 20), Setting(runtime=runtime, seconds=0.01))
+            time_model(model, SIZE, Setting(runtime=runtime, seconds=0.01))
+    with pytest.raises(StrataViTError, match="20 x 20"):
+        time_model(make_model("plain"), (3, 20, 20), Setting(runtime="onnx", seconds=0.01))
 
 
 def test_every_pass_is_timed_by_itself():

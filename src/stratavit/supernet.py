@@ -18,12 +18,14 @@ from stratavit.artifacts import super_network as super_network_file
 from stratavit.budgets.amounts import Budget
 from stratavit.budgets.constraints import Asked, find_sub_network
 from stratavit.budgets.latency_cost import priced
-from stratavit.calibration.contract import TOKEN_WEIGHT, Method, known_method, resolve_method, sort_channels
+from stratavit.calibration.contract import TOKEN_WEIGHT, resolve_method, sort_channels
 from stratavit.calibration.dense_outputs import Answers
+from stratavit.calibration.method import Method, known_method
 from stratavit.calibration.objectives import Objective
 from stratavit.calibration.wpac import Criterion
 from stratavit.data.pixels import Seen
-from stratavit.dropout_list import build, sensitivity, strata
+from stratavit.dropout_list import build, strata
+from stratavit.dropout_list.growth import Measure
 from stratavit.dropout_list.walk import Walk
 from stratavit.elastic.base import Compensation, ElasticSite, run_at, site_of
 from stratavit.elastic.memory import Memory, memory_of
@@ -324,7 +326,7 @@ class SuperNet(nn.Module):
         loader: Iterable[Any],
         method: Method | None = None,
         objective: Objective = "auto",
-        measure: sensitivity.Measure = "auto",
+        measure: Measure = "auto",
         plan: Walk | None = None,
         seed: int = 0,
         price: Literal["macs", "latency"] = "macs",

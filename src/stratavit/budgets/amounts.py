@@ -9,9 +9,9 @@ from typing import Any, SupportsFloat, SupportsIndex
 
 from stratavit.errors import BudgetError
 from stratavit.spec import Spec
+from stratavit.utils.text import SUFFIXES, human
 
 Amount = float | int | str
-_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 COUNTS = ("macs", "params")  # whole numbers, where a share is a float; the rest are absolute
 _DENSE_IS_HIGHEST = (*COUNTS, "memory_mb", "latency_ms")
 
@@ -86,14 +86,6 @@ class Budget:
         return "\n".join(str(bound) for bound in self.bounds)
 
 
-def human(count: float) -> str:
-    """A count with a unit: 1.08G, 5.72M."""
-    for suffix in ("T", "G", "M", "K"):
-        if abs(count) >= _SUFFIXES[suffix]:
-            return f"{count / _SUFFIXES[suffix]:.4g}{suffix}"
-    return f"{count:g}"
-
-
 def amount_text(kind: str, amount: float) -> str:
     """An amount as it is printed: counts with a unit, measured values with four digits."""
     return human(amount) if kind in COUNTS else f"{amount:.4g}"
@@ -117,7 +109,7 @@ def parse_amount(amount: Amount, dense: int, name: str) -> int:
         elif suffix == "" and "." in text:
             share = number
         else:
-            return _whole(number * _SUFFIXES[suffix])
+            return _whole(number * SUFFIXES[suffix])
     elif isinstance(amount, bool) or not isinstance(amount, SupportsIndex | SupportsFloat):
         raise BudgetError(f"{name}: expected a share, a count or a text such as '50%', got {amount!r}")
     else:

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from stratavit.calibration import contraction
 from stratavit.calibration.dense_outputs import Answers
+from stratavit.calibration.method import Method, known_method
 from stratavit.calibration.objectives import Objective
 from stratavit.calibration.statistics import collect
 from stratavit.calibration.wpac import CRITERIA, Criterion, scatter_needed
-from stratavit.errors import StrataViTError, described
+from stratavit.errors import StrataViTError
 
-Method = Literal["default", "paper"]
 TOKEN_WEIGHT = 0.5
-
-
-def known_method(method: Method) -> Method:
-    """The method, if it is one.
-
-    Raises:
-        StrataViTError: It is not.
-    """
-    if method not in ("default", "paper"):
-        raise StrataViTError(f"method: expected 'default' or 'paper', got {described(method)}")
-    return method
 
 
 def resolve_method(method: Method | None, criterion: Criterion | None) -> tuple[Method, Criterion]:

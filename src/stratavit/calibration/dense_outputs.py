@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stratavit.data.pixels import Seen, keys_of
-from stratavit.utils.model import digest_of
+from stratavit.utils.digest import digest_of
 
 LIMIT_BYTES = 64 * 2**20  # memory does not grow with the number of images beyond it
 

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from stratavit.artifacts import folder_format, sub_network
-from stratavit.budgets.amounts import human
-from stratavit.cli.commands import Outcome, budgeted, budgets
+from stratavit.cli.options import Outcome, budgeted, budgets
 from stratavit.errors import BudgetError, StrataViTError
 from stratavit.evaluation.benchmark import bench, tables
 from stratavit.evaluation.curve_points import parse_share
@@ -21,6 +20,7 @@ from stratavit.evaluation.latency import Runtime, Setting
 from stratavit.models import architecture
 from stratavit.supernet import SuperNet
 from stratavit.utils.devices import pick_device
+from stratavit.utils.text import human
 
 RUNTIMES: tuple[Runtime, ...] = ("eager", "onnx")
 BATCHES = (1, 64)

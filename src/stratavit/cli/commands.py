@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import time
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.table import Table
 
 from stratavit.artifacts import folder_format, sub_network, super_network
-from stratavit.budgets.amounts import human
+from stratavit.cli.options import Outcome, budgets, loader_of
 from stratavit.data.class_names import class_names_of
-from stratavit.data.image_folder import ImageLoader, image_loader
 from stratavit.evaluation import curve_points
-from stratavit.evaluation.latency import Runtime, Setting
 from stratavit.files.folders import check_free
 from stratavit.interop.export import SUFFIXES
 from stratavit.interop.export import export as export_model
@@ -26,39 +22,7 @@ from stratavit.reports import hub
 from stratavit.supernet import SuperNet
 from stratavit.utils.devices import pick_device
 from stratavit.utils.model import classes_of
-
-Outcome = tuple[dict[str, Any], list[Any]]
-
-
-def default_workers() -> int:
-    """Image-loading processes: one per core, four at most."""
-    return min(4, os.cpu_count() or 1)
-
-
-def loader_of(
-    args: Namespace,
-    data_config: dict[str, Any],
-    split: str,
-    classes: int,
-    limit: int | None = None,
-    names: Sequence[str] | None = None,
-) -> ImageLoader:
-    """Images of ``--data`` as the command line says, checked against so many classes (0: any) of these names."""
-    options = (args.class_map, args.batch_size, max(args.workers, 0), limit, names)
-    return image_loader(args.data, data_config, split, classes, *options)
-
-
-def budgets(args: Namespace) -> Any:
-    """The budgets that the command line takes, and how latency is timed."""
-    kinds = ("macs", "params", "memory_mb", "latency_ms", "position", "top1", "max_drop")
-    batch, runtime = getattr(args, "latency_batch", 1), getattr(args, "runtime", "eager")
-    setting = Setting(batch_size=batch, runtime=cast(Runtime, runtime), dtype=args.dtype, threads=args.threads)
-    return {kind: getattr(args, kind, None) for kind in kinds} | {"setting": setting}
-
-
-def budgeted(asked: Any) -> bool:
-    """Whether the command line gave a budget."""
-    return any(value is not None for kind, value in asked.items() if kind != "setting")
+from stratavit.utils.text import human
 
 
 def extract(args: Namespace) -> Outcome:

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from stratavit.artifacts import super_network
 from stratavit.artifacts.model_loading import model_at
-from stratavit.budgets.amounts import human
 from stratavit.calibration.objectives import OBJECTIVES
 from stratavit.calibration.wpac import CRITERIA
 from stratavit.cli.arguments import positive
-from stratavit.cli.commands import Outcome, loader_of
+from stratavit.cli.options import Outcome, loader_of
 from stratavit.data.class_names import class_names_of
 from stratavit.data.splits import split_folder
 from stratavit.evaluation.latency import Setting
@@ -20,6 +19,7 @@ from stratavit.files.folders import check_free
 from stratavit.supernet import SuperNet
 from stratavit.utils.devices import pick_device
 from stratavit.utils.model import classes_of
+from stratavit.utils.text import human
 
 
 def add_convert_options(command: ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from stratavit.artifacts import folder_format
 from stratavit.artifacts.model_loading import model_at
-from stratavit.cli import commands
+from stratavit.cli import options
 from stratavit.data.class_names import class_names_of
 from stratavit.data.splits import split_folder
 from stratavit.errors import BudgetError, StrataViTError
@@ -68,7 +68,7 @@ def _way(args: Namespace, model: nn.Module, data_config: dict[str, Any]) -> _Way
             f"data: {args.data} has no train/ and val/; --knn compares the images of val/ with those of train/, and "
             "images that are in both would find themselves"
         )
-    bank = commands.loader_of(args, data_config, "train", 0)
+    bank = options.loader_of(args, data_config, "train", 0)
 
     def judge(
         model: nn.Module, loader: Any, spec: Mapping[str, int] | None = None, description: str = "nearest neighbours"
@@ -78,32 +78,32 @@ def _way(args: Namespace, model: nn.Module, data_config: dict[str, Any]) -> _Way
     return _Way(judge)
 
 
-def evaluate(args: Namespace) -> commands.Outcome:
+def evaluate(args: Namespace) -> options.Outcome:
     """Accuracy of a saved folder or a timm model."""
     split_folder(args.data, "val")
     device = pick_device(args.device)
-    asked = commands.budgets(args)
+    asked = options.budgets(args)
     spec: Spec | None = None
     view: list[Any] = []
     model: nn.Module
     if folder_format.is_supernet(args.target):
         model = net = SuperNet.load(args.target, device)
-        if commands.budgeted(asked):
+        if options.budgeted(asked):
             met = net.budget(**asked)
             spec, view = met.spec, [str(met)]
         config = net.data_config
     else:
         model = model_at(args.target, args.weights, args.num_classes, device)
         config = resolve_data_config(model)
-    if commands.budgeted(asked) and spec is None:
+    if options.budgeted(asked) and spec is None:
         raise BudgetError(f"{args.target} has one size only; budgets are for super-networks")
     way = _way(args, model, config)
-    loader = commands.loader_of(args, config, "val", way.classes, None, way.names)
+    loader = options.loader_of(args, config, "val", way.classes, None, way.names)
     metrics = way.judge(model, loader, spec, description="evaluate")
     return metrics.to_dict() | {"unreadable": len(loader.unreadable)}, [*view, str(metrics)]
 
 
-def curve(args: Namespace) -> commands.Outcome:
+def curve(args: Namespace) -> options.Outcome:
     """Table, CSV and PNG of accuracy against size."""
     out = args.out or f"{str(args.run).rstrip('/')}-curve"
     check_free(out, args.overwrite)
@@ -123,7 +123,7 @@ def measured(args: Namespace, net: SuperNet) -> list[curve_points.Point]:
         BudgetError: No share of the ladder is reachable.
     """
     way = _way(args, net, net.data_config)
-    loader = commands.loader_of(args, net.data_config, "val", way.classes, None, way.names)
+    loader = options.loader_of(args, net.data_config, "val", way.classes, None, way.names)
     points = curves.curve(net, loader, args.shares, way.judge)
     if not points:
         raise BudgetError(

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 
 from rich.table import Table
 
-from stratavit.cli.commands import Outcome
+from stratavit.cli.options import Outcome
 from stratavit.interop.supported import markdown, rows
 
 

@@ -12,13 +12,7 @@ from typing import Any, get_args
 
 from rich.console import Console
 
-from stratavit.cli import bench as bench_command
-from stratavit.cli import commands
-from stratavit.cli import convert as convert_command
-from stratavit.cli import measure as measure_command
-from stratavit.cli import models as models_command
-from stratavit.cli import report as report_command
-from stratavit.cli import train as train_command
+from stratavit.cli import options
 from stratavit.cli.arguments import positive
 from stratavit.data.batches import LESS, watched
 from stratavit.errors import StrataViTError, reason_of
@@ -45,6 +39,14 @@ _EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """All commands and options."""
+    from stratavit.cli import bench as bench_command
+    from stratavit.cli import commands
+    from stratavit.cli import convert as convert_command
+    from stratavit.cli import measure as measure_command
+    from stratavit.cli import models as models_command
+    from stratavit.cli import report as report_command
+    from stratavit.cli import train as train_command
+
     main_parser = argparse.ArgumentParser(
         prog="stratavit",
         description="Turn one pre-trained Vision Transformer into a super-network; slice any size out of it.",
@@ -201,7 +203,7 @@ def _data_options(command: argparse.ArgumentParser, what: str, required: bool = 
     )
     command.add_argument("--batch-size", type=positive, default=64, help="images per batch (default: %(default)s)")
     command.add_argument(
-        "--workers", type=int, default=commands.default_workers(), help="image-loading processes (default: %(default)s)"
+        "--workers", type=int, default=options.default_workers(), help="image-loading processes (default: %(default)s)"
     )
 
 

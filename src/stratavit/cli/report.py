@@ -6,8 +6,8 @@ from argparse import ArgumentParser, Namespace
 from typing import cast, get_args
 
 from stratavit.cli.arguments import positive
-from stratavit.cli.commands import Outcome
 from stratavit.cli.measure import measured
+from stratavit.cli.options import Outcome
 from stratavit.errors import StrataViTError
 from stratavit.evaluation import curve_points
 from stratavit.evaluation.latency import Precision, Runtime, Setting

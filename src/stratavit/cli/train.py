@@ -14,8 +14,7 @@ from torch import nn
 
 from stratavit.artifacts import sub_network
 from stratavit.artifacts.model_loading import model_at
-from stratavit.budgets.amounts import human
-from stratavit.cli.commands import default_workers
+from stratavit.cli.options import default_workers
 from stratavit.data.class_names import MEND, class_names_of, set_class_names
 from stratavit.data.image_files import class_folders
 from stratavit.data.image_folder import ImageLoader, image_loader
@@ -33,6 +32,7 @@ from stratavit.training.recipe import FINETUNING, LIST_KEYS, Recipe, field_types
 from stratavit.training.run_files import LOG_FILE, Journal, read_state
 from stratavit.utils.devices import pick_device
 from stratavit.utils.model import classes_of
+from stratavit.utils.text import human
 
 _PREFIX = "recipe_"
 _PIAD: dict[str, Any] = {}

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from stratavit.calibration import contraction
-from stratavit.calibration.contract import Method
 from stratavit.calibration.dense_outputs import Answers
+from stratavit.calibration.method import Method
 from stratavit.calibration.objectives import Objective
 from stratavit.calibration.statistics import SiteStatistics, collect
 from stratavit.data.pixels import Seen
 from stratavit.dropout_list import sensitivity, strata
 from stratavit.dropout_list.allocation import ordered_list
+from stratavit.dropout_list.growth import Measure
 from stratavit.dropout_list.walk import Walk, walk
 from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.site import Site
@@ -34,7 +35,7 @@ def make_list(
     method: Method,
     *,
     objective: Objective = "auto",
-    measure: sensitivity.Measure = "auto",
+    measure: Measure = "auto",
     plan: Walk | None = None,
     seed: int = 0,
     known: Answers | None = None,
@@ -97,7 +98,7 @@ def by_importance(
     cost: CostModel,
     loader: Iterable[Any],
     objective: Objective,
-    measure: sensitivity.Measure,
+    measure: Measure,
     seed: int = 0,
 ) -> tuple[list[strata.Entry], dict[str, SiteStatistics], dict[str, Any]]:
     """The paper's: sensitivity of the module times Taylor importance of the unit per MAC, tails merged (section 2).

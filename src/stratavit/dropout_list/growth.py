@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from stratavit.calibration.objectives import Objective
-from stratavit.dropout_list.sensitivity import Measure
+
+Measure = Literal["auto", "top1", "cost"]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from stratavit.calibration.distance import distance
 from stratavit.data.batches import batches_of, check_labels
+from stratavit.dropout_list.growth import Measure
 from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.site import Site
 from stratavit.errors import StrataViTError
@@ -22,7 +23,6 @@ from stratavit.models.families import stages
 from stratavit.utils.model import classes_of, eval_mode, model_device, model_dtype
 from stratavit.utils.progress import track
 
-Measure = Literal["auto", "top1", "cost"]
 COST_FLOOR = 1e-4  # a module whose bypass does not raise the cost still gets this relative rise
 
 

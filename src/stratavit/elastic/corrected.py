@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from stratavit.errors import StrataViTError
-from stratavit.utils.model import digest_of
+from stratavit.utils.digest import digest_of
 
 
 class Corrected:

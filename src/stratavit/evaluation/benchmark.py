@@ -9,13 +9,13 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
-from stratavit.budgets.amounts import human
 from stratavit.errors import StrataViTError
 from stratavit.evaluation import latency
 from stratavit.evaluation.latency import Setting
 from stratavit.models.cost import linear_macs
 from stratavit.utils.model import is_super_network
 from stratavit.utils.progress import track
+from stratavit.utils.text import human
 
 ROUNDS = 3
 

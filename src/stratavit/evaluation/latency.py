@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from stratavit.errors import StrataViTError
-from stratavit.interop.export import INPUT, export, onnx_session, without_their_warnings
 from stratavit.utils.model import eval_mode, model_device, model_dtype
 
 Runtime = Literal["eager", "compiled", "onnx"]
@@ -114,6 +113,8 @@ def time_model(model: nn.Module, image_size: Sequence[int], setting: Setting | N
 
 def session_of(model: nn.Module, image_size: Sequence[int], threads: int) -> Any:
     """The model in ONNX Runtime, any batch size."""
+    from stratavit.interop.export import export, onnx_session
+
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         export(copy.deepcopy(model).float(), file, "onnx", noise(1, image_size))
@@ -146,6 +147,8 @@ def runner(model: nn.Module, image_size: Sequence[int], setting: Setting, sessio
         setting: How it is run.
         session: What `session_of` gave for this model, not to export it once more.
     """
+    from stratavit.interop.export import INPUT, without_their_warnings
+
     images = noise(setting.batch_size, image_size)
     dtype, timed = setting.dtype_of(model), model
     try:

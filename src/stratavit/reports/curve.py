@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.table import Table
 from torch import Tensor, nn
 
-from stratavit.budgets.amounts import human
 from stratavit.evaluation.accuracy import Metrics, evaluate
 from stratavit.evaluation.curve_points import LADDER, Point, parse_share
 from stratavit.evaluation.features import NEIGHBOURS, knn, zero_shot
-from stratavit.supernet import SuperNet
 from stratavit.utils.model import classes_of
+from stratavit.utils.text import human
+
+if TYPE_CHECKING:
+    from stratavit.supernet import SuperNet
 
 
 class Judge(Protocol):

@@ -15,7 +15,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -26,8 +26,11 @@ from stratavit.evaluation.curve_points import Point
 from stratavit.evaluation.latency import AT_LEAST_RUNS, Setting, in_turns, runner
 from stratavit.files.folders import check_free_file, write_file
 from stratavit.reports.curve import title_of
-from stratavit.supernet import SuperNet
 from stratavit.version import __version__
+
+if TYPE_CHECKING:
+    from stratavit.supernet import SuperNet
+
 
 SCRIPTS = ("common.js", "curve.js", "sizes.js", "list.js", "facts.js", "start.js")
 _PLACE = re.compile(r"\{\{(title|style|script|data)\}\}")

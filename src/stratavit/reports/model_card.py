@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from stratavit.artifacts.sub_network import site_widths
 from stratavit.artifacts.timm_config import timm_config
-from stratavit.budgets.amounts import human
 from stratavit.evaluation.curve_points import Point
 from stratavit.models.architecture import describe
-from stratavit.supernet import SuperNet
+from stratavit.utils.model import is_super_network
+from stratavit.utils.text import human
+
+if TYPE_CHECKING:
+    from stratavit.supernet import SuperNet
+
 
 CARD_FILE, CURVE_FILE = "README.md", "curve.png"
 SHARES = ("12/12", "10/12", "8/12", "6/12", "4/12")
@@ -29,7 +33,7 @@ def model_card(model: nn.Module, repo_id: str, points: Sequence[Point] = (), lic
         points: Accuracy against size, if it was measured.
         licence: Of the weights, the hub's name for it.
     """
-    net = model if isinstance(model, SuperNet) else None
+    net: Any = model if is_super_network(model) else None
     provenance: Mapping[str, Any] = net.provenance if net else getattr(model, "provenance", {})
     description = net.description if net else describe(model)
     data_config: Mapping[str, Any] = net.data_config if net else getattr(model, "data_config", {})

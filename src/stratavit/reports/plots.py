@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stratavit.budgets.amounts import human
 from stratavit.evaluation.curve_points import Point
+from stratavit.utils.text import human
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.utils.data import Dataset
 
-from stratavit.supernet import SuperNet
 from stratavit.tasks.piad_task import Pupil
 from stratavit.training.launch import Config, batches, folder_of, recipe_for, spread, train
 from stratavit.training.teacher import Teacher
 from stratavit.utils.model import classes_of
+
+if TYPE_CHECKING:
+    from stratavit.supernet import SuperNet
 
 
 def train_piad(

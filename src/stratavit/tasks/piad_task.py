@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from timm.utils import ModelEmaV3
 
@@ -21,7 +21,6 @@ from stratavit.errors import StrataViTError
 from stratavit.evaluation import curve_points
 from stratavit.reports import curve, plots
 from stratavit.spec import Spec
-from stratavit.supernet import SuperNet
 from stratavit.tasks import progressive_list
 from stratavit.tasks.sampling import Prefixes, draw, random_widths, without_layers
 from stratavit.training import distributed
@@ -34,6 +33,10 @@ from stratavit.training.run_files import (
     weights_of,
 )
 from stratavit.training.task import Drawn
+
+if TYPE_CHECKING:
+    from stratavit.supernet import SuperNet
+
 
 CURVE_FILE, PLOT_FILE, HISTORY_FILE = "curve.csv", "curve.png", "history.png"
 SUPER_FILES = (WEIGHTS_FILE, MOMENTS_FILE, TIMM_FILE, CURVE_FILE, PLOT_FILE, HISTORY_FILE, JSON_FILE)

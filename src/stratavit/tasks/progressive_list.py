@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stratavit.calibration.statistics import collect
 from stratavit.dropout_list import strata
@@ -15,7 +15,9 @@ from stratavit.dropout_list.growth import Growth
 from stratavit.dropout_list.sensitivity import bypass_sensitivity
 from stratavit.dropout_list.strata import Entry, Strata
 from stratavit.models.cost import CostModel
-from stratavit.supernet import SuperNet
+
+if TYPE_CHECKING:
+    from stratavit.supernet import SuperNet
 
 
 def extend(entries: Sequence[Entry], order: Sequence[Entry], cost: CostModel, target: float) -> list[Entry]:

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from stratavit.calibration.objectives import Objective
-from stratavit.dropout_list.growth import Growth
-from stratavit.dropout_list.sensitivity import Measure
+from stratavit.dropout_list.growth import Growth, Measure
 from stratavit.errors import StrataViTError, described, one_line
 from stratavit.files.folders import read_small
 

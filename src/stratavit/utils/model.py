@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -62,15 +61,6 @@ def computed_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Te
             buffer = getattr(module, key)
             if buffer is not None:
                 yield f"{name}.{key}".lstrip("."), module, key, buffer
-
-
-def digest_of(tensors: Iterable[tuple[Any, Tensor]]) -> bytes:
-    """A hash of named tensors: names, types, shapes and numbers, however they were changed."""
-    found = hashlib.blake2b(digest_size=16)
-    for name, tensor in tensors:
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.digest()
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:
