@@ -25,7 +25,6 @@ from stratavit.models.architecture import resolve_data_config
 from stratavit.reports import curve
 from stratavit.supernet import SuperNet
 from stratavit.tasks.finetune import finetune as finetune_model
-from stratavit.tasks.piad import train_piad
 from stratavit.training.augmentation import TrainingFolder, training_transform
 from stratavit.training.distributed import part
 from stratavit.training.recipe import FINETUNING, LIST_KEYS, Recipe, field_types
@@ -170,6 +169,8 @@ def _follower(args: Namespace) -> bool:
 
 def train(args: Namespace) -> tuple[dict[str, Any], list[Any]]:
     """RUN and training images to a trained super-network's folder."""
+    from stratavit.tasks.piad import train_piad
+
     recipe = _begin(args, args.run)
     net = SuperNet.load(args.run)
     images = images_of(args, net.data_config, classes_of(net), recipe, class_names_of(net))
