@@ -1,9 +1,9 @@
-# Two commands do all the set-up on a fresh machine with Python 3.10+: `make demo`, `make test`.
+# `make demo` and `make test-fast` do all the set-up on a fresh machine with Python 3.10+; `make test` is what CI runs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-matrix lint coverage docs docs-serve release clean
+.PHONY: demo test-fast test test-matrix lint coverage docs docs-serve release clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml
@@ -14,6 +14,9 @@ $(VENV)/installed: pyproject.toml
 
 demo: $(VENV)/installed  ## the main job on embedded images, no network at run time
 	$(BIN)/stratavit demo --out stratavit-demo --overwrite
+
+test-fast: $(VENV)/installed lint  ## style, types and the invariants on small random models; under two minutes
+	$(BIN)/python -m pytest -n auto --dist loadfile -m fast
 
 test: $(VENV)/installed lint  ## everything that CI checks
 	$(BIN)/python -m pytest -n auto --dist loadfile

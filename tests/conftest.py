@@ -27,6 +27,39 @@ if (
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
+FAST = (  # of `make test-fast`: what must always hold, on small random models; files or single tests, seconds each
+    # the code and its ground
+    "test_architecture.py",
+    "test_class_names.py",
+    "test_feed.py",
+    "test_image_files.py",
+    "test_image_reading.py",
+    "test_recipe.py",
+    "test_spec.py",
+    # networks: the function is kept, elastic = extracted, costs are exact
+    "test_compensation.py",
+    "test_cost.py",
+    "test_elastic.py",
+    "test_extract.py::test_asked_got_and_range_are_printed",
+    "test_extract.py::test_extracted_equals_elastic",
+    "test_extract.py::test_full_size_is_bit_identical_to_the_source",
+    "test_extract.py::test_layers_are_stock_timm_of_the_asked_width",
+    "test_final_mean.py",
+    "test_structure.py",
+    "test_supernet.py",
+    # method: coordinates, the list, budgets
+    "test_allocation.py",
+    "test_budget.py",
+    "test_moments.py",
+    "test_output_aware.py",
+    "test_prices.py",
+    "test_progressive.py",
+    "test_sampling.py",
+    "test_search.py",
+    "test_sensitivity.py",
+    "test_strata.py",
+    "test_wpac.py",
+)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DATA = Path(os.environ.get("STRATAVIT_DATA", ROOT.parent / "shared" / "data"))
 
@@ -35,11 +68,14 @@ def pytest_configure(config):
     # processes that tests start hold to the same; a filter by module would need the module's full name there
     rules = [rule for rule in config.getini("filterwarnings") if not rule.startswith("error:::")]
     os.environ["PYTHONWARNINGS"] = ",".join(rules)
-    config.addinivalue_line("markers", "real_weights: needs the weights and images in STRATAVIT_DATA")
-    config.addinivalue_line("markers", "browser: needs Chromium and playwright")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks for the marker
 def pytest_collection_modifyitems(items):
+    for item in items:
+        real = item.get_closest_marker("real_weights") or item.get_closest_marker("browser")
+        if not real and f"{item.path.name}::{item.name}".startswith(FAST):
+            item.add_marker(pytest.mark.fast)
     missing = {}
     if not DATA.is_dir():
         missing["real_weights"] = f"no real weights and images: {DATA} is not a folder; set STRATAVIT_DATA"

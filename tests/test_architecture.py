@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from conftest import FAST
 
 import stratavit
 
@@ -65,6 +66,13 @@ def test_a_package_imports_from_those_below_it_only(name):
 
 def test_every_package_has_its_place():
     assert {package(name) for name in modules()} == {*ORDER, *OUTSIDE}
+
+
+def test_the_fast_lane_names_tests_that_exist():
+    """Entries of `FAST`: a file of tests, or the beginning of a test's name in one."""
+    for entry in FAST:
+        file, _, name = entry.partition("::")
+        assert f"\ndef {name}" in (Path(__file__).parent / file).read_text(encoding="utf-8"), entry
 
 
 def graph():
