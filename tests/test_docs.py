@@ -1,8 +1,8 @@
 """Every command and code block in README and docs is true today."""
 
-import importlib.util
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -12,6 +12,7 @@ import architectures
 import pytest
 import torch
 from helpers import make_images, make_net
+from test_architecture import ORDER
 
 import stratavit
 from stratavit.cli.parser import parser
@@ -20,7 +21,7 @@ from stratavit.training.recipe import Recipe, read_toml
 ROOT = Path(__file__).parents[1]
 IMAGES = make_images(2, seed=9)
 MIXED = {"blocks.0.attn": 4, "blocks.0.mlp": 0, "blocks.1.attn": 0, "blocks.1.mlp": 33}
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 STRATAVIT = re.compile(r"(accelerate launch|torchrun) [^\n]*?-m stratavit ")
 BLOCK = re.compile(
     r"(?P<stage><!-- runs in tests with a small model and images -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```",
@@ -77,7 +78,7 @@ def test_the_loader_without_this_library(tmp_path):
     for folder, model in small.items():
         stratavit.save(model, tmp_path / folder)
     torch.save(IMAGES, tmp_path / "images.pt")
-    (tmp_path / "plain.py").write_bytes((ROOT / "src/stratavit/plain.py").read_bytes())
+    (tmp_path / "plain.py").write_bytes((ROOT / "src/stratavit/elastic/plain.py").read_bytes())
     code = (
         "import sys; sys.modules['stratavit'] = None\n" + page["code"] + "\nimages = torch.load('images.pt')\n"
         f"torch.set_num_threads({torch.get_num_threads()})\n"
@@ -115,10 +116,11 @@ def test_commands_of_benchmarks_exist():
 
 
 def test_every_public_name_is_in_the_reference():
-    """Once each; a function named like its module is found inside it."""
+    """Once each, under the module that defines it or under the package."""
     assert sorted(path.rpartition(".")[2] for path in reference()) == sorted(stratavit.__all__)
     for path in reference():
-        assert path.removeprefix("stratavit.") in (name := path.rpartition(".")[2], f"{name}.{name}")
+        name = path.rpartition(".")[2]
+        assert path in (f"stratavit.{name}", f"stratavit.{stratavit._HOMES[name]}.{name}")
 
 
 def reference():
@@ -126,11 +128,14 @@ def reference():
 
 
 def test_the_command_line_reference_is_current():
-    script = ROOT / "docs/tools/cli_page.py"
-    spec = importlib.util.spec_from_file_location("cli_page", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.PAGE.read_text(encoding="utf-8") == module.page(), f"run: python {script.relative_to(ROOT)}"
+    tool = runpy.run_path(str(ROOT / "docs/tools/cli_page.py"))
+    assert tool["PAGE"].read_text(encoding="utf-8") == tool["page"](), "run: python docs/tools/cli_page.py"
+
+
+def test_the_picture_of_the_packages_is_current():
+    tool = runpy.run_path(str(ROOT / "docs/tools/architecture.py"))
+    assert tuple(name for floor in tool["FLOORS"].values() for name in floor) == ORDER
+    assert tool["PICTURE"].read_text(encoding="utf-8") == tool["picture"](), "run: python docs/tools/architecture.py"
 
 
 def test_the_site_builds(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,16 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
 PLACE = "repository"
-ALWAYS = ("CHANGELOG.md", "benchmarks/README.md", "benchmarks/results")  # in the navigation, or linked there
+ALWAYS = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/results")  # in the navigation
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
 LAST = "---\nsearch:\n  boost: 0.1\n---\n\n"  # found after the pages of docs/
 ELSEWHERE = "https://unpkg.com/iframe-worker/shim"
 FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+
+
+def on_pre_build(**_: Any) -> None:
+    """Draws the picture of the packages from the code as it is."""
+    runpy.run_path(str(ROOT / "docs/tools/architecture.py"))["write"]()
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
