@@ -208,6 +208,9 @@ class SuperNet(nn.Module):
         Args:
             head_dim_unit: Coordinates of the head width that leave together (paper: 8).
             mlp_units: Groups that the MLP hidden width is cut into (paper: 32).
+
+        Raises:
+            StrataViTError: A number is not a whole number of at least 1.
         """
         for name, value in (("head_dim_unit", head_dim_unit), ("mlp_units", mlp_units)):
             if type(value) is not int or value < 1:
@@ -266,14 +269,25 @@ class SuperNet(nn.Module):
             )
 
     def final_shift(self, widths: Mapping[str, int]) -> Tensor | None:
-        """What is added to the last norm's bias at these widths, ``[C]``; None for nothing."""
+        """What is added to the last norm's bias at these widths, ``[C]``; None for nothing.
+
+        Args:
+            widths: Of every site.
+
+        Returns:
+            The vector, or None.
+        """
         if self.final_mean is None or self.compensation != "full":
             return None
         share = self.cost.macs(widths) / self.cost.macs()
         return None if share >= 1 else self.final_mean.at(share)
 
     def source_copy(self) -> nn.Module:
-        """A copy of the full model as it is, to teach by."""
+        """A copy of the full model as it is, to teach by.
+
+        Returns:
+            A timm model in eval mode, its weights frozen.
+        """
         return source_checks.whole_copy(self.model).requires_grad_(False).eval()
 
     # ---- convert -----------------------------------------------------------------------------------
@@ -384,17 +398,44 @@ class SuperNet(nn.Module):
     def resolve(self, spec: Mapping[str, int] | None) -> Spec:
         """The width of every site under a spec.
 
+        Args:
+            spec: Widths; sites that are not named are at full width. None is full width everywhere.
+
+        Returns:
+            A spec that names every site.
+
         Raises:
             StrataViTError: The spec names an unknown site or a width above the full one.
         """
         return full_spec(self.sites, spec)
 
     def macs(self, spec: Mapping[str, int] | None = None, attention: bool = False) -> int:
-        """MACs per image, linear count; ``attention=True`` adds QK^T and AV. The dense model's without a spec."""
+        """MACs per image, linear count; ``attention=True`` adds QK^T and AV. The dense model's without a spec.
+
+        Args:
+            spec: Widths; None is the dense model.
+            attention: Count the products of attention, too.
+
+        Returns:
+            Multiply-accumulates per image.
+
+        Raises:
+            StrataViTError: The spec does not fit.
+        """
         return self.cost.macs(self.resolve(spec), attention)
 
     def params(self, spec: Mapping[str, int] | None = None) -> int:
-        """Parameters of the extracted model. The dense model's without a spec."""
+        """Parameters of the extracted model. The dense model's without a spec.
+
+        Args:
+            spec: Widths; None is the dense model.
+
+        Returns:
+            Number of parameters.
+
+        Raises:
+            StrataViTError: The spec does not fit.
+        """
         biased = self.compensation != "none"
         calibrated = all(module.channel_mean.numel() for module in self.elastic.values())
         return self.cost.params(self.resolve(spec), biased, corrected=biased and calibrated)
@@ -417,6 +458,9 @@ class SuperNet(nn.Module):
             data: Labelled images, run through about ten times, for `top1` and `max_drop`.
             setting: `Setting` for `memory_mb` and `latency_ms`; one image, eager, the model's dtype if left out.
 
+        Returns:
+            What was asked for and what was got of every budget, the reachable range, and the spec.
+
         Raises:
             BudgetError: No budget, an unreadable one, one outside the reachable range, or budgets that exclude
                 each other.
@@ -428,11 +472,25 @@ class SuperNet(nn.Module):
         return find_sub_network(self, self.strata, positions, asked)
 
     def spec(self, **asked: Unpack[Asked]) -> Spec:
-        """The widths of the sub-network that `budget` finds."""
+        """The widths of the sub-network that `budget` finds.
+
+        Args:
+            **asked: Budgets, see `budget`.
+
+        Returns:
+            Width of every site.
+
+        Raises:
+            BudgetError, StrataViTError: See `budget`.
+        """
         return self.budget(**asked).spec
 
     def memory(self) -> Memory:
-        """What the network holds in memory, by kind."""
+        """What the network holds in memory, by kind.
+
+        Returns:
+            Bytes of weights, means, second moments and specialised weights.
+        """
         vectors = None if self.final_mean is None else self.final_mean.vectors
         return memory_of(self.state_dict().values(), self.elastic.values(), vectors)
 
@@ -450,6 +508,9 @@ class SuperNet(nn.Module):
             verbose: Print asked, got and reachable range to standard error.
             **asked: Budgets, see `budget`.
 
+        Returns:
+            A plain module in eval mode; maps images ``[B, C, H, W]`` to logits ``[B, classes]``.
+
         Raises:
             BudgetError, StrataViTError: See `budget` and `resolve`.
         """
@@ -464,6 +525,12 @@ class SuperNet(nn.Module):
 
     def small_at(self, widths: Mapping[str, int]) -> nn.Module:
         """The plain small model of a spec in timm's form, see `extract`.
+
+        Args:
+            widths: A spec.
+
+        Returns:
+            A timm model in eval mode.
 
         Raises:
             UnsupportedModelError: Other tools have put layers of theirs into `model`.
@@ -569,6 +636,9 @@ class SuperNet(nn.Module):
             device: Of the weights.
             moments: Read second moments, too; without them cut channels are replaced by their mean, and the whole
                 family takes little more memory than the full model.
+
+        Returns:
+            The super-network, in eval mode on the device.
 
         Raises:
             ArtifactError: The folder is not a super-network's, or damaged.

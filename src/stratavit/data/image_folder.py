@@ -238,6 +238,9 @@ def image_loader(
         limit: At most this many images, spread evenly over the folder.
         class_names: Names of the model's classes in the order of the head, see `class_names_of`.
 
+    Returns:
+        Batches ``(images [B, C, H, W], labels [B])``, float32 and int64; may be run through any number of times.
+
     Raises:
         StrataViTError: The folder is missing, empty, or there are two for one split; its classes do not match the
             head, the class map, the names or the training split.

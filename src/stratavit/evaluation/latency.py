@@ -104,6 +104,9 @@ def time_model(model: nn.Module, image_size: Sequence[int], setting: Setting | N
         image_size: Channels, height, width.
         setting: How it is run; one image, eager, if None.
 
+    Returns:
+        Median and 90th percentile in milliseconds per batch, images per second, number of passes.
+
     Raises:
         StrataViTError: The runtime needs packages that are not there, or cannot run the model.
     """

@@ -88,6 +88,9 @@ def export(
         tolerance: Largest difference of a logit that passes, as a share of the largest logit of its image (and
             `FLOOR` more), so that logits of any scale are judged alike.
 
+    Returns:
+        Where it was written, its size in bytes, and by how much its outputs differ from the model's.
+
     Raises:
         StrataViTError: Not a small model in float32, an unknown format, images that do not fit the model, packages
             are missing, or the file answers otherwise than the model; then nothing is left.
