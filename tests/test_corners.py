@@ -367,7 +367,7 @@ def test_shares_that_are_none(folder, capsys, shares):
 
 
 def test_timing_without_onnx_runtime(folder, capsys, monkeypatch):
-    module = importlib.import_module("stratavit.bench_command")
+    module = importlib.import_module("stratavit.cli.bench")
     monkeypatch.setattr(module, "has_onnx", lambda: False)
     assert main(["bench", str(folder / "small"), "--batches", "1", "--seconds", "0.01"]) == 0
     assert "ONNX Runtime is not here: pip install 'stratavit[export]'" in capsys.readouterr().out
@@ -385,7 +385,7 @@ def test_the_table_of_the_docs(capsys):
 
 
 def test_processes_that_are_not_the_first_say_nothing(folder, tmp_path, capsys, monkeypatch):
-    module = importlib.import_module("stratavit.train_command")
+    module = importlib.import_module("stratavit.cli.train")
     monkeypatch.setattr(module, "part", lambda: None)
     monkeypatch.setenv("RANK", "1")
     options = ["--data", folder / "data", "--device", "cpu", "--workers", "0", "--tracker", "none", "--epochs", "1"]

@@ -81,7 +81,7 @@ def directional(net, site, cut, other, images, eps=1e-4):
     values = []
     with net.at(cut):
         for moving.eps in (eps, -eps):
-            values.append(float(marginal_effects.distance(net.model(images).double(), dense, net.model.num_classes)))
+            values.append(float(distance(net.model(images).double(), dense, net.model.num_classes)))
     setattr(net.model.get_submodule(block), leaf, module)
     return (values[0] - values[1]) / (2 * eps)
 

@@ -168,7 +168,7 @@ def test_places_in_the_data_are_not_filled(net, tmp_path):
 
 
 def test_its_parts_are_in_the_package():
-    folder = files("stratavit").joinpath("page")
+    folder = files("stratavit").joinpath("reports", "page")
     assert {part.name for part in folder.iterdir()} == {"page.html", "page.css", *SCRIPTS}
 
 

@@ -84,7 +84,7 @@ def files():
 
 def exports():
     """Without torch's exporter, which takes its time."""
-    module, models = sys.modules["stratavit.export"], [make_model("plain", seed) for seed in (0, 1)]
+    module, models = sys.modules["stratavit.interop.export"], [make_model("plain", seed) for seed in (0, 1)]
     module._to_program = lambda model, example, path: torch.save(model.state_dict(), path)
 
     def write(out, model):

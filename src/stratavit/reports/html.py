@@ -160,7 +160,7 @@ def page(data: Mapping[str, Any]) -> bytes:
     Raises:
         ArtifactError: The data hold what JSON does not have.
     """
-    folder = files("stratavit").joinpath("page")
+    folder = files("stratavit").joinpath("reports", "page")
     read = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.html", "page.css", *SCRIPTS)}
     parts = {
         "title": html.escape(str(data["title"])),
