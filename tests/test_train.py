@@ -98,7 +98,7 @@ def run(out, method="default", data=None, recipe=TINY, resume=False, evaluation=
 def trainer(tmp_path, recipe=TINY, method="default", data=None, net=None):
     accelerator = distributed.accelerator(recipe, tmp_path, cpu=True)
     data = data or Images()
-    places = order.of(data, recipe, 1)
+    places = order.make_order(data, recipe, 1)
     decay = recipe.decay(places.steps * recipe.epochs)
     pupil = Pupil(net or fresh(method), recipe, decay, make_batches(), accelerator)
     return Trainer(pupil, data, places, recipe, tmp_path, None, accelerator, StopRequest())

@@ -94,7 +94,7 @@ class Pupil:
 
     def set_list(self, entries: list[Entry]) -> None:
         """Takes a list, the first process's where there are several."""
-        rows = distributed.agree(self.accelerator, Strata(self.net.sites, entries).to_json())
+        rows = distributed.broadcast(self.accelerator, Strata(self.net.sites, entries).to_json())
         self.entries = [Entry(*row) for row in rows]
         self.prefixes = Prefixes.of(self.strata, self.net.cost, whole_groups=self.net.method == "paper")
 
@@ -141,8 +141,8 @@ class Pupil:
             mean = statistics[name].channel_mean
             if full:
                 mean, moments = contraction.moments_of(module, statistics[name])
-                module.moments = agree_moments(self.accelerator, moments)
-            mean = distributed.agree_tensor(self.accelerator, mean.to(module.out.weight))
+                module.moments = broadcast_moments(self.accelerator, moments)
+            mean = distributed.broadcast_tensor(self.accelerator, mean.to(module.out.weight))
             contraction.set_mean(module, mean)
 
     def settle(self) -> SuperNet:
@@ -250,7 +250,7 @@ def given_list(net: SuperNet, recipe: Recipe) -> list[Entry]:
     return list(net.strata.entries)
 
 
-def agree_moments(accelerator: Any, moments: Moments) -> Moments:
+def broadcast_moments(accelerator: Any, moments: Moments) -> Moments:
     """The first process's moments on all of them."""
-    scalars = distributed.agree(accelerator, (moments.ridge, moments.energy))
-    return Moments(distributed.agree_tensor(accelerator, moments.factor), *scalars)
+    scalars = distributed.broadcast(accelerator, (moments.ridge, moments.energy))
+    return Moments(distributed.broadcast_tensor(accelerator, moments.factor), *scalars)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from stratavit.data.batches import LESS, watched
+from stratavit.data.batches import OUT_OF_MEMORY_HINT, watched
 from stratavit.errors import ArtifactError, StrataViTError, reason_of
 from stratavit.files.atomic import none_empty
 from stratavit.files.folders import check_free
@@ -21,7 +21,7 @@ from stratavit.files.lock import Lock
 from stratavit.training import distributed, order, unused_keys
 from stratavit.training.augmentation import drop_path
 from stratavit.training.recipe import Recipe
-from stratavit.training.run_files import left, read_state, sound
+from stratavit.training.run_files import checkpoint_errors, read_state, resume_hint
 from stratavit.training.task import Learner
 from stratavit.training.teacher import Teacher
 from stratavit.training.trainer import Trainer
@@ -53,7 +53,7 @@ def recipe_for(
     if resume:
         if out is None:
             raise StrataViTError("resume: give the folder of the interrupted run")
-        with sound(Path(out)):
+        with checkpoint_errors(Path(out)):
             begun = Recipe.from_dict(dict(read_state(Path(out))["recipe"]) | fixed, str(out))
     if isinstance(config, Recipe):
         config = dataclasses.replace(config, **fixed)
@@ -91,9 +91,9 @@ def train(
         raise StrataViTError("train: the model has no head; give a teacher, which says what its features should be")
     accelerator, lock = distributed.accelerator(recipe, out, cpu), Lock(out)
     with ExitStack() as stack:
-        stack.callback(distributed.forget, accelerator)
+        stack.callback(distributed.reset_accelerator, accelerator)
         stack.callback(lock.release)
-        places = order.of(data, recipe, accelerator.num_processes)
+        places = order.make_order(data, recipe, accelerator.num_processes)
         distributed.on_main(accelerator, lock.take if resume else lambda: make_folder(out, overwrite, lock))
         state = read_state(out) if resume else None
         stack.enter_context(order.kept_generators())
@@ -108,8 +108,8 @@ def train(
             trainer.restore(state)
         with (
             interrupted(out),
-            watched("train: ", lambda: f"{LESS}; {left(out)}"),
-            distributed.together(accelerator, out),
+            watched("train: ", lambda: f"{OUT_OF_MEMORY_HINT}; {resume_hint(out)}"),
+            distributed.raise_on_all_ranks(accelerator, out),
         ):
             trainer.run()
 
@@ -121,7 +121,7 @@ def interrupted(out: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt as stop:
         if not str(stop):
-            raise type(stop)(f"interrupted at once; {left(out)}") from stop
+            raise type(stop)(f"interrupted at once; {resume_hint(out)}") from stop
         raise
 
 

@@ -22,7 +22,7 @@ from stratavit.data.batches import check_images, check_labels, unpack
 from stratavit.data.image_folder import rest
 from stratavit.errors import StrataViTError
 from stratavit.evaluation import curve_points
-from stratavit.files.atomic import told
+from stratavit.files.atomic import readable_errors
 from stratavit.training import distributed, order, run_files
 from stratavit.training.augmentation import Features, Target
 from stratavit.training.optimizer import Losses, optimiser_and_schedule
@@ -236,7 +236,9 @@ class Trainer:
 
     def tracking(self) -> AbstractContextManager[None]:
         """Around what a tracker writes."""
-        return told(self.out, f"the tracker ({self.recipe.tracker}) failed; {run_files.left(self.out)}")
+        return readable_errors(
+            self.out, f"the tracker ({self.recipe.tracker}) failed; {run_files.resume_hint(self.out)}"
+        )
 
     @property
     def rate(self) -> float:
@@ -258,7 +260,7 @@ class Trainer:
         raise StrataViTError(
             f"train: the loss is {loss:g} at step {step} ({name}, {drawn.macs / self.learner.full_macs:.0%} of MACs, "
             f"learning rate {self.rate:.3g}) or not finite on another process; "
-            f"{run_files.left(self.out, '')}: train anew with a lower lr or with clip"
+            f"{run_files.resume_hint(self.out, '')}: train anew with a lower lr or with clip"
         )
 
     # ---- what is kept and written ---------------------------------------------------------
@@ -295,7 +297,7 @@ class Trainer:
         Raises:
             StrataViTError: It belongs to another model, data set, method, teacher or number of processes.
         """
-        with run_files.sound(self.out):
+        with run_files.checkpoint_errors(self.out):
             for key, value in self.identity().items():
                 if state[key] != value:
                     raise StrataViTError(f"{self.out} was trained with {key} = {state[key]}; now it is {value}")
