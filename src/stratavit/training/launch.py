@@ -22,7 +22,7 @@ from stratavit.training import distributed, order, unused_keys
 from stratavit.training.augmentation import drop_path
 from stratavit.training.recipe import Recipe
 from stratavit.training.run_files import checkpoint_errors, read_state, resume_hint
-from stratavit.training.task import Learner
+from stratavit.training.task import TrainingTask
 from stratavit.training.teacher import Teacher
 from stratavit.training.trainer import Trainer
 from stratavit.utils.model import classes_of
@@ -65,7 +65,7 @@ def recipe_for(
 
 
 def train(
-    learner: Callable[[int, Any], Learner],
+    make_task: Callable[[int, Any], TrainingTask],
     model: nn.Module,
     data: Dataset[Any],
     recipe: Recipe,
@@ -79,7 +79,7 @@ def train(
     """Trains in `out`, from the start or from where an interrupted run stood.
 
     Args:
-        learner: Makes it from number of steps and accelerator.
+        make_task: Makes it from number of steps and accelerator.
         model: The timm model that it trains.
         recipe: See `recipe_for`.
         out: Folder of the run.
@@ -99,10 +99,10 @@ def train(
         stack.enter_context(order.kept_generators())
         stack.enter_context(drop_path(model, recipe.drop_path))
         stop = stack.enter_context(distributed.stop_on_signal())
-        made = learner(places.steps * recipe.epochs, accelerator)
+        task = make_task(places.steps * recipe.epochs, accelerator)
         if accelerator.is_main_process:
-            unused_keys.tell(recipe, made.kind, classes_of(model), accelerator.num_processes)
-        trainer = Trainer(made, data, places, recipe, out, evaluation, accelerator, stop, teacher)
+            unused_keys.tell(recipe, task.kind, classes_of(model), accelerator.num_processes)
+        trainer = Trainer(task, data, places, recipe, out, evaluation, accelerator, stop, teacher)
         stack.callback(distributed.release, accelerator, trainer.model)
         if state is not None:
             trainer.restore(state)
