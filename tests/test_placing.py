@@ -1,6 +1,7 @@
 """Moving into place: struck after any step, without means of the file system, beside others that do the same."""
 
 import errno
+import importlib
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from helpers import make_model, stopped_after_rename
 
 import stratavit
 from stratavit import ArtifactError
-from stratavit.cli import parser
+from stratavit.cli import commands, measure, parser
 from stratavit.data.batches import OUT_OF_MEMORY_HINT
 from stratavit.files import atomic, folders
 
@@ -199,7 +200,7 @@ def test_a_link_to_itself(tmp_path, monkeypatch, release):
 
 @pytest.mark.parametrize("there", [True, False])
 def test_an_export_goes_where_a_link_leads(tmp_path, monkeypatch, there):
-    module = sys.modules["stratavit.export"]
+    module = importlib.import_module("stratavit.interop.export")
     monkeypatch.setattr(module, "_to_program", lambda model, example, path: torch.save(model.state_dict(), path))
     model = make_model("plain")
     monkeypatch.setattr(module, "_run_program", lambda path: model)
@@ -236,8 +237,8 @@ def test_advice_for_want_of_memory_can_be_followed(monkeypatch, capsys, argument
     def without_memory(args):
         raise MemoryError
 
-    monkeypatch.setattr(parser.commands, "info", without_memory)
-    monkeypatch.setattr(parser.measure_command, "evaluate", without_memory)
+    monkeypatch.setattr(commands, "info", without_memory)
+    monkeypatch.setattr(measure, "evaluate", without_memory)
     assert parser.main(arguments) == 2
     assert capsys.readouterr().err.strip().endswith(f"memory ran out on the device or here; {advice}")
 
