@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from helpers import make_batches, make_images, make_model, make_net, relative_error
 
 from stratavit import SuperNet
-from stratavit.calibration.distance import distance
 from stratavit.dropout_list import marginal_effects
 from stratavit.elastic.attention import ElasticAttention
 from stratavit.elastic.mlp import ElasticMlp
@@ -77,11 +76,11 @@ def directional(net, site, cut, other, images, eps=1e-4):
     block, _, leaf = site.name.rpartition(".")
     module = net.model.get_submodule(site.name)
     moving = Interpolated(module, cut[site.name], other)
-    setattr(net.model.get_submodule(block), leaf, moving)
     values = []
     with net.at(cut):
+        setattr(net.model.get_submodule(block), leaf, moving)
         for moving.eps in (eps, -eps):
-            values.append(float(distance(net.model(images).double(), dense, net.model.num_classes)))
+            values.append(float(marginal_effects.distance(net.model(images).double(), dense, net.model.num_classes)))
     setattr(net.model.get_submodule(block), leaf, module)
     return (values[0] - values[1]) / (2 * eps)
 

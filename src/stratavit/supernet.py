@@ -16,10 +16,10 @@ from typing_extensions import Self, Unpack
 from stratavit.artifacts import moments as moments_file
 from stratavit.artifacts import super_network as super_network_file
 from stratavit.budgets.amounts import Budget
-from stratavit.budgets.constraints import Asked, find_sub_network
+from stratavit.budgets.constraints import BudgetArgs, find_sub_network
 from stratavit.budgets.latency_cost import priced
 from stratavit.calibration.contract import TOKEN_WEIGHT, resolve_method, sort_channels
-from stratavit.calibration.dense_outputs import Answers
+from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.calibration.method import Method, known_method
 from stratavit.calibration.objectives import Objective
 from stratavit.calibration.wpac import Criterion
@@ -62,7 +62,7 @@ class SuperNet(nn.Module):
     Attributes:
         model: The timm model, its attention and MLP modules elastic; its state dict is the stock one.
         sites: The modules that can be cut.
-        whole: Name -> reason of attention and MLP modules that cannot be cut and stay as they are.
+        uncut: Name -> reason of attention and MLP modules that cannot be cut and stay as they are.
         units: What a dropout list cuts them in, see `set_units`.
         strata: The dropout list, once `stratify` has run.
         method: ``paper``: cut channels count as zero and whole groups leave; ``default``: cut channels
@@ -118,7 +118,7 @@ class SuperNet(nn.Module):
         self._cost, self._form = cost_model(self.model, self.sites, size), changes.form_of(self.model)
         self._frozen = frozen_names(self.model)
         self._shift = Shift()
-        self._answers: Answers | None = None  # of the full model to the images of `contract`, for `stratify`
+        self._dense_outputs: DenseOutputs | None = None  # for the images of `contract`; `stratify` uses them
         self._seen: Seen | None = None  # the images of `contract`, if it kept moments of folds
         norm = last_norm(self.model)
         if norm is not None:
@@ -126,7 +126,7 @@ class SuperNet(nn.Module):
         self.strata: strata.Strata | None = None
         self.final_mean: FinalMean | None = None
         self.provenance: dict[str, Any] = {}
-        self.released = False
+        self.frozen_for_serving = False
         self.method: Method = "default"
         self.train(source.training)
 
@@ -135,7 +135,7 @@ class SuperNet(nn.Module):
         copied: Any = source_checks.whole_copy(plain)
         source_checks.drop_own_routines(copied)
         copied.embedding = self.embedding
-        modules, self.whole = elastic_sites(copied)
+        modules, self.uncut = elastic_sites(copied)
         for name, module in modules.items():
             block, _, leaf = name.rpartition(".")
             setattr(copied.get_submodule(block), leaf, module)
@@ -326,11 +326,11 @@ class SuperNet(nn.Module):
         """
         method, criterion = resolve_method(method, criterion)
         with in_float32(self.model), self.at():
-            facts, self._answers = sort_channels(self.model, loader, criterion, objective, seed, token_weight)
-        if self._answers is not None:
-            self._answers.seal(self.model)  # contraction keeps the function
-        self._seen = None if self._answers is None else self._answers.seen
-        self.released = False
+            facts, self._dense_outputs = sort_channels(self.model, loader, criterion, objective, seed, token_weight)
+        if self._dense_outputs is not None:
+            self._dense_outputs.seal(self.model)  # contraction keeps the function
+        self._seen = None if self._dense_outputs is None else self._dense_outputs.seen
+        self.frozen_for_serving = False
         self.strata, self.final_mean, self.method = None, None, method
         self.provenance["contract"] = {"method": method, **facts}
         return self
@@ -371,7 +371,9 @@ class SuperNet(nn.Module):
         """
         method = self.method if method is None else known_method(method)
         cost = priced(self.cost, self.elastic, price, setting)
-        known = self._answers if self._answers is not None and self._answers.belong_to(self.model) else None
+        known = self._dense_outputs
+        if known is not None and not known.belong_to(self.model):
+            known = None
         with in_float32(self.model), self.at():
             entries, final_mean, facts = build.make_list(
                 self.model,
@@ -386,7 +388,7 @@ class SuperNet(nn.Module):
                 known=known,
                 seen=self._seen,
             )
-        self._answers = None
+        self._dense_outputs = None
         if method != self.method:
             self.method = method
         self.strata, self.final_mean = strata.Strata(self.sites, entries), final_mean
@@ -440,7 +442,7 @@ class SuperNet(nn.Module):
         calibrated = all(module.channel_mean.numel() for module in self.elastic.values())
         return self.cost.params(self.resolve(spec), biased, corrected=biased and calibrated)
 
-    def budget(self, **asked: Unpack[Asked]) -> Budget:
+    def budget(self, **asked: Unpack[BudgetArgs]) -> Budget:
         """The sub-network of the dropout list that keeps one budget or several, with asked, got and reachable range.
 
         The largest that keeps all costs; with `top1` or `max_drop` the smallest that keeps those, too.
@@ -471,7 +473,7 @@ class SuperNet(nn.Module):
         positions = range(len(self.strata) + 1) if self.method == "default" else self.strata.group_ends()
         return find_sub_network(self, self.strata, positions, asked)
 
-    def spec(self, **asked: Unpack[Asked]) -> Spec:
+    def spec(self, **asked: Unpack[BudgetArgs]) -> Spec:
         """The widths of the sub-network that `budget` finds.
 
         Args:
@@ -497,7 +499,7 @@ class SuperNet(nn.Module):
     # ---- cut ---------------------------------------------------------------------------------------
 
     def extract(
-        self, *, spec: Mapping[str, int] | None = None, verbose: bool = True, **asked: Unpack[Asked]
+        self, *, spec: Mapping[str, int] | None = None, verbose: bool = True, **asked: Unpack[BudgetArgs]
     ) -> nn.Module:
         """A plain small model for budgets or a spec: stock timm layers, no dependence on this object.
 
@@ -552,7 +554,7 @@ class SuperNet(nn.Module):
         small.embedding = self.embedding
         small.data_config = dict(self.data_config)
         small.source_args = dict(self.description["args"])
-        if self.released:  # all of it was frozen to be served, see `specialise`
+        if self.frozen_for_serving:  # see `specialise`
             set_frozen(small, self._frozen)
         changes.check_small(self, self.model, small, widths, self.data_config["input_size"])
         made: nn.Module = small
@@ -583,13 +585,13 @@ class SuperNet(nn.Module):
         if not moments:
             for module in self.elastic.values():
                 module.moments, module.crossed = None, ()
-            self.released = True
+            self.frozen_for_serving = True
             self.requires_grad_(False)
         return self.memory()
 
     def forget_moments(self) -> None:
         """Drops second moments and all that was computed from them, as training makes them stale."""
-        self.released = False
+        self.frozen_for_serving = False
         for module in self.elastic.values():
             module.moments, module.crossed = None, ()
             module.forget_last()
@@ -606,7 +608,7 @@ class SuperNet(nn.Module):
         Raises:
             ArtifactError: The folder exists and is not empty (unless `overwrite`), or cannot be written.
         """
-        if self.released:
+        if self.frozen_for_serving:
             raise ArtifactError(
                 "the second moments were released by specialise(); save before, or specialise(moments=True)"
             )
