@@ -157,12 +157,14 @@ def test_neighbours_are_steps_that_cost_alike_and_stay_within_one_unit_and_full_
 def test_distance_of_logits_and_of_features():
     small, dense = torch.randn(2, 4, 7)
     p, q = dense.softmax(-1), small.softmax(-1)
-    assert float(distance(small, dense, 7)) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-4)
+    assert float(marginal_effects.distance(small, dense, 7)) == pytest.approx(
+        float((p * (p / q).log()).sum()), rel=1e-4
+    )
     expected = ((small - dense).norm(dim=-1) / dense.norm(dim=-1)).square().sum()
-    assert float(distance(small, dense, 0)) == pytest.approx(float(expected), rel=1e-4)
+    assert float(marginal_effects.distance(small, dense, 0)) == pytest.approx(float(expected), rel=1e-4)
     for classes in (0, 7):
-        assert float(distance(dense, dense, classes)) == pytest.approx(0, abs=1e-6)
-        assert distance(small.half(), dense.half(), classes).dtype == torch.float32
+        assert float(marginal_effects.distance(dense, dense, classes)) == pytest.approx(0, abs=1e-6)
+        assert marginal_effects.distance(small.half(), dense.half(), classes).dtype == torch.float32
 
 
 def test_an_exception_inside_a_probed_pass_takes_the_probes_away():
