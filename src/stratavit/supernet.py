@@ -128,6 +128,7 @@ class SuperNet(nn.Module):
         self.provenance: dict[str, Any] = {}
         self.frozen_for_serving = False
         self.method: Method = "default"
+        self.register_load_state_dict_post_hook(_report_kept_moments)
         self.train(source.training)
 
     def _elastic_copy(self, plain: nn.Module) -> nn.Module:
@@ -663,3 +664,13 @@ class SuperNet(nn.Module):
         if content.get("strata") is not None:
             net.strata = strata.Strata.from_json(net.sites, content["strata"])
         return net
+
+
+def _report_kept_moments(net: SuperNet, incompatible: Any) -> None:
+    """Says that `load_state_dict` brings weights only: what is known of the channels stays that of before."""
+    if any(module.channel_mean.numel() for module in net.elastic.values()):
+        print(
+            "load_state_dict: means and moments of the channels stay as they were; if these are the weights of another "
+            "network, call contract(loader) and stratify(loader) again, or use SuperNet.load",
+            file=sys.stderr,
+        )
