@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, Subset
 import stratavit
 from stratavit import Recipe, SuperNet, demo
 from stratavit.artifacts.folder_format import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
-from stratavit.tasks.piad_task import Pupil
+from stratavit.tasks.piad_task import PiadTask
 from stratavit.training import run_files
 from stratavit.training.order import Seeded
 
@@ -45,12 +45,12 @@ START, PHASE, ERRORS = "start", "phase", "errors.txt"  # beside the folder of a 
 STARTING, LIST, IMAGES, SAVE = "start-up", "means and list", "loading images", "save of the state"
 EVALUATION, MEANS, FILES, REST = "evaluation", "final means", "final files", "steps and the rest"
 PHASES = {
-    (Pupil, "begin_stage"): LIST,
+    (PiadTask, "begin_stage"): LIST,
     (Seeded, "__getitem__"): IMAGES,
     (torch, "save"): SAVE,
     (os, "fsync"): SAVE,
-    (Pupil, "evaluate"): EVALUATION,
-    (Pupil, "graduate"): MEANS,
+    (PiadTask, "evaluate"): EVALUATION,
+    (PiadTask, "graduate"): MEANS,
     (SuperNet, "save"): FILES,
 }
 AIMS = (STARTING, REST, REST, LIST, SAVE, EVALUATION, FILES)  # REST: any moment of the training

@@ -7,7 +7,7 @@ import torch
 from helpers import PLAN, make_batches, make_images, make_model
 
 from stratavit import SuperNet
-from stratavit.calibration.dense_outputs import Answers, weights_digest
+from stratavit.calibration.dense_outputs import DenseOutputs, weights_digest
 from stratavit.data.pixels import Seen, keys_of
 from stratavit.dropout_list import marginal_effects
 from stratavit.dropout_list.walk import Walk
@@ -27,9 +27,9 @@ class Counted:
 
 
 def test_an_image_is_computed_once_in_whatever_order_it_comes():
-    answers, compute = Answers(), Counted()
-    answers.of(IMAGES[:4], compute)
-    logits, features = answers.of(IMAGES[[5, 2, 2, 0]], compute)
+    dense_outputs, compute = DenseOutputs(), Counted()
+    dense_outputs.of(IMAGES[:4], compute)
+    logits, features = dense_outputs.of(IMAGES[[5, 2, 2, 0]], compute)
     assert compute.asked == 5
     expected = Counted()(IMAGES[[5, 2, 2, 0]])
     assert torch.equal(logits, expected[0])
@@ -37,20 +37,20 @@ def test_an_image_is_computed_once_in_whatever_order_it_comes():
 
 
 def test_given_answers_are_found():
-    answers, compute = Answers(), Counted()
-    answers.add(keys_of(IMAGES), *Counted()(IMAGES))
-    logits, _ = answers.of(IMAGES.flip(0), compute)
+    dense_outputs, compute = DenseOutputs(), Counted()
+    dense_outputs.add(keys_of(IMAGES), *Counted()(IMAGES))
+    logits, _ = dense_outputs.of(IMAGES.flip(0), compute)
     assert compute.asked == 0
     assert torch.equal(logits, Counted()(IMAGES.flip(0))[0])
 
 
 def test_memory_is_bounded_and_what_does_not_fit_is_right():
     row = 4 * (7 + 4)
-    answers, compute = Answers(limit=2 * row + 1), Counted()
+    dense_outputs, compute = DenseOutputs(limit=2 * row + 1), Counted()
     for _ in range(2):
-        logits, _ = answers.of(IMAGES, compute)
+        logits, _ = dense_outputs.of(IMAGES, compute)
         assert torch.equal(logits, Counted()(IMAGES)[0])
-    assert len(answers) == 2
+    assert len(dense_outputs) == 2
     assert compute.asked == 6 + 4
 
 
@@ -87,19 +87,19 @@ CHANGES = (through_data, through_numpy, one_bit, another_tensor, a_buffer, two_e
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_change_of_weights_is_noticed(change):
-    model, answers = make_model("plain"), Answers()
-    answers.seal(model)
-    assert answers.belong_to(model)
+    model, dense_outputs = make_model("plain"), DenseOutputs()
+    dense_outputs.seal(model)
+    assert dense_outputs.belong_to(model)
     change(model)
-    assert not answers.belong_to(model)
+    assert not dense_outputs.belong_to(model)
 
 
 def test_the_same_numbers_elsewhere_are_no_change():
-    model, answers = make_model("plain"), Answers()
-    answers.seal(model)
+    model, dense_outputs = make_model("plain"), DenseOutputs()
+    dense_outputs.seal(model)
     model.load_state_dict(copy.deepcopy(model.state_dict()))
-    assert answers.belong_to(model)
-    assert answers.belong_to(copy.deepcopy(model))
+    assert dense_outputs.belong_to(model)
+    assert dense_outputs.belong_to(copy.deepcopy(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -130,14 +130,14 @@ def passes_at_full_width(monkeypatch, net):
 def test_stratify_takes_the_answers_of_contract(monkeypatch):
     net = SuperNet(make_model("plain", dtype=torch.float64)).contract(make_batches(dtype=torch.float64))
     forgetful, changed = copy.deepcopy(net), copy.deepcopy(net)
-    forgetful._answers = None
+    forgetful._dense_outputs = None
     changed.model.norm.bias.data.add_(1e-9)  # in float64: another digest, the same list
     assert passes_at_full_width(monkeypatch, net) == 0
     assert passes_at_full_width(monkeypatch, forgetful) == sum(len(images) for images, _ in make_batches())
     assert passes_at_full_width(monkeypatch, changed) == sum(len(images) for images, _ in make_batches())
     assert net.strata.entries == forgetful.strata.entries == changed.strata.entries
     assert torch.allclose(net.final_mean.vectors, forgetful.final_mean.vectors, atol=1e-5)
-    assert net._answers is None
+    assert net._dense_outputs is None
 
 
 def test_a_change_between_contract_and_stratify_is_measured():
@@ -147,20 +147,20 @@ def test_a_change_between_contract_and_stratify_is_measured():
         net = SuperNet(make_model("plain", dtype=torch.float64)).contract(make_batches(dtype=torch.float64))
         net.model.head.weight.data.mul_(-3)
         if forget:
-            net._answers = None
+            net._dense_outputs = None
         lists.append(net.stratify(make_batches(dtype=torch.float64), plan=PLAN))
     assert lists[0].strata.entries == lists[1].strata.entries
     assert torch.equal(lists[0].final_mean.vectors, lists[1].final_mean.vectors)
 
 
 def test_a_list_made_alone_asks_once_per_image(monkeypatch):
-    net, asked, original = SuperNet(make_model("plain")).contract(make_batches()), [], marginal_effects.Answers.of
+    net, asked, original = SuperNet(make_model("plain")).contract(make_batches()), [], marginal_effects.DenseOutputs.of
 
     def watched(self, images, compute):
         return original(self, images, lambda unknown: (asked.append(len(unknown)), compute(unknown))[1])
 
-    monkeypatch.setattr(marginal_effects.Answers, "of", watched)
-    net._answers = None
+    monkeypatch.setattr(marginal_effects.DenseOutputs, "of", watched)
+    net._dense_outputs = None
     net.stratify(make_batches(), plan=Walk(states=((0.7, 3), (0.5, 3)), images=6))
     assert sum(asked) == 12
 

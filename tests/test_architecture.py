@@ -1,6 +1,7 @@
 """The order of packages: this list is the picture of the architecture. A package imports from those before it only."""
 
 import ast
+import inspect
 import subprocess
 import sys
 from collections import defaultdict
@@ -124,3 +125,27 @@ def test_every_public_name_is_there():
     assert set(stratavit._HOMES) == set(stratavit.__all__)
     with pytest.raises(AttributeError):
         stratavit.nothing  # noqa: B018
+
+
+def public_functions():
+    for name in stratavit.__all__:
+        found = getattr(stratavit, name)
+        if inspect.isfunction(found):
+            yield name, found
+    for name, method in vars(stratavit.SuperNet).items():
+        function = inspect.unwrap(getattr(method, "__func__", method))
+        if inspect.isfunction(function) and not name.startswith("_"):
+            yield f"SuperNet.{name}", function
+
+
+@pytest.mark.parametrize(("name", "function"), list(public_functions()))
+def test_a_public_function_says_what_it_takes_gives_and_raises(name, function):
+    text, signature = inspect.getdoc(function) or "", inspect.signature(function)
+    taken = {key: one for key, one in signature.parameters.items() if key not in ("self", "cls")}
+    assert [key for key, one in taken.items() if one.annotation is one.empty] == []
+    assert [key for key in taken if key not in text] == []
+    assert "Args:" in text or not taken
+    if signature.return_annotation not in ("None", inspect.Signature.empty):
+        assert "Returns:" in text or "Yields:" in text
+    if "raise " in inspect.getsource(function):
+        assert "Raises:" in text

@@ -212,7 +212,7 @@ def test_folders_of_images_that_cannot_be_listed(tmp_path, monkeypatch):
 
 
 def test_a_state_that_memory_is_too_small_for(tmp_path):
-    with pytest.raises(MemoryError), run_files.sound(tmp_path):
+    with pytest.raises(MemoryError), run_files.checkpoint_errors(tmp_path):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
 
 
@@ -367,7 +367,7 @@ def test_shares_that_are_none(folder, capsys, shares):
 
 
 def test_timing_without_onnx_runtime(folder, capsys, monkeypatch):
-    module = importlib.import_module("stratavit.bench_command")
+    module = importlib.import_module("stratavit.cli.bench")
     monkeypatch.setattr(module, "has_onnx", lambda: False)
     assert main(["bench", str(folder / "small"), "--batches", "1", "--seconds", "0.01"]) == 0
     assert "ONNX Runtime is not here: pip install 'stratavit[export]'" in capsys.readouterr().out
@@ -385,8 +385,8 @@ def test_the_table_of_the_docs(capsys):
 
 
 def test_processes_that_are_not_the_first_say_nothing(folder, tmp_path, capsys, monkeypatch):
-    module = importlib.import_module("stratavit.train_command")
-    monkeypatch.setattr(module, "part", lambda: None)
+    module = importlib.import_module("stratavit.cli.train")
+    monkeypatch.setattr(module, "leave_process_group", lambda: None)
     monkeypatch.setenv("RANK", "1")
     options = ["--data", folder / "data", "--device", "cpu", "--workers", "0", "--tracker", "none", "--epochs", "1"]
     options += ["--batch-size", "4", "--repeats", "1", "--json"]

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from helpers import make_batches, make_images, make_model, make_net, relative_error
 
 from stratavit import SuperNet
-from stratavit.calibration.distance import distance
 from stratavit.dropout_list import marginal_effects
 from stratavit.elastic.attention import ElasticAttention
 from stratavit.elastic.mlp import ElasticMlp
@@ -77,9 +76,9 @@ def directional(net, site, cut, other, images, eps=1e-4):
     block, _, leaf = site.name.rpartition(".")
     module = net.model.get_submodule(site.name)
     moving = Interpolated(module, cut[site.name], other)
-    setattr(net.model.get_submodule(block), leaf, moving)
     values = []
     with net.at(cut):
+        setattr(net.model.get_submodule(block), leaf, moving)
         for moving.eps in (eps, -eps):
             values.append(float(marginal_effects.distance(net.model(images).double(), dense, net.model.num_classes)))
     setattr(net.model.get_submodule(block), leaf, module)
@@ -158,12 +157,14 @@ def test_neighbours_are_steps_that_cost_alike_and_stay_within_one_unit_and_full_
 def test_distance_of_logits_and_of_features():
     small, dense = torch.randn(2, 4, 7)
     p, q = dense.softmax(-1), small.softmax(-1)
-    assert float(distance(small, dense, 7)) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-4)
+    assert float(marginal_effects.distance(small, dense, 7)) == pytest.approx(
+        float((p * (p / q).log()).sum()), rel=1e-4
+    )
     expected = ((small - dense).norm(dim=-1) / dense.norm(dim=-1)).square().sum()
-    assert float(distance(small, dense, 0)) == pytest.approx(float(expected), rel=1e-4)
+    assert float(marginal_effects.distance(small, dense, 0)) == pytest.approx(float(expected), rel=1e-4)
     for classes in (0, 7):
-        assert float(distance(dense, dense, classes)) == pytest.approx(0, abs=1e-6)
-        assert distance(small.half(), dense.half(), classes).dtype == torch.float32
+        assert float(marginal_effects.distance(dense, dense, classes)) == pytest.approx(0, abs=1e-6)
+        assert marginal_effects.distance(small.half(), dense.half(), classes).dtype == torch.float32
 
 
 def test_an_exception_inside_a_probed_pass_takes_the_probes_away():

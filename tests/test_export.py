@@ -80,7 +80,7 @@ def test_a_file_that_answers_otherwise_is_not_kept(tmp_path, monkeypatch, name):
     for wrong in (0.01, float("nan")):
         answer = partial(torch.full_like, fill_value=wrong)  # of a tensor [B, 7]
         monkeypatch.setattr(
-            sys.modules["stratavit.export"], runner, lambda _, a=answer: lambda x, a=a: a(x[:, 0, 0, :7])
+            sys.modules["stratavit.interop.export"], runner, lambda _, a=answer: lambda x, a=a: a(x[:, 0, 0, :7])
         )
         (tmp_path / "old").write_text("kept")
         with pytest.raises(StrataViTError, match="answers otherwise than the model"):

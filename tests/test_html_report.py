@@ -97,7 +97,7 @@ def test_every_position_is_the_nets(any_net, tmp_path):
         assert (data["macs"][position], data["params"][position]) == (any_net.macs(spec), any_net.params(spec))
     assert data["stops"] == (any_net.strata.group_ends() if any_net.method == "paper" else None)
     assert [site[:2] for site in data["sites"]] == [[site.name, site.kind] for site in any_net.sites]
-    assert data["whole"] == any_net.whole
+    assert data["whole"] == any_net.uncut
     assert data["points"] == []
 
 
@@ -168,7 +168,7 @@ def test_places_in_the_data_are_not_filled(net, tmp_path):
 
 
 def test_its_parts_are_in_the_package():
-    folder = files("stratavit").joinpath("page")
+    folder = files("stratavit").joinpath("reports", "page")
     assert {part.name for part in folder.iterdir()} == {"page.html", "page.css", *SCRIPTS}
 
 

@@ -1,6 +1,7 @@
 """Moving into place: struck after any step, without means of the file system, beside others that do the same."""
 
 import errno
+import importlib
 import os
 import subprocess
 import sys
@@ -13,8 +14,8 @@ from helpers import make_model, stopped_after_rename
 
 import stratavit
 from stratavit import ArtifactError
-from stratavit.cli import parser
-from stratavit.data.batches import LESS
+from stratavit.cli import commands, measure, parser
+from stratavit.data.batches import OUT_OF_MEMORY_HINT
 from stratavit.files import atomic, folders
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="locks and links of POSIX")
@@ -62,7 +63,7 @@ def test_an_old_folder_that_cannot_be_put_back_is_kept_and_named(tmp_path, monke
     assert (kept / "file").read_text() == "old"
     monkeypatch.undo()
     written(tmp_path / "another", "x")  # leaves it alone
-    with atomic.beside(tmp_path / "out"):  # the next that writes there puts it back
+    with atomic.temporary_sibling(tmp_path / "out"):  # the next that writes there puts it back
         assert (tmp_path / "out" / "file").read_text() == "old"
     assert held(tmp_path) == {"out": "old", "another": "x"}
 
@@ -92,7 +93,7 @@ def test_a_folder_that_another_process_sweeps_away_is_not_used(tmp_path, monkeyp
         return made[0] if len(made) == 2 else made[-1]
 
     monkeypatch.setattr(tempfile, "mkdtemp", overtaken)
-    with atomic.beside(tmp_path / "out") as place:
+    with atomic.temporary_sibling(tmp_path / "out") as place:
         assert place.parent != Path(made[0])
     os.close(made[1])
     written(tmp_path / "out", "x")
@@ -153,10 +154,10 @@ def test_a_file_takes_no_place_that_is_taken(tmp_path, monkeypatch, links):
         monkeypatch.setattr(os, "link", unable)
     folders.write_file(tmp_path / "file", b"x")
     assert (tmp_path / "file").read_bytes() == b"x"
-    with atomic.beside(tmp_path / "file") as new:
+    with atomic.temporary_sibling(tmp_path / "file") as new:
         new.write_bytes(b"y")
         with pytest.raises(ArtifactError, match="another process wrote"):
-            atomic.put(new, tmp_path / "file", overwrite=False)
+            atomic.move_into_place(new, tmp_path / "file", overwrite=False)
     assert (tmp_path / "file").read_bytes() == b"x"
 
 
@@ -199,7 +200,7 @@ def test_a_link_to_itself(tmp_path, monkeypatch, release):
 
 @pytest.mark.parametrize("there", [True, False])
 def test_an_export_goes_where_a_link_leads(tmp_path, monkeypatch, there):
-    module = sys.modules["stratavit.export"]
+    module = importlib.import_module("stratavit.interop.export")
     monkeypatch.setattr(module, "_to_program", lambda model, example, path: torch.save(model.state_dict(), path))
     model = make_model("plain")
     monkeypatch.setattr(module, "_run_program", lambda path: model)
@@ -227,14 +228,17 @@ def test_a_closed_standard_output(options):
 
 @pytest.mark.parametrize(
     ("arguments", "advice"),
-    [(["info", "x"], "free some memory, or take a smaller model"), (["evaluate", "x", "--data", "y"], LESS)],
+    [
+        (["info", "x"], "free some memory, or take a smaller model"),
+        (["evaluate", "x", "--data", "y"], OUT_OF_MEMORY_HINT),
+    ],
 )
 def test_advice_for_want_of_memory_can_be_followed(monkeypatch, capsys, arguments, advice):
     def without_memory(args):
         raise MemoryError
 
-    monkeypatch.setattr(parser.commands, "info", without_memory)
-    monkeypatch.setattr(parser.measure_command, "evaluate", without_memory)
+    monkeypatch.setattr(commands, "info", without_memory)
+    monkeypatch.setattr(measure, "evaluate", without_memory)
     assert parser.main(arguments) == 2
     assert capsys.readouterr().err.strip().endswith(f"memory ran out on the device or here; {advice}")
 
@@ -245,7 +249,7 @@ def test_advice_for_want_of_memory_can_be_followed(monkeypatch, capsys, argument
 def test_a_parent_that_is_a_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ArtifactError, match=r"cannot write .*; nothing was changed there"):  # noqa: SIM117
-        with atomic.beside(tmp_path / "file" / "out"):
+        with atomic.temporary_sibling(tmp_path / "file" / "out"):
             raise AssertionError("there is no place")
 
 
@@ -272,7 +276,7 @@ def test_a_folder_that_became_another_before_it_was_held(tmp_path, monkeypatch):
 
 
 def test_sentences_of_ours_are_passed_on_as_they_are(tmp_path):
-    with pytest.raises(ArtifactError, match=r"^ours$"), atomic.told(tmp_path, "left"):
+    with pytest.raises(ArtifactError, match=r"^ours$"), atomic.readable_errors(tmp_path, "left"):
         raise ArtifactError("ours")
 
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import FAMILIES, PLAN, make_batches, make_images, make_net
+from helpers import FAMILIES, PLAN, make_batches, make_images, make_model, make_net
 from torch.func import functional_call
 
-from stratavit import StrataViTError, evaluate, knn
+from stratavit import StrataViTError, SuperNet, evaluate, knn
 from stratavit.elastic.compensation import Moments, compensate
 
 IMAGES = make_images(2, seed=9)
@@ -180,6 +180,14 @@ def test_weights_at_a_freed_address_are_seen_by_a_specialised_network():
             for one in fresh.elastic.values():
                 one.forget_last()
             assert torch.equal(net(IMAGES, HALF), fresh(IMAGES, HALF)), turn
+
+
+def test_a_state_dict_brings_no_moments_and_says_so(capsys):
+    net, other = copy.deepcopy(make_net("plain")), SuperNet(make_model("plain"))
+    net.load_state_dict(make_net("plain").state_dict())
+    assert "moments" in capsys.readouterr().err
+    other.load_state_dict(net.state_dict())  # knows nothing of its channels yet
+    assert capsys.readouterr().err == ""
 
 
 def sizes_of(net):

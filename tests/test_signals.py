@@ -17,7 +17,7 @@ from test_train import TINY, assert_same, fresh, outcome, run
 
 import stratavit
 from stratavit import SuperNet
-from stratavit.artifacts import sub_network
+from stratavit.artifacts import folder_format, sub_network
 from stratavit.cli.parser import main
 from stratavit.data import image_folder
 from stratavit.files import atomic, folders
@@ -84,7 +84,7 @@ def files():
 
 def exports():
     """Without torch's exporter, which takes its time."""
-    module, models = sys.modules["stratavit.export"], [make_model("plain", seed) for seed in (0, 1)]
+    module, models = sys.modules["stratavit.interop.export"], [make_model("plain", seed) for seed in (0, 1)]
     module._to_program = lambda model, example, path: torch.save(model.state_dict(), path)
 
     def write(out, model):
@@ -284,8 +284,8 @@ def test_a_training_that_is_stopped(work, wholes, tmp_path, command, kills):
 
 PLACES = {
     "calibration": (SuperNet, "stratify"),
-    "weights": (sub_network, "save_file"),
-    "description": (sub_network, "write_json"),
+    "weights": (folder_format, "save_file"),
+    "description": (folder_format, "write_json"),
     "exchange": (atomic, "_exchanged"),
 }
 

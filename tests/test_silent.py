@@ -240,7 +240,7 @@ def test_the_model_that_is_timed_is_in_eval_mode(dtype, training, monkeypatch):
 def test_parity_does_not_depend_on_the_scale_of_the_outputs(format, scale, tmp_path, monkeypatch):
     if format == "onnx":
         pytest.importorskip("onnxruntime")
-    module = sys.modules["stratavit.export"]
+    module = sys.modules["stratavit.interop.export"]
     model = make_model("plain").eval()
     with torch.no_grad():
         model.head.weight *= scale

@@ -73,13 +73,13 @@ def test_two_trainings_in_one_folder(work, tmp_path, overwrite):  # noqa: F811
 
 def converting(work, out, barrier, overwrite):  # noqa: F811
     """One of two conversions that come to their end together."""
-    put = stratavit.files.folders.put
+    move_into_place = stratavit.files.folders.move_into_place
 
     def together(*args):
         barrier.wait(300)
-        put(*args)
+        move_into_place(*args)
 
-    stratavit.files.folders.put = together
+    stratavit.files.folders.move_into_place = together
     arguments = argv(work, "convert", out)
     return main(arguments if overwrite else arguments[:-1])
 

@@ -23,11 +23,11 @@ import stratavit
 from stratavit import StrataViTError, SuperNet, demo
 from stratavit.dropout_list.strata import Strata
 from stratavit.tasks.piad import train_piad
-from stratavit.tasks.piad_task import Pupil, evaluations
+from stratavit.tasks.piad_task import PiadTask, evaluations
 from stratavit.training import augmentation, distributed, order, run_files
 from stratavit.training.distributed import StopRequest
 from stratavit.training.recipe import Recipe
-from stratavit.training.task import Drawn
+from stratavit.training.task import SampledNetwork
 from stratavit.training.trainer import Trainer
 from stratavit.utils.random_streams import stream
 
@@ -98,10 +98,10 @@ def run(out, method="default", data=None, recipe=TINY, resume=False, evaluation=
 def trainer(tmp_path, recipe=TINY, method="default", data=None, net=None):
     accelerator = distributed.accelerator(recipe, tmp_path, cpu=True)
     data = data or Images()
-    places = order.of(data, recipe, 1)
+    places = order.make_order(data, recipe, 1)
     decay = recipe.decay(places.steps * recipe.epochs)
-    pupil = Pupil(net or fresh(method), recipe, decay, make_batches(), accelerator)
-    return Trainer(pupil, data, places, recipe, tmp_path, None, accelerator, StopRequest())
+    task = PiadTask(net or fresh(method), recipe, decay, make_batches(), accelerator)
+    return Trainer(task, data, places, recipe, tmp_path, None, accelerator, StopRequest())
 
 
 def outcome(folder):
@@ -153,12 +153,12 @@ def test_a_list_that_grows_within_epochs(tmp_path):
     for step in range(9):
         found.step = step
         found.begin_stage()
-        lengths.append(len(found.learner.entries))
+        lengths.append(len(found.task.entries))
         target = max(1 - recipe.reduction * min(step + 1, 6) / 6, uncut)
-        assert found.learner.smallest <= target
+        assert found.task.smallest <= target
     assert lengths[0] < lengths[2] < lengths[5] == lengths[8]
     found.begin_stage()
-    assert len(found.learner.entries) == lengths[8]
+    assert len(found.task.entries) == lengths[8]
     run(tmp_path / "whole", recipe=recipe)
     with pytest.raises(KeyboardInterrupt, match="stopped after step 5 of 9"):
         run(tmp_path / "run", data=Images(24 + 14, terminate), recipe=recipe)
@@ -333,14 +333,14 @@ def test_options_run(tmp_path, changes):
 def test_what_the_arms_draw(tmp_path, mode):
     found = trainer(tmp_path, dataclasses.replace(TINY, mode=mode, list_epochs=1))
     found.begin_stage()
-    specs = [one.spec for seed in range(300) for one in found.learner.draw(stream(seed))]
+    specs = [one.spec for seed in range(300) for one in found.task.draw(stream(seed))]
     full = {site.name: site.width for site in found.net.sites}
-    listed = {found.learner.strata.spec(position) for position in range(len(found.learner.entries) + 1)}
+    listed = {found.task.strata.spec(position) for position in range(len(found.task.entries) + 1)}
     assert any(0 in spec.values() for spec in specs) == (mode in ("layerdrop", "piad"))
     assert (set(specs) == {stratavit.Spec(full)}) == (mode == "plain")
     assert set(specs) <= listed if mode == "piad" else len(set(specs)) > 40 or mode == "plain"
     assert all(width in site.steps for spec in specs for site in found.net.sites for width in [spec[site.name]])
-    assert bool(found.learner.entries) == (mode not in ("plain", "channel"))
+    assert bool(found.task.entries) == (mode not in ("plain", "channel"))
 
 
 def test_units_of_the_recipe(tmp_path):
@@ -421,7 +421,7 @@ def test_moments_of_channels_as_they_are():
 def test_smaller_prefixes_learn_from_the_full_network(tmp_path):
     found = trainer(tmp_path, dataclasses.replace(TINY, distil=1.0, accumulate=1, drop_path=0.0, mixup=0.0, cutmix=0.0))
     small, full = found.net.resolve(WIDTHS), found.net.resolve(None)
-    found.draw = lambda number: [Drawn(spec, found.net.macs(spec)) for spec in (full, small)]
+    found.draw = lambda number: [SampledNetwork(spec, found.net.macs(spec)) for spec in (full, small)]
     targets, learn = [], found.learn
     found.learn = lambda images, target, *rest: (targets.append(target), learn(images, target, *rest))
     images, labels = make_batches()[1]
@@ -521,7 +521,7 @@ def stepped(tmp_path, widths, **changes):
     """Weights before and after one step at a prefix, and the gradients of the step."""
     found = trainer(tmp_path, dataclasses.replace(TINY, accumulate=1, clip=0.0, **changes), "paper")
     spec = found.net.resolve(widths)
-    found.draw = lambda number: [Drawn(spec, found.net.macs(spec))]
+    found.draw = lambda number: [SampledNetwork(spec, found.net.macs(spec))]
     before = {name: p.detach().clone() for name, p in found.net.model.named_parameters()}
     gradients, step = {}, found.optimiser.step
 
@@ -730,9 +730,7 @@ def alike(out):
     off = {"drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0, "batch_size": batch}
     before, Trainer.draw = (
         Trainer.draw,
-        lambda self, number: [
-            self.learner.prefixes[(7 * self.step + (50, 0)[number]) % len(self.learner.prefixes.macs)]
-        ],
+        lambda self, number: [self.task.prefixes[(7 * self.step + (50, 0)[number]) % len(self.task.prefixes.macs)]],
     )
     try:
         return run(out, recipe=dataclasses.replace(TINY, **off))

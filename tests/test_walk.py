@@ -42,13 +42,13 @@ def test_ratios_move_along_the_effects_by_no_more_than_the_rate(values):
     ratios, effects = ({name: pair[which] for name, pair in values.items()} for which in (0, 1))
     found = walk.moved(ratios, effects, 0.3)
     assert found.keys() == ratios.keys()
-    if sum(marginal_effects.values()) <= 0:
+    if sum(effects.values()) <= 0:
         assert found == ratios
         return
     assert sum(found.values()) == pytest.approx(0, abs=1e-9)
     moves = {name: found[name] - ratios[name] for name in ratios}
     assert max(moves.values()) - min(moves.values()) <= 0.6 + 1e-9
-    in_order = [moves[name] for name in sorted(moves, key=marginal_effects.get)]
+    in_order = [moves[name] for name in sorted(moves, key=effects.get)]
     assert all(a <= b + 1e-9 for a, b in pairwise(in_order))
 
 

@@ -16,10 +16,10 @@ from typing_extensions import Self, Unpack
 from stratavit.artifacts import moments as moments_file
 from stratavit.artifacts import super_network as super_network_file
 from stratavit.budgets.amounts import Budget
-from stratavit.budgets.constraints import Asked, find_sub_network
+from stratavit.budgets.constraints import BudgetArgs, find_sub_network
 from stratavit.budgets.latency_cost import priced
 from stratavit.calibration.contract import TOKEN_WEIGHT, resolve_method, sort_channels
-from stratavit.calibration.dense_outputs import Answers
+from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.calibration.method import Method, known_method
 from stratavit.calibration.objectives import Objective
 from stratavit.calibration.wpac import Criterion
@@ -62,7 +62,7 @@ class SuperNet(nn.Module):
     Attributes:
         model: The timm model, its attention and MLP modules elastic; its state dict is the stock one.
         sites: The modules that can be cut.
-        whole: Name -> reason of attention and MLP modules that cannot be cut and stay as they are.
+        uncut: Name -> reason of attention and MLP modules that cannot be cut and stay as they are.
         units: What a dropout list cuts them in, see `set_units`.
         strata: The dropout list, once `stratify` has run.
         method: ``paper``: cut channels count as zero and whole groups leave; ``default``: cut channels
@@ -118,7 +118,7 @@ class SuperNet(nn.Module):
         self._cost, self._form = cost_model(self.model, self.sites, size), changes.form_of(self.model)
         self._frozen = frozen_names(self.model)
         self._shift = Shift()
-        self._answers: Answers | None = None  # of the full model to the images of `contract`, for `stratify`
+        self._dense_outputs: DenseOutputs | None = None  # for the images of `contract`; `stratify` uses them
         self._seen: Seen | None = None  # the images of `contract`, if it kept moments of folds
         norm = last_norm(self.model)
         if norm is not None:
@@ -126,8 +126,9 @@ class SuperNet(nn.Module):
         self.strata: strata.Strata | None = None
         self.final_mean: FinalMean | None = None
         self.provenance: dict[str, Any] = {}
-        self.released = False
+        self.frozen_for_serving = False
         self.method: Method = "default"
+        self.register_load_state_dict_post_hook(_report_kept_moments)
         self.train(source.training)
 
     def _elastic_copy(self, plain: nn.Module) -> nn.Module:
@@ -135,7 +136,7 @@ class SuperNet(nn.Module):
         copied: Any = source_checks.whole_copy(plain)
         source_checks.drop_own_routines(copied)
         copied.embedding = self.embedding
-        modules, self.whole = elastic_sites(copied)
+        modules, self.uncut = elastic_sites(copied)
         for name, module in modules.items():
             block, _, leaf = name.rpartition(".")
             setattr(copied.get_submodule(block), leaf, module)
@@ -208,6 +209,9 @@ class SuperNet(nn.Module):
         Args:
             head_dim_unit: Coordinates of the head width that leave together (paper: 8).
             mlp_units: Groups that the MLP hidden width is cut into (paper: 32).
+
+        Raises:
+            StrataViTError: A number is not a whole number of at least 1.
         """
         for name, value in (("head_dim_unit", head_dim_unit), ("mlp_units", mlp_units)):
             if type(value) is not int or value < 1:
@@ -266,14 +270,25 @@ class SuperNet(nn.Module):
             )
 
     def final_shift(self, widths: Mapping[str, int]) -> Tensor | None:
-        """What is added to the last norm's bias at these widths, ``[C]``; None for nothing."""
+        """What is added to the last norm's bias at these widths, ``[C]``; None for nothing.
+
+        Args:
+            widths: Of every site.
+
+        Returns:
+            The vector, or None.
+        """
         if self.final_mean is None or self.compensation != "full":
             return None
         share = self.cost.macs(widths) / self.cost.macs()
         return None if share >= 1 else self.final_mean.at(share)
 
     def source_copy(self) -> nn.Module:
-        """A copy of the full model as it is, to teach by."""
+        """A copy of the full model as it is, to teach by.
+
+        Returns:
+            A timm model in eval mode, its weights frozen.
+        """
         return source_checks.whole_copy(self.model).requires_grad_(False).eval()
 
     # ---- convert -----------------------------------------------------------------------------------
@@ -312,11 +327,11 @@ class SuperNet(nn.Module):
         """
         method, criterion = resolve_method(method, criterion)
         with in_float32(self.model), self.at():
-            facts, self._answers = sort_channels(self.model, loader, criterion, objective, seed, token_weight)
-        if self._answers is not None:
-            self._answers.seal(self.model)  # contraction keeps the function
-        self._seen = None if self._answers is None else self._answers.seen
-        self.released = False
+            facts, self._dense_outputs = sort_channels(self.model, loader, criterion, objective, seed, token_weight)
+        if self._dense_outputs is not None:
+            self._dense_outputs.seal(self.model)  # contraction keeps the function
+        self._seen = None if self._dense_outputs is None else self._dense_outputs.seen
+        self.frozen_for_serving = False
         self.strata, self.final_mean, self.method = None, None, method
         self.provenance["contract"] = {"method": method, **facts}
         return self
@@ -357,7 +372,9 @@ class SuperNet(nn.Module):
         """
         method = self.method if method is None else known_method(method)
         cost = priced(self.cost, self.elastic, price, setting)
-        known = self._answers if self._answers is not None and self._answers.belong_to(self.model) else None
+        known = self._dense_outputs
+        if known is not None and not known.belong_to(self.model):
+            known = None
         with in_float32(self.model), self.at():
             entries, final_mean, facts = build.make_list(
                 self.model,
@@ -372,7 +389,7 @@ class SuperNet(nn.Module):
                 known=known,
                 seen=self._seen,
             )
-        self._answers = None
+        self._dense_outputs = None
         if method != self.method:
             self.method = method
         self.strata, self.final_mean = strata.Strata(self.sites, entries), final_mean
@@ -384,22 +401,49 @@ class SuperNet(nn.Module):
     def resolve(self, spec: Mapping[str, int] | None) -> Spec:
         """The width of every site under a spec.
 
+        Args:
+            spec: Widths; sites that are not named are at full width. None is full width everywhere.
+
+        Returns:
+            A spec that names every site.
+
         Raises:
             StrataViTError: The spec names an unknown site or a width above the full one.
         """
         return full_spec(self.sites, spec)
 
     def macs(self, spec: Mapping[str, int] | None = None, attention: bool = False) -> int:
-        """MACs per image, linear count; ``attention=True`` adds QK^T and AV. The dense model's without a spec."""
+        """MACs per image, linear count; ``attention=True`` adds QK^T and AV. The dense model's without a spec.
+
+        Args:
+            spec: Widths; None is the dense model.
+            attention: Count the products of attention, too.
+
+        Returns:
+            Multiply-accumulates per image.
+
+        Raises:
+            StrataViTError: The spec does not fit.
+        """
         return self.cost.macs(self.resolve(spec), attention)
 
     def params(self, spec: Mapping[str, int] | None = None) -> int:
-        """Parameters of the extracted model. The dense model's without a spec."""
+        """Parameters of the extracted model. The dense model's without a spec.
+
+        Args:
+            spec: Widths; None is the dense model.
+
+        Returns:
+            Number of parameters.
+
+        Raises:
+            StrataViTError: The spec does not fit.
+        """
         biased = self.compensation != "none"
         calibrated = all(module.channel_mean.numel() for module in self.elastic.values())
         return self.cost.params(self.resolve(spec), biased, corrected=biased and calibrated)
 
-    def budget(self, **asked: Unpack[Asked]) -> Budget:
+    def budget(self, **asked: Unpack[BudgetArgs]) -> Budget:
         """The sub-network of the dropout list that keeps one budget or several, with asked, got and reachable range.
 
         The largest that keeps all costs; with `top1` or `max_drop` the smallest that keeps those, too.
@@ -417,6 +461,9 @@ class SuperNet(nn.Module):
             data: Labelled images, run through about ten times, for `top1` and `max_drop`.
             setting: `Setting` for `memory_mb` and `latency_ms`; one image, eager, the model's dtype if left out.
 
+        Returns:
+            What was asked for and what was got of every budget, the reachable range, and the spec.
+
         Raises:
             BudgetError: No budget, an unreadable one, one outside the reachable range, or budgets that exclude
                 each other.
@@ -427,19 +474,33 @@ class SuperNet(nn.Module):
         positions = range(len(self.strata) + 1) if self.method == "default" else self.strata.group_ends()
         return find_sub_network(self, self.strata, positions, asked)
 
-    def spec(self, **asked: Unpack[Asked]) -> Spec:
-        """The widths of the sub-network that `budget` finds."""
+    def spec(self, **asked: Unpack[BudgetArgs]) -> Spec:
+        """The widths of the sub-network that `budget` finds.
+
+        Args:
+            **asked: Budgets, see `budget`.
+
+        Returns:
+            Width of every site.
+
+        Raises:
+            BudgetError, StrataViTError: See `budget`.
+        """
         return self.budget(**asked).spec
 
     def memory(self) -> Memory:
-        """What the network holds in memory, by kind."""
+        """What the network holds in memory, by kind.
+
+        Returns:
+            Bytes of weights, means, second moments and specialised weights.
+        """
         vectors = None if self.final_mean is None else self.final_mean.vectors
         return memory_of(self.state_dict().values(), self.elastic.values(), vectors)
 
     # ---- cut ---------------------------------------------------------------------------------------
 
     def extract(
-        self, *, spec: Mapping[str, int] | None = None, verbose: bool = True, **asked: Unpack[Asked]
+        self, *, spec: Mapping[str, int] | None = None, verbose: bool = True, **asked: Unpack[BudgetArgs]
     ) -> nn.Module:
         """A plain small model for budgets or a spec: stock timm layers, no dependence on this object.
 
@@ -449,6 +510,9 @@ class SuperNet(nn.Module):
             spec: Widths, in place of a budget.
             verbose: Print asked, got and reachable range to standard error.
             **asked: Budgets, see `budget`.
+
+        Returns:
+            A plain module in eval mode; maps images ``[B, C, H, W]`` to logits ``[B, classes]``.
 
         Raises:
             BudgetError, StrataViTError: See `budget` and `resolve`.
@@ -464,6 +528,12 @@ class SuperNet(nn.Module):
 
     def small_at(self, widths: Mapping[str, int]) -> nn.Module:
         """The plain small model of a spec in timm's form, see `extract`.
+
+        Args:
+            widths: A spec.
+
+        Returns:
+            A timm model in eval mode.
 
         Raises:
             UnsupportedModelError: Other tools have put layers of theirs into `model`.
@@ -485,7 +555,7 @@ class SuperNet(nn.Module):
         small.embedding = self.embedding
         small.data_config = dict(self.data_config)
         small.source_args = dict(self.description["args"])
-        if self.released:  # all of it was frozen to be served, see `specialise`
+        if self.frozen_for_serving:  # see `specialise`
             set_frozen(small, self._frozen)
         changes.check_small(self, self.model, small, widths, self.data_config["input_size"])
         made: nn.Module = small
@@ -516,13 +586,13 @@ class SuperNet(nn.Module):
         if not moments:
             for module in self.elastic.values():
                 module.moments, module.crossed = None, ()
-            self.released = True
+            self.frozen_for_serving = True
             self.requires_grad_(False)
         return self.memory()
 
     def forget_moments(self) -> None:
         """Drops second moments and all that was computed from them, as training makes them stale."""
-        self.released = False
+        self.frozen_for_serving = False
         for module in self.elastic.values():
             module.moments, module.crossed = None, ()
             module.forget_last()
@@ -539,7 +609,7 @@ class SuperNet(nn.Module):
         Raises:
             ArtifactError: The folder exists and is not empty (unless `overwrite`), or cannot be written.
         """
-        if self.released:
+        if self.frozen_for_serving:
             raise ArtifactError(
                 "the second moments were released by specialise(); save before, or specialise(moments=True)"
             )
@@ -570,6 +640,9 @@ class SuperNet(nn.Module):
             moments: Read second moments, too; without them cut channels are replaced by their mean, and the whole
                 family takes little more memory than the full model.
 
+        Returns:
+            The super-network, in eval mode on the device.
+
         Raises:
             ArtifactError: The folder is not a super-network's, or damaged.
         """
@@ -591,3 +664,13 @@ class SuperNet(nn.Module):
         if content.get("strata") is not None:
             net.strata = strata.Strata.from_json(net.sites, content["strata"])
         return net
+
+
+def _report_kept_moments(net: SuperNet, incompatible: Any) -> None:
+    """Says that `load_state_dict` brings weights only: what is known of the channels stays that of before."""
+    if any(module.channel_mean.numel() for module in net.elastic.values()):
+        print(
+            "load_state_dict: means and moments of the channels stay as they were; if these are the weights of another "
+            "network, call contract(loader) and stratify(loader) again, or use SuperNet.load",
+            file=sys.stderr,
+        )

@@ -27,6 +27,9 @@ def dense_model(name: str, weights: str | Path | None = None, num_classes: int |
             does; the hub's pretrained weights if None.
         num_classes: Size of the head, if it is not the architecture's own.
 
+    Returns:
+        The model, on the CPU; maps images ``[B, C, H, W]`` to logits ``[B, classes]``.
+
     Raises:
         StrataViTError: Unknown name, or weights that cannot be fetched, read or fitted.
     """

@@ -73,6 +73,9 @@ def load(path: str | Path, device: torch.device | str = "cpu", timm_form: bool =
         device: Of the weights.
         timm_form: timm's equivalent of a model of transformers, in place of that.
 
+    Returns:
+        The model, in eval mode on the device.
+
     Raises:
         ArtifactError: The folder is not a sub-network's, or is damaged.
     """

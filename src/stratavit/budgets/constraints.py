@@ -21,7 +21,7 @@ KINDS = ("macs", "params", "memory_mb", "latency_ms", "top1", "max_drop")
 MEGABYTE = 10**6
 
 
-class Asked(TypedDict, total=False):
+class BudgetArgs(TypedDict, total=False):
     """Budgets and what they are measured with, see `SuperNet.budget`."""
 
     macs: Amount | None
@@ -58,7 +58,7 @@ def given(asked: Mapping[str, Any]) -> dict[str, Any]:
     return amounts
 
 
-class Sizes(Protocol):
+class SizedNetwork(Protocol):
     """What budgets ask of a network of many sizes; `SuperNet` is one."""
 
     data_config: dict[str, Any]
@@ -73,7 +73,7 @@ class Sizes(Protocol):
         """The small model of a spec."""
 
 
-def find_sub_network(net: Sizes, strata: Strata, positions: Sequence[int], asked: Asked) -> Budget:
+def find_sub_network(net: SizedNetwork, strata: Strata, positions: Sequence[int], asked: BudgetArgs) -> Budget:
     """The sub-network of a dropout list that keeps all budgets, see `SuperNet.budget`.
 
     Args:
@@ -91,7 +91,7 @@ def find_sub_network(net: Sizes, strata: Strata, positions: Sequence[int], asked
     return meet(limits_of(net, strata, amounts, asked.get("data"), asked.get("setting")), strata.spec, positions)
 
 
-def _at(net: Sizes, strata: Strata, position: Any) -> Budget:
+def _at(net: SizedNetwork, strata: Strata, position: Any) -> Budget:
     whole = isinstance(position, SupportsIndex) and not isinstance(position, bool)
     if not whole or not 0 <= (position := index(position)) <= len(strata):
         raise BudgetError(f"position: expected a whole number from 0 to {len(strata)}, got {position!r}")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from stratavit.calibration import contraction
-from stratavit.calibration.dense_outputs import Answers
+from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.calibration.method import Method, known_method
 from stratavit.calibration.objectives import Objective
 from stratavit.calibration.statistics import collect
@@ -35,7 +35,7 @@ def resolve_method(method: Method | None, criterion: Criterion | None) -> tuple[
 
 def sort_channels(
     model: nn.Module, loader: Iterable[Any], criterion: Criterion, objective: Objective, seed: int, token_weight: float
-) -> tuple[dict[str, Any], Answers | None]:
+) -> tuple[dict[str, Any], DenseOutputs | None]:
     """Sorts the channels of every site in place, from one pass over the calibration images.
 
     Args:
@@ -55,9 +55,9 @@ def sort_channels(
     if not 0 <= token_weight <= 1:
         raise StrataViTError(f"token_weight: expected a share from 0 to 1, got {token_weight!r}")
     share = token_weight if criterion == "output" else None
-    answers = None if share is None else Answers()
-    statistics = collect(model, loader, objective, scatter_needed(criterion), "contract", share, seed, answers)
+    dense_outputs = None if share is None else DenseOutputs()
+    statistics = collect(model, loader, objective, scatter_needed(criterion), "contract", share, seed, dense_outputs)
     contraction.apply(model, statistics, criterion, seed)
     images = next(iter(statistics.values())).images
     facts = {"criterion": criterion, "objective": objective, "images": images, "seed": seed, "token_weight": share}
-    return facts, answers
+    return facts, dense_outputs

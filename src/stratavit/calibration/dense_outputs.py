@@ -13,10 +13,10 @@ from stratavit.utils.digest import digest_of
 
 LIMIT_BYTES = 64 * 2**20  # memory does not grow with the number of images beyond it
 
-Pass = Callable[[Tensor], tuple[Tensor, Tensor]]
+ForwardPass = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-class Answers:
+class DenseOutputs:
     """Logits and pooled features of images that were seen, found by their pixels, in whatever order they come.
 
     Valid as long as the weights of the model stay as they were.
@@ -51,7 +51,7 @@ class Answers:
         for key, row in zip(keys, _rows(logits, features), strict=True):
             self._remember(key, row)
 
-    def of(self, images: Tensor, compute: Pass) -> tuple[Tensor, Tensor]:
+    def of(self, images: Tensor, compute: ForwardPass) -> tuple[Tensor, Tensor]:
         """Logits ``[B, classes]`` and features ``[B, C]`` of images; `compute` is asked for those not known."""
         keys = keys_of(images)
         unknown = [number for number, key in enumerate(keys) if key not in self._known]

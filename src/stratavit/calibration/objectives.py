@@ -20,7 +20,7 @@ OBJECTIVES: tuple[Objective, ...] = ("auto", "label", "cross_entropy", "predicti
 
 
 @dataclass
-class Score:
+class CalibrationObjective:
     """The scalar that is differentiated.
 
     Attributes:

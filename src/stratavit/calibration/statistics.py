@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stratavit.calibration.dense_outputs import Answers
+from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.calibration.moments import RunningCovariance, RunningMean, RunningScatter
-from stratavit.calibration.objectives import OBJECTIVES, Objective, Score
+from stratavit.calibration.objectives import OBJECTIVES, CalibrationObjective, Objective
 from stratavit.data.batches import batches_of
 from stratavit.data.pixels import folds_of, keys_of
 from stratavit.elastic.base import ElasticSite
@@ -158,7 +158,7 @@ def collect(
     description: str = "calibrate",
     token_weight: float | None = None,
     seed: int = 0,
-    answers: Answers | None = None,
+    dense_outputs: DenseOutputs | None = None,
 ) -> dict[str, SiteStatistics]:
     """Runs every batch forward and backward in eval mode and gathers each elastic site's statistics.
 
@@ -179,7 +179,7 @@ def collect(
         description: Title of the progress bar.
         token_weight: Gather covariances in place of Taylor terms, see `SiteObserver`.
         seed: For ``sampled``.
-        answers: Takes the model's answers, which the pass has anyway.
+        dense_outputs: Takes the model's answers, which the pass has anyway.
 
     Returns:
         Site name -> statistics.
@@ -197,7 +197,7 @@ def collect(
         raise StrataViTError(f"objective {objective!r} needs a head, but the model has none; use 'feature' or 'auto'")
     if headless:
         objective = "feature"
-    score = Score(objective, token_weight is not None, seed, headless)
+    score = CalibrationObjective(objective, token_weight is not None, seed, headless)
     active = {
         name: SiteObserver(site, scatter, token_weight)
         for name, site in sites.items()
@@ -207,7 +207,7 @@ def collect(
         for name, observer in active.items():
             sites[name].observer = observer
         with eval_mode(model), frozen(model):
-            images_seen = _run(model, loader, score, description, active.values(), answers)
+            images_seen = _run(model, loader, score, description, active.values(), dense_outputs)
     finally:
         for site in sites.values():
             site.observer = None
@@ -227,10 +227,10 @@ def collect(
 def _run(
     model: nn.Module,
     loader: Iterable[Any],
-    score: Score,
+    score: CalibrationObjective,
     description: str,
     observers: Iterable[SiteObserver],
-    answers: Answers | None = None,
+    dense_outputs: DenseOutputs | None = None,
 ) -> int:
     """Forward and backward over the loader with observers in place; returns the number of images."""
     parts = stages(model)
@@ -247,8 +247,8 @@ def _run(
         with torch.enable_grad():
             left = parts.through(tokens)
             torch.autograd.grad(score(parts, left, labels, keys), tokens)
-        if answers is not None:
+        if dense_outputs is not None:
             with torch.no_grad():
-                answers.add(keys, parts.tail(left), parts.pool(left))
+                dense_outputs.add(keys, parts.tail(left), parts.pool(left))
         images_seen += len(images)
     return images_seen

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from stratavit.cli import options
 from stratavit.cli.arguments import positive
-from stratavit.data.batches import LESS, watched
+from stratavit.data.batches import OUT_OF_MEMORY_HINT, watched
 from stratavit.errors import StrataViTError, reason_of
 from stratavit.evaluation.curve_points import LADDER
 from stratavit.evaluation.latency import Precision, Runtime
@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 2 for an error of the user's, told in one line; 130 when interrupted, 143 when terminated.
     """
     args = parser().parse_args(argv)
-    less = LESS if "workers" in args else "free some memory, or take a smaller model"
+    less = OUT_OF_MEMORY_HINT if "workers" in args else "free some memory, or take a smaller model"
     try:
         with signals.raised(), watched("", lambda: less):
             result, view = args.run_command(args)

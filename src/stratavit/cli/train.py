@@ -26,7 +26,7 @@ from stratavit.reports import curve
 from stratavit.supernet import SuperNet
 from stratavit.tasks.finetune import finetune as finetune_model
 from stratavit.training.augmentation import TrainingFolder, training_transform
-from stratavit.training.distributed import part
+from stratavit.training.distributed import leave_process_group
 from stratavit.training.recipe import FINETUNING, LIST_KEYS, Recipe, field_types
 from stratavit.training.run_files import LOG_FILE, Journal, read_state
 from stratavit.utils.devices import pick_device
@@ -160,7 +160,7 @@ def _begin(args: Namespace, source: str) -> Recipe:
 
 def _follower(args: Namespace) -> bool:
     """Parts from the other processes; whether this one is not the first, and has nothing to say."""
-    part()
+    leave_process_group()
     if int(os.environ.get("RANK", "0")) == 0:
         return False
     args.json = False

@@ -17,7 +17,7 @@ from stratavit.utils.model import is_super_network
 IMAGE_KEYS = ("pixel_values", "image", "images")
 LABEL_KEYS = ("labels", "label")
 WHOLE = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
-LESS = "try again with fewer workers (--workers) or smaller batches (--batch-size)"
+OUT_OF_MEMORY_HINT = "try again with fewer workers (--workers) or smaller batches (--batch-size)"
 
 
 def unpack(batch: Any, said: str = "loader") -> tuple[Tensor, Tensor | None]:
@@ -220,7 +220,7 @@ def check_labels(labels: Tensor, classes: int) -> None:
 
 
 @contextmanager
-def watched(said: str, less: Callable[[], str] = lambda: LESS) -> Iterator[None]:
+def watched(said: str, less: Callable[[], str] = lambda: OUT_OF_MEMORY_HINT) -> Iterator[None]:
     """Tells in one sentence what goes wrong in a loader's worker processes, or for want of memory.
 
     Torch tells what a worker died of wherever the program stands.

@@ -43,6 +43,9 @@ def class_names_of(model: Any) -> list[str] | None:
 
     Args:
         model: A model of timm or transformers, a small model, or a super-network.
+
+    Returns:
+        One name per class, or None.
     """
     inner: Any = model.model if is_super_network(model) else model
     cfg, origin = getattr(inner, "pretrained_cfg", None) or {}, getattr(model, "origin", None) or {}

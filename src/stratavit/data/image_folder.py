@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from stratavit.data.batches import LESS, guarded
+from stratavit.data.batches import OUT_OF_MEMORY_HINT, guarded
 from stratavit.data.class_names import MEND, Numbering, by_class_map, by_names, by_order, other_order
 from stratavit.data.image_files import class_folders, list_images
 from stratavit.data.image_reading import decoded, open_image
@@ -113,7 +113,7 @@ class ImageFolder(Dataset[Sample]):
 
 def _too_large(path: str, size: tuple[int, int] | None) -> StrataViTError:
     said = "" if size is None else f", which says it has {size[0]} x {size[1]} pixels"
-    return StrataViTError(f"data: memory ran out while {path} was read{said}; take it out, or {LESS}")
+    return StrataViTError(f"data: memory ran out while {path} was read{said}; take it out, or {OUT_OF_MEMORY_HINT}")
 
 
 class ImageLoader:
@@ -237,6 +237,9 @@ def image_loader(
         batch_size, workers: Of torch's DataLoader.
         limit: At most this many images, spread evenly over the folder.
         class_names: Names of the model's classes in the order of the head, see `class_names_of`.
+
+    Returns:
+        Batches ``(images [B, C, H, W], labels [B])``, float32 and int64; may be run through any number of times.
 
     Raises:
         StrataViTError: The folder is missing, empty, or there are two for one split; its classes do not match the

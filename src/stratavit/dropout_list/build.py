@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from stratavit.calibration import contraction
-from stratavit.calibration.dense_outputs import Answers
+from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.calibration.method import Method
 from stratavit.calibration.objectives import Objective
 from stratavit.calibration.statistics import SiteStatistics, collect
@@ -38,7 +38,7 @@ def make_list(
     measure: Measure = "auto",
     plan: Walk | None = None,
     seed: int = 0,
-    known: Answers | None = None,
+    known: DenseOutputs | None = None,
     seen: Seen | None = None,
 ) -> tuple[list[strata.Entry], FinalMean | None, dict[str, Any]]:
     """The one-shot dropout list, see `SuperNet.stratify`; sites that have no mean yet get theirs.
@@ -127,7 +127,7 @@ def by_effects(
     cost: CostModel,
     loader: Iterable[Any],
     plan: Walk,
-    answers: Answers | None = None,
+    dense_outputs: DenseOutputs | None = None,
     seen: Seen | None = None,
 ) -> tuple[list[strata.Entry], FinalMean | None, dict[str, Any]]:
     """The default's: keep ratios that follow what one more unit brings at networks already cut (`walk`).
@@ -138,7 +138,7 @@ def by_effects(
     Raises:
         StrataViTError: The model or the images give a distance that is not finite.
     """
-    states, ratios, drifts = walk(model, sites, cost, loader, plan, answers, seen)
+    states, ratios, drifts = walk(model, sites, cost, loader, plan, dense_outputs, seen)
     known = {cost.macs(state.widths) / cost.macs(): drift for state, drift in zip(states, drifts, strict=False)}
     known = {share: drift for share, drift in known.items() if share < 1}  # shares that were got, not asked
     mean = FinalMean(tuple(known), torch.stack(list(known.values())).float()) if known else None

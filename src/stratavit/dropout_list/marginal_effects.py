@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stratavit.calibration.dense_outputs import Answers
+from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.calibration.distance import distance
 from stratavit.elastic.base import ElasticSite, Probe, Weights, run_at
 from stratavit.elastic.site import Site
@@ -55,7 +55,7 @@ def probing(elastic: Mapping[str, ElasticSite], probes: Mapping[str, Probe]) -> 
             module.probe = None
 
 
-class Found(NamedTuple):
+class Measurement(NamedTuple):
     """What a pass through a cut network tells.
 
     Attributes:
@@ -76,22 +76,26 @@ class Reference:
         model: In eval mode, its weights frozen.
         sites: Its sites.
         batches: Images ``[B, 3, H, W]``.
-        answers: What is known of the dense model's answers; new ones are added.
+        dense_outputs: What is known of the dense model's answers; new ones are added.
     """
 
     def __init__(
-        self, model: nn.Module, sites: Sequence[Site], batches: Iterable[Tensor], answers: Answers | None = None
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        batches: Iterable[Tensor],
+        dense_outputs: DenseOutputs | None = None,
     ) -> None:
         self.model, self.sites = model, sites
         self.elastic: dict[str, Any] = {site.name: model.get_submodule(site.name) for site in sites}
-        answers = Answers() if answers is None else answers  # an empty one is falsy
+        dense_outputs = DenseOutputs() if dense_outputs is None else dense_outputs  # an empty one is falsy
         self._batches = [batch.to(model_device(model), model_dtype(model)) for batch in batches]
         self.count = sum(len(batch) for batch in self._batches)
         self._dense: list[Tensor] = []
         pooled: list[Tensor] = []
         with torch.no_grad(), run_at(self.elastic, None):
             for batch in self._batches:
-                logits, features = answers.of(batch, self._pass)
+                logits, features = dense_outputs.of(batch, self._pass)
                 self._dense.append(logits)
                 pooled.append(_sum(features))
         self._pooled = torch.stack(pooled).sum(dim=0)
@@ -102,7 +106,7 @@ class Reference:
         x = parts.through(parts.stem(batch))
         return parts.tail(x), parts.pool(x.detach())
 
-    def forward(self, widths: Mapping[str, int], differentiate: bool = False) -> Found:
+    def forward(self, widths: Mapping[str, int], differentiate: bool = False) -> Measurement:
         """Distance and drift of the network at `widths`."""
         classes = classes_of(self.model)
         total, pooled = 0.0, torch.zeros_like(self._pooled)
@@ -114,9 +118,9 @@ class Reference:
                 if differentiate:
                     value.backward()
                 total, pooled = total + float(value.detach()), pooled + _sum(features)
-        return Found(total / self.count, (self._pooled - pooled) / self.count, {})
+        return Measurement(total / self.count, (self._pooled - pooled) / self.count, {})
 
-    def effects(self, cost: CostModel, widths: Mapping[str, int]) -> Found:
+    def effects(self, cost: CostModel, widths: Mapping[str, int]) -> Measurement:
         """The same, and the effect of giving each site more: central difference over one step up and one down.
 
         A site of a single unit has no step and is left out.

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stratavit.calibration.dense_outputs import Answers
+from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.data.feed import Feed
 from stratavit.data.pixels import Seen, keys_of
 from stratavit.dropout_list.allocation import State, allocate
@@ -59,7 +59,7 @@ def walk(
     cost: CostModel,
     loader: Iterable[Any],
     plan: Walk,
-    answers: Answers | None = None,
+    dense_outputs: DenseOutputs | None = None,
     seen: Seen | None = None,
 ) -> tuple[list[State], dict[str, float], list[Tensor]]:
     """Measures keep ratios at one size after the other.
@@ -70,7 +70,7 @@ def walk(
         cost: Of the model.
         loader: See `statistics.collect`; labels are not used.
         plan: How.
-        answers: Of the dense model, as far as they are known.
+        dense_outputs: Of the dense model, as far as they are known.
         seen: The images that the moments of the sites were computed from, if that is known.
 
     Returns:
@@ -80,7 +80,7 @@ def walk(
     if not takes_gradients(model):
         raise StrataViTError("stratify needs gradients: make the network and call it outside torch.inference_mode()")
     feed, fold = Feed(loader, model), 0
-    answers = Answers() if answers is None else answers
+    dense_outputs = DenseOutputs() if dense_outputs is None else dense_outputs
     ratios = dict.fromkeys((site.name for site in sites), 0.0)
     caps = {site.name: site.width for site in sites}
     floor = cost.macs({site.name: site.steps[1] for site in sites}) / cost.macs()
@@ -95,7 +95,7 @@ def walk(
                 tell_of_strangers(batches, seen)
                 seen = None
             with crossed(model, fold):
-                reference = Reference(model, sites, batches, answers)
+                reference = Reference(model, sites, batches, dense_outputs)
                 found = reference.effects(cost, allocate(cost, ratios, share, caps))
                 ratios = moved(ratios, found.effects, plan.rate)
                 if left == 0:

@@ -45,6 +45,13 @@ def cholesky(covariance: Tensor, ridge: float = RIDGE) -> tuple[Tensor, float]:
 
     Rounding can leave S with eigenvalues a little below 0, and constant channels with none above: r then grows tenfold
     until the factor exists.
+
+    Args:
+        covariance: ``[n, n]``.
+        ridge: Share of the mean eigenvalue.
+
+    Returns:
+        The factor ``[n, n]`` float64, and r.
     """
     n = len(covariance)
     unit = torch.eye(n, dtype=torch.float64, device=covariance.device)
@@ -58,7 +65,15 @@ def cholesky(covariance: Tensor, ridge: float = RIDGE) -> tuple[Tensor, float]:
 
 
 def factorise(covariance: Tensor, weight: Tensor, ridge: float = RIDGE) -> Moments:
-    """Moments of channels with a covariance ``[n, n]``, read by a map ``[C, n]`` in the same order."""
+    """Moments of channels with a covariance ``[n, n]``, read by a map ``[C, n]`` in the same order.
+
+    Args:
+        covariance: ``[n, n]``, channels in the order of the map.
+        weight: ``[C, n]``.
+
+    Returns:
+        The moments, the factor in float32.
+    """
     factor, added = cholesky(covariance, ridge)
     weight = weight.to(covariance)
     energy = max(float(((weight @ covariance) * weight).sum()), 0.0)  # rounding can leave a little below

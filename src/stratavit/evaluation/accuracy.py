@@ -92,6 +92,9 @@ def evaluate(
         spec: Sub-network to run, for a `SuperNet`.
         description: Title of the progress bar.
 
+    Returns:
+        top-1 and top-5 in percent, mean cross-entropy in nats, number of images.
+
     Raises:
         StrataViTError: No images, no labels, images or labels that do not fit the model, NaN, or no head.
     """

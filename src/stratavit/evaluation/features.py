@@ -56,6 +56,8 @@ def knn(
 
     The k images of the bank that are most alike vote, each with weight ``exp(cosine / temperature)``.
 
+    Source: Caron et al., DINO (arXiv 2104.14294), weighted nearest neighbours.
+
     Args:
         model: Any timm model, or a `SuperNet`; bank and images are seen by the same sub-network.
         bank: Yields ``(images, labels)`` to compare with.
@@ -64,6 +66,9 @@ def knn(
         k: Neighbours that vote.
         temperature: See above.
         description: Title of the progress bar.
+
+    Returns:
+        top-1 and top-5 in percent, mean cross-entropy of the votes in nats, number of images.
 
     Raises:
         StrataViTError: No images or labels, labels below 0, or k is no number of images.
@@ -111,6 +116,8 @@ def zero_shot(
 ) -> Metrics:
     """Classifies images by the class whose text embedding is most alike (CLIP, SigLIP).
 
+    Source: Radford et al., CLIP (arXiv 2103.00020), zero-shot classification.
+
     Args:
         model: An image tower that ends in the space of the embeddings, or a `SuperNet` of one.
         embeddings: ``[classes, D]``, one row per class, see `read_embeddings`; any length.
@@ -118,6 +125,9 @@ def zero_shot(
         spec: Sub-network to run, for a `SuperNet`.
         scale: Of the cosines, for the cross-entropy.
         description: Title of the progress bar.
+
+    Returns:
+        top-1 and top-5 in percent, mean cross-entropy in nats, number of images.
 
     Raises:
         StrataViTError: Widths differ, or there are no images or labels.

@@ -104,6 +104,9 @@ def time_model(model: nn.Module, image_size: Sequence[int], setting: Setting | N
         image_size: Channels, height, width.
         setting: How it is run; one image, eager, if None.
 
+    Returns:
+        Median and 90th percentile in milliseconds per batch, images per second, number of passes.
+
     Raises:
         StrataViTError: The runtime needs packages that are not there, or cannot run the model.
     """
@@ -126,7 +129,7 @@ def noise(batch_size: int, image_size: Sequence[int]) -> torch.Tensor:
     return torch.randn(batch_size, *image_size, generator=torch.Generator().manual_seed(0))
 
 
-class Pass(NamedTuple):
+class TimedCall(NamedTuple):
     """One pass over a batch, to be timed.
 
     Attributes:
@@ -138,7 +141,7 @@ class Pass(NamedTuple):
     model: nn.Module
 
 
-def runner(model: nn.Module, image_size: Sequence[int], setting: Setting, session: Any | None = None) -> Pass:
+def runner(model: nn.Module, image_size: Sequence[int], setting: Setting, session: Any | None = None) -> TimedCall:
     """One pass over a batch of noise, warmed up, ready to be timed.
 
     Args:
@@ -169,7 +172,7 @@ def runner(model: nn.Module, image_size: Sequence[int], setting: Setting, sessio
     except Exception as error:  # what an exporter, a compiler or a missing kernel raises is of any kind
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise StrataViTError(f"the model cannot be run {setting.runtime} in {dtype} here: {reason}") from error
-    return Pass(run, timed)
+    return TimedCall(run, timed)
 
 
 def _clock(device: torch.device) -> float:
@@ -179,7 +182,7 @@ def _clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def pass_times(one: Pass, setting: Setting, at_least: int = AT_LEAST_RUNS) -> list[float]:
+def pass_times(one: TimedCall, setting: Setting, at_least: int = AT_LEAST_RUNS) -> list[float]:
     """Seconds of each of so many passes, or more, each waited for."""
     times: list[float] = []
     device = model_device(one.model)
@@ -196,7 +199,7 @@ def pass_times(one: Pass, setting: Setting, at_least: int = AT_LEAST_RUNS) -> li
     return times
 
 
-def in_turns(passes: Sequence[Pass], setting: Setting, rounds: int, at_least: int = AT_LEAST_RUNS) -> list[Timing]:
+def in_turns(passes: Sequence[TimedCall], setting: Setting, rounds: int, at_least: int = AT_LEAST_RUNS) -> list[Timing]:
     """Times several side by side, in turns, so that a machine that slows down slows all.
 
     Args:

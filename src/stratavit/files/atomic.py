@@ -31,7 +31,7 @@ _HERE, _SWAP = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
 @contextmanager
-def beside(path: Path) -> Iterator[Path]:
+def temporary_sibling(path: Path) -> Iterator[Path]:
     """The place `new` in a folder of its own on the disk of `path`, gone afterwards, as are parents made for nothing.
 
     Raises:
@@ -69,17 +69,17 @@ def none_empty(folder: Path) -> Iterator[None]:
                 place.rmdir()
 
 
-def put(new: Path, path: Path, overwrite: bool) -> None:
-    """Moves a file or a folder that `beside` gave the place of to where it belongs.
+def move_into_place(new: Path, path: Path, overwrite: bool) -> None:
+    """Moves a file or a folder that `temporary_sibling` gave the place of to where it belongs.
 
     Args:
-        new: The place that `beside` gave.
+        new: The place that `temporary_sibling` gave.
         path: Where it belongs.
         overwrite: Replace what is there; else an empty folder only.
 
     Raises:
         ArtifactError: Another process wrote there meanwhile.
-        OSError: It cannot be moved; what was there is as it was, or put back when `beside` ends.
+        OSError: It cannot be moved; what was there is as it was, or put back when `temporary_sibling` ends.
     """
     to_disk(new)
     try:
@@ -251,7 +251,7 @@ def _start(path: Path) -> str:
 
 
 @contextmanager
-def told(path: Path, then: str) -> Iterator[None]:
+def readable_errors(path: Path, then: str) -> Iterator[None]:
     """Turns what the system says against writing a file into one sentence.
 
     Args:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stratavit.errors import ArtifactError, one_line, out_of_memory, reason_of
-from stratavit.files.atomic import beside, followed, put
+from stratavit.files.atomic import followed, move_into_place, temporary_sibling
 
 LARGEST_TEXT = 64 << 20  # bytes of a JSON or text file; the longest list that a model can have is a few MB
 DEEPEST = 100  # objects and arrays of a JSON file in one another; ours have less than ten
@@ -40,11 +40,11 @@ def write_folder(path: str | Path, write: Callable[[Path], None], overwrite: boo
     """
     path = check_free(path, overwrite)
     place = followed(path)
-    with beside(place) as new:
+    with temporary_sibling(place) as new:
         new.mkdir()
         write(new)
         open_to_others(new)
-        put(new, place, overwrite)
+        move_into_place(new, place, overwrite)
     return path
 
 
@@ -80,10 +80,10 @@ def write_file(path: str | Path, content: bytes, overwrite: bool = False) -> Pat
     """
     path = check_free_file(path, overwrite)
     place = followed(path)
-    with beside(place) as new:
+    with temporary_sibling(place) as new:
         new.write_bytes(content)
         open_to_others(new)
-        put(new, place, overwrite)
+        move_into_place(new, place, overwrite)
     return path
 
 

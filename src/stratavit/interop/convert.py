@@ -18,6 +18,12 @@ def as_timm(model: nn.Module) -> nn.Module:
     Wrappers (DataParallel, torch.compile, an averaged copy) are taken off. The equivalent computes the same up to
     rounding. Of a model of transformers it answers with the logits, or with the pooled features where there is no head.
 
+    Args:
+        model: Of timm, transformers or torchvision, wrapped or not.
+
+    Returns:
+        A timm model; the given one if it is one.
+
     Raises:
         UnsupportedModelError: The model has no equivalent in timm.
     """

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stratavit.data.batches import check_finite, check_images, unpack
 from stratavit.errors import StrataViTError
-from stratavit.files.atomic import beside, followed, put
+from stratavit.files.atomic import followed, move_into_place, temporary_sibling
 from stratavit.files.folders import check_free, check_free_file, open_to_others, write_folder
 from stratavit.interop.convert import as_timm
 from stratavit.interop.equivalence import tensor_of
@@ -88,6 +88,9 @@ def export(
         tolerance: Largest difference of a logit that passes, as a share of the largest logit of its image (and
             `FLOOR` more), so that logits of any scale are judged alike.
 
+    Returns:
+        Where it was written, its size in bytes, and by how much its outputs differ from the model's.
+
     Raises:
         StrataViTError: Not a small model in float32, an unknown format, images that do not fit the model, packages
             are missing, or the file answers otherwise than the model; then nothing is left.
@@ -133,7 +136,7 @@ def _checked(model: nn.Module, path: Path, format: Format, images: Tensor, toler
     """Writes beside `path`, compares, puts it there."""
     write, run = (_to_onnx, _run_onnx) if format == "onnx" else (_to_program, _run_program)
     target = followed(path)
-    with beside(target) as place:
+    with temporary_sibling(target) as place:
         new = place.with_suffix(SUFFIXES[format])  # torch asks for its own
         # a copy: the program keeps its example, and a view would keep all images
         write(model, images[:2].clone() if len(images) > 1 else images.repeat(2, 1, 1, 1), new)
@@ -142,7 +145,7 @@ def _checked(model: nn.Module, path: Path, format: Format, images: Tensor, toler
         difference = _difference(found, torch.cat([expected, expected[:1]]), format, tolerance)
         open_to_others(new)
         size = new.stat().st_size
-        put(new, target, overwrite)
+        move_into_place(new, target, overwrite)
     return Parity(str(path), format, size, len(images), difference, float(expected.abs().max()))
 
 

@@ -57,6 +57,12 @@ def curve(net: SuperNet, loader: Iterable[Any], ladder: Sequence[str] = LADDER, 
         loader: Labelled images; run through once per budget.
         ladder: Shares such as ``"8/12"`` or ``"0.5"``; those below the reachable range are left out.
         judge: How accuracy is measured, see `judge_of`.
+
+    Returns:
+        One point per budget: MACs and parameters as counts, top-1 and top-5 in percent, loss in nats.
+
+    Raises:
+        StrataViTError: There is no dropout list, or the images do not fit the model.
     """
     lowest = 0 if net.strata is None else net.macs(net.strata.smallest())
     points: list[Point] = []

@@ -98,7 +98,7 @@ def page_data(
         "extract": f"stratavit extract {shlex.quote(run)}",
         "curve": f"stratavit curve {shlex.quote(run)}",
         "sites": [[site.name, site.kind, list(site.steps), site.heads] for site in net.sites],
-        "whole": dict(net.whole),
+        "whole": dict(net.uncut),
         "entries": [[number[entry.site], entry.width] for entry in net.strata.entries],
         "stops": net.strata.group_ends() if net.method == "paper" else None,
         "macs": macs,
@@ -160,7 +160,7 @@ def page(data: Mapping[str, Any]) -> bytes:
     Raises:
         ArtifactError: The data hold what JSON does not have.
     """
-    folder = files("stratavit").joinpath("page")
+    folder = files("stratavit").joinpath("reports", "page")
     read = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.html", "page.css", *SCRIPTS)}
     parts = {
         "title": html.escape(str(data["title"])),

@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 
 from stratavit.artifacts import folder_format, sub_network
 from stratavit.artifacts.timm_config import FILE as TIMM_FILE
-from stratavit.budgets.constraints import Asked
+from stratavit.budgets.constraints import BudgetArgs
 from stratavit.errors import ArtifactError, BudgetError
 from stratavit.evaluation import curve_points
 from stratavit.files.folders import write_folder
@@ -38,7 +38,7 @@ def from_pretrained(
     endpoint: str | None = None,
     device: torch.device | str = "cpu",
     moments: bool = True,
-    **asked: Unpack[Asked],
+    **asked: Unpack[BudgetArgs],
 ) -> nn.Module:
     """A super-network or a sub-network from the hub or a folder; from a super-network any size at once.
 

@@ -30,7 +30,7 @@ from stratavit.spec import Spec
 from stratavit.training.launch import Config, batches, folder_of, recipe_for, train
 from stratavit.training.recipe import FINETUNING, Recipe
 from stratavit.training.run_files import publish, put_weights, weights_of
-from stratavit.training.task import Drawn
+from stratavit.training.task import SampledNetwork
 from stratavit.training.teacher import Teacher
 from stratavit.utils.model import is_super_network
 
@@ -82,13 +82,13 @@ def finetune(
         raise StrataViTError("finetune: all weights are frozen; call model.requires_grad_(True) first")
     data_config = resolve_data_config(model)
 
-    def learner(steps: int, accelerator: Any) -> Student:
-        return Student(model, data_config, recipe, recipe.decay(steps), accelerator)
+    def make_task(steps: int, accelerator: Any) -> FinetuneTask:
+        return FinetuneTask(model, data_config, recipe, recipe.decay(steps), accelerator)
 
     evaluation = None if val_data is None else batches(val_data, recipe.batch_size)
     taught = None if teacher is None else Teacher.of(teacher, data_config)
     with folder_of(out) as folder:
-        train(learner, model, train_data, recipe, folder, evaluation, resume, overwrite, cpu, taught)
+        train(make_task, model, train_data, recipe, folder, evaluation, resume, overwrite, cpu, taught)
     return as_source(model) if foreign else model
 
 
@@ -105,8 +105,8 @@ class Plain(nn.Module):
         return logits
 
 
-class Student:
-    """One small model in training, see `loop.Learner`."""
+class FinetuneTask:
+    """One small model in training, see `task.TrainingTask`."""
 
     kind = "small model"
 
@@ -119,18 +119,18 @@ class Student:
         self.ema = ModelEmaV3(self.net, decay) if decay else None
 
     @property
-    def judge(self) -> nn.Module:
+    def eval_model(self) -> nn.Module:
         """The model that is evaluated and kept: averaged or raw weights."""
         net = self.net if self.ema is None or self.recipe.keep == "raw" else self.ema.module
-        judge: nn.Module = net.model
-        return judge
+        eval_model: nn.Module = net.model
+        return eval_model
 
     def begin_stage(self, stage: int) -> None:
         """Nothing is measured."""
 
-    def draw(self, generator: random.Random) -> list[Drawn]:
+    def draw(self, generator: random.Random) -> list[SampledNetwork]:
         """The model as it is."""
-        return [Drawn(Spec({}), self.full_macs)]
+        return [SampledNetwork(Spec({}), self.full_macs)]
 
     def facts(self) -> dict[str, Any]:
         """Nothing to log beyond the loss."""
@@ -139,15 +139,15 @@ class Student:
     def evaluate(self, loader: Iterable[Any]) -> list[curve_points.Point]:
         """Its accuracy, one point."""
         params = sum(p.numel() for p in self.net.model.parameters())
-        metrics = evaluate(self.judge, loader).to_dict()
+        metrics = evaluate(self.eval_model, loader).to_dict()
         return [curve_points.Point("12/12", 1.0, self.full_macs, params, **metrics)]  # type: ignore[arg-type]
 
     def graduate(self, facts: dict[str, Any]) -> None:
         """Gives the model the weights to keep; eval mode. `facts` go into its provenance."""
         model = self.net.model
-        if self.judge is not model:
+        if self.eval_model is not model:
             with torch.no_grad():
-                model.load_state_dict(self.judge.state_dict())
+                model.load_state_dict(self.eval_model.state_dict())
         model.provenance = {**getattr(model, "provenance", {}), "finetune": facts}  # type: ignore[assignment]
         model.eval()
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.utils.data import Dataset
 
-from stratavit.tasks.piad_task import Pupil
+from stratavit.tasks.piad_task import PiadTask
 from stratavit.training.launch import Config, batches, folder_of, recipe_for, spread, train
 from stratavit.training.teacher import Teacher
 from stratavit.utils.model import classes_of
@@ -75,13 +75,13 @@ def train_piad(
     if proxy is None:
         proxy = batches(spread(train_data, recipe.proxy_images), recipe.batch_size)
 
-    def learner(steps: int, accelerator: Any) -> Pupil:
-        return Pupil(net, recipe, recipe.decay(steps), proxy, accelerator)
+    def make_task(steps: int, accelerator: Any) -> PiadTask:
+        return PiadTask(net, recipe, recipe.decay(steps), proxy, accelerator)
 
     evaluation = None if val_data is None else batches(val_data, recipe.batch_size)
     if teacher is None and not classes_of(net):
         teacher = net.source_copy()
     taught = None if teacher is None else Teacher.of(teacher, net.data_config)
     with folder_of(out) as folder:
-        train(learner, net.model, train_data, recipe, folder, evaluation, resume, overwrite, cpu, taught)
+        train(make_task, net.model, train_data, recipe, folder, evaluation, resume, overwrite, cpu, taught)
     return net

@@ -32,7 +32,7 @@ from stratavit.training.run_files import (
     put_weights,
     weights_of,
 )
-from stratavit.training.task import Drawn
+from stratavit.training.task import SampledNetwork
 
 if TYPE_CHECKING:
     from stratavit.supernet import SuperNet
@@ -42,7 +42,7 @@ CURVE_FILE, PLOT_FILE, HISTORY_FILE = "curve.csv", "curve.png", "history.png"
 SUPER_FILES = (WEIGHTS_FILE, MOMENTS_FILE, TIMM_FILE, CURVE_FILE, PLOT_FILE, HISTORY_FILE, JSON_FILE)
 
 
-class Pupil:
+class PiadTask:
     """A super-network in training.
 
     Args:
@@ -74,7 +74,7 @@ class Pupil:
         self.set_list([])
 
     @property
-    def judge(self) -> SuperNet:
+    def eval_model(self) -> SuperNet:
         """The network that is evaluated and kept: averaged or raw weights."""
         return self.net if self.ema is None or self.recipe.keep == "raw" else self.ema.module
 
@@ -94,7 +94,7 @@ class Pupil:
 
     def set_list(self, entries: list[Entry]) -> None:
         """Takes a list, the first process's where there are several."""
-        rows = distributed.agree(self.accelerator, Strata(self.net.sites, entries).to_json())
+        rows = distributed.broadcast(self.accelerator, Strata(self.net.sites, entries).to_json())
         self.entries = [Entry(*row) for row in rows]
         self.prefixes = Prefixes.of(self.strata, self.net.cost, whole_groups=self.net.method == "paper")
 
@@ -113,21 +113,21 @@ class Pupil:
         entries = progressive_list.extend(entries, self.given[len(entries) :], net.cost, target)
         return progressive_list.grow(net, self.proxy, entries, stage, growth)
 
-    def draw(self, generator: random.Random) -> list[Drawn]:
+    def draw(self, generator: random.Random) -> list[SampledNetwork]:
         """Sub-networks that one batch runs, as the recipe's mode has it."""
         mode, sites = self.recipe.mode, self.net.sites
         if mode == "plain":
-            return [self._drawn(self.net.resolve(None))]
+            return [self._make_sample(self.net.resolve(None))]
         if mode == "channel":
-            return [self._drawn(random_widths(sites, generator))]
+            return [self._make_sample(random_widths(sites, generator))]
         found = [self.prefixes[index] for index in draw(self.recipe.sampling, self.prefixes.macs, generator)]
         if mode == "piad":
             return found
         rate = self.recipe.layer_drop if mode == "layerdrop" else 0.0
-        return [self._drawn(without_layers(one.spec, sites, rate, generator)) for one in found]
+        return [self._make_sample(without_layers(one.spec, sites, rate, generator)) for one in found]
 
-    def _drawn(self, spec: Spec) -> Drawn:
-        return Drawn(spec, self.net.macs(spec))
+    def _make_sample(self, spec: Spec) -> SampledNetwork:
+        return SampledNetwork(spec, self.net.macs(spec))
 
     def refresh_means(self, net: SuperNet) -> None:
         """Measures anew what takes the place of cut channels: the mean of every channel, and moments if they serve."""
@@ -141,18 +141,18 @@ class Pupil:
             mean = statistics[name].channel_mean
             if full:
                 mean, moments = contraction.moments_of(module, statistics[name])
-                module.moments = agree_moments(self.accelerator, moments)
-            mean = distributed.agree_tensor(self.accelerator, mean.to(module.out.weight))
+                module.moments = broadcast_moments(self.accelerator, moments)
+            mean = distributed.broadcast_tensor(self.accelerator, mean.to(module.out.weight))
             contraction.set_mean(module, mean)
 
     def settle(self) -> SuperNet:
-        """The judge with its list and its own means; ``plain`` and ``channel`` make their list here, in one go."""
-        judge = self.judge
-        self.refresh_means(judge)
+        """Gives the evaluated network its list and its own means; ``plain`` and ``channel`` make their list here."""
+        eval_model = self.eval_model
+        self.refresh_means(eval_model)
         if self.recipe.mode in ("plain", "channel"):
-            self.set_list(self.grown(judge, [], 0))
-        judge.strata = self.strata
-        return judge
+            self.set_list(self.grown(eval_model, [], 0))
+        eval_model.strata = self.strata
+        return eval_model
 
     def evaluate(self, loader: Iterable[Any]) -> list[curve_points.Point]:
         """The ladder of budgets, largest first, its rungs shared out among the processes."""
@@ -163,13 +163,13 @@ class Pupil:
 
     def graduate(self, facts: dict[str, Any]) -> None:
         """Gives `net` the weights to keep, their means and the list; eval mode. `facts` go into its provenance."""
-        judge, net = self.settle(), self.net
-        if judge is not net:
-            net.model.load_state_dict(judge.model.state_dict())
+        eval_model, net = self.settle(), self.net
+        if eval_model is not net:
+            net.model.load_state_dict(eval_model.model.state_dict())
             for name, module in net.elastic.items():
-                contraction.set_mean(module, judge.elastic[name].channel_mean)
-                module.moments = judge.elastic[name].moments
-        net.strata = judge.strata
+                contraction.set_mean(module, eval_model.elastic[name].channel_mean)
+                module.moments = eval_model.elastic[name].moments
+        net.strata = eval_model.strata
         net.eval()
         net.provenance.pop("stratify", None)
         net.provenance["train"] = facts
@@ -223,7 +223,7 @@ def forget_moments(net: SuperNet, recipe: Recipe) -> None:
         raise StrataViTError("train: compensation 'full' needs a network contracted by the default method, not 'paper'")
     if not any(parameter.requires_grad for parameter in net.parameters()):
         raise StrataViTError("train: all weights are frozen (as specialise() does); call requires_grad_(True) first")
-    net.final_mean = net._answers = None
+    net.final_mean = net._dense_outputs = None
     net.forget_moments()
     net.compensation = "none" if net.method == "paper" else recipe.compensation
 
@@ -250,7 +250,7 @@ def given_list(net: SuperNet, recipe: Recipe) -> list[Entry]:
     return list(net.strata.entries)
 
 
-def agree_moments(accelerator: Any, moments: Moments) -> Moments:
+def broadcast_moments(accelerator: Any, moments: Moments) -> Moments:
     """The first process's moments on all of them."""
-    scalars = distributed.agree(accelerator, (moments.ridge, moments.energy))
-    return Moments(distributed.agree_tensor(accelerator, moments.factor), *scalars)
+    scalars = distributed.broadcast(accelerator, (moments.ridge, moments.energy))
+    return Moments(distributed.broadcast_tensor(accelerator, moments.factor), *scalars)

@@ -12,7 +12,7 @@ from stratavit.errors import StrataViTError
 from stratavit.models.cost import CostModel
 from stratavit.spec import Spec
 from stratavit.training.recipe import Sampling
-from stratavit.training.task import Drawn
+from stratavit.training.task import SampledNetwork
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Prefixes:
         specs = tuple(strata.spec(position) for position in positions)
         return cls(positions, specs, tuple(cost.macs(spec) for spec in specs))
 
-    def __getitem__(self, index: int) -> Drawn:
-        return Drawn(self.specs[index], self.macs[index], self.positions[index])
+    def __getitem__(self, index: int) -> SampledNetwork:
+        return SampledNetwork(self.specs[index], self.macs[index], self.positions[index])
 
 
 def random_widths(sites: Sequence[Site], generator: random.Random) -> Spec:

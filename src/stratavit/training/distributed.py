@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stratavit.errors import StrataViTError, reason_of
 from stratavit.training.recipe import Recipe
-from stratavit.training.run_files import left
+from stratavit.training.run_files import resume_hint
 from stratavit.utils.signals import Terminated
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ def accelerator(recipe: Recipe, out: Path, cpu: bool) -> Any:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and not torch.cuda.is_available():
         cpu = True  # Accelerate joins processes on CPUs only when told
-    # a prefix skips modules, so not every weight has a gradient; buffers are kept equal by `agree`
+    # a prefix skips modules, so not every weight has a gradient; buffers are kept equal by `broadcast`
     parallel = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     fresh = not getattr(AcceleratorState, "_shared_state", None)
     try:
@@ -72,14 +72,14 @@ def accelerator(recipe: Recipe, out: Path, cpu: bool) -> Any:
         )
     found.is_ours = fresh and found.num_processes == 1
     if recipe.tracker != "none" and not found.log_with:
-        forget(found)
+        reset_accelerator(found)
         raise StrataViTError(f"train: the tracker {recipe.tracker!r} is not installed; install it, or set it to 'none'")
     if found.num_processes > 1:
-        atexit.register(part)
+        atexit.register(leave_process_group)
     return found
 
 
-def forget(accelerator: Any) -> None:
+def reset_accelerator(accelerator: Any) -> None:
     """Lets the next run in this process choose its precision and device anew, unless others use Accelerate's state."""
     if accelerator.is_ours:
         from accelerate.state import AcceleratorState
@@ -87,7 +87,7 @@ def forget(accelerator: Any) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def part() -> None:
+def leave_process_group() -> None:
     """Takes the process out of its group: one that exits while its group's threads run may abort after a good run."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -117,7 +117,7 @@ def unwrap(accelerator: Any, model: Any) -> None:
         vars(plain).pop(name, None)
 
 
-def agree(accelerator: Any, value: Any) -> Any:
+def broadcast(accelerator: Any, value: Any) -> Any:
     """The first process's value of a plain object, on all of them."""
     if accelerator.num_processes == 1:
         return value
@@ -128,14 +128,14 @@ def agree(accelerator: Any, value: Any) -> Any:
     return holder[0]
 
 
-def agree_tensor(accelerator: Any, tensor: Tensor) -> Tensor:
+def broadcast_tensor(accelerator: Any, tensor: Tensor) -> Tensor:
     """The first process's tensor on all of them; each gives one of the same shape."""
     if accelerator.num_processes == 1:
         return tensor
-    from accelerate.utils import broadcast
+    from accelerate.utils import broadcast as broadcast_parts
 
-    agreed: Tensor = broadcast(tensor.contiguous())
-    return agreed
+    received: Tensor = broadcast_parts(tensor.contiguous())
+    return received
 
 
 def gather(accelerator: Any, items: list[T]) -> list[T]:
@@ -159,7 +159,7 @@ def on_main(accelerator: Any, work: Callable[[], None]) -> None:
             work()
         except StrataViTError as error:
             failure = error
-    message = agree(accelerator, None if failure is None else str(failure))
+    message = broadcast(accelerator, None if failure is None else str(failure))
     if failure is not None:
         raise failure
     if message is not None:
@@ -167,7 +167,7 @@ def on_main(accelerator: Any, work: Callable[[], None]) -> None:
 
 
 @contextmanager
-def together(accelerator: Any, out: Path) -> Iterator[None]:
+def raise_on_all_ranks(accelerator: Any, out: Path) -> Iterator[None]:
     """Says when another process of the training is gone, which torch tells wherever one waits for it.
 
     Raises:
@@ -181,7 +181,7 @@ def together(accelerator: Any, out: Path) -> Iterator[None]:
             raise
         raise StrataViTError(
             "train: another process of this training has gone, or cannot be reached; "
-            + left(out, f", resume it with {accelerator.num_processes} processes")
+            + resume_hint(out, f", resume it with {accelerator.num_processes} processes")
         ) from error
 
 

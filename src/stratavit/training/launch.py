@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from stratavit.data.batches import LESS, watched
+from stratavit.data.batches import OUT_OF_MEMORY_HINT, watched
 from stratavit.errors import ArtifactError, StrataViTError, reason_of
 from stratavit.files.atomic import none_empty
 from stratavit.files.folders import check_free
@@ -21,8 +21,8 @@ from stratavit.files.lock import Lock
 from stratavit.training import distributed, order, unused_keys
 from stratavit.training.augmentation import drop_path
 from stratavit.training.recipe import Recipe
-from stratavit.training.run_files import left, read_state, sound
-from stratavit.training.task import Learner
+from stratavit.training.run_files import checkpoint_errors, read_state, resume_hint
+from stratavit.training.task import TrainingTask
 from stratavit.training.teacher import Teacher
 from stratavit.training.trainer import Trainer
 from stratavit.utils.model import classes_of
@@ -53,7 +53,7 @@ def recipe_for(
     if resume:
         if out is None:
             raise StrataViTError("resume: give the folder of the interrupted run")
-        with sound(Path(out)):
+        with checkpoint_errors(Path(out)):
             begun = Recipe.from_dict(dict(read_state(Path(out))["recipe"]) | fixed, str(out))
     if isinstance(config, Recipe):
         config = dataclasses.replace(config, **fixed)
@@ -65,7 +65,7 @@ def recipe_for(
 
 
 def train(
-    learner: Callable[[int, Any], Learner],
+    make_task: Callable[[int, Any], TrainingTask],
     model: nn.Module,
     data: Dataset[Any],
     recipe: Recipe,
@@ -79,7 +79,7 @@ def train(
     """Trains in `out`, from the start or from where an interrupted run stood.
 
     Args:
-        learner: Makes it from number of steps and accelerator.
+        make_task: Makes it from number of steps and accelerator.
         model: The timm model that it trains.
         recipe: See `recipe_for`.
         out: Folder of the run.
@@ -91,25 +91,25 @@ def train(
         raise StrataViTError("train: the model has no head; give a teacher, which says what its features should be")
     accelerator, lock = distributed.accelerator(recipe, out, cpu), Lock(out)
     with ExitStack() as stack:
-        stack.callback(distributed.forget, accelerator)
+        stack.callback(distributed.reset_accelerator, accelerator)
         stack.callback(lock.release)
-        places = order.of(data, recipe, accelerator.num_processes)
+        places = order.make_order(data, recipe, accelerator.num_processes)
         distributed.on_main(accelerator, lock.take if resume else lambda: make_folder(out, overwrite, lock))
         state = read_state(out) if resume else None
         stack.enter_context(order.kept_generators())
         stack.enter_context(drop_path(model, recipe.drop_path))
         stop = stack.enter_context(distributed.stop_on_signal())
-        made = learner(places.steps * recipe.epochs, accelerator)
+        task = make_task(places.steps * recipe.epochs, accelerator)
         if accelerator.is_main_process:
-            unused_keys.tell(recipe, made.kind, classes_of(model), accelerator.num_processes)
-        trainer = Trainer(made, data, places, recipe, out, evaluation, accelerator, stop, teacher)
+            unused_keys.tell(recipe, task.kind, classes_of(model), accelerator.num_processes)
+        trainer = Trainer(task, data, places, recipe, out, evaluation, accelerator, stop, teacher)
         stack.callback(distributed.release, accelerator, trainer.model)
         if state is not None:
             trainer.restore(state)
         with (
             interrupted(out),
-            watched("train: ", lambda: f"{LESS}; {left(out)}"),
-            distributed.together(accelerator, out),
+            watched("train: ", lambda: f"{OUT_OF_MEMORY_HINT}; {resume_hint(out)}"),
+            distributed.raise_on_all_ranks(accelerator, out),
         ):
             trainer.run()
 
@@ -121,7 +121,7 @@ def interrupted(out: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt as stop:
         if not str(stop):
-            raise type(stop)(f"interrupted at once; {left(out)}") from stop
+            raise type(stop)(f"interrupted at once; {resume_hint(out)}") from stop
         raise
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stratavit.training import distributed
 from stratavit.training.recipe import Recipe
-from stratavit.training.task import Drawn
+from stratavit.training.task import SampledNetwork
 
 
 def optimiser_and_schedule(model: nn.Module, recipe: Recipe, images: int, epoch_steps: int) -> tuple[Any, Any]:
@@ -47,13 +47,13 @@ class Losses:
 
     def __init__(self) -> None:
         self.sum = self.count = 0.0
-        self._pending: list[tuple[int, Drawn, Tensor]] = []
+        self._pending: list[tuple[int, SampledNetwork, Tensor]] = []
 
-    def add(self, step: int, drawn: Drawn, loss: Tensor) -> None:
+    def add(self, step: int, drawn: SampledNetwork, loss: Tensor) -> None:
         """Remembers one pass: number of the step, what ran, loss."""
         self._pending.append((step, drawn, loss.detach()))
 
-    def look(self, accelerator: Any) -> tuple[int, Drawn, float] | None:
+    def look(self, accelerator: Any) -> tuple[int, SampledNetwork, float] | None:
         """Adds what is pending, of all processes, to the mean; waits for the device.
 
         Returns:

@@ -80,7 +80,7 @@ class Order:
         return found
 
 
-def of(data: Dataset[Any], recipe: Recipe, processes: int) -> Order:
+def make_order(data: Dataset[Any], recipe: Recipe, processes: int) -> Order:
     """The order that a recipe gives the images of a data set of known length.
 
     Raises:

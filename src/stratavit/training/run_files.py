@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from stratavit.errors import ArtifactError, StrataViTError, one_line, out_of_memory, reason_of
-from stratavit.files.atomic import told
+from stratavit.files.atomic import readable_errors
 from stratavit.files.torch_checkpoint import check_archive
 from stratavit.version import __version__
 
@@ -22,7 +22,7 @@ FORMAT = "stratavit/training-state/1"
 STATE_FILE, LOG_FILE = "state.pt", "log.jsonl"
 
 
-def left(folder: Path, then: str = ", resume it to go on") -> str:
+def resume_hint(folder: Path, then: str = ", resume it to go on") -> str:
     """What is left of a run if it ends now, for a sentence; `then`: what to do with it."""
     resumable = (folder / STATE_FILE).exists()
     return f"the last state in {folder} is sound{then}" if resumable else "there is no state to resume yet"
@@ -40,7 +40,7 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
     """
     temporary = folder / f".{STATE_FILE}.part"
     try:
-        with told(folder / STATE_FILE, left(folder)):
+        with readable_errors(folder / STATE_FILE, resume_hint(folder)):
             with temporary.open("wb") as file:
                 torch.save({"format": FORMAT, "release": __version__, **state}, file)
                 file.flush()
@@ -72,10 +72,10 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} is damaged; {anew}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ArtifactError(f"{path} is not a training state of this version of StrataViT ({FORMAT})")
-    return Kept(state, path)
+    return LoadedState(state, path)
 
 
-class Kept(dict[str, Any]):
+class LoadedState(dict[str, Any]):
     """A state that was read: a key that it lacks is told in a sentence.
 
     Args:
@@ -97,7 +97,7 @@ class Kept(dict[str, Any]):
 
 
 @contextmanager
-def sound(folder: Path) -> Iterator[None]:
+def checkpoint_errors(folder: Path) -> Iterator[None]:
     """Turns whatever a part of a state raises that is not of the form it should have into one sentence.
 
     Raises:
@@ -157,7 +157,9 @@ def publish(save: Callable[[Path], None], names: Sequence[str], folder: Path) ->
             else:
                 (folder / name).unlink(missing_ok=True)
     except (OSError, ArtifactError) as error:
-        raise ArtifactError(f"cannot write the result to {folder}: {reason_of(error)}; {left(folder)}") from error
+        raise ArtifactError(
+            f"cannot write the result to {folder}: {reason_of(error)}; {resume_hint(folder)}"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -185,7 +187,7 @@ class Journal:
         Raises:
             ArtifactError: It cannot be written.
         """
-        with told(self.path, left(self.path.parent)), self.path.open("a", encoding="utf-8") as file:
+        with readable_errors(self.path, resume_hint(self.path.parent)), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
@@ -208,7 +210,7 @@ class Journal:
         kept = "".join(json.dumps(row) + "\n" for row in self.rows() if row["epoch"] <= epoch)
         part = self.path.with_name(f".{self.path.name}.part")
         try:
-            with told(self.path, left(self.path.parent)):
+            with readable_errors(self.path, resume_hint(self.path.parent)):
                 part.write_text(kept, encoding="utf-8")
                 part.replace(self.path)
         finally:

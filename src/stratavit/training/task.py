@@ -11,7 +11,7 @@ from stratavit.evaluation import curve_points
 from stratavit.spec import Spec
 
 
-class Drawn(NamedTuple):
+class SampledNetwork(NamedTuple):
     """A sub-network to run: its widths, its MACs per image, and its position in the list if it has one."""
 
     spec: Spec
@@ -19,8 +19,8 @@ class Drawn(NamedTuple):
     position: int | None = None
 
 
-class Learner(Protocol):
-    """What is trained: `pupil.Pupil` (a super-network) or `finetune.Student` (one small model).
+class TrainingTask(Protocol):
+    """What is trained: `piad_task.PiadTask` (a super-network) or `finetune.FinetuneTask` (one small model).
 
     Attributes:
         kind: A word for the state, so that none is resumed as something else.
@@ -37,7 +37,7 @@ class Learner(Protocol):
     def begin_stage(self, stage: int) -> None:
         """Whatever is measured on the weights now and then, `Recipe.growths` times per epoch."""
 
-    def draw(self, generator: random.Random) -> list[Drawn]:
+    def draw(self, generator: random.Random) -> list[SampledNetwork]:
         """Networks that one batch runs."""
 
     def facts(self) -> dict[str, Any]:

@@ -22,13 +22,13 @@ from stratavit.data.batches import check_images, check_labels, unpack
 from stratavit.data.image_folder import rest
 from stratavit.errors import StrataViTError
 from stratavit.evaluation import curve_points
-from stratavit.files.atomic import told
+from stratavit.files.atomic import readable_errors
 from stratavit.training import distributed, order, run_files
 from stratavit.training.augmentation import Features, Target
 from stratavit.training.optimizer import Losses, optimiser_and_schedule
 from stratavit.training.recipe import Recipe
 from stratavit.training.run_files import Journal, write_state
-from stratavit.training.task import Drawn, Learner
+from stratavit.training.task import SampledNetwork, TrainingTask
 from stratavit.training.teacher import Teacher
 from stratavit.utils.model import classes_of
 from stratavit.utils.progress import track
@@ -42,12 +42,12 @@ class Trainer:
         step: Steps of the optimiser done.
         begun: Stages begun (list grown, means measured); a stage is an epoch, or a part of one (`Recipe.growths`).
         ended: Epochs ended (evaluated, logged).
-        learner: The network, its averaged copy, and what it draws from.
+        task: The network, its averaged copy, and what it draws from.
     """
 
     def __init__(
         self,
-        learner: Learner,
+        task: TrainingTask,
         data: Dataset[Any],
         places: order.Order,
         recipe: Recipe,
@@ -57,7 +57,7 @@ class Trainer:
         stop: distributed.StopRequest,
         teacher: Teacher | None = None,
     ) -> None:
-        self.learner, self.net = learner, learner.net
+        self.task, self.net = task, task.net
         self.data, self.order, self.recipe, self.out = data, places, recipe, out
         self.evaluation, self.accelerator, self.stop = evaluation, accelerator, stop
         if recipe.growths > places.steps:
@@ -99,7 +99,7 @@ class Trainer:
         if self.begun > stage:
             return
         order.seed_all(self.recipe.seed, "stage", stage)  # proxy images may be augmented
-        self.learner.begin_stage(stage)
+        self.task.begin_stage(stage)
         self.rest()
         self.begun = stage + 1
 
@@ -140,7 +140,7 @@ class Trainer:
             order.seed_all(self.recipe.seed, "step", self.step, number, self.rank)
             images, target = self.prepare(batch)
             drawn = self.draw(number)
-            taught = [self.teacher is not None or one.macs < self.learner.full_macs for one in drawn]
+            taught = [self.teacher is not None or one.macs < self.task.full_macs for one in drawn]
             answer = self.answer(images) if any(taught) else None
             for turn, (one, learns) in enumerate(zip(drawn, taught, strict=True), start=1):
                 last = number + 1 == len(batches) and turn == len(drawn)
@@ -152,8 +152,8 @@ class Trainer:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.optimiser.step()
         self.optimiser.zero_grad()
-        if self.learner.ema is not None:
-            self.learner.ema.update(self.net)
+        if self.task.ema is not None:
+            self.task.ema.update(self.net)
         self.step += 1
         if self.step % self.recipe.log_steps == 0:
             self.look()
@@ -169,16 +169,16 @@ class Trainer:
         with self.accelerator.autocast():
             return self.teacher(images)
 
-    def learn(self, images: Tensor, target: Tensor, drawn: Drawn, share: float, last: bool) -> None:
+    def learn(self, images: Tensor, target: Tensor, drawn: SampledNetwork, share: float, last: bool) -> None:
         """Forward and backward at a sub-network; processes exchange gradients in the last pass of a step."""
         with nullcontext() if last else self.accelerator.no_sync(self.model):
             loss = self.target.loss(self.model(images, drawn.spec), target)
             self.accelerator.backward(loss * share)
         self.losses.add(self.step, drawn, loss)
 
-    def draw(self, number: int) -> list[Drawn]:
+    def draw(self, number: int) -> list[SampledNetwork]:
         """Sub-networks that batch `number` of this step runs on this process."""
-        return self.learner.draw(stream(self.recipe.seed, "draw", self.step, number, self.rank))
+        return self.task.draw(stream(self.recipe.seed, "draw", self.step, number, self.rank))
 
     def prepare(self, batch: Any) -> tuple[Tensor, Tensor]:
         """A batch on the device, mixed."""
@@ -195,7 +195,7 @@ class Trainer:
 
     def rest(self) -> None:
         """Ends the processes that read images to measure on, while those that read images to train on work."""
-        rest(self.evaluation, getattr(self.learner, "proxy", None))
+        rest(self.evaluation, getattr(self.task, "proxy", None))
 
     def to_evaluate(self) -> bool:
         """Whether the ladder of budgets is evaluated at the end of this epoch."""
@@ -209,14 +209,14 @@ class Trainer:
         row = {
             "loss": self.losses.take_mean(),
             "lr": self.rate,
-            **self.learner.facts(),
+            **self.task.facts(),
             "seconds": round(self.seconds, 3),
         }
         self.log("epoch", row, row)
         if evaluates:
             order.seed_all(self.recipe.seed, "evaluation", self.ended)
             assert self.evaluation is not None
-            points = self.learner.evaluate(self.evaluation)
+            points = self.task.evaluate(self.evaluation)
             self.rest()
             self.log("eval", {"points": [asdict(p) for p in points]}, {f"top1 at {p.asked}": p.top1 for p in points})
         if self.ended == self.recipe.epochs or self.ended % self.recipe.save_every == 0:
@@ -236,7 +236,9 @@ class Trainer:
 
     def tracking(self) -> AbstractContextManager[None]:
         """Around what a tracker writes."""
-        return told(self.out, f"the tracker ({self.recipe.tracker}) failed; {run_files.left(self.out)}")
+        return readable_errors(
+            self.out, f"the tracker ({self.recipe.tracker}) failed; {run_files.resume_hint(self.out)}"
+        )
 
     @property
     def rate(self) -> float:
@@ -256,9 +258,9 @@ class Trainer:
         self.schedule.step_update(step)
         name = "sub-network" if drawn.position is None else f"prefix {drawn.position}"
         raise StrataViTError(
-            f"train: the loss is {loss:g} at step {step} ({name}, {drawn.macs / self.learner.full_macs:.0%} of MACs, "
+            f"train: the loss is {loss:g} at step {step} ({name}, {drawn.macs / self.task.full_macs:.0%} of MACs, "
             f"learning rate {self.rate:.3g}) or not finite on another process; "
-            f"{run_files.left(self.out, '')}: train anew with a lower lr or with clip"
+            f"{run_files.resume_hint(self.out, '')}: train anew with a lower lr or with clip"
         )
 
     # ---- what is kept and written ---------------------------------------------------------
@@ -274,7 +276,7 @@ class Trainer:
             "begun": self.begun,
             "ended": self.ended,
             "loss": [self.losses.sum, self.losses.count],
-            **self.learner.state(),
+            **self.task.state(),
             "optimiser": self.optimiser.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
@@ -283,7 +285,7 @@ class Trainer:
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that wrote the state."""
         return {
-            "kind": self.learner.kind,
+            "kind": self.task.kind,
             "processes": self.accelerator.num_processes,
             "images": self.order.count,
             "teacher": None if self.teacher is None else self.teacher.name,
@@ -295,11 +297,11 @@ class Trainer:
         Raises:
             StrataViTError: It belongs to another model, data set, method, teacher or number of processes.
         """
-        with run_files.sound(self.out):
+        with run_files.checkpoint_errors(self.out):
             for key, value in self.identity().items():
                 if state[key] != value:
                     raise StrataViTError(f"{self.out} was trained with {key} = {state[key]}; now it is {value}")
-            self.learner.restore(state)
+            self.task.restore(state)
             self.optimiser.load_state_dict(state["optimiser"])
             if state["scaler"] is not None and self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])  # pragma: no cover: float16 on a GPU
@@ -311,7 +313,7 @@ class Trainer:
         """Gives the network the weights to keep, and writes it with the last evaluation."""
         order.seed_all(self.recipe.seed, "end")
         facts = {"recipe": self.recipe.to_dict(), "steps": self.step, **self.identity()}
-        self.learner.graduate(facts)
+        self.task.graduate(facts)
         points = curve_points.last_curve(self.journal.rows())
         distributed.unwrap(self.accelerator, self.model)  # what is saved must answer as what is loaded
-        distributed.on_main(self.accelerator, lambda: self.learner.publish(self.out, points))
+        distributed.on_main(self.accelerator, lambda: self.task.publish(self.out, points))

@@ -6,7 +6,7 @@ import sys
 
 from stratavit.training.recipe import FINETUNING, LIST_KEYS, Recipe
 
-SMALL = "small model"  # `Learner.kind` of one
+SMALL = "small model"  # `TrainingTask.kind` of one
 _OF_LABELS = ("distil", "mixup", "cutmix", "smoothing")
 
 
@@ -15,7 +15,7 @@ def idle_keys(recipe: Recipe, kind: str, classes: int) -> list[str]:
 
     Args:
         recipe: Of the run.
-        kind: See `Learner`.
+        kind: See `TrainingTask`.
         classes: Of the head; 0 where features are learnt.
     """
     mode = recipe.mode

@@ -27,6 +27,12 @@ def is_folder_of_transformers(path: str | Path) -> bool:
 def load_transformers(path: str | Path) -> Any:
     """A small model from the folder that its ``save_pretrained`` wrote.
 
+    Args:
+        path: The folder.
+
+    Returns:
+        A model of its class in transformers, in eval mode.
+
     Raises:
         ArtifactError: The folder holds no such model.
     """
