@@ -50,6 +50,7 @@ FAST = (  # of `make test-fast`: what must always hold, on small random models; 
     # method: coordinates, the list, budgets
     "test_allocation.py",
     "test_budget.py",
+    "test_effects.py",
     "test_moments.py",
     "test_output_aware.py",
     "test_prices.py",
