@@ -80,7 +80,7 @@ class SuperNet(nn.Module):
         StrataViTError: The weights hold NaN or infinite values, or `data_config` has an unknown key.
     """
 
-    super_network = True  # see `structure.is_super_network`
+    super_network = True  # see `utils.model.is_super_network`
 
     # ---- build -------------------------------------------------------------------------------------
 

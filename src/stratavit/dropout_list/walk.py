@@ -1,4 +1,4 @@
-"""The dropout list of the default method: keep ratios that follow effects measured at cut networks (`effects`)."""
+"""The dropout list of the default method: keep ratios that follow effects at cut networks (`marginal_effects`)."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def write_report(
     Args:
         net: With a dropout list.
         path: File to write.
-        points: Accuracy against size, see `report.curve`; without them the page shows sizes only.
+        points: Accuracy against size, see `curve`; without them the page shows sizes only.
         title: Of the page; source and method if None.
         overwrite: Replace the file if it is there.
         latency: Time the points on the device that the weights are on, in this setting.

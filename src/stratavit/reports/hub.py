@@ -103,7 +103,7 @@ def push_to_hub(
     Args:
         model: A `SuperNet`, a small model, or a folder of one.
         repo_id: ``user/name``.
-        points: Accuracy against size (`report.curve`), for the card; a folder's own ``curve.csv`` if empty.
+        points: Accuracy against size (`curve`), for the card; a folder's own ``curve.csv`` if empty.
         licence: Of the weights, the hub's name for it, such as ``apache-2.0``: that of the model they come from.
         moments: Upload the second moments of a super-network, see `SuperNet.save`.
         private: Make the repository private.

@@ -1,4 +1,4 @@
-"""The weights of models of transformers under timm's names, and back. Shapes are those of `hf_layouts`."""
+"""The weights of models of transformers under timm's names, and back. Shapes are those of `layouts`."""
 
 from __future__ import annotations
 
