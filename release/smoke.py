@@ -66,7 +66,7 @@ def works() -> None:
         assert torch.allclose(again(images), small(images), atol=1e-5), "the loaded super-network is another one"
     stratavit.write_report(net, "page.html", [])
     page = Path("page.html").read_text(encoding="utf-8")
-    parts = [*(Path(stratavit.__file__).parent / "page").glob("*.[cj]s*")]
+    parts = [*(Path(stratavit.__file__).parent / "reports" / "page").glob("*.[cj]s*")]
     assert len(parts) > 3
     assert all(part.read_text(encoding="utf-8").strip() in page for part in parts), "the report lacks files of its own"
     for name in ("run", "small"):

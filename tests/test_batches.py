@@ -14,8 +14,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import stratavit
 from stratavit import StrataViTError, SuperNet
+from stratavit.data import batches
 from stratavit.data.batches import batches_of, check_images, unpack
 from stratavit.dropout_list.sensitivity import bypass_sensitivity
+from stratavit.utils.signals import Terminated
 
 IMAGES, LABELS = make_images(6), torch.tensor([0, 1, 2, 3, 4, 0])
 Pair = namedtuple("Pair", ["pictures", "classes"])
@@ -369,3 +371,20 @@ def test_export_refuses_images_that_do_not_fit(images, format, tmp_path):
     with pytest.raises(StrataViTError, match=r"^export: [^\n]*images"):
         stratavit.export(make_model("plain"), tmp_path / "model", format, images=images)
     assert not any(tmp_path.iterdir())
+
+
+def ended_worker(stop=None):
+    try:
+        if stop is not None:
+            raise stop
+    finally:
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, Terminated])
+def test_a_signal_is_not_taken_for_a_worker_that_was_ended(stop):
+    """The workers got it too, and torch may notice their end while the signal is being handled."""
+    with pytest.raises(stop), batches.watched("images: "):
+        ended_worker(stop)
+    with pytest.raises(StrataViTError, match="ended from outside"), batches.watched("images: "):
+        ended_worker()

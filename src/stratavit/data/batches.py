@@ -240,6 +240,9 @@ def watched(said: str, less: Callable[[], str] = lambda: OUT_OF_MEMORY_HINT) -> 
         # torch puts the worker's traceback into it
         raise StrataViTError(str(error).rsplit("StrataViTError: ", 1)[-1].strip()) from error
     except (MemoryError, RuntimeError, OSError) as error:
+        stop = _stop_behind(error)
+        if stop is not None:
+            raise stop from error
         if out_of_memory(error):
             where = "in a process that reads images" if "DataLoader worker" in str(error) else "on the device or here"
             raise StrataViTError(f"{said}memory ran out {where}; {less()}") from error
@@ -248,6 +251,14 @@ def watched(said: str, less: Callable[[], str] = lambda: OUT_OF_MEMORY_HINT) -> 
         raise StrataViTError(
             f"{said}a process that reads images was ended from outside, most likely for want of memory; {less()}"
         ) from error
+
+
+def _stop_behind(error: BaseException) -> KeyboardInterrupt | None:
+    """The signal that was being handled when torch noticed that a worker, which got it too, had ended."""
+    found = error.__context__
+    while found is not None and not isinstance(found, KeyboardInterrupt):
+        found = found.__context__
+    return found
 
 
 def guarded(batches: Iterable[Any], said: str) -> Iterator[Any]:
