@@ -70,7 +70,7 @@ def save_transformers(model: nn.Module, path: str | Path) -> None:
     """Writes timm's equivalent of a model of transformers as a folder of transformers, its image processor included.
 
     Args:
-        model: With an ``origin``, see `hf_models.to_timm`.
+        model: With an ``origin``, see `models.to_timm`.
         path: A folder; files in it are replaced.
     """
     from_timm(model, model.origin).save_pretrained(path)  # type: ignore[arg-type]
@@ -82,7 +82,7 @@ def load_equivalent(path: str | Path) -> nn.Module:
 
     Raises:
         ArtifactError: See `load_transformers`; or the processor does what timm's preparation of images does not.
-        UnsupportedModelError: See `hf_models.to_timm`.
+        UnsupportedModelError: See `models.to_timm`.
     """
     model: Any = to_timm(load_transformers(path))
     if (Path(path) / PROCESSOR).is_file():
