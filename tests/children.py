@@ -15,7 +15,8 @@ import pytest
 
 import stratavit
 
-TESTS = str(Path(__file__).parent)
+FOLDER = Path(__file__).parent
+TESTS = os.pathsep.join(map(str, [FOLDER, *sorted(path for path in FOLDER.iterdir() if path.is_dir())]))
 SOURCE = str(Path(stratavit.__file__).parents[1])
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 ENVIRONMENT["PYTHONPATH"] = os.pathsep.join(filter(None, [SOURCE, TESTS, os.environ.get("PYTHONPATH")]))
@@ -37,7 +38,7 @@ class Ended(NamedTuple):
 @cache
 def _context():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_train", "stratavit.cli"])
+    context.set_forkserver_preload(["training_runs", "stratavit.cli"])
     return context
 
 

@@ -26,40 +26,41 @@ if (
 ):  # of a shell's background job; processes that tests start inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-ROOT = Path(__file__).resolve().parent.parent
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
 FAST = (  # of `make test-fast`: what must always hold, on small random models; files or single tests, seconds each
     # the code and its ground
     "test_architecture.py",
-    "test_class_names.py",
-    "test_feed.py",
-    "test_image_files.py",
-    "test_image_reading.py",
-    "test_recipe.py",
+    "data/test_class_names.py",
+    "data/test_feed.py",
+    "data/test_image_files.py",
+    "data/test_image_reading.py",
+    "training/test_recipe.py",
     "test_spec.py",
     # networks: the function is kept, elastic = extracted, costs are exact
-    "test_compensation.py",
-    "test_cost.py",
-    "test_elastic.py",
-    "test_extract.py::test_asked_got_and_range_are_printed",
-    "test_extract.py::test_extracted_equals_elastic",
-    "test_extract.py::test_full_size_is_bit_identical_to_the_source",
-    "test_extract.py::test_layers_are_stock_timm_of_the_asked_width",
-    "test_final_mean.py",
-    "test_structure.py",
+    "elastic/test_compensation.py",
+    "models/test_cost.py",
+    "elastic/test_elastic.py",
+    "models/test_extract.py::test_asked_got_and_range_are_printed",
+    "models/test_extract.py::test_extracted_equals_elastic",
+    "models/test_extract.py::test_full_size_is_bit_identical_to_the_source",
+    "models/test_extract.py::test_layers_are_stock_timm_of_the_asked_width",
+    "models/test_final_mean.py",
+    "models/test_structure.py",
     "test_supernet.py",
     # method: coordinates, the list, budgets
-    "test_allocation.py",
-    "test_budget.py",
-    "test_effects.py",
-    "test_moments.py",
-    "test_output_aware.py",
-    "test_prices.py",
-    "test_progressive.py",
-    "test_sampling.py",
-    "test_search.py",
-    "test_sensitivity.py",
-    "test_strata.py",
-    "test_wpac.py",
+    "dropout_list/test_allocation.py",
+    "budgets/test_budget.py",
+    "dropout_list/test_effects.py",
+    "calibration/test_moments.py",
+    "calibration/test_output_aware.py",
+    "budgets/test_prices.py",
+    "tasks/test_progressive.py",
+    "tasks/test_sampling.py",
+    "budgets/test_search.py",
+    "dropout_list/test_sensitivity.py",
+    "dropout_list/test_strata.py",
+    "calibration/test_wpac.py",
 )
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DATA = Path(os.environ.get("STRATAVIT_DATA", ROOT.parent / "shared" / "data"))
@@ -75,7 +76,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     for item in items:
         real = item.get_closest_marker("real_weights") or item.get_closest_marker("browser")
-        if not real and f"{item.path.name}::{item.name}".startswith(FAST):
+        if not real and f"{item.path.relative_to(TESTS)}::{item.name}".startswith(FAST):
             item.add_marker(pytest.mark.fast)
     missing = {}
     if not DATA.is_dir():

@@ -69,6 +69,11 @@ def test_every_package_has_its_place():
     assert {package(name) for name in modules()} == {*ORDER, *OUTSIDE}
 
 
+def test_tests_mirror_the_packages():
+    folders = {path.parent.name for path in Path(__file__).parent.rglob("test_*.py")} - {Path(__file__).parent.name}
+    assert folders <= set(ORDER)
+
+
 def test_the_fast_lane_names_tests_that_exist():
     """Entries of `FAST`: a file of tests, or the beginning of a test's name in one."""
     for entry in FAST:

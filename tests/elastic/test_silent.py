@@ -13,8 +13,8 @@ import pytest
 import timm
 import torch
 from helpers import make_batches, make_model, make_net
-from test_train import TINY, Images
 from torch import nn
+from training_runs import TINY, Images
 
 import stratavit
 from stratavit import Recipe, Setting, Spec, StrataViTError

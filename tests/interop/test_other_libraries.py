@@ -369,7 +369,7 @@ def test_a_release_with_other_names_is_refused(monkeypatch):
     from stratavit.interop.transformers.models import OLDEST, library
 
     bound = ".".join(map(str, OLDEST))
-    assert f'"transformers>={bound}"' in (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'"transformers>={bound}"' in (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     model = architectures.make("ViTForImageClassification")
     monkeypatch.setattr(library(), "__version__", "5.8.1")
     with pytest.raises(StrataViTError, match=rf"need release {bound} or newer of it, found 5\.8\.1: pip install"):

@@ -22,7 +22,7 @@ from children import ENVIRONMENT, child, content, done
 from helpers import CLASSES, make_model
 from PIL import Image
 from safetensors.torch import save_file
-from test_train import TINY, CrashError, Images, assert_same, crash, fresh, outcome, run
+from training_runs import TINY, CrashError, Images, assert_same, crash, fresh, outcome, run
 
 import stratavit
 from stratavit import ArtifactError, StrataViTError, SuperNet
@@ -256,7 +256,7 @@ def test_children_do_not_hold_what_their_maker_held(tmp_path):
 def test_killed_outright_and_resumed(tmp_path):
     """While it runs a second process is refused; after SIGKILL it goes on."""
     script = (
-        "import time, test_train as t, pathlib, sys\n"
+        "import time, training_runs as t, pathlib, sys\n"
         "out = pathlib.Path(sys.argv[1])\n"
         "def wait():\n"
         "    (out / 'waiting').touch(); time.sleep(60)\n"
@@ -292,14 +292,15 @@ def test_a_disk_that_fills_while_the_state_is_written(folder):
     """RLIMIT_FSIZE stands for the disk: nothing larger than half a state can be written."""
     before = {name: (folder / name).read_bytes() for name in ("state.pt", "log.jsonl")}
     script = (
-        "import resource, signal, sys, test_train as t\n"
+        "import resource, signal, sys, training_runs as t\n"
+        "from stratavit import StrataViTError\n"
         "from pathlib import Path\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "half = (Path(sys.argv[1]) / 'state.pt').stat().st_size // 2\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (half, half))\n"
         "try:\n"
         "    t.run(Path(sys.argv[1]), resume=True)\n"
-        "except t.StrataViTError as error:\n"
+        "except StrataViTError as error:\n"
         "    print('refused:', error)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, env=ENVIRONMENT)

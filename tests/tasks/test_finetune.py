@@ -9,7 +9,7 @@ import timm
 import torch
 from helpers import CLASSES, make_batches, make_images, make_model, make_net
 from PIL import Image
-from test_train import TINY, CrashError, Images, assert_same, crash, terminate
+from training_runs import TINY, CrashError, Images, assert_same, crash, terminate
 
 import stratavit
 from stratavit import Recipe, StrataViTError

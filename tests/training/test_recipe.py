@@ -62,7 +62,7 @@ def test_mistakes_are_named(tmp_path, text, message):
     assert str(file) in str(caught.value)
 
 
-@pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "recipes").glob("*.toml")), ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "recipes").glob("*.toml")), ids=lambda f: f.stem)
 def test_committed_recipes_read(file):
     recipe = Recipe.read(file)
     assert file.read_text().startswith("# PIAD of" if recipe.mode == "piad" else "# Dense ")

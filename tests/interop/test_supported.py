@@ -9,7 +9,7 @@ from stratavit import StrataViTError
 from stratavit.cli.parser import main
 from stratavit.interop.supported import markdown, rows, support_of
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_the_table_of_the_docs_is_generated():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from children import started
 from test_signals import argv, work  # noqa: F401
-from test_train import run
+from training_runs import run
 
 import stratavit
 from stratavit import SuperNet

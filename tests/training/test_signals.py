@@ -13,7 +13,7 @@ import torch
 from children import ENVIRONMENT, child, content, done  # noqa: F401
 from helpers import CLASSES, make_model, make_net
 from PIL import Image
-from test_train import TINY, assert_same, fresh, outcome, run
+from training_runs import TINY, assert_same, fresh, outcome, run
 
 import stratavit
 from stratavit import SuperNet

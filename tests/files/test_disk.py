@@ -12,7 +12,7 @@ import torch
 from children import ENVIRONMENT, child, content, done, fill, mounted
 from helpers import CLASSES, make_model, make_net
 from PIL import Image
-from test_train import TINY, assert_same, fresh, outcome, run
+from training_runs import TINY, assert_same, fresh, outcome, run
 
 import stratavit
 from stratavit import ArtifactError, StrataViTError, SuperNet

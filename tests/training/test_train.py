@@ -16,54 +16,20 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
+from children import FOLDER
 from helpers import CLASSES, make_batches, make_images, make_net, relative_error
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
+from training_runs import TINY, CrashError, Images, alike, assert_same, crash, fresh, outcome, run, terminate, trainer
 
 import stratavit
 from stratavit import StrataViTError, SuperNet, demo
 from stratavit.dropout_list.strata import Strata
 from stratavit.tasks.piad import train_piad
-from stratavit.tasks.piad_task import PiadTask, evaluations
-from stratavit.training import augmentation, distributed, order, run_files
-from stratavit.training.distributed import StopRequest
+from stratavit.tasks.piad_task import evaluations
+from stratavit.training import augmentation, order, run_files
 from stratavit.training.recipe import Recipe
 from stratavit.training.task import SampledNetwork
-from stratavit.training.trainer import Trainer
 from stratavit.utils.random_streams import stream
-
-TINY = Recipe(
-    epochs=3,
-    list_epochs=2,
-    batch_size=4,
-    accumulate=2,
-    lr=0.05,
-    drop_path=0.2,
-    repeats=1,
-    ema_horizon=0.5,
-    workers=0,
-    log_steps=3,
-    eval_every=2,
-    tracker="none",
-)
-
-
-class Images(Dataset):
-    """24 random images, shifted at random as augmentation does; something may happen at the nth read."""
-
-    def __init__(self, at=None, happens=None):
-        self.images = make_images(24, seed=5)
-        self.labels = torch.randint(0, CLASSES, (24,), generator=torch.Generator().manual_seed(6))
-        self.reads, self.at, self.happens = 0, at, happens
-
-    def __len__(self):
-        return 24
-
-    def __getitem__(self, index):
-        self.reads += 1
-        if self.reads == self.at:
-            self.happens()
-        noise = random.random() + np.random.rand() + torch.rand(())
-        return self.images[index] + 0.1 * noise, int(self.labels[index])
 
 
 @pytest.fixture(autouse=True)
@@ -71,61 +37,6 @@ def _accelerate_anew():
     """Accelerate keeps a state per process; `trainer` below leaves one."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-class CrashError(Exception):
-    pass
-
-
-def crash():
-    raise CrashError
-
-
-def terminate():
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def fresh(method="default", stratified=False):
-    return copy.deepcopy(make_net("plain", method, stratified))
-
-
-def run(out, method="default", data=None, recipe=TINY, resume=False, evaluation=None):
-    held_out = evaluation or make_batches()
-    net = fresh(method, stratified=recipe.list_source == "given")
-    return train_piad(net, data or Images(), held_out, recipe, out, proxy=make_batches(), resume=resume, cpu=True)
-
-
-def trainer(tmp_path, recipe=TINY, method="default", data=None, net=None):
-    accelerator = distributed.accelerator(recipe, tmp_path, cpu=True)
-    data = data or Images()
-    places = order.make_order(data, recipe, 1)
-    decay = recipe.decay(places.steps * recipe.epochs)
-    task = PiadTask(net or fresh(method), recipe, decay, make_batches(), accelerator)
-    return Trainer(task, data, places, recipe, tmp_path, None, accelerator, StopRequest())
-
-
-def outcome(folder):
-    """All that a run leaves, without times."""
-    state = run_files.read_state(folder)
-    log = [{k: v for k, v in row.items() if k != "seconds"} for row in run_files.Journal(folder / "log.jsonl").rows()]
-    return state, log, (folder / "model.safetensors").read_bytes(), (folder / "moments.safetensors").read_bytes()
-
-
-def assert_same(found, expected):
-    """Bit for bit, through all nesting."""
-    assert type(found) is type(expected)
-    if isinstance(found, torch.Tensor):
-        assert torch.equal(found, expected)
-    elif isinstance(found, dict):
-        assert found.keys() == expected.keys()
-        for key in found:
-            assert_same(found[key], expected[key])
-    elif isinstance(found, list | tuple):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected, strict=True):
-            assert_same(one, other)
-    else:
-        assert found == expected
 
 
 @pytest.fixture(scope="module")
@@ -435,8 +346,8 @@ def test_smaller_prefixes_learn_from_the_full_network(tmp_path):
 def test_terminated_with_all_its_workers(tmp_path):
     """A scheduler signals the whole group: the workers must not die before the state is saved."""
     script = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import dataclasses, os, signal, threading, test_train as t\n"
+        f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n"
+        "import dataclasses, os, signal, threading, training_runs as t\n"
         "os.setpgrp()\n"
         "before = t.Trainer.update\n"
         "def update(self, batches):\n"
@@ -704,7 +615,7 @@ def test_mixing_needs_no_alpha_to_smooth():
 _SCRIPT = """
 import sys; sys.path.insert(0, {tests!r})
 import json, pathlib
-import test_train as t
+import training_runs as t
 out = pathlib.Path({out!r})
 drawn, original = [], t.Trainer.draw
 def watched(self, number):
@@ -724,25 +635,11 @@ t.alike(out / "alike")
 """
 
 
-def alike(out):
-    """A run that processes share without a trace: 4 images per batch, prefixes that depend on the batch alone."""
-    batch = 4 // int(os.environ.get("WORLD_SIZE", "1"))
-    off = {"drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0, "batch_size": batch}
-    before, Trainer.draw = (
-        Trainer.draw,
-        lambda self, number: [self.task.prefixes[(7 * self.step + (50, 0)[number]) % len(self.task.prefixes.macs)]],
-    )
-    try:
-        return run(out, recipe=dataclasses.replace(TINY, **off))
-    finally:
-        Trainer.draw = before
-
-
 @pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="no gloo")
 def test_two_processes(tmp_path):
     """Finite losses, equal weights on both, their own draws."""
     script = tmp_path / "script.py"
-    script.write_text(_SCRIPT.format(tests=str(Path(__file__).parent), out=str(tmp_path)))
+    script.write_text(_SCRIPT.format(tests=str(FOLDER), out=str(tmp_path)))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

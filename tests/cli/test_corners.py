@@ -16,9 +16,9 @@ import timm
 import torch
 from helpers import CLASSES, PLAN, make_batches, make_images, make_model, make_net
 from safetensors.torch import save_file
-from test_train import TINY, Images, run
 from timm.models.beit import Beit
 from torch import nn
+from training_runs import TINY, Images, run
 
 import stratavit
 from stratavit import ArtifactError, Spec, StrataViTError, SuperNet, UnsupportedModelError
