@@ -33,7 +33,7 @@ def dense_model(name: str, weights: str | Path | None = None, num_classes: int |
     Raises:
         StrataViTError: Unknown name, or weights that cannot be fetched, read or fitted.
     """
-    if torchvision_vit.is_name(name):
+    if name in torchvision_vit.NAMES:
         state = None if weights is None else read_checkpoint(Path(weights))
         return torchvision_vit.named(name, state, str(weights), num_classes)
     if not timm.is_model(name):

@@ -15,8 +15,8 @@ from stratavit.utils.wrappers import unwrapped
 def as_timm(model: nn.Module) -> nn.Module:
     """timm's equivalent of a model of transformers or torchvision, its weights copied; any other model as it is.
 
-    Wrappers (DataParallel, torch.compile, an averaged copy) are taken off. The equivalent computes the same up to
-    rounding. Of a model of transformers it answers with the logits, or with the pooled features where there is no head.
+    Wrappers (DataParallel, torch.compile, an averaged copy) are removed. Outputs are the same up to rounding; of a
+    model of transformers they are the logits, or the pooled features where there is no head.
 
     Args:
         model: Of timm, transformers or torchvision, wrapped or not.
@@ -28,12 +28,13 @@ def as_timm(model: nn.Module) -> nn.Module:
         UnsupportedModelError: The model has no equivalent in timm.
     """
     model = unwrapped(model)
-    if models.is_transformers(model):
-        check_layers(model)
-        return models.to_timm(model)
-    if torchvision_vit.is_torchvision(model):
-        check_layers(model)
-        return torchvision_vit.to_timm(model)
+    for is_theirs, to_timm in (
+        (models.is_transformers, models.to_timm),
+        (torchvision_vit.is_torchvision, torchvision_vit.to_timm),
+    ):
+        if is_theirs(model):
+            check_layers(model)
+            return to_timm(model)
     return model
 
 

@@ -1,24 +1,57 @@
-"""Does timm's equivalent of another library's model answer as that does?"""
+"""timm's equivalent of another library's model, and whether their outputs are the same."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stratavit.errors import UnsupportedModelError
+from stratavit.files.state_dicts import load_weights
+from stratavit.models import architecture
+from stratavit.models.freezing import set_frozen
 from stratavit.utils.model import eval_mode, model_device, model_dtype
 
-TOLERANCE = 1e-3  # of the largest answer, in float32; what is rounded more coarsely differs more
+TOLERANCE = 1e-3  # of the largest output, in float32; what is rounded more coarsely differs more
 COARSE = 0.1
+
+
+def equivalent(
+    source: nn.Module,
+    description: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    frozen: Iterable[str],
+    images: Mapping[str, Any],
+) -> Any:
+    """timm's model of a description, in eval mode, with the weights, type and device of the model that it stands for.
+
+    Args:
+        source: The model of another library.
+        description: See `architecture.describe`.
+        state: The weights under timm's names; they are copied.
+        frozen: timm's names of the parameters that ask for no gradient.
+        images: How they are prepared: the data configuration without ``input_size`` and ``crop_mode``.
+
+    Raises:
+        UnsupportedModelError: See `check_equivalent`.
+    """
+    made: Any = architecture.build(description)
+    load_weights(made, state, type(source).__name__)
+    set_frozen(made, frozen)
+    made.to(dtype=model_dtype(source), device=model_device(source)).eval()
+    size = (description["args"]["in_chans"], *description["args"]["img_size"])
+    made.data_config = {"input_size": size, **images, "crop_mode": "center"}
+    check_equivalent(made, source, size)
+    return made
 
 
 def check_equivalent(made: nn.Module, source: nn.Module, image_size: tuple[int, int, int]) -> None:
     """Compares two models on a random image, at the size that the source was built for.
 
     Raises:
-        UnsupportedModelError: They differ by more than rounding does.
+        UnsupportedModelError: Their outputs differ by more than rounding.
     """
     device, dtype = model_device(made), model_dtype(made)
     if device.type == "meta":
@@ -30,15 +63,15 @@ def check_equivalent(made: nn.Module, source: nn.Module, image_size: tuple[int, 
     difference = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6))
     if not difference <= allowed:
         raise UnsupportedModelError(
-            f"cannot cut this {type(source).__name__}: timm's model of the same form answers otherwise, by "
+            f"cannot cut this {type(source).__name__}: the outputs of timm's model of the same form differ by "
             f"{difference:.1e} of the largest value; something in its configuration or modules has no counterpart there"
         )
 
 
-def tensor_of(answer: Any) -> Tensor:
-    """The logits or features of a model's answer, be it a tensor or an output of transformers."""
-    if isinstance(answer, Tensor):
-        return answer
-    logits = getattr(answer, "logits", None)
-    found: Tensor = answer.pooler_output if logits is None else logits
+def tensor_of(output: Any) -> Tensor:
+    """The logits or features in a model's output, be it a tensor or an output of transformers."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    found: Tensor = output.pooler_output if logits is None else logits
     return found

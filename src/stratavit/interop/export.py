@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from stratavit.data.batches import check_finite, check_images, unpack
 from stratavit.errors import StrataViTError
 from stratavit.files.atomic import followed, move_into_place, temporary_sibling
-from stratavit.files.folders import check_free, check_free_file, open_to_others, write_folder
+from stratavit.files.folders import check_free, check_free_file, open_to_others
 from stratavit.interop.convert import as_timm
 from stratavit.interop.equivalence import tensor_of
 from stratavit.interop.transformers.folders import load_transformers, save_transformers
 from stratavit.models.architecture import resolve_data_config
-from stratavit.utils.model import eval_mode, is_super_network, model_dtype
+from stratavit.utils.model import eval_mode, is_super_network, model_device, model_dtype
 from stratavit.utils.wrappers import unwrapped
 
 Format = Literal["onnx", "torch", "transformers"]
@@ -30,6 +30,7 @@ TOLERANCE = 1e-4  # of the largest logit of an image
 FLOOR = 1e-10  # and this: what is left where logits cancel out
 NOISE_IMAGES = 8
 INPUT, OUTPUT = "images", "logits"
+FREE_BATCH = ({0: torch.export.Dim("batch", min=1)},)
 Runner = Callable[[Tensor], Tensor]
 
 
@@ -75,8 +76,8 @@ def export(
     """Writes a model to one file that needs neither this library nor timm; the batch size is free.
 
     The file is read back and run (ONNX Runtime, or `torch.export.load`) on the images, one batch and one image alone,
-    and kept only if it answers as the model does. The same goes for the folder that ``transformers`` writes by
-    ``save_pretrained``; `load_transformers` reads it.
+    and kept only if its outputs are the model's. The folder that ``transformers`` writes by ``save_pretrained`` is
+    compared on the batch; `load_transformers` reads it.
 
     Args:
         model: What `SuperNet.extract` or `load` returned, in float32; exported as in eval mode, on the CPU.
@@ -93,7 +94,7 @@ def export(
 
     Raises:
         StrataViTError: Not a small model in float32, an unknown format, images that do not fit the model, packages
-            are missing, or the file answers otherwise than the model; then nothing is left.
+            are missing, or the outputs of the file differ from the model's; then nothing is left.
         ArtifactError: The file exists or cannot be written.
     """
     if format not in SUFFIXES:
@@ -104,26 +105,23 @@ def export(
     if model_dtype(model) is not torch.float32:
         raise StrataViTError(f"export: the model is in {model_dtype(model)}; call model.float() first")
     model, path = as_timm(model), Path(path)
-    if format == "transformers":
-        check_free(path, overwrite)
-    else:
-        check_free_file(path, overwrite)
+    (check_free if format == "transformers" else check_free_file)(path, overwrite)
+    if format == "transformers" and not getattr(model, "origin", None):
+        raise StrataViTError("export: format transformers is for models that came from there; this one is timm's")
     if images is None:
         size = resolve_data_config(model)["input_size"]
         images = torch.randn(NOISE_IMAGES, *size, generator=torch.Generator().manual_seed(0))
-    images = _fitting(model, images)
-    device = next(model.parameters()).device
+    images = _fitting(model, images).float().cpu()
+    device = model_device(model)
     try:
         with eval_mode(model), torch.no_grad():
-            if format == "transformers":
-                return _transformers(model.cpu(), path, images.float().cpu(), tolerance, overwrite)
-            return _checked(model.cpu(), path, format, images.float().cpu(), tolerance, overwrite)
+            return _checked(model.cpu(), path, format, images, tolerance, overwrite)
     finally:
         model.to(device)
 
 
 def _fitting(model: nn.Module, images: Tensor) -> Tensor:
-    """Images to compare on: at least one, finite, such as the model takes."""
+    """Images to compare on: at least one, finite, of a shape that the model accepts."""
     images, _ = unpack((images,), "export")
     check_images(model, images, "export")
     check_finite(images, "export")
@@ -133,36 +131,25 @@ def _fitting(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _checked(model: nn.Module, path: Path, format: Format, images: Tensor, tolerance: float, overwrite: bool) -> Parity:
-    """Writes beside `path`, compares, puts it there."""
-    write, run = (_to_onnx, _run_onnx) if format == "onnx" else (_to_program, _run_program)
+    """Writes next to `path`, compares, moves it there."""
+    write, run = {
+        "onnx": (_to_onnx, _run_onnx),
+        "torch": (_to_program, _run_program),
+        "transformers": (_to_folder, _run_folder),
+    }[format]
     target = followed(path)
     with temporary_sibling(target) as place:
-        new = place.with_suffix(SUFFIXES[format])  # torch asks for its own
+        new = place if format == "transformers" else place.with_suffix(SUFFIXES[format])  # torch asks for its own
         # a copy: the program keeps its example, and a view would keep all images
         write(model, images[:2].clone() if len(images) > 1 else images.repeat(2, 1, 1, 1), new)
-        expected, answer = model(images), run(new)
-        found = torch.cat([answer(images), answer(images[:1])])
-        difference = _difference(found, torch.cat([expected, expected[:1]]), format, tolerance)
+        expected, exported = model(images), run(new)
+        batches = [images] if format == "transformers" else [images, images[:1]]  # what is eager has no fixed size
+        found = torch.cat([exported(batch) for batch in batches])
+        difference = _difference(found, torch.cat([expected[: len(b)] for b in batches]), format, tolerance)
         open_to_others(new)
-        size = new.stat().st_size
+        size = sum(file.stat().st_size for file in (new.iterdir() if new.is_dir() else [new]))
         move_into_place(new, target, overwrite)
     return Parity(str(path), format, size, len(images), difference, float(expected.abs().max()))
-
-
-def _transformers(model: Any, path: Path, images: Tensor, tolerance: float, overwrite: bool) -> Parity:
-    """Writes a folder in the format of transformers, compares, renames."""
-    if not getattr(model, "origin", None):
-        raise StrataViTError("export: format transformers is for models that came from there; this one is timm's")
-    expected, compared = model(images), []
-
-    def write(folder: Path) -> None:
-        save_transformers(model, folder)
-        found = tensor_of(load_transformers(folder)(pixel_values=images))
-        compared.append(_difference(found, expected, "transformers", tolerance))
-
-    write_folder(path, write, overwrite)
-    size = sum(file.stat().st_size for file in path.iterdir())
-    return Parity(str(path), "transformers", size, len(images), compared[0], float(expected.abs().max()))
 
 
 def _difference(found: Tensor, expected: Tensor, format: Format, tolerance: float) -> float:
@@ -172,14 +159,10 @@ def _difference(found: Tensor, expected: Tensor, format: Format, tolerance: floa
         worst = int(beyond.nan_to_num(torch.inf).argmax())
         difference, size = float(differences[worst]), float(largest[worst])
         raise StrataViTError(
-            f"export: the {format} file answers otherwise than the model: a logit differs by {difference:.2e}, "
+            f"export: the outputs of the {format} file differ from the model's: a logit by {difference:.2e}, "
             f"more than {tolerance:.0e} of the largest logit of that image, {size:.3g}; nothing was written"
         )
     return float(differences.max())
-
-
-def _free_batch() -> tuple[dict[int, Any]]:
-    return ({0: torch.export.Dim("batch", min=1)},)
 
 
 @contextmanager
@@ -204,7 +187,7 @@ def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
             str(path),
             input_names=[INPUT],
             output_names=[OUTPUT],
-            dynamic_shapes=_free_batch(),
+            dynamic_shapes=FREE_BATCH,
             dynamo=True,
             external_data=False,
             verbose=False,
@@ -227,12 +210,20 @@ def _run_onnx(path: Path) -> Runner:
 
 def _to_program(model: nn.Module, example: Tensor, path: Path) -> None:
     with without_their_warnings():
-        program = torch.export.export(model, (example,), dynamic_shapes=_free_batch())
+        program = torch.export.export(model, (example,), dynamic_shapes=FREE_BATCH)
         content = io.BytesIO()  # torch aborts the process if the end of a file cannot be written
         torch.export.save(program, content)
         path.write_bytes(content.getbuffer())
 
 
 def _run_program(path: Path) -> Runner:
-    program = torch.export.load(path).module()
-    return lambda images: program(images)
+    return torch.export.load(path).module()
+
+
+def _to_folder(model: nn.Module, example: Tensor, path: Path) -> None:
+    save_transformers(model, path)
+
+
+def _run_folder(path: Path) -> Runner:
+    model = load_transformers(path)
+    return lambda images: tensor_of(model(pixel_values=images))

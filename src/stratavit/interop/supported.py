@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import timm
 import torch
 from torch import nn
 
-from stratavit.elastic.base import ElasticSite
 from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, one_line
 from stratavit.interop.transformers.layouts import LAYOUTS
 from stratavit.models import architecture, source_checks
@@ -58,34 +56,30 @@ class Support(NamedTuple):
 
 
 def support_of(name: str) -> Support:
-    """What can be cut of timm's model of a name, built without weights: all that a conversion asks of it is tried."""
+    """What can be cut of timm's model of a name, built without weights: every step of a conversion is tried."""
     model = timm.create_model(name, device="meta").eval()
     try:
         title = family_of(model).title
-        found, whole = _tried(model)
+        source_checks.check_layers(model)
+        found, whole = elastic_sites(model)
+        architecture.describe(model)
+        _run(model)
     except (UnsupportedModelError, ArtifactError) as error:
         return Support(name, "", "whole", "whole", str(error).removeprefix("cannot cut this model: "))
     attention = [module for module in found.values() if module.attention]
     cut = "whole" if not attention else "q, k, v" if all(module.tied for module in attention) else "v"
+    mlp = "yes" if len(attention) < len(found) else "whole"
     reasons = [text.split(": ", 1)[1] for text in whole.values()]
     if cut == "v":
         reasons.append(
             "q and k stay whole (qk-norm, rotary positions or cosine attention; "
             "timm has one class for these and for EVA)"
         )
-    mlp = "yes" if any(not module.attention for module in found.values()) else "whole"
     return Support(name, title, cut, mlp, "; ".join(dict.fromkeys(reasons)))
 
 
-def _tried(model: nn.Module) -> tuple[dict[str, ElasticSite], dict[str, str]]:
-    """`elastic_sites`, after each step of a conversion that needs no numbers was taken.
-
-    Raises:
-        UnsupportedModelError, ArtifactError: As the constructor of `SuperNet`; or a step fails.
-    """
-    source_checks.check_layers(model)
-    found, whole = elastic_sites(model)
-    architecture.describe(model)
+def _run(model: nn.Module) -> None:
+    """Counts a model's costs and runs it, without numbers."""
     try:
         size = architecture.merged_data_config(model, None)["input_size"]
         cost_model(model, find_sites(model), size)
@@ -93,37 +87,30 @@ def _tried(model: nn.Module) -> tuple[dict[str, ElasticSite], dict[str, str]]:
             stages(model).answers(torch.zeros(1, *size, device="meta"))
     except Exception as error:  # of timm or torch, whatever a form of model does that none of ours does
         raise UnsupportedModelError(f"it cannot be run: {type(error).__name__}: {one_line(error)}") from error
-    return found, whole
 
 
-def supported(pattern: str | None = None) -> Iterator[tuple[str, Support]]:
-    """What each row stands for, and its support: the examples, or all of timm's models that match a pattern.
+def rows(pattern: str | None = None) -> list[dict[str, Any]]:
+    """What each row stands for, and its support, as plain data.
 
     Args:
-        pattern: Such as ``vit_*dinov3``.
+        pattern: Names in timm, such as ``vit_*dinov3``; the examples, transformers and torchvision if None.
 
     Raises:
         StrataViTError: Nothing matches.
     """
-    if pattern is None:
-        yield from ((title, support_of(name)) for title, name in EXAMPLES.items())
-        return
-    names = timm.list_models(pattern)
-    if not names:
-        raise StrataViTError(f"timm {timm.__version__} has no model that matches {pattern!r}; try 'vit_*'")
-    yield from (("", support_of(name)) for name in names)
-
-
-def rows(pattern: str | None = None) -> list[dict[str, Any]]:
-    """The same as plain data; without a pattern also the classes of transformers and torchvision."""
-    found: list[dict[str, Any]] = [{"models": title, **one._asdict()} for title, one in supported(pattern)]
-    if pattern is None:
+    if pattern is not None:
+        names = timm.list_models(pattern)
+        if not names:
+            raise StrataViTError(f"timm {timm.__version__} has no model that matches {pattern!r}; try 'vit_*'")
+        found = [("", support_of(name)) for name in names]
+    else:
+        found = [(title, support_of(name)) for title, name in EXAMPLES.items()]
         for name, layout in LAYOUTS.items():
             one = support_of(layout.architecture)._replace(name=name, family="transformers")
-            found.append({"models": f"transformers {name}", **one._asdict()})
+            found.append((f"transformers {name}", one))
         one = support_of("vit_base_patch16_224")._replace(name="vit_b_16", family="torchvision")
-        found.append({"models": "torchvision vit_b_16 and its siblings", **one._asdict()})
-    return found
+        found.append(("torchvision vit_b_16 and its siblings", one))
+    return [{"models": title, **one._asdict()} for title, one in found]
 
 
 def markdown(table: list[dict[str, Any]]) -> str:

@@ -1,4 +1,7 @@
-"""Tensors of a checkpoint under timm's names and in the model's shapes, by the filter that timm itself runs."""
+"""Tensors of checkpoints that other tools wrote, under a model's names and in its shapes.
+
+Prefixes and tensors that the model does not need are dropped; the rest is done by the filter that timm itself runs.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,22 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from stratavit.errors import ArtifactError, one_line, out_of_memory
+from stratavit.errors import ArtifactError, one_line, out_of_memory, shown
 from stratavit.files.state_dicts import check_numbers
-from stratavit.interop.checkpoint_names import ASIDE, last_of, listed, say_left_out, unwrapped, without_counters
 
-Filter = Callable[[dict[str, Tensor], nn.Module], Mapping[str, Tensor]]
+INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # wrappers that sit at any depth
+IN_FRONT = ("module.", "model.")  # wrappers around the full model
+COUNTERS = ("total_ops", "total_params", "n_averaged")  # buffers that profilers and averaged models add
+ASIDE = (*COUNTERS, "mask_token")  # which only pre-training uses
+REBUILT = ("relative_position_index", "relative_coords_table", "attn_mask")  # which the model makes itself
+Tensors = Mapping[str, Tensor]
+Filter = Callable[[dict[str, Tensor], nn.Module], Tensors]
 
 
 def filter_of(name: str) -> Filter | None:
     """What timm runs on a state dict before it loads it into a model of a name; None for nothing.
 
-    timm gives its filters to a private builder; the arguments here are those of ``_create_deit`` and
+    timm passes its filters to a private builder; the arguments here are those of ``_create_deit`` and
     ``_create_vision_transformer``, and tests compare the outcome with timm's.
     """
     module = sys.modules[timm.models.model_entrypoint(name).__module__]
@@ -41,17 +49,16 @@ def filter_of(name: str) -> Filter | None:
     return found
 
 
-def fitted(name: str, model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The tensors that `load_weights` takes; what is left out or resampled is told on standard error.
+def fitted(name: str, model: nn.Module, tensors: Tensors, source: str) -> dict[str, Tensor]:
+    """The tensors for `load_weights`; what is left out or resampled is reported on standard error.
 
     Args:
         name: timm's, of the model.
         model: That will hold them.
-        tensors: As read from a file.
-        source: Name of the weights, for errors.
+        tensors: As read from the file `source`.
 
     Raises:
-        ArtifactError: timm's filter cannot read them.
+        ArtifactError: timm's filter cannot read them, or two come to one name.
     """
     own = model.state_dict()
     named = unwrapped(tensors, own, source)
@@ -70,13 +77,59 @@ def fitted(name: str, model: nn.Module, tensors: Mapping[str, Tensor], source: s
             raise ArtifactError(
                 f"{source}: timm cannot fit these weights to {name} ({reason}); are they of the same architecture?"
             ) from error
-    kept = {key: tensor for key, tensor in made.items() if key in own or last_of(key) not in ASIDE}
-    say_left_out(named, kept, source)
+    kept = {key: tensor for key, tensor in made.items() if key in own or _last(key) not in ASIDE}
+    report_left_out(named, kept, source)
     before = {id(tensor) for tensor in given.values()}
     new = [key for key, tensor in kept.items() if id(tensor) not in before and key in given]
     changed = [key for key in new if given[key].shape != kept[key].shape]
     if changed:
-        first = changed[0]
-        sizes = f"{tuple(given[first].shape)} to {tuple(kept[first].shape)}"
-        print(f"weights: {source}: resampled as timm does: {listed(changed)}, from {sizes}", file=sys.stderr)
+        sizes = f"{tuple(given[changed[0]].shape)} to {tuple(kept[changed[0]].shape)}"
+        print(f"weights: {source}: resampled as timm does: {_listed(changed)}, from {sizes}", file=sys.stderr)
     return kept
+
+
+def unwrapped(tensors: Tensors, own: Tensors, source: str) -> dict[str, Tensor]:
+    """Tensors under their names without what `torch.compile`, DDP, FSDP, Lightning and the like put in front.
+
+    A prefix that one of the model's `own` tensors has is kept.
+
+    Raises:
+        ArtifactError: Two tensors come to one name.
+    """
+    prefixes = tuple(prefix for prefix in IN_FRONT if not any(name.startswith(prefix) for name in own))
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        short = ".".join(part for part in name.split(".") if part not in INSIDE)
+        while short.startswith(prefixes):
+            short = short.partition(".")[2]
+        if short in found:
+            raise ArtifactError(f"{source}: {shown(short)} is there twice, under {shown(name)} too; keep one of them")
+        found[short] = tensor
+    return found
+
+
+def without_counters(tensors: Tensors, own: Tensors) -> dict[str, Tensor]:
+    """All but the counters of profilers that the model itself does not have."""
+    return {key: tensor for key, tensor in tensors.items() if key in own or _last(key) not in COUNTERS}
+
+
+def report_left_out(tensors: Tensors, kept: Tensors, source: str) -> None:
+    """Reports which tensors of a file are not in `kept`, under any name, but for those that the model makes itself."""
+    before, after = ({id(tensor) for tensor in those.values()} for those in (tensors, kept))
+    gone = [key for key, tensor in tensors.items() if key not in kept and id(tensor) not in after]
+    names = [key for key in gone if _last(key) in ASIDE]
+    joined = any(key not in tensors and id(tensor) not in before for key, tensor in kept.items())
+    if not joined:  # else what is gone may be part of another tensor
+        names += [key for key in gone if _last(key) not in (*ASIDE, *REBUILT)]
+    if names:
+        print(f"weights: {source}: left out {_listed(names)}, which the model does not have", file=sys.stderr)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _listed(names: list[str]) -> str:
+    """The first names of a list, for a sentence."""
+    first = ", ".join(shown(name, 60) for name in names[:3])
+    return first if len(names) <= 3 else f"{first} and {len(names) - 3} more"

@@ -5,6 +5,7 @@ Its attention is `nn.MultiheadAttention`, which cannot be cut; timm's computes t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,18 +13,17 @@ from torch import Tensor, nn
 
 from stratavit.errors import UnsupportedModelError
 from stratavit.files.state_dicts import load_weights, unreachable
-from stratavit.interop.checkpoint_names import say_left_out, unwrapped, without_counters
-from stratavit.interop.equivalence import check_equivalent
-from stratavit.models import architecture
-from stratavit.models.freezing import frozen_names, set_frozen
+from stratavit.interop.equivalence import equivalent
+from stratavit.interop.timm_filter import report_left_out, unwrapped, without_counters
+from stratavit.models.freezing import frozen_names
 
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 NAMES = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14")
 _PARTS = {  # a name stands for the tensors below it
     "class_token": "cls_token",
     "conv_proj": "patch_embed.proj",
     "encoder.pos_embedding": "pos_embed",
     "encoder.ln": "norm",
-    "heads.head": "head",
     "ln_1": "norm1",
     "ln_2": "norm2",
     "self_attention.in_proj_weight": "attn.qkv.weight",
@@ -46,60 +46,32 @@ def to_timm(model: Any) -> nn.Module:
     Raises:
         UnsupportedModelError: Its stem or head is not the plain one.
     """
-    heads = [(name, module) for name, module in model.heads.named_modules() if not list(module.children())]
-    linear = [(name, module) for name, module in heads if isinstance(module, nn.Linear)]
-    idle = (nn.Linear, nn.Identity, nn.Dropout, nn.Sequential)
-    if (
-        not isinstance(model.conv_proj, nn.Conv2d)
-        or len(linear) > 1
-        or any(not isinstance(head, idle) for _, head in heads)
-    ):
+    heads = {f"heads.{name}".rstrip("."): head for name, head in model.heads.named_modules() if not [*head.children()]}
+    linear = [name for name, head in heads.items() if isinstance(head, nn.Linear)]
+    plain = all(isinstance(head, nn.Linear | nn.Identity | nn.Dropout | nn.Sequential) for head in heads.values())
+    if not isinstance(model.conv_proj, nn.Conv2d) or len(linear) > 1 or not plain:
         raise UnsupportedModelError(
             "cannot cut this torchvision VisionTransformer: expected one convolution as stem and one linear head"
         )
-    layer = model.encoder.layers[0]
-    classes = linear[0][1].out_features if linear else 0
+    parts = _PARTS | dict.fromkeys(linear, "head")
     args = {
         "img_size": [model.image_size, model.image_size],
         "patch_size": [model.patch_size, model.patch_size],
         "in_chans": model.conv_proj.in_channels,
-        "num_classes": classes,
+        "num_classes": heads[linear[0]].out_features if linear else 0,
         "global_pool": "token",
         "embed_dim": model.hidden_dim,
         "depth": len(model.encoder.layers),
-        "num_heads": layer.num_heads,
+        "num_heads": model.encoder.layers[0].num_heads,
         "mlp_ratio": model.mlp_dim / model.hidden_dim,
         "act_layer": None,
         "norm_layer": "layernorm",
     }
     eps = float(model.encoder.ln.eps)
-    made: Any = architecture.build({"architecture": "vit_base_patch16_224", "args": args, "norm_eps": eps, "sites": {}})
-    head = ".".join(filter(None, ("heads", linear[0][0]))) if linear else "heads"
-    names = {
-        name: _renamed(f"heads.head{name.removeprefix(head)}" if name.startswith(f"{head}.") else name)
-        for name in model.state_dict()
-    }
-    state = {names[name]: tensor for name, tensor in model.state_dict().items()}
-    load_weights(made, state, "torchvision VisionTransformer", assign=False)
-    set_frozen(made, [names[name] for name in frozen_names(model)])
-    parameter = next(model.parameters())
-    made.to(dtype=parameter.dtype, device=parameter.device)
-    made.data_config = {
-        "input_size": (args["in_chans"], *args["img_size"]),
-        "interpolation": "bilinear",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "crop_pct": 0.875,
-        "crop_mode": "center",
-    }
-    ready: nn.Module = made.eval()
-    check_equivalent(ready, model, made.data_config["input_size"])
-    return ready
-
-
-def is_name(name: str) -> bool:
-    """Whether torchvision has a ViT of this name."""
-    return name in NAMES
+    description = {"architecture": "vit_base_patch16_224", "args": args, "norm_eps": eps, "sites": {}}
+    state = {_renamed(name, parts): tensor for name, tensor in model.state_dict().items()}
+    frozen = [_renamed(name, parts) for name in frozen_names(model)]
+    return equivalent(model, description, state, frozen, {"interpolation": "bilinear", **IMAGENET, "crop_pct": 0.875})
 
 
 def named(name: str, weights: Mapping[str, Tensor] | None, source: str, num_classes: int | None = None) -> nn.Module:
@@ -107,8 +79,7 @@ def named(name: str, weights: Mapping[str, Tensor] | None, source: str, num_clas
 
     Args:
         name: One of `NAMES`.
-        weights: A state dict; torchvision's default weights, downloaded, if None.
-        source: Name of the weights, for errors.
+        weights: A state dict from `source`; torchvision's default weights, downloaded, if None.
         num_classes: Size of the head, if it is not 1,000; the head is new where weights are downloaded.
 
     Raises:
@@ -120,9 +91,9 @@ def named(name: str, weights: Mapping[str, Tensor] | None, source: str, num_clas
     if weights is not None:
         model = torchvision.models.get_model(name, num_classes=num_classes or 1000)
         own = model.state_dict()
-        named = unwrapped(weights, own, source)
-        kept = without_counters(named, own)
-        say_left_out(named, kept, source)
+        short = unwrapped(weights, own, source)
+        kept = without_counters(short, own)
+        report_left_out(short, kept, source)
         load_weights(model, kept, source)
         return to_timm(model)
     with unreachable(name):
@@ -134,13 +105,12 @@ def named(name: str, weights: Mapping[str, Tensor] | None, source: str, num_clas
     return ready
 
 
-def _renamed(name: str) -> str:
-    start = "encoder.layers.encoder_layer_"
-    block = ""
-    if name.startswith(start):
-        number, _, name = name.removeprefix(start).partition(".")
-        block = f"blocks.{number}."
-    for theirs, ours in _PARTS.items():
-        if name == theirs or name.startswith(theirs + "."):
-            return block + ours + name.removeprefix(theirs)
-    return block + name
+def _renamed(name: str, parts: Mapping[str, str] = _PARTS) -> str:
+    """timm's name of a tensor; what timm does not have keeps its own."""
+    block, inner = "", name
+    if found := re.match(r"encoder\.layers\.encoder_layer_(\d+)\.", name):
+        block, inner = f"blocks.{found[1]}.", name[found.end() :]
+    for theirs, ours in parts.items():
+        if inner == theirs or inner.startswith(f"{theirs}."):
+            return block + ours + inner.removeprefix(theirs)
+    return block + inner

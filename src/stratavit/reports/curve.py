@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stratavit.evaluation.accuracy import Metrics, evaluate
 from stratavit.evaluation.curve_points import LADDER, Point, parse_share
-from stratavit.evaluation.features import NEIGHBOURS, knn, zero_shot
+from stratavit.evaluation.features import knn, zero_shot
 from stratavit.utils.model import classes_of
 from stratavit.utils.text import human
 
@@ -27,17 +27,8 @@ class Judge(Protocol):
         """Accuracy on labelled images."""
 
 
-def judge_of(
-    model: nn.Module, bank: Iterable[Any] | None = None, embeddings: Tensor | None = None, k: int = NEIGHBOURS
-) -> Judge:
-    """How a model is measured: by text embeddings if they are given, by its head, or by the neighbours in a bank.
-
-    Args:
-        model: A timm model, or a `SuperNet`.
-        bank: Labelled images to compare with; a model with a head does not need them.
-        embeddings: Of the classes, see `features.zero_shot`.
-        k: Neighbours that vote.
-    """
+def judge_of(model: nn.Module, bank: Iterable[Any] | None = None, embeddings: Tensor | None = None) -> Judge:
+    """How a model is measured: by text embeddings of the classes, by its head, or by neighbours in a labelled bank."""
     if embeddings is not None:
         return lambda model, loader, spec=None, description="zero-shot": zero_shot(
             model, embeddings, loader, spec, description=description
@@ -45,7 +36,7 @@ def judge_of(
     if classes_of(model) or bank is None:
         return evaluate
     return lambda model, loader, spec=None, description="nearest neighbours": knn(
-        model, bank, loader, spec, k, description=description
+        model, bank, loader, spec, description=description
     )
 
 

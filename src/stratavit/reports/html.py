@@ -65,32 +65,27 @@ def write_report(
         ArtifactError: The file is taken or cannot be written, or the provenance holds what JSON does not have.
     """
     check_free_file(path, overwrite)
-    data = page_data(net, points, title, run)
+    data = _data(net, points, title, run)
     if latency is not None:
-        add_latency(data, net, latency)
-    return write_file(path, page(data), overwrite)
+        _add_latency(data, net, latency)
+    return write_file(path, _page(data), overwrite)
 
 
-def page_data(
-    net: SuperNet, points: Sequence[Point] = (), title: str | None = None, run: str = "RUN"
-) -> dict[str, Any]:
+def _data(net: SuperNet, points: Sequence[Point], title: str | None, run: str) -> dict[str, Any]:
     """What the page shows, as plain values.
 
     The dropout list is given by entry: number of the site, width afterwards. MACs and parameters are those of every
     position, exact.
-
-    Raises:
-        StrataViTError: There is no dropout list, or a point is not of this list.
     """
     if net.strata is None:
         raise StrataViTError("no dropout list yet: call stratify(loader) first; the report shows what leaves when")
     number = {site.name: i for i, site in enumerate(net.sites)}
     widths = {site.name: site.width for site in net.sites}
-    macs, params = [net.macs(widths)], [net.params(widths)]
+    sizes = [(net.macs(widths), net.params(widths))]
     for entry in net.strata.entries:
         widths[entry.site] = entry.width
-        macs.append(net.macs(widths))
-        params.append(net.params(widths))
+        sizes.append((net.macs(widths), net.params(widths)))
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
     return {
         "title": title_of(net) if title is None else title,
         "method": net.method,
@@ -101,24 +96,23 @@ def page_data(
         "whole": dict(net.uncut),
         "entries": [[number[entry.site], entry.width] for entry in net.strata.entries],
         "stops": net.strata.group_ends() if net.method == "paper" else None,
-        "macs": macs,
-        "params": params,
-        "points": [_shown(point, macs, params) for point in points],
+        "macs": [macs for macs, _ in sizes],
+        "params": [params for _, params in sizes],
+        "points": [_shown(point, sizes) for point in points],
         "latency": None,
         "facts": {
             "method": {"method": net.method, "compensation": net.compensation, "units": list(net.units)},
             "model": {key: value for key, value in net.description.items() if key != "sites"},
             "input": net.data_config,
             **{f"provenance: {key}": value for key, value in net.provenance.items()},
-            "versions": versions(),
+            "versions": {"stratavit": __version__, **versions},
         },
     }
 
 
-def _shown(point: Point, macs: Sequence[int], params: Sequence[int]) -> dict[str, Any]:
+def _shown(point: Point, sizes: list[tuple[int, int]]) -> dict[str, Any]:
     """A point with its position in the list; what is not finite becomes None."""
-    known = [p for p, size in enumerate(zip(macs, params, strict=True)) if size == (point.macs, point.params)]
-    if not known:
+    if (point.macs, point.params) not in sizes:
         raise StrataViTError(
             f"the curve is not of this super-network: no position of its list has {point.macs} MACs and {point.params} "
             "parameters; measure it again with `stratavit curve`"
@@ -126,15 +120,11 @@ def _shown(point: Point, macs: Sequence[int], params: Sequence[int]) -> dict[str
     if not 0 <= point.top1 <= 100:
         raise StrataViTError(f"the curve's top-1 should be percent of images, got {point.top1!r}")
     row = {key: value if isinstance(value, str) or math.isfinite(value) else None for key, value in vars(point).items()}
-    return row | {"position": known[0], "ms": None}
+    return row | {"position": sizes.index((point.macs, point.params)), "ms": None}
 
 
-def add_latency(data: dict[str, Any], net: SuperNet, setting: Setting) -> None:
-    """Times the points of a page side by side, in turns, and notes how.
-
-    Raises:
-        StrataViTError: There are no points, or the setting cannot be run.
-    """
+def _add_latency(data: dict[str, Any], net: SuperNet, setting: Setting) -> None:
+    """Times the points of a page side by side, in turns, and notes how."""
     if not data["points"]:
         raise StrataViTError("latency is measured at the points of the curve; give points (--curve or --data)")
     assert net.strata is not None
@@ -148,39 +138,21 @@ def add_latency(data: dict[str, Any], net: SuperNet, setting: Setting) -> None:
     data["latency"] = f"batch {setting.batch_size}, {setting.runtime}, {dtype}, {device}, {threads}; median"
 
 
-def versions() -> dict[str, str]:
-    """Of what wrote the page."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
-    return {"stratavit": __version__, **found}
-
-
-def page(data: Mapping[str, Any]) -> bytes:
-    """The page with its data; the same bytes for the same data.
-
-    Raises:
-        ArtifactError: The data hold what JSON does not have.
-    """
-    folder = files("stratavit").joinpath("reports", "page")
-    read = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.html", "page.css", *SCRIPTS)}
-    parts = {
-        "title": html.escape(str(data["title"])),
-        "style": read["page.css"],
-        "script": "\n".join(read[name] for name in SCRIPTS),
-        "data": embedded(data),
-    }
-    return _PLACE.sub(lambda match: parts[match[1]], read["page.html"]).encode("utf-8", "replace")
-
-
-def embedded(data: Mapping[str, Any]) -> str:
-    """JSON that may stand inside a script element: ASCII, and nothing in it can end the element.
-
-    Raises:
-        ArtifactError: The data hold what JSON does not have.
-    """
+def _page(data: Mapping[str, Any]) -> bytes:
+    """The page with its data; the same bytes for the same data."""
     try:
         text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(
             f"the report holds something that JSON cannot ({error}); check the provenance and data_config"
         ) from error
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    folder = files("stratavit").joinpath("reports", "page")
+    read = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.html", "page.css", *SCRIPTS)}
+    parts = {
+        "title": html.escape(str(data["title"])),
+        "style": read["page.css"],
+        "script": "\n".join(read[name] for name in SCRIPTS),
+        # ASCII that cannot end the script element that it stands in
+        "data": text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"),
+    }
+    return _PLACE.sub(lambda match: parts[match[1]], read["page.html"]).encode("utf-8", "replace")

@@ -58,7 +58,7 @@ def from_pretrained(
         A plain small model if its size is asked for, or the repository holds one; else the `SuperNet`.
 
     Raises:
-        ArtifactError: The repository cannot be got, is not one of StrataViT's, or is damaged.
+        ArtifactError: The repository cannot be fetched, is not one of StrataViT's, or is damaged.
         StrataViTError: The device is not there.
         BudgetError: The budget cannot be met, or the repository holds one size only.
     """
@@ -150,7 +150,7 @@ def write_upload(
     """Writes what `push_to_hub` uploads: the saved files, the card, and the curve's picture if there is a curve.
 
     Raises:
-        ArtifactError: The name is none that the hub takes, the model cannot be saved, or the folder cannot be written.
+        ArtifactError: The hub does not allow the name, the model cannot be saved, or the folder cannot be written.
     """
     try:
         validate_repo_id(repo_id)

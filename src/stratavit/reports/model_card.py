@@ -25,30 +25,29 @@ SHARES = ("12/12", "10/12", "8/12", "6/12", "4/12")
 
 
 def model_card(model: nn.Module, repo_id: str, points: Sequence[Point] = (), licence: str | None = None) -> str:
-    """The card as Markdown with the hub's front matter.
+    """The card of a `SuperNet` or a small model as Markdown with the hub's front matter.
 
     Args:
-        model: A `SuperNet` or a small model.
+        model: What the repository holds.
         repo_id: ``user/name``.
         points: Accuracy against size, if it was measured.
         licence: Of the weights, the hub's name for it.
     """
     net: Any = model if is_super_network(model) else None
-    provenance: Mapping[str, Any] = net.provenance if net else getattr(model, "provenance", {})
+    provenance: Mapping[str, Any] = getattr(model, "provenance", {})
+    data_config: Mapping[str, Any] = getattr(model, "data_config", {})
     description = net.description if net else describe(model)
-    data_config: Mapping[str, Any] = net.data_config if net else getattr(model, "data_config", {})
     data = ModelCardData(
         license=licence,
         library_name="stratavit",
         pipeline_tag="image-classification",
         tags=["stratavit", "timm", "vision-transformer", "pruning", "super-network" if net else "sub-network"],
     )
-    plain = timm_config(description, data_config) is not None if data_config else False
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {repo_id.rpartition('/')[2]}",
         _what(net, description["architecture"], provenance),
-        _use(net, repo_id, plain),
+        _use(net, repo_id, bool(data_config) and timm_config(description, data_config) is not None),
         _sizes(net, model, points),
         f"## Licence\n\n{f'`{licence}`' if licence else 'Not stated. It follows that of the source weights.'}",
         "## Provenance\n\n```json\n" + json.dumps(provenance, indent=1, default=str)[:20_000] + "\n```",
@@ -68,17 +67,11 @@ def _what(net: SuperNet | None, architecture: str, provenance: Mapping[str, Any]
 
 
 def _use(net: SuperNet | None, repo_id: str, plain: bool) -> str:
-    if net is None:
-        lines = ["import stratavit", "", f'model = stratavit.from_pretrained("{repo_id}")']
-    else:
-        lines = [
-            "import stratavit",
-            "",
-            f'net = stratavit.from_pretrained("{repo_id}")  # all sizes',
-        ]
-        if net.strata is not None:
-            lines.append(f'small = stratavit.from_pretrained("{repo_id}", macs="50%")  # one, a plain timm model')
-    used = "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
+    load = f'stratavit.from_pretrained("{repo_id}"'
+    lines = [f"model = {load})"] if net is None else [f"net = {load})  # all sizes"]
+    if net is not None and net.strata is not None:
+        lines.append(f'small = {load}, macs="50%")  # one, a plain timm model')
+    used = "## Use\n\n```python\nimport stratavit\n\n" + "\n".join(lines) + "\n```"
     if plain:
         what = "The full-size model" if net else "It"
         used += f'\n\n{what} also loads in timm alone: `timm.create_model("hf-hub:{repo_id}", pretrained=True)`.'
@@ -86,28 +79,25 @@ def _use(net: SuperNet | None, repo_id: str, plain: bool) -> str:
 
 
 def _sizes(net: SuperNet | None, model: nn.Module, points: Sequence[Point]) -> str:
-    own = "" if net else _own_size(model)
+    title, head, rows = "## Sizes", "| MACs, share | MACs | parameters |\n|---|---|---|", []
+    note = f"Measured on {points[0].n} images." if points else "Accuracy was not measured."
+    if net is None:
+        count = human(sum(parameter.numel() for parameter in model.parameters()))
+        widths = ", ".join(f"{name} {width}" for name, width in site_widths(model).items())
+        title = f"## Size\n\n{count} parameters. Widths: {widths}."
+        if not points:
+            return f"{title}\n\n{note}"
+        title += "\n\n## The super-network that it comes from"
     if points:
-        title = "Sizes" if net else f"Size\n\n{own}\n\n## The super-network that it comes from"
+        title += f"\n\n![accuracy against size]({CURVE_FILE})"
+        head = "| MACs, share | MACs | parameters | top-1 % | top-5 % |\n|---|---|---|---|---|"
         sizes = [f"| {p.share:.1%} | {human(p.macs)} | {human(p.params)} |" for p in points]
         rows = [f"{size} {p.top1:.2f} | {p.top5:.2f} |" for size, p in zip(sizes, points, strict=True)]
-        head = "| MACs, share | MACs | parameters | top-1 % | top-5 % |\n|---|---|---|---|---|"
-        note = f"Measured on {points[0].n} images."
-        return "\n".join([f"## {title}\n\n![accuracy against size]({CURVE_FILE})\n", head, *rows, "", note])
-    if net is None:
-        return f"## Size\n\n{own}\n\nAccuracy was not measured."
-    rows = []
-    if net.strata is not None:
+    elif net is not None and net.strata is not None:
         low = net.macs(net.strata.smallest())
         for share in SHARES:
-            if int(share.partition("/")[0]) / 12 * net.macs() >= low:
-                spec = net.spec(macs=int(share.partition("/")[0]) / 12)
+            part = int(share.removesuffix("/12")) / 12
+            if part * net.macs() >= low:
+                spec = net.spec(macs=part)
                 rows.append(f"| {share} | {human(net.macs(spec))} | {human(net.params(spec))} |")
-    head = "| MACs, share | MACs | parameters |\n|---|---|---|"
-    return "\n".join(["## Sizes\n", head, *rows, "", "Accuracy was not measured."])
-
-
-def _own_size(model: nn.Module) -> str:
-    count = sum(parameter.numel() for parameter in model.parameters())
-    widths = ", ".join(f"{name} {width}" for name, width in site_widths(model).items())
-    return f"{human(count)} parameters. Widths: {widths}."
+    return "\n".join([f"{title}\n", head, *rows, "", note])

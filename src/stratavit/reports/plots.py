@@ -33,13 +33,7 @@ def plot(points: Sequence[Point], path: Path, title: str) -> None:
 
 
 def plot_history(evaluations: Sequence[tuple[int, Sequence[Point]]], path: Path, title: str) -> None:
-    """All evaluations of a training run as a PNG: top-1 of every rung of the ladder against epochs.
-
-    Args:
-        evaluations: (epochs that had ended, the ladder), in order.
-        path: Of the picture.
-        title: Of the picture.
-    """
+    """All evaluations of a training run, (epochs, ladder) in order, as a PNG: top-1 of every rung against epochs."""
     figure, axes = _axes(title)
     rungs = [point.asked for point in evaluations[-1][1]]
     for number, rung in enumerate(rungs):

@@ -1,7 +1,4 @@
-"""Where six classes of Hugging Face transformers keep what timm's models hold: names, sizes, and nothing else.
-
-Written for transformers 5.18 and later, whose modules have other names than the files they are saved to.
-"""
+"""Where six classes of Hugging Face transformers keep what timm's models hold: names and sizes, as of release 5.18."""
 
 from __future__ import annotations
 
@@ -9,14 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_ACTIVATIONS = {
-    "gelu": None,
-    "quick_gelu": "quick_gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "relu": "relu",
-    "silu": "silu",
-}
+_ACTIVATIONS = {"gelu": None, "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_ACTIVATIONS |= {name: name for name in ("quick_gelu", "relu", "silu")}
 _HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
@@ -32,11 +23,10 @@ class Layout:
         names: Name there -> name in timm, outside the blocks; a name stands for the tensors below it, too.
         block: Name of block i there, ``{}`` for its number (or for stage and number).
         inside: Name within a block there -> within timm's.
-        attention, mlp: Names of the two modules within a block there.
+        normal: Mean and std that the weights published under this class expect.
+        attention: Name of the attention module within a block there; the other one is ``mlp``.
         out: Name of the map out of the heads, within `attention`.
         scale: Attribute of `attention` that holds the factor of the scores.
-        normal: Mean and std that the weights published under this class expect.
-        flat: Tensors that lack timm's leading dimensions -> timm's shape is ``[1, ...]`` with so many in front.
     """
 
     architecture: str
@@ -44,16 +34,14 @@ class Layout:
     names: Mapping[str, str]
     block: str
     inside: Mapping[str, str]
+    normal: Mapping[str, tuple[float, ...]]
     attention: str = "attention"
-    mlp: str = "mlp"
     out: str = "o_proj"
     scale: str = "scaling"
-    normal: Mapping[str, Any] = None  # type: ignore[assignment]
-    flat: Mapping[str, int] = None  # type: ignore[assignment]
 
 
 def _plain(config: Any, **more: Any) -> dict[str, Any]:
-    """Arguments of a plain ViT."""
+    """Arguments of a plain ViT; a KeyError where timm has no such activation."""
     size, patch = _pair(config.image_size), _pair(config.patch_size)
     mlp = getattr(config, "intermediate_size", None) or int(config.hidden_size * config.mlp_ratio)
     return {
@@ -67,19 +55,10 @@ def _plain(config: Any, **more: Any) -> dict[str, Any]:
         "num_heads": config.num_attention_heads,
         "mlp_ratio": mlp / config.hidden_size,
         "qkv_bias": getattr(config, "qkv_bias", True),
-        "act_layer": activation(config),
+        "act_layer": _ACTIVATIONS[config.hidden_act],
         "norm_layer": "layernorm",
         **more,
     }
-
-
-def activation(config: Any) -> str | None:
-    """timm's name of the activation.
-
-    Raises:
-        KeyError: timm has none like it.
-    """
-    return _ACTIVATIONS[config.hidden_act]
 
 
 def _dinov2(config: Any) -> dict[str, Any]:
@@ -110,26 +89,32 @@ def _pair(size: Any) -> list[int]:
     return [int(side) for side in size] if isinstance(size, list | tuple) else [int(size), int(size)]
 
 
-_BEFORE_AFTER = {"layernorm_before": "norm1", "layernorm_after": "norm2"}
-_TOWER = {"layer_norm1": "norm1", "layer_norm2": "norm2"}
-
-
-def _classifier(base: str, more: Mapping[str, str]) -> dict[str, str]:
+def _names(base: str) -> dict[str, str]:
+    """Names outside the blocks of a ViT; those that a model does not have are of no effect."""
     return {
-        f"{base}.embeddings.cls_token": "cls_token",
-        f"{base}.embeddings.position_embeddings": "pos_embed",
-        f"{base}.embeddings.patch_embeddings.projection": "patch_embed.proj",
-        f"{base}.layernorm": "norm",
+        f"{base}embeddings.cls_token": "cls_token",
+        f"{base}embeddings.position_embeddings": "pos_embed",
+        f"{base}embeddings.distillation_token": "reg_token",
+        f"{base}embeddings.patch_embeddings.projection": "patch_embed.proj",
+        f"{base}layernorm": "norm",
         "classifier": "head",
-        **more,
     }
+
+
+_BEFORE_AFTER = {"layernorm_before": "norm1", "layernorm_after": "norm2"}
+_TOWER = {
+    "embeddings.position_embedding.weight": "pos_embed",
+    "embeddings.patch_embedding": "patch_embed.proj",
+    "post_layernorm": "norm",
+}
+_SELF_ATTENTION = {"attention": "self_attn", "out": "out_proj", "scale": "scale"}
 
 
 LAYOUTS: dict[str, Layout] = {
     "ViTForImageClassification": Layout(
         "vit_base_patch16_224",
         lambda config: _plain(config, num_classes=config.num_labels),
-        _classifier("vit", {}),
+        _names("vit."),
         "vit.layers.{}",
         _BEFORE_AFTER,
         normal=_HALF,
@@ -137,7 +122,7 @@ LAYOUTS: dict[str, Layout] = {
     "DeiTForImageClassification": Layout(
         "deit_base_patch16_224",
         lambda config: _plain(config, num_classes=config.num_labels, reg_tokens=1),
-        _classifier("deit", {"deit.embeddings.distillation_token": "reg_token"}),
+        _names("deit."),
         "deit.layers.{}",
         _BEFORE_AFTER,
         normal=_IMAGENET,
@@ -145,12 +130,7 @@ LAYOUTS: dict[str, Layout] = {
     "Dinov2Model": Layout(
         "vit_base_patch14_dinov2",
         _dinov2,
-        {
-            "embeddings.cls_token": "cls_token",
-            "embeddings.position_embeddings": "pos_embed",
-            "embeddings.patch_embeddings.projection": "patch_embed.proj",
-            "layernorm": "norm",
-        },
+        _names(""),
         "encoder.layer.{}",
         {"norm1": "norm1", "norm2": "norm2", "layer_scale1.lambda1": "ls1.gamma", "layer_scale2.lambda1": "ls2.gamma"},
         normal=_IMAGENET,
@@ -159,27 +139,20 @@ LAYOUTS: dict[str, Layout] = {
         "vit_base_patch16_clip_224",
         lambda config: _plain(config, pre_norm=True),
         {
+            **_TOWER,
             "embeddings.class_embedding": "cls_token",
-            "embeddings.position_embedding.weight": "pos_embed",
-            "embeddings.patch_embedding": "patch_embed.proj",
             "pre_layrnorm": "norm_pre",
-            "post_layernorm": "norm",
         },
         "encoder.layers.{}",
-        _TOWER,
-        attention="self_attn",
-        out="out_proj",
-        scale="scale",
+        {"layer_norm1": "norm1", "layer_norm2": "norm2"},
         normal=_CLIP,
-        flat={"cls_token": 2, "pos_embed": 1},
+        **_SELF_ATTENTION,
     ),
     "SiglipVisionModel": Layout(
         "vit_base_patch16_siglip_224",
         lambda config: _plain(config, global_pool="map", class_token=False),
         {
-            "embeddings.position_embedding.weight": "pos_embed",
-            "embeddings.patch_embedding": "patch_embed.proj",
-            "post_layernorm": "norm",
+            **_TOWER,
             "head.probe": "attn_pool.latent",
             "head.attention.out_proj": "attn_pool.proj",
             "head.layernorm": "attn_pool.norm",
@@ -187,12 +160,9 @@ LAYOUTS: dict[str, Layout] = {
             "head.mlp.fc2": "attn_pool.mlp.fc2",
         },
         "encoder.layers.{}",
-        _TOWER,
-        attention="self_attn",
-        out="out_proj",
-        scale="scale",
+        {"layer_norm1": "norm1", "layer_norm2": "norm2"},
         normal=_HALF,
-        flat={"pos_embed": 1},
+        **_SELF_ATTENTION,
     ),
     "SwinForImageClassification": Layout(
         "swin_tiny_patch4_window7_224",

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from stratavit.elastic.plain import Constant
 from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, described, one_line
-from stratavit.files.state_dicts import load_weights
-from stratavit.interop.equivalence import check_equivalent
+from stratavit.interop.equivalence import equivalent
 from stratavit.interop.transformers.layouts import LAYOUTS, Layout
 from stratavit.interop.transformers.weights import (
     blocks_of,
@@ -26,7 +25,7 @@ from stratavit.interop.transformers.weights import (
     to_state,
 )
 from stratavit.models import architecture
-from stratavit.models.freezing import frozen_names, set_frozen
+from stratavit.models.freezing import frozen_names
 from stratavit.utils.classifier import with_plain_head
 from stratavit.utils.model import model_device, model_dtype
 
@@ -36,7 +35,7 @@ CARRIED = ("provenance", "data_config", "embedding")  # attributes that a small 
 
 
 class ConstantAttention(Constant):
-    """A `Constant` in the place of an attention module, which answers with attention weights, too."""
+    """A `Constant` in the place of an attention module, which returns attention weights, too."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:  # type: ignore[override]
         """Tokens ``[B, N, C]`` to the same constant for each, and no attention weights."""
@@ -63,7 +62,7 @@ def layout_of(model: Any) -> Layout:
     """Where a model keeps its weights.
 
     Raises:
-        UnsupportedModelError: It is of no known class, or has an option that timm does not have.
+        UnsupportedModelError: It is of no known class.
         StrataViTError: See `library`.
     """
     name = type(model).__name__
@@ -79,32 +78,37 @@ def describe(model: Any) -> dict[str, Any]:
     """timm's description (`architecture.describe`) of the same model, cut or not.
 
     Raises:
-        UnsupportedModelError: See `layout_of`.
+        UnsupportedModelError: See `layout_of`; or it has an option that timm does not have.
     """
-    layout, config = layout_of(model), model.config
-    name = type(model).__name__
-    if name == "SwinForImageClassification" and abs(config.layer_norm_eps - 1e-5) > 1e-9:
-        raise UnsupportedModelError(f"cannot cut this {name}: layer_norm_eps is {config.layer_norm_eps}, timm's 1e-5")
-    if name == "SwinForImageClassification" and config.hidden_act != "gelu":
-        raise UnsupportedModelError(
-            f"cannot cut this {name}: hidden_act is {described(config.hidden_act)}, timm's gelu"
-        )
-    if getattr(config, "use_absolute_embeddings", False):
-        raise UnsupportedModelError(f"cannot cut this {name}: absolute positions (use_absolute_embeddings)")
-    if name == "SiglipVisionModel" and not getattr(config, "vision_use_head", True):
-        raise UnsupportedModelError(f"cannot cut this {name}: it does not pool its tokens (vision_use_head is off)")
+    layout, config, name = layout_of(model), model.config, type(model).__name__
+    swin = name == "SwinForImageClassification"
+    for missing, reason in (
+        (swin and abs(config.layer_norm_eps - 1e-5) > 1e-9, f"layer_norm_eps is {config.layer_norm_eps}, timm's 1e-5"),
+        (swin and config.hidden_act != "gelu", f"hidden_act is {described(config.hidden_act)}, timm's gelu"),
+        (getattr(config, "use_absolute_embeddings", False), "absolute positions (use_absolute_embeddings)"),
+        (not getattr(config, "vision_use_head", True), "it does not pool its tokens (vision_use_head is off)"),
+    ):
+        if missing:
+            raise UnsupportedModelError(f"cannot cut this {name}: {reason}")
     try:
-        args = layout.arguments(config) | _classes(model)
+        args = layout.arguments(config)
     except KeyError as error:
         raise UnsupportedModelError(f"cannot cut this {name}: timm has no activation like {one_line(error)}") from error
-    name = "vit_giant_patch14_dinov2" if getattr(config, "use_swiglu_ffn", False) else layout.architecture
+    head = getattr(model, "classifier", None)
+    if type(head) is nn.Linear:  # ``model.classifier = nn.Linear(...)`` leaves `num_labels` behind
+        args["num_classes"] = head.out_features
     sites = {}
-    for ours, theirs in blocks_of(model, layout):
-        attention, mlp = theirs.get_submodule(layout.attention), theirs.get_submodule(layout.mlp)
-        sites[f"{ours}.attn"] = _numbers(attention, layout)
-        sites[f"{ours}.mlp"] = _mlp_numbers(mlp)
+    for ours, block in blocks_of(model, layout):
+        sites[f"{ours}.attn"] = _numbers(block.get_submodule(layout.attention), layout)
+        sites[f"{ours}.mlp"] = _numbers(block.mlp, layout)
+    swiglu = getattr(config, "use_swiglu_ffn", False)
     eps = {"norm_eps": float(config.layer_norm_eps)} if "norm_layer" in args else {}
-    return {"architecture": name, "args": args, **eps, "sites": sites}
+    return {
+        "architecture": "vit_giant_patch14_dinov2" if swiglu else layout.architecture,
+        "args": args,
+        **eps,
+        "sites": sites,
+    }
 
 
 def to_timm(model: Any) -> nn.Module:
@@ -114,61 +118,44 @@ def to_timm(model: Any) -> nn.Module:
     came from.
 
     Raises:
-        UnsupportedModelError: See `describe`; or timm's model answers otherwise.
+        UnsupportedModelError: See `describe`; or the outputs of timm's model differ.
     """
     layout = layout_of(model)
-    description = describe(model)
-    made: Any = architecture.build(description)
-    load_weights(made, to_state(model, layout), f"{type(model).__name__}", assign=False)
-    set_frozen(made, frozen_of(model, layout))
-    made.to(dtype=model.dtype, device=model.device)
-    channels, size = description["args"]["in_chans"], description["args"]["img_size"]
-    made.data_config = {
-        "input_size": (channels, *size),
-        "interpolation": "bicubic",
-        **layout.normal,
-        "crop_pct": 0.9,
-        "crop_mode": "center",
-    }
+    images = {"interpolation": "bicubic", **layout.normal, "crop_pct": 0.9}
+    made: nn.Module = equivalent(model, describe(model), to_state(model, layout), frozen_of(model, layout), images)
     for attribute in CARRIED:  # of a small model
         if hasattr(model, attribute):
             setattr(made, attribute, getattr(model, attribute))
     config = {key: value for key, value in json.loads(model.config.to_json_string()).items() if key != KEY}
     attention = getattr(model.config, "_attn_implementation", None)
-    made.origin = {"library": "transformers", "class": type(model).__name__, "config": config, "attention": attention}
-    ready: nn.Module = made.eval()
-    check_equivalent(ready, model, (channels, *size))
-    return ready
+    name = type(model).__name__
+    made.origin = {"library": "transformers", "class": name, "config": config, "attention": attention}
+    return made
 
 
 def from_timm(small: Any, origin: Mapping[str, Any]) -> Any:
-    """A model of transformers from timm's equivalent, cut or not.
-
-    Args:
-        small: What `SuperNet.extract` made.
-        origin: See `to_timm`.
+    """A model of transformers from timm's equivalent, cut or not, and its `origin` (see `to_timm`).
 
     Raises:
-        ArtifactError: The origin is none that this library wrote.
+        ArtifactError: The origin is not one that this library wrote.
     """
-    transformers = library()
-    name = origin.get("class")
+    transformers, name = library(), origin.get("class")
+    from transformers import initialization
+
     if name not in LAYOUTS:
         raise ArtifactError(f"origin: expected one of {', '.join(LAYOUTS)}, got {described(name)}")
     layout, kind, small = LAYOUTS[name], getattr(transformers, name), with_plain_head(small)
-    state = small.state_dict()
-    numbers = architecture.describe(small)["sites"]
     try:
         config = kind.config_class.from_dict(dict(origin["config"]))
-        config.stratavit = {"widths": _widths(numbers)}
+        config.stratavit = {"widths": _widths(architecture.describe(small)["sites"])}
         if small.num_classes and config.num_labels != small.num_classes:  # a head put there since
             config.num_labels = small.num_classes
         if origin.get("attention") == "eager":
             config._attn_implementation = "eager"
-        with initialization().no_init_weights():
+        with initialization.no_init_weights():
             model = kind(config)
             resize(model)
-        load_state(model, layout, state)
+        load_state(model, layout, small.state_dict())
         set_frozen_there(model, layout, frozen_names(small))
     except Exception as error:  # a configuration from a file can be wrong in any way that transformers does not check
         raise ArtifactError(f"origin: {name} cannot be built: {type(error).__name__}: {one_line(error)}") from error
@@ -180,83 +167,65 @@ def from_timm(small: Any, origin: Mapping[str, Any]) -> Any:
 
 
 def resize(model: Any) -> None:
-    """Gives the modules of a freshly built model the widths that its ``config.stratavit`` names."""
+    """Puts layers of the widths that its ``config.stratavit`` names into a freshly built model."""
     layout, widths = layout_of(model), getattr(model.config, KEY)["widths"]
     for ours, block in blocks_of(model, layout):
         width, constant = _split(widths[f"{ours}.attn"])
         attention = block.get_submodule(layout.attention)
-        out = getattr(attention, layout.out)
         if width == 0:
-            gone: Constant = ConstantAttention(out.out_features if constant else 0)
+            gone: Constant = ConstantAttention(getattr(attention, layout.out).out_features if constant else 0)
             gone.q_proj = Absent(attention.q_proj.in_features)
             setattr(block, layout.attention, gone)
         else:
-            _narrow_attention(attention, layout, width)
+            heads = attention.q_proj.out_features // attention.head_dim
+            for name in ("q_proj", "k_proj", "v_proj"):
+                _replace(attention, name, outputs=heads * width)
+            _replace(attention, layout.out, inputs=heads * width)
+            attention.head_dim = width
+            setattr(attention, layout.scale, width**-0.5)
         width, constant = _split(widths[f"{ours}.mlp"])
-        mlp = block.get_submodule(layout.mlp)
-        first, last = mlp_layers(mlp)
+        first, last = mlp_layers(block.mlp)
         if width == 0:
-            gone = Constant(last.out_features if constant else 0)
-            name = next(name for name, layer in mlp.named_children() if layer is first[0])
-            setattr(gone, name, Absent(first[0].in_features))
-            setattr(block, layout.mlp, gone)
+            gone = Constant(getattr(block.mlp, last).out_features if constant else 0)
+            setattr(gone, first[0], Absent(getattr(block.mlp, first[0]).in_features))
+            block.mlp = gone
         else:
-            for name, layer in mlp.named_children():
-                if layer in first:
-                    setattr(mlp, name, nn.Linear(layer.in_features, width, layer.bias is not None))
-                elif layer is last:
-                    setattr(mlp, name, nn.Linear(width, layer.out_features))
-
-
-def initialization() -> Any:
-    """The module of transformers that can leave weights as they are when a model is built, to fill them afterwards."""
-    from transformers import initialization as module
-
-    return module
+            for name in first:
+                _replace(block.mlp, name, outputs=width)
+            _replace(block.mlp, last, inputs=width)
 
 
 def library() -> Any:
     """transformers itself.
 
     Raises:
-        StrataViTError: It is not installed, or names its modules otherwise than our layouts.
+        StrataViTError: It is not installed, or its modules have other names than our layouts.
     """
+    install = "pip install 'stratavit[transformers]'"
     try:
         import transformers
     except ImportError as error:
+        raise StrataViTError(f"models of transformers need that library: {install}") from error
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
+        bound = ".".join(map(str, OLDEST))
         raise StrataViTError(
-            "models of transformers need that library: pip install 'stratavit[transformers]'"
-        ) from error
-    found = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if found < OLDEST:
-        raise StrataViTError(
-            f"models of transformers need release {OLDEST[0]}.{OLDEST[1]} or newer of it, found "
-            f"{transformers.__version__}: pip install 'stratavit[transformers]'"
+            f"models of transformers need release {bound} or newer of it, found {transformers.__version__}: {install}"
         )
     return transformers
 
 
-def _classes(model: Any) -> dict[str, int]:
-    """Of the layer itself: ``model.classifier = nn.Linear(...)`` leaves `num_labels` behind."""
-    layer = getattr(model, "classifier", None)
-    return {"num_classes": layer.out_features} if type(layer) is nn.Linear else {}
-
-
-def _numbers(attention: Any, layout: Layout) -> dict[str, Any]:
-    if isinstance(attention, Constant):
-        return {"constant": 0 if attention.bias is None else attention.bias.numel()}
-    width = attention.head_dim
-    bias, out = attention.q_proj.bias is not None, getattr(attention, layout.out)
-    heads = attention.q_proj.out_features // width
-    return {"num_heads": heads, "head_dim": width, "qkv_bias": bias, "proj_bias": out.bias is not None}
-
-
-def _mlp_numbers(mlp: Any) -> dict[str, Any]:
-    if isinstance(mlp, Constant):
-        return {"constant": 0 if mlp.bias is None else mlp.bias.numel()}
-    first, last = mlp_layers(mlp)
-    bias = first[0].bias is not None
-    return {"hidden_features": last.in_features, "fc1_bias": bias, "fc2_bias": last.bias is not None}
+def _numbers(module: Any, layout: Layout) -> dict[str, Any]:
+    """Sizes and biases of an attention or an MLP, as `architecture.describe` names them."""
+    if isinstance(module, Constant):
+        return {"constant": 0 if module.bias is None else module.bias.numel()}
+    if hasattr(module, "q_proj"):
+        heads, bias = module.q_proj.out_features // module.head_dim, module.q_proj.bias is not None
+        out = getattr(module, layout.out).bias is not None
+        return {"num_heads": heads, "head_dim": module.head_dim, "qkv_bias": bias, "proj_bias": out}
+    names, name = mlp_layers(module)
+    first, last = getattr(module, names[0]), getattr(module, name)
+    hidden = last.in_features
+    return {"hidden_features": hidden, "fc1_bias": first.bias is not None, "fc2_bias": last.bias is not None}
 
 
 def _widths(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -273,12 +242,8 @@ def _split(width: Any) -> tuple[int, bool]:
     return (int(width[0]), bool(width[1])) if isinstance(width, list | tuple) else (int(width), False)
 
 
-def _narrow_attention(attention: Any, layout: Layout, width: int) -> None:
-    heads = attention.q_proj.out_features // attention.head_dim
-    for name in ("q_proj", "k_proj", "v_proj"):
-        layer = getattr(attention, name)
-        setattr(attention, name, nn.Linear(layer.in_features, heads * width, layer.bias is not None))
-    out = getattr(attention, layout.out)
-    setattr(attention, layout.out, nn.Linear(heads * width, out.out_features, out.bias is not None))
-    attention.head_dim = width
-    setattr(attention, layout.scale, width**-0.5)
+def _replace(owner: nn.Module, name: str, inputs: int | None = None, outputs: int | None = None) -> None:
+    """Puts a linear layer of another size in the place of one."""
+    old: Any = getattr(owner, name)
+    sizes = (old.in_features if inputs is None else inputs, old.out_features if outputs is None else outputs)
+    setattr(owner, name, nn.Linear(*sizes, old.bias is not None))
