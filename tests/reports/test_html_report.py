@@ -8,9 +8,8 @@ from importlib.resources import files
 
 import architectures
 import pytest
-import torch
-from helpers import CLASSES, PLAN, make_batches, make_net
-from PIL import Image
+from helpers import PLAN, make_batches, make_net
+from image_folders import write_images
 
 import stratavit
 from stratavit import ArtifactError, Setting, StrataViTError, write_report
@@ -101,29 +100,19 @@ def test_every_position_is_the_nets(any_net, tmp_path):
     assert data["points"] == []
 
 
-def test_points_and_facts(net, points, tmp_path):
-    data = data_of(write_report(net, tmp_path / "page.html", points, run="a b").read_text())
-    for shown, point in zip(data["points"], points, strict=True):
-        assert {key: shown[key] for key in vars(point)} == vars(point)
-        assert net.macs(net.spec(position=shown["position"])) == point.macs
+def test_points_facts_and_latency(net, points, tmp_path):
+    odd = Point(**vars(points[0]) | {"loss": float("nan"), "top5": float("inf")})
+    shown, page = [*points, odd], tmp_path / "page.html"
+    data = data_of(write_report(net, page, shown, title="{{data}} {{script}}", latency=QUICK, run="a b").read_text())
+    for row, point in zip(data["points"][:-1], points, strict=True):
+        assert {key: row[key] for key in vars(point)} == vars(point)
+        assert net.macs(net.spec(position=row["position"])) == point.macs
+    last = data["points"][-1]
+    assert (last["loss"], last["top5"], last["top1"]) == (None, None, points[0].top1)  # JSON has no NaN
     assert data["facts"]["provenance: contract"] == net.provenance["contract"]
     assert data["facts"]["versions"]["stratavit"] == stratavit.__version__
     assert data["extract"] == "stratavit extract 'a b'"
-
-
-def test_the_same_page_twice(net, points, tmp_path):
-    pages = [write_report(net, tmp_path / name, points).read_bytes() for name in ("a", "b")]
-    assert pages[0] == pages[1]
-
-
-def test_a_loss_that_is_not_finite_is_left_out(net, points, tmp_path):
-    odd = [Point(**vars(points[0]) | {"loss": float("nan"), "top5": float("inf")})]
-    (shown,) = data_of(write_report(net, tmp_path / "page.html", odd).read_text())["points"]
-    assert (shown["loss"], shown["top5"], shown["top1"]) == (None, None, points[0].top1)
-
-
-def test_latency_is_timed_at_the_points(net, points, tmp_path):
-    data = data_of(write_report(net, tmp_path / "page.html", points, latency=QUICK).read_text())
+    assert data["title"] == "{{data}} {{script}}"  # places in the data are not filled
     assert all(point["ms"] > 0 for point in data["points"])
     assert "batch 1, eager, float32, cpu" in data["latency"]
 
@@ -141,14 +130,16 @@ class Parsed(HTMLParser):
         self.addresses += [value for name, value in attrs if name in ("src", "href", "action", "data", "srcset")]
 
 
-def test_the_page_names_no_address(net, points, tmp_path):
+def test_the_page_names_no_address_and_is_the_same_twice(net, points, tmp_path):
     text = write_report(net, tmp_path / "page.html", points).read_text()
+    assert text == write_report(net, tmp_path / "again.html", points).read_text()
     assert Parsed(text).addresses == ["data:,"]
     assert "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:" in text
-    outside = [address for address in re.findall(r"\w+://[^\s\"')]+", text) if "www.w3.org/2000/svg" not in address]
-    assert outside == []
+    assert [one for one in re.findall(r"\w+://[^\s\"')]+", text) if "www.w3.org/2000/svg" not in one] == []
     assert "url(" not in text
     assert "@import" not in text
+    folder = files("stratavit").joinpath("reports", "page")
+    assert {part.name for part in folder.iterdir()} == {"page.html", "page.css", *SCRIPTS}
 
 
 def test_hostile_strings_stay_strings(net, points, tmp_path):
@@ -162,58 +153,33 @@ def test_hostile_strings_stay_strings(net, points, tmp_path):
     assert data_of(text)["points"][0]["asked"] == HOSTILE
 
 
-def test_places_in_the_data_are_not_filled(net, tmp_path):
-    data = data_of(write_report(net, tmp_path / "page.html", title="{{data}} {{script}}").read_text())
-    assert data["title"] == "{{data}} {{script}}"
-
-
-def test_its_parts_are_in_the_package():
-    folder = files("stratavit").joinpath("reports", "page")
-    assert {part.name for part in folder.iterdir()} == {"page.html", "page.css", *SCRIPTS}
-
-
 # ---- what is refused ------------------------------------------------------------------------------------
 
 
-def test_without_a_list(tmp_path):
-    with pytest.raises(StrataViTError, match="stratify"):
-        write_report(make_net("plain"), tmp_path / "page.html")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_curve_of_another_network(net, points, tmp_path):
-    other = [Point(**vars(points[0]) | {"macs": points[0].macs + 1})]
-    with pytest.raises(StrataViTError, match="not of this super-network"):
-        write_report(net, tmp_path / "page.html", other)
-    with pytest.raises(StrataViTError, match="percent"):
-        write_report(net, tmp_path / "page.html", [Point(**vars(points[0]) | {"top1": float("nan")})])
-
-
-def test_nothing_to_time(net, tmp_path):
-    with pytest.raises(StrataViTError, match="give points"):
-        write_report(net, tmp_path / "page.html", latency=QUICK)
-
-
-def test_a_provenance_that_json_does_not_have(net, tmp_path):
-    odd = copy.deepcopy(net)
-    for value in (float("nan"), object(), {1: {2}}):
-        odd.provenance = {"odd": value}
-        with pytest.raises(ArtifactError, match="JSON cannot"):
-            write_report(odd, tmp_path / "page.html")
+def test_what_is_refused(net, points, tmp_path):
+    odd, unknown = copy.deepcopy(net), copy.deepcopy(net)
+    odd.provenance, unknown.provenance = {"odd": {1: {2}}}, {"odd": float("nan")}
+    for error, words, one, options in (
+        (StrataViTError, "stratify", make_net("plain"), {}),
+        (StrataViTError, "not of this", net, {"points": [Point(**vars(points[0]) | {"macs": points[0].macs + 1})]}),
+        (StrataViTError, "percent", net, {"points": [Point(**vars(points[0]) | {"top1": float("nan")})]}),
+        (StrataViTError, "points", net, {"latency": QUICK}),
+        (ArtifactError, "JSON", odd, {}),
+        (ArtifactError, "JSON", unknown, {}),
+    ):
+        with pytest.raises(error, match=words):
+            write_report(one, tmp_path / "page.html", **options)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_taken_files(net, tmp_path):
     page = write_report(net, tmp_path / "new" / "page.html")
     before = page.read_bytes()
-    with pytest.raises(ArtifactError, match="--overwrite"):
-        write_report(net, page, title="another")
+    for path, options in ((page, {}), (tmp_path / "new", {"overwrite": True}), (page / "below.html", {})):
+        with pytest.raises(ArtifactError, match=re.escape(str(path))):
+            write_report(net, path, title="another", **options)
     assert page.read_bytes() == before
-    with pytest.raises(ArtifactError, match="is a folder"):
-        write_report(net, tmp_path / "new", overwrite=True)
     assert write_report(net, page, title="another", overwrite=True).read_bytes() != before
-    with pytest.raises(ArtifactError, match="cannot write"):
-        write_report(net, page / "below.html")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["page.html"]
 
 
@@ -227,12 +193,7 @@ def work(net, points, tmp_path_factory):
     net.save(folder / "run")
     (folder / "curve").mkdir()
     write_csv(points, folder / "curve" / "curve.csv")
-    generator = torch.Generator().manual_seed(0)
-    for split in ("train", "val"):
-        for name in range(CLASSES):
-            (folder / "data" / split / str(name)).mkdir(parents=True)
-            pixels = torch.randint(0, 256, (32, 32, 3), generator=generator, dtype=torch.uint8)
-            Image.fromarray(pixels.numpy()).save(folder / "data" / split / str(name) / "a.png")
+    write_images(folder / "data", side=32)
     return folder
 
 
@@ -241,19 +202,13 @@ def answer(capsys, arguments):
     return json.loads(capsys.readouterr().out)
 
 
-def test_command_with_a_curve(work, points, tmp_path, capsys):
-    told = answer(capsys, ["report", work / "run", "--curve", work / "curve", "--out", tmp_path / "page.html"])
-    data = data_of((tmp_path / "page.html").read_text())
-    assert told == {
-        "file": str(tmp_path / "page.html"),
-        "bytes": (tmp_path / "page.html").stat().st_size,
-        "sizes": len(data["macs"]),
-        "points": len(points),
-    }
+def test_command_with_a_curve_or_without_accuracy(work, points, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    found = answer(capsys, ["report", work / "run", "--curve", work / "curve", "--out", page])
+    data = data_of(page.read_text())
+    sizes = {"bytes": page.stat().st_size, "sizes": len(data["macs"]), "points": len(points)}
+    assert found == {"file": str(page), **sizes}
     assert [point["top1"] for point in data["points"]] == [point.top1 for point in points]
-
-
-def test_command_without_accuracy_writes_beside_the_run(work, capsys):
     assert main(["report", f"{work / 'run'}/"]) == 0
     assert "--data DIR adds accuracy" in capsys.readouterr().out
     assert data_of((work / "run-report.html").read_text())["points"] == []
@@ -266,7 +221,6 @@ def test_command_measures_as_curve_does(work, tmp_path, capsys):
     found = data_of((tmp_path / "a.html").read_text())["points"]
     assert [{key: point[key] for key in expected[0]} for point in found] == expected
     assert all(point["ms"] > 0 for point in found)
-    assert answer(capsys, ["report", work / "run", "--out", tmp_path / "b.html", "--knn", 3, *options])["points"] == 2
 
 
 def test_command_on_a_net_without_a_head(work, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import timm
@@ -55,6 +56,7 @@ class Support(NamedTuple):
     reason: str
 
 
+@cache
 def support_of(name: str) -> Support:
     """What can be cut of timm's model of a name, built without weights: every step of a conversion is tried."""
     model = timm.create_model(name, device="meta").eval()
