@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from helpers import CLASSES, PLAN, make_batches, make_images, make_model, make_net, relative_error
+from helpers import PLAN, make_batches, make_images, make_model, make_net, relative_error
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
@@ -18,8 +18,21 @@ from torch.optim.swa_utils import AveragedModel
 import stratavit
 from stratavit import ArtifactError, StrataViTError, SuperNet, UnsupportedModelError
 from stratavit.models import source_checks
+from stratavit.models.cost import linear_macs
 
 SWIN = "swin_tiny_patch4_window7_224"
+SPEC = {"blocks.0.attn": 8, "blocks.1.mlp": 8}
+IMAGES = make_images(2)
+
+
+def close(one, other, *spec):
+    """Whether two models compute the same, the second maybe at a spec."""
+    with torch.no_grad():
+        return relative_error(one(IMAGES), other(IMAGES, *spec)) < 1e-5
+
+
+def changed_net():
+    return copy.deepcopy(make_net("plain"))
 
 
 class Lora(nn.Module):
@@ -42,11 +55,6 @@ class Subtype(torch.Tensor):
     pass
 
 
-def profiled(model):
-    for module in model.modules():
-        module.register_buffer("total_ops", torch.zeros(1))
-
-
 def quietly(change):
     """Older ways of torch warn that they are old."""
 
@@ -61,10 +69,6 @@ def quietly(change):
 quantised = quietly(lambda model: torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8))
 
 
-def integers(model):
-    model.head.weight = nn.Parameter(torch.ones(CLASSES, 32, dtype=torch.int8), requires_grad=False)
-
-
 def nothing_but_buffers(model):
     for module in model.modules():
         for name in list(module._parameters):
@@ -72,6 +76,8 @@ def nothing_but_buffers(model):
 
 
 def at(name, layer):
+    """Puts another layer in the place of one."""
+
     def put(model):
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, layer(model.get_submodule(name)))
@@ -79,29 +85,31 @@ def at(name, layer):
     return put
 
 
+def weights(change):
+    """Puts another tensor in the place of the head's weights."""
+    return lambda m: setattr(m.head, "weight", nn.Parameter(change(m.head.weight.detach()), requires_grad=False))
+
+
 CHANGES = {  # what was done, and what the sentence says to do
-    "profiler": (profiled, "delete it"),
+    "profiler": (lambda model: model.blocks[0].register_buffer("total_ops", torch.zeros(1)), "delete it"),
     "pruning": (lambda model: prune.l1_unstructured(model.blocks[0].attn.qkv, "weight", 0.5), "prune.remove"),
     "weight norm": (quietly(lambda model: weight_norm(model.blocks[0].attn.proj)), "remove_weight_norm"),
     "spectral norm": (lambda model: nn.utils.spectral_norm(model.blocks[0].mlp.fc2), "norm"),
     "parametrization": (lambda m: parametrizations.weight_norm(m.blocks[0].attn.qkv), "remove_parametrizations"),
     "LoRA": (at("blocks.0.attn.qkv", Lora), "merge_and_unload"),
-    "adapter": (lambda model: model.blocks[0].add_module("adapter", nn.Linear(32, 32)), "adapter is Linear"),
-    "other layers": (at("blocks.0.attn.proj", lambda layer: Own(32, 32)), "expected torch's Linear"),
-    "layers in a row": (at("blocks.0.attn.qkv", lambda layer: nn.Sequential(layer, nn.Identity())), "merge into one"),
+    "adapter": (lambda model: model.blocks[0].add_module("adapter", nn.Linear(32, 32)), "adapter"),
+    "other layers": (at("blocks.0.attn.proj", lambda layer: Own(32, 32)), "blocks.0.attn.proj"),
+    "layers in a row": (at("blocks.0.attn.qkv", lambda layer: nn.Sequential(layer, nn.Identity())), "merge"),
     "eps": (at("blocks.1.norm1", lambda layer: nn.LayerNorm(32, eps=1e-2)), "eps=1e-06"),
-    "activation": (at("blocks.1.mlp.act", lambda layer: nn.ReLU()), "expected GELU"),
+    "activation": (at("blocks.1.mlp.act", lambda layer: nn.ReLU()), "GELU"),
     "compiled block": (lambda model: model.blocks.__setitem__(0, torch.compile(model.blocks[0])), "_orig_mod"),
     "meta": (lambda model: model.to("meta"), "no storage"),
     "offloaded": (lambda model: cpu_offload(model, torch.device("cpu")), "no storage"),
-    "integers": (integers, "quantised"),
-    "quantised": (quantised, "before it was quantised"),
-    "no weights": (nothing_but_buffers, "has none"),
-    "sparse": (lambda m: setattr(m.head, "weight", nn.Parameter(m.head.weight.detach().to_sparse())), "dense"),
-    "a tensor of another library": (
-        lambda m: setattr(m.head, "weight", nn.Parameter(m.head.weight.detach().as_subclass(Subtype))),
-        "expected a plain tensor",
-    ),
+    "integers": (weights(lambda tensor: tensor.to(torch.int8)), "quantised"),
+    "quantised": (quantised, "quantised"),
+    "no weights": (nothing_but_buffers, "weights"),
+    "sparse": (weights(lambda tensor: tensor.to_sparse()), "dense"),
+    "a tensor of another library": (weights(lambda tensor: tensor.as_subclass(Subtype)), "plain tensor"),
     "NaN in a buffer": (lambda model: model.register_buffer("x", torch.tensor(float("nan"))), "NaN"),
 }
 
@@ -121,9 +129,8 @@ def test_what_other_tools_left_is_refused_at_once(change, tmp_path):
 
 @pytest.mark.parametrize("name", ["ViTForImageClassification", architectures.TORCHVISION])
 def test_layers_of_other_libraries_are_looked_at_too(name):
-    model = quantised(architectures.make(name))
-    with pytest.raises(UnsupportedModelError, match="before it was quantised"):
-        SuperNet(model)
+    with pytest.raises(UnsupportedModelError, match="quantised"):
+        SuperNet(quantised(architectures.make(name)))
 
 
 def test_weights_on_several_devices_are_refused(monkeypatch):
@@ -131,7 +138,7 @@ def test_weights_on_several_devices_are_refused(monkeypatch):
     model.head.to("meta")  # the only other device that is always here
     monkeypatch.setattr(source_checks, "_check_storage", lambda name, tensor: None)
     monkeypatch.setattr(torch.Tensor, "isfinite", lambda tensor: torch.ones(1))
-    with pytest.raises(UnsupportedModelError, match=r"several devices \(cpu, meta\)"):
+    with pytest.raises(UnsupportedModelError, match=r"\(cpu, meta\)"):
         source_checks.check_weights(model)
 
 
@@ -142,24 +149,17 @@ def test_what_was_merged_or_made_permanent_is_accepted():
     prune.remove(model.blocks[0].attn.qkv, "weight")
     parametrizations.weight_norm(model.blocks[0].mlp.fc1)
     nn.utils.parametrize.remove_parametrizations(model.blocks[0].mlp.fc1, "weight")
-    lora = Lora(model.blocks[1].attn.qkv)
-    merged = nn.Linear(32, 96)
-    with torch.no_grad():
-        merged.weight.copy_(lora.base_layer.weight + lora.lora_B.weight @ lora.lora_A.weight)
-    model.blocks[1].attn.qkv = merged
-    with torch.no_grad():
-        assert relative_error(SuperNet(model)(make_images(2)), model(make_images(2))) < 1e-5
+    assert close(SuperNet(model), model)
 
 
 def test_hooks_that_only_move_tensors_are_accepted(tmp_path):
     model = make_model("plain")
-    add_hook_to_module(model.blocks[0].attn, AlignDevicesHook(torch.device("cpu")))
-    add_hook_to_module(model, AlignDevicesHook(torch.device("cpu")))
+    for module in (model.blocks[0].attn, model):
+        add_hook_to_module(module, AlignDevicesHook(torch.device("cpu")))
     net = SuperNet(model).eval()
-    small = net.extract(spec={"blocks.0.attn": 8}, verbose=False)
+    small = net.extract(spec=SPEC, verbose=False)
     stratavit.save(small, tmp_path / "small")
-    with torch.no_grad():
-        assert relative_error(net(make_images(2), {"blocks.0.attn": 8}), small(make_images(2))) < 1e-5
+    assert close(small, net, SPEC)
 
 
 # ---- wrappers ---------------------------------------------------------------------------------------------------
@@ -176,12 +176,11 @@ WRAPPERS = {
 @pytest.mark.parametrize("wrap", WRAPPERS)
 def test_wrappers_are_removed(wrap, tmp_path):
     model = make_model("plain")
-    wrapped, images = WRAPPERS[wrap](model), make_images(2)
+    wrapped = WRAPPERS[wrap](model)
     net = SuperNet(wrapped).eval()
     stratavit.save(wrapped, tmp_path / "dense")
-    with torch.no_grad():
-        assert relative_error(net(images), model(images)) < 1e-5
-        assert relative_error(stratavit.load(tmp_path / "dense")(images), model(images)) < 1e-5
+    assert close(net, model)
+    assert close(stratavit.load(tmp_path / "dense"), model)
     if wrap == "DataParallel":
         assert stratavit.evaluate(wrapped, make_batches()).n == 12
         assert stratavit.export(wrapped, tmp_path / "m.pt2", "torch").difference < 1e-4
@@ -189,32 +188,27 @@ def test_wrappers_are_removed(wrap, tmp_path):
         stratavit.save(WRAPPERS[wrap](net), tmp_path / "net")
 
 
-def test_a_wrapper_with_hooks_is_refused():
-    wrapped = nn.DataParallel(make_model("plain"))
-    wrapped.register_forward_hook(lambda module, args, out: 2 * out)
-    with pytest.raises(UnsupportedModelError, match=r"model\.module"):
-        SuperNet(wrapped)
-
-
 def test_models_in_models_and_of_others():
     class VisionTransformer(nn.Module):
         __module__ = "open_clip.transformer"
 
+    hooked = nn.DataParallel(make_model("plain"))
+    hooked.register_forward_hook(doubled)
     holder = nn.Module()
     holder.net = nn.ModuleDict({"encoder": make_model("plain")})
-    with pytest.raises(UnsupportedModelError, match=r"pass that, model\.net\.encoder"):
-        SuperNet(holder)
-    with pytest.raises(UnsupportedModelError, match=r"open_clip\.transformer\.VisionTransformer is not timm's"):
-        SuperNet(VisionTransformer())
-    adapted = type("PeftModel", (nn.Module,), {"__module__": "elsewhere"})()
+    adapted = type("PeftModel", (nn.Module,), {"__module__": "peft.peft_model"})()
     adapted.base_model = make_model("plain")
-    type(adapted).__module__ = "peft.peft_model"
-    with pytest.raises(UnsupportedModelError, match="merge_and_unload"):
-        SuperNet(adapted)
+    for model, words in (
+        (hooked, r"model\.module"),
+        (holder, r"model\.net\.encoder"),
+        (VisionTransformer(), r"open_clip\.transformer\.VisionTransformer"),
+        (adapted, "merge_and_unload"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=words):
+            SuperNet(model)
 
 
 # ---- super-networks that their owners change --------------------------------------------------------------------
-
 
 CHANGED = {
     "no head": (lambda model: model.reset_classifier(0), 32),
@@ -234,7 +228,7 @@ def test_changes_that_are_followed(change, tmp_path):
     small = net.extract(spec=spec, verbose=False)
     full = net.extract(spec={}, verbose=False)
     for model, at in ((small, spec), (full, None)):
-        assert net.macs(at) == stratavit.models.cost.linear_macs(model, (3, side, side))
+        assert net.macs(at) == linear_macs(model, (3, side, side))
         assert net.params(at) == sum(p.numel() for p in model.parameters())
     assert net.data_config["input_size"] == (3, side, side)
     assert 0.7 * net.macs() < net.budget(macs=0.8).got <= 0.8 * net.macs()
@@ -249,20 +243,17 @@ def test_changes_that_are_followed(change, tmp_path):
     assert net.stratify([torch.randn(4, 3, side, side)] * 3, plan=PLAN).strata is not None
 
 
-def swin_of_another_size(model):
-    with pytest.raises(AttributeError):
-        model.set_input_size(img_size=64)
+def doubled(module, args, out):
+    return 2 * out
 
 
 TURNED = {  # what makes the outputs of a super-network differ from those of what can be cut out of it
-    "hook of a site": lambda net: net.model.blocks[0].attn.register_forward_hook(doubled),
     "hook of a site, by keyword": lambda net: net.model.blocks[1].mlp.register_forward_pre_hook(
         lambda module, args, kwargs: ((2 * args[0],), kwargs), with_kwargs=True
     ),
     "hook of the last norm": lambda net: net.model.norm.register_forward_hook(doubled),
-    "hook of the whole": lambda net: net.register_forward_hook(doubled),
-    "forward of a site": lambda net: own_forward(net.model.blocks[0].attn),
-    "forward of a block": lambda net: own_forward(net.model.blocks[0]),
+    "hook of the super-network": lambda net: net.register_forward_hook(doubled),
+    "forward of a site": lambda net: setattr(net.model.blocks[0].attn, "forward", lambda x, **options: 2 * x),
     "LoRA": lambda net: at("blocks.0.attn.qkv", Lora)(net.model),
     "pruning": lambda net: prune.l1_unstructured(net.model.blocks[0].mlp.fc1, "weight", 0.5),
     "fewer blocks": lambda net: setattr(net.model, "blocks", net.model.blocks[:1]),
@@ -270,22 +261,13 @@ TURNED = {  # what makes the outputs of a super-network differ from those of wha
 }
 
 
-def doubled(module, args, out):
-    return 2 * out
-
-
-def own_forward(module):
-    before = module.forward
-    module.forward = lambda *args, **kwargs: 2 * before(*args, **kwargs)
-
-
 @pytest.mark.parametrize("turn", TURNED)
 def test_no_small_model_is_cut_whose_outputs_would_differ(turn, tmp_path):
-    net = copy.deepcopy(make_net("plain"))
+    net = changed_net()
     TURNED[turn](net)
     for use in (
         lambda: net.extract(spec={}, verbose=False),
-        lambda: net.extract(spec={"blocks.0.attn": 8, "blocks.1.mlp": 8}, verbose=False),
+        lambda: net.extract(spec=SPEC, verbose=False),
         lambda: net.save(tmp_path / "net"),
     ):
         with pytest.raises(StrataViTError) as caught:
@@ -293,24 +275,9 @@ def test_no_small_model_is_cut_whose_outputs_would_differ(turn, tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_hooks_that_look_on_do_not_stand_in_the_way():
-    net, seen = copy.deepcopy(make_net("plain")), []
-    for module in (net, net.model, net.model.norm, net.model.blocks[0].attn):
-        module.register_forward_hook(lambda module, args, out: seen.append(out.detach()))
-    small, images = net.extract(spec={"blocks.0.attn": 8}, verbose=False), make_images(2)
-    with torch.no_grad():
-        assert relative_error(small(images), net(images, {"blocks.0.attn": 8})) < 1e-5
-    assert seen
-
-
-@pytest.mark.parametrize(
-    "add", [lambda m: m.register_buffer("x", torch.zeros(3)), lambda m: m.add_module("x", nn.Linear(2, 2))]
-)
-def test_tensors_added_later_are_refused_by_name(add, tmp_path):
-    net = copy.deepcopy(make_net("plain"))
-    add(net.model)
-    with pytest.raises(ArtifactError, match=r"cannot be followed .*\bx\b"):
-        net.save(tmp_path / "net")
+def half_resized(model):
+    with pytest.raises(AttributeError):
+        model.set_input_size(img_size=64)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +286,7 @@ def test_tensors_added_later_are_refused_by_name(add, tmp_path):
         ("vit_tiny_patch16_224", lambda model: setattr(model, "head", nn.Linear(8, 3))),
         ("vit_tiny_patch16_224", lambda model: setattr(model, "pos_embed", nn.Parameter(torch.zeros(1, 99, 32)))),
         ("vit_tiny_patch16_224", lambda model: setattr(model, "head", nn.Sequential(nn.Linear(32, 8), nn.ReLU()))),
-        (SWIN, swin_of_another_size),
+        (SWIN, half_resized),
     ],
 )
 def test_changes_that_cannot_be_followed_are_refused_everywhere(name, apply, tmp_path):
@@ -340,7 +307,7 @@ def test_changes_that_cannot_be_followed_are_refused_everywhere(name, apply, tmp
     assert not (tmp_path / "net").exists()
 
 
-def test_windows_of_another_size_are_saved_or_refused(tmp_path):
+def test_windows_of_another_size_are_saved(tmp_path):
     small = SuperNet(architectures.make(SWIN)).extract(spec={"layers.0.blocks.0.attn": 4}, verbose=False)
     small.set_input_size(img_size=64)
     images = torch.randn(2, 3, 64, 64)
@@ -349,35 +316,29 @@ def test_windows_of_another_size_are_saved_or_refused(tmp_path):
         assert relative_error(stratavit.load(tmp_path / "small")(images), small(images)) < 1e-5
 
 
-def graph_kept(model):
-    model.blocks[1].saved = model(make_images(1))
+ADDED = {  # what was put into a model or a super-network later, and what the sentence names
+    "a lock": (lambda model: setattr(model, "lock", threading.Lock()), "lock does not"),
+    "an output with its graph": (lambda m: setattr(m.blocks[1], "saved", m(IMAGES)), r"blocks\.1\.saved does not"),
+    "one tensor in two places": (
+        lambda model: setattr(model.blocks[1].mlp.fc1, "weight", model.blocks[0].mlp.fc1.weight),
+        r"blocks\.0\.mlp\.fc1\.weight and blocks\.1",
+    ),
+    "a buffer": (lambda model: model.register_buffer("x", torch.zeros(3)), r"\bx\b"),
+    "a layer": (lambda model: model.add_module("x", nn.Linear(2, 2)), r"\bx\b"),
+}
 
 
-@pytest.mark.parametrize(
-    ("leave", "name"),
-    [(lambda model: setattr(model, "lock", threading.Lock()), "lock"), (graph_kept, r"blocks\.1\.saved")],
-)
-def test_what_cannot_be_copied_is_named(leave, name):
-    model, net = make_model("plain"), copy.deepcopy(make_net("plain"))
-    leave(model), leave(net.model)
-    for use in (lambda: SuperNet(model), lambda: net.extract(spec={}, verbose=False), net.source_copy):
-        with pytest.raises(UnsupportedModelError, match=f"{name} does not allow it"):
-            use()
-
-
-def one_tensor(model):
-    model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
-
-
-def test_one_tensor_in_two_places_is_refused(tmp_path):
-    model, net = make_model("plain"), copy.deepcopy(make_net("plain"))
-    one_tensor(model), one_tensor(net.model)
-    for use in (
-        lambda: SuperNet(model),
-        lambda: stratavit.save(model, tmp_path / "x"),
-        lambda: net.save(tmp_path / "x"),
-    ):
-        with pytest.raises(StrataViTError, match=r"blocks\.0\.mlp\.fc1\.weight and blocks\.1.* are one tensor"):
+@pytest.mark.parametrize("added", ADDED)
+def test_what_cannot_be_copied_or_cut_is_named(added, tmp_path):
+    (add, words), model, net = ADDED[added], make_model("plain"), changed_net()
+    add(model), add(net.model)
+    uses = [lambda: SuperNet(model)]
+    if "does not" in words:
+        uses += [lambda: net.extract(spec={}, verbose=False), net.source_copy]
+    else:
+        uses += [lambda: stratavit.save(model, tmp_path / "x"), lambda: net.save(tmp_path / "x")]
+    for use in uses:
+        with pytest.raises(StrataViTError, match=words):
             use()
 
 
@@ -389,14 +350,14 @@ def test_weights_in_one_memory_are_saved(tmp_path):
 
 
 def test_weights_of_inference_mode():
-    """Serving may do everything in it; what needs gradients reports it; small models can be trained."""
+    """Serving may do everything in it; what needs gradients refuses them; small models can be trained."""
     net = make_net("plain")
     with torch.inference_mode():
         served = SuperNet(make_model("plain")).eval()
-        assert served.extract(spec={"blocks.0.attn": 8}, verbose=False)(make_images(2)).isfinite().all()
+        assert served.extract(spec=SPEC, verbose=False)(IMAGES).isfinite().all()
         model = make_model("plain")
-        small = net.extract(spec={"blocks.0.attn": 8, "blocks.1.mlp": 8}, verbose=False)
-    small(make_images(2)).sum().backward()
+        small = net.extract(spec=SPEC, verbose=False)
+    small(IMAGES).sum().backward()
     assert all(parameter.grad is not None for parameter in small.blocks.parameters())
     for use in (lambda: SuperNet(model), lambda: served.contract(make_batches())):
         with pytest.raises(StrataViTError, match="outside"):

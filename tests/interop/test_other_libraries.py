@@ -226,8 +226,12 @@ def test_a_release_with_other_names_is_refused(monkeypatch):
 
 # ---- image processors -------------------------------------------------------------------------------------------
 
-DINO = {"image_processor_type": "BitImageProcessor", "do_resize": True, "do_center_crop": True, "do_normalize": True}
-DINO |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 3, "do_rescale": True}
+PLAIN = {"do_resize": True, "do_center_crop": True, "do_normalize": True, "resample": 3, "do_rescale": True}
+PLAIN |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+
+
+def square(side):
+    return {"height": side, "width": side}
 
 
 def test_the_processor_is_kept(source, tmp_path):
@@ -244,39 +248,38 @@ def test_the_processor_is_kept(source, tmp_path):
     assert load_equivalent(tmp_path / "crop").data_config == model.data_config
 
 
-@pytest.mark.parametrize(
-    ("name", "settings", "expected"),
-    [
-        (
-            "Dinov2Model",
-            DINO | {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}},
-            {"input_size": (3, 16, 16), "crop_pct": 16 / 20, "crop_mode": "center"},
-        ),
-        (
-            "DeiTForImageClassification",
-            DINO
-            | {"image_processor_type": "DeiTImageProcessor", "size": {"height": 36, "width": 36}}
-            | {"crop_size": {"height": 32, "width": 32}},
-            {"input_size": (3, 32, 32), "crop_mode": "squash"},
-        ),
-        (
-            "CLIPVisionModel",
-            DINO | {"image_processor_type": "CLIPImageProcessor", "size": 32, "crop_size": 32},
-            {"crop_pct": 1.0, "crop_mode": "center"},
-        ),
-        (
-            HEADED,
-            {"image_processor_type": "ViTImageProcessor", "size": 32, "do_normalize": False},
-            {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "crop_mode": "squash"},
-        ),
-    ],
-)
-def test_images_are_prepared_as_the_processor_does(folders, tmp_path, name, settings, expected):
+PREPARED = {  # class of the processor -> of the model, settings, timm's
+    "BitImageProcessor": (
+        "Dinov2Model",
+        PLAIN | {"size": {"shortest_edge": 20}, "crop_size": square(16)},
+        {"input_size": (3, 16, 16), "crop_pct": 16 / 20, "crop_mode": "center"},
+    ),
+    "DeiTImageProcessor": (
+        "DeiTForImageClassification",
+        PLAIN | {"size": square(36), "crop_size": square(32)},
+        {"input_size": (3, 32, 32), "crop_mode": "squash"},
+    ),
+    "CLIPImageProcessor": (
+        "CLIPVisionModel",
+        PLAIN | {"size": 32, "crop_size": 32},
+        {"crop_pct": 1.0, "crop_mode": "center"},
+    ),
+    "ViTImageProcessor": (
+        HEADED,
+        {"size": 32, "do_normalize": False},
+        {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "crop_mode": "squash"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PREPARED)
+def test_images_are_prepared_as_the_processor_does(folders, tmp_path, kind):
     import transformers
     from timm.data import create_transform
 
+    name, settings, expected = PREPARED[kind]
     shutil.copytree(folders / name, tmp_path / "source")
-    (tmp_path / "source" / PROCESSOR).write_text(json.dumps(settings))
+    (tmp_path / "source" / PROCESSOR).write_text(json.dumps(settings | {"image_processor_type": kind}))
     config = load_equivalent(tmp_path / "source").data_config
     assert config.items() >= expected.items()
     smooth = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 6), (48, 48), mode="bicubic").clamp(0, 1)
@@ -293,7 +296,7 @@ def test_images_are_prepared_as_the_processor_does(folders, tmp_path, name, sett
     [
         ({"do_resize": False}, "resized and rescaled"),
         ({"do_rescale": False}, "resized and rescaled"),
-        ({"crop_size": {"height": 16, "width": 16}}, "16 x 16, .* 32 x 32"),
+        ({"crop_size": square(16)}, "16 x 16, .* 32 x 32"),
         ({"size": {"shortest_edge": 20}}, "crop"),
         ({"size": {"height": 64, "width": 40}}, "crop"),
         ({"size": {"longest_edge": 64}}, "shortest edge"),
@@ -305,7 +308,8 @@ def test_images_are_prepared_as_the_processor_does(folders, tmp_path, name, sett
     ],
 )
 def test_a_processor_that_timm_has_no_counterpart_of_is_refused(source, change, words):
-    plain = DINO | {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
+    plain = PLAIN | {"image_processor_type": "BitImageProcessor"}
+    plain |= {"size": {"shortest_edge": 36}, "crop_size": square(32)}
     content = plain | change if isinstance(change, dict) else change
     (source / PROCESSOR).write_text(content if content == "{" else json.dumps(content))
     refused(source, words)

@@ -162,7 +162,6 @@ def test_what_is_refused(net, points, tmp_path):
     for error, words, one, options in (
         (StrataViTError, "stratify", make_net("plain"), {}),
         (StrataViTError, "not of this", net, {"points": [Point(**vars(points[0]) | {"macs": points[0].macs + 1})]}),
-        (StrataViTError, "percent", net, {"points": [Point(**vars(points[0]) | {"top1": float("nan")})]}),
         (StrataViTError, "points", net, {"latency": QUICK}),
         (ArtifactError, "JSON", odd, {}),
         (ArtifactError, "JSON", unknown, {}),

@@ -25,13 +25,10 @@ def equivalent(
     frozen: Iterable[str],
     images: Mapping[str, Any],
 ) -> Any:
-    """timm's model of a description, in eval mode, with the weights, type and device of the model that it stands for.
+    """timm's model of a description, in eval mode, with copies of the weights of the `source`, its type and device.
 
     Args:
-        source: The model of another library.
-        description: See `architecture.describe`.
-        state: The weights under timm's names; they are copied.
-        frozen: timm's names of the parameters that ask for no gradient.
+        state, frozen: The weights under timm's names, and the names of those that ask for no gradient.
         images: How they are prepared: the data configuration without ``input_size`` and ``crop_mode``.
 
     Raises:

@@ -50,12 +50,9 @@ def filter_of(name: str) -> Filter | None:
 
 
 def fitted(name: str, model: nn.Module, tensors: Tensors, source: str) -> dict[str, Tensor]:
-    """The tensors for `load_weights`; what is left out or resampled is reported on standard error.
+    """The tensors of the file `source` that timm's model of a name is to load, for `load_weights`.
 
-    Args:
-        name: timm's, of the model.
-        model: That will hold them.
-        tensors: As read from the file `source`.
+    What is left out or resampled is reported on standard error.
 
     Raises:
         ArtifactError: timm's filter cannot read them, or two come to one name.

@@ -75,10 +75,9 @@ def to_timm(model: Any) -> nn.Module:
 
 
 def named(name: str, weights: Mapping[str, Tensor] | None, source: str, num_classes: int | None = None) -> nn.Module:
-    """timm's equivalent of torchvision's ViT of a name, in eval mode.
+    """timm's equivalent of torchvision's ViT of one of the `NAMES`, in eval mode.
 
     Args:
-        name: One of `NAMES`.
         weights: A state dict from `source`; torchvision's default weights, downloaded, if None.
         num_classes: Size of the head, if it is not 1,000; the head is new where weights are downloaded.
 

@@ -62,7 +62,7 @@ def write_report(
 
     Raises:
         StrataViTError: There is no dropout list, points that are not of this list, or none to time.
-        ArtifactError: The file is taken or cannot be written, or the provenance holds what JSON does not have.
+        ArtifactError: The file exists or cannot be written, or the provenance holds what JSON does not have.
     """
     check_free_file(path, overwrite)
     data = _data(net, points, title, run)
@@ -78,7 +78,7 @@ def _data(net: SuperNet, points: Sequence[Point], title: str | None, run: str) -
     position, exact.
     """
     if net.strata is None:
-        raise StrataViTError("no dropout list yet: call stratify(loader) first; the report shows what leaves when")
+        raise StrataViTError("no dropout list yet: call stratify(loader) first; the report shows what is dropped when")
     number = {site.name: i for i, site in enumerate(net.sites)}
     widths = {site.name: site.width for site in net.sites}
     sizes = [(net.macs(widths), net.params(widths))]
@@ -117,8 +117,6 @@ def _shown(point: Point, sizes: list[tuple[int, int]]) -> dict[str, Any]:
             f"the curve is not of this super-network: no position of its list has {point.macs} MACs and {point.params} "
             "parameters; measure it again with `stratavit curve`"
         )
-    if not 0 <= point.top1 <= 100:
-        raise StrataViTError(f"the curve's top-1 should be percent of images, got {point.top1!r}")
     row = {key: value if isinstance(value, str) or math.isfinite(value) else None for key, value in vars(point).items()}
     return row | {"position": sizes.index((point.macs, point.params)), "ms": None}
 

@@ -138,11 +138,7 @@ LAYOUTS: dict[str, Layout] = {
     "CLIPVisionModel": Layout(
         "vit_base_patch16_clip_224",
         lambda config: _plain(config, pre_norm=True),
-        {
-            **_TOWER,
-            "embeddings.class_embedding": "cls_token",
-            "pre_layrnorm": "norm_pre",
-        },
+        {**_TOWER, "embeddings.class_embedding": "cls_token", "pre_layrnorm": "norm_pre"},
         "encoder.layers.{}",
         {"layer_norm1": "norm1", "layer_norm2": "norm2"},
         normal=_CLIP,
