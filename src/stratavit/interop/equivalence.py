@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from stratavit.errors import UnsupportedModelError
 from stratavit.files.state_dicts import load_weights
-from stratavit.models import architecture
 from stratavit.models.freezing import set_frozen
 from stratavit.utils.model import eval_mode, model_device, model_dtype
 
@@ -18,29 +17,25 @@ TOLERANCE = 1e-3  # of the largest output, in float32; what is rounded more coar
 COARSE = 0.1
 
 
-def equivalent(
-    source: nn.Module,
-    description: Mapping[str, Any],
-    state: Mapping[str, Tensor],
-    frozen: Iterable[str],
-    images: Mapping[str, Any],
+def fill(
+    made: Any, source: nn.Module, state: Mapping[str, Tensor], frozen: Iterable[str], data_config: Mapping[str, Any]
 ) -> Any:
-    """timm's model of a description, in eval mode, with copies of the weights of the `source`, its type and device.
+    """Makes timm's model of the same form the equivalent of another library's, in eval mode, of its type and device.
 
     Args:
+        made: timm's, fresh.
+        source: The other library's.
         state, frozen: The weights under timm's names, and the names of those that ask for no gradient.
-        images: How they are prepared: the data configuration without ``input_size`` and ``crop_mode``.
+        data_config: How images are prepared.
 
     Raises:
         UnsupportedModelError: See `check_equivalent`.
     """
-    made: Any = architecture.build(description)
     load_weights(made, state, type(source).__name__)
     set_frozen(made, frozen)
     made.to(dtype=model_dtype(source), device=model_device(source)).eval()
-    size = (description["args"]["in_chans"], *description["args"]["img_size"])
-    made.data_config = {"input_size": size, **images, "crop_mode": "center"}
-    check_equivalent(made, source, size)
+    made.data_config = dict(data_config)
+    check_equivalent(made, source, data_config["input_size"])
     return made
 
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from stratavit.errors import UnsupportedModelError
 from stratavit.files.state_dicts import load_weights, unreachable
-from stratavit.interop.equivalence import equivalent
+from stratavit.interop.equivalence import fill
 from stratavit.interop.timm_filter import report_left_out, unwrapped, without_counters
+from stratavit.models import architecture
 from stratavit.models.freezing import frozen_names
 
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 NAMES = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14")
 _PARTS = {  # a name stands for the tensors below it
     "class_token": "cls_token",
@@ -68,10 +68,18 @@ def to_timm(model: Any) -> nn.Module:
         "norm_layer": "layernorm",
     }
     eps = float(model.encoder.ln.eps)
-    description = {"architecture": "vit_base_patch16_224", "args": args, "norm_eps": eps, "sites": {}}
+    made = architecture.build({"architecture": "vit_base_patch16_224", "args": args, "norm_eps": eps, "sites": {}})
     state = {_renamed(name, parts): tensor for name, tensor in model.state_dict().items()}
     frozen = [_renamed(name, parts) for name in frozen_names(model)]
-    return equivalent(model, description, state, frozen, {"interpolation": "bilinear", **IMAGENET, "crop_pct": 0.875})
+    data_config = {
+        "input_size": (args["in_chans"], *args["img_size"]),
+        "interpolation": "bilinear",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "crop_pct": 0.875,
+        "crop_mode": "center",
+    }
+    return fill(made, model, state, frozen, data_config)
 
 
 def named(name: str, weights: Mapping[str, Tensor] | None, source: str, num_classes: int | None = None) -> nn.Module:

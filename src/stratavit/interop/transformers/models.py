@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stratavit.elastic.plain import Constant
 from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, described, one_line
-from stratavit.interop.equivalence import equivalent
+from stratavit.interop.equivalence import fill
 from stratavit.interop.transformers.layouts import LAYOUTS, Layout
 from stratavit.interop.transformers.weights import (
     blocks_of,
@@ -120,9 +120,12 @@ def to_timm(model: Any) -> nn.Module:
     Raises:
         UnsupportedModelError: See `describe`; or the outputs of timm's model differ.
     """
-    layout = layout_of(model)
-    images = {"interpolation": "bicubic", **layout.normal, "crop_pct": 0.9}
-    made: nn.Module = equivalent(model, describe(model), to_state(model, layout), frozen_of(model, layout), images)
+    layout, description = layout_of(model), describe(model)
+    size = (description["args"]["in_chans"], *description["args"]["img_size"])
+    data_config: dict[str, Any] = {"input_size": size, "interpolation": "bicubic", **layout.normal}
+    data_config |= {"crop_pct": 0.9, "crop_mode": "center"}
+    built = architecture.build(description)
+    made: Any = fill(built, model, to_state(model, layout), frozen_of(model, layout), data_config)
     for attribute in CARRIED:  # of a small model
         if hasattr(model, attribute):
             setattr(made, attribute, getattr(model, attribute))
@@ -130,7 +133,8 @@ def to_timm(model: Any) -> nn.Module:
     attention = getattr(model.config, "_attn_implementation", None)
     name = type(model).__name__
     made.origin = {"library": "transformers", "class": name, "config": config, "attention": attention}
-    return made
+    ready: nn.Module = made
+    return ready
 
 
 def from_timm(small: Any, origin: Mapping[str, Any]) -> Any:
