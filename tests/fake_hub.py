@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlparse
 
 @contextmanager
 def fake_hub():
-    """Yields ``url``, ``repos`` (name -> {file: bytes}), ``private`` (names) and ``refuse``, a status of every reply."""
+    """Yields ``url``, ``repos`` (name -> {file: bytes}), ``private`` (names), ``refuse`` (status of replies)."""
     hub = SimpleNamespace(url="", repos={}, private=set(), refuse=None)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
