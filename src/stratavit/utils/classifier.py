@@ -1,13 +1,13 @@
 """The head of a model as it is: how many classes its layers tell apart, whatever ``num_classes`` says.
 
-``model.head = nn.Linear(width, classes)`` is the usual way to give a model a new head, and leaves `num_classes` behind.
+``model.head = nn.Linear(width, classes)`` is the usual way to give a model a new head; it does not set `num_classes`.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from timm.layers import ClassifierHead
 from timm.models.swin_transformer import SwinTransformer
@@ -19,30 +19,13 @@ from stratavit.errors import UnsupportedModelError
 WAY_OUT = "call model.reset_classifier(num_classes), or put a Linear layer there"
 
 
-class Head(NamedTuple):
-    """One head, taken apart.
-
-    Attributes:
-        layer: The linear layer, or an Identity.
-        rate: Of the dropout before it.
-    """
-
-    layer: nn.Module
-    rate: float
-
-    @property
-    def classes(self) -> int:
-        """0 is no head."""
-        return self.layer.out_features if isinstance(self.layer, nn.Linear) else 0
-
-
 def classes_in_head(model: Any) -> int | None:
-    """Classes that the layers of a timm model's head tell apart, 0 without a head; None if they do not tell."""
+    """Classes that the layers of a timm model's head tell apart, 0 without a head; None of a head of another form."""
     holder = getattr(model, "head", None)
     if isinstance(holder, ClassifierHead):
         holder = holder.fc
     head = _apart(holder) if isinstance(holder, nn.Module) else None
-    return None if head is None else head.classes
+    return None if head is None else _classes(head[0])
 
 
 def head_layers(model: Any) -> dict[str, nn.Module]:
@@ -73,39 +56,46 @@ def with_plain_head(model: Any, in_place: bool = False) -> Any:
         UnsupportedModelError: The head is of another form.
     """
     found = {name: _taken(name, holder, model) for name, holder in head_layers(model).items()}
-    counts = {head.classes for head in found.values()} or {model.num_classes}
+    counts = {_classes(layer) for layer, _ in found.values()} or {model.num_classes}
     if len(counts) > 1:
         raise UnsupportedModelError(f"head, head_dist: they tell apart {sorted(counts)} classes; {WAY_OUT}, in both")
     classes = counts.pop()
-    if classes == model.num_classes and all(model.get_submodule(name) is head.layer for name, head in found.items()):
+    if classes == model.num_classes and all(model.get_submodule(name) is layer for name, (layer, _) in found.items()):
         return model
     plain = model if in_place else _twin(model)
     plain.num_classes = classes
-    for name, head in found.items():
+    for name, (layer, rate) in found.items():
         owner, drop, leaf = plain, "head_drop", name
         if name == "head.fc":
             plain.head = owner = model.head if in_place else _twin(model.head)
             drop, leaf = "drop", "fc"
-        setattr(owner, leaf, head.layer)
-        if head.rate and leaf != "head_dist":  # which shares the other's
+        setattr(owner, leaf, layer)
+        if rate and leaf != "head_dist":  # which shares the other's
             before = getattr(owner, drop).p
-            setattr(owner, drop, nn.Dropout(1 - (1 - before) * (1 - head.rate)).train(model.training))
+            setattr(owner, drop, nn.Dropout(1 - (1 - before) * (1 - rate)).train(model.training))
     return plain
 
 
-def _taken(name: str, holder: nn.Module, model: Any) -> Head:
+def _classes(layer: nn.Module) -> int:
+    return layer.out_features if isinstance(layer, nn.Linear) else 0
+
+
+def _taken(name: str, holder: nn.Module, model: Any) -> tuple[nn.Module, float]:
+    """What `_apart` finds, checked against what the model's forward pass needs there."""
     head = _apart(holder)
     if head is None:
+        kinds = ", ".join(type(part).__name__ for part in _parts(holder))
         raise UnsupportedModelError(
-            f"{name}: expected a Linear layer, perhaps dropout before it, or an Identity, found {_kind(holder)}; "
-            f"{WAY_OUT}"
+            f"{name}: expected a Linear layer, perhaps dropout before it, or an Identity, found {kinds}; {WAY_OUT}"
         )
     width = model.head.num_features if name == "head.fc" else getattr(model, "head_hidden_size", model.num_features)
-    if isinstance(head.layer, nn.Linear) and head.layer.in_features != width:
+    layer = head[0]
+    if isinstance(layer, nn.Linear) and layer.in_features != width:
         raise UnsupportedModelError(
-            f"{name}: it reads {head.layer.in_features} features, the model gives {width}; {WAY_OUT} of {width} inputs"
+            f"{name}: its input has {layer.in_features} features, the model's features are {width}; "
+            f"{WAY_OUT} of {width} inputs"
         )
-    if isinstance(head.layer, nn.Linear) and head.layer.bias is None:
+    if isinstance(layer, nn.Linear) and layer.bias is None:
         raise UnsupportedModelError(
             f"{name}: a Linear layer without a bias, which timm's heads have; give it one of zeros, or "
             "call model.reset_classifier(num_classes)"
@@ -113,8 +103,8 @@ def _taken(name: str, holder: nn.Module, model: Any) -> Head:
     return head
 
 
-def _apart(holder: nn.Module) -> Head | None:
-    """None if it is more than dropout and one linear layer after it."""
+def _apart(holder: nn.Module) -> tuple[nn.Module, float] | None:
+    """The linear layer, or an Identity, and the rate of the dropout before it; None if it is more than these."""
     layer, kept = None, 1.0
     for part in _parts(holder):
         if type(part) is nn.Dropout and layer is None:
@@ -123,9 +113,9 @@ def _apart(holder: nn.Module) -> Head | None:
             layer = part
         elif type(part) is not nn.Identity:
             return None
-    if layer is None and type(holder) is nn.Identity:
-        return Head(holder, 0.0)
-    return Head(nn.Identity() if layer is None else layer, 1 - kept)
+    if layer is None:
+        return holder if type(holder) is nn.Identity else nn.Identity(), 1 - kept
+    return layer, 1 - kept
 
 
 def _parts(holder: nn.Module) -> Iterator[nn.Module]:
@@ -136,13 +126,8 @@ def _parts(holder: nn.Module) -> Iterator[nn.Module]:
         yield holder
 
 
-def _kind(holder: nn.Module) -> str:
-    inner = f" of {', '.join(type(part).__name__ for part in _parts(holder))}" if type(holder) is nn.Sequential else ""
-    return f"a {type(holder).__name__}{inner}"
-
-
 def _twin(module: nn.Module) -> Any:
-    """Another module of the same parts: what is put in or taken out of it later, it alone sees."""
+    """Another module of the same parts, of which any may be replaced without a change to the first."""
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
     return twin

@@ -19,7 +19,7 @@ def is_super_network(model: nn.Module) -> bool:
 
 
 def classes_of(model: nn.Module) -> int:
-    """Classes that a model tells apart; 0 where it answers with features: no head, one into an embedding, one output.
+    """Classes that a model tells apart; 0 where it outputs features: no head, one into an embedding, one output.
 
     Args:
         model: A timm model, or a super-network of one, wrapped or not; any other is taken to have classes.
@@ -28,14 +28,12 @@ def classes_of(model: nn.Module) -> int:
     inner = unwrapped(inner.model) if is_super_network(inner) else inner
     if getattr(inner, "embedding", False):
         return 0
-    if hasattr(inner, "config") and not hasattr(inner, "num_classes"):  # of transformers
-        return _several(getattr(inner, "num_labels", 0))
-    told = getattr(inner, "num_classes", None)
-    found = None if told is None else classes_in_head(inner)  # a head may have been replaced
-    return _several(2 if told is None else told if found is None else found)
-
-
-def _several(classes: int) -> int:
+    classes = getattr(inner, "num_classes", None)
+    if classes is not None:
+        found = classes_in_head(inner)  # a head may have been replaced
+        classes = classes if found is None else found
+    else:
+        classes = getattr(inner, "num_labels", 0) if hasattr(inner, "config") else 2  # `config` of transformers
     return int(classes) if classes > 1 else 0
 
 
@@ -47,11 +45,8 @@ def measured_at(model: Any, spec: Mapping[str, int] | None) -> Iterator[Callable
         model: Its weights must not change inside.
         spec: For a super-network, or for a wrapper of one that takes ``(images, spec)``.
     """
-    with eval_mode(model), model.at(spec, fixed=True) if is_super_network(model) else nullcontext() as inner:
-        if inner is not None or spec is None:
-            yield model if inner is None else inner
-        else:
-            yield lambda images: model(images, spec)
+    with eval_mode(model), model.at(spec, fixed=True) if is_super_network(model) else nullcontext(model) as inner:
+        yield inner if spec is None or is_super_network(model) else lambda images: model(images, spec)
 
 
 def computed_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
@@ -104,7 +99,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No weight asks for a gradient inside."""
+    """Runs the body with no weight requiring a gradient."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
         for parameter in trainable:

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def track(items: Iterable[T], description: str) -> Iterator[T]:
-    """Iterates over `items` behind a progress bar; plain iteration when standard error is no terminal."""
+    """Iterates over `items` behind a progress bar; plain iteration when standard error is not a terminal."""
     if not sys.stderr.isatty():
         yield from items
         return

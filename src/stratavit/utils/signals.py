@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: what is begun is tidied up or saved first, and the exit code tells which of them it was."""
+"""SIGTERM and Ctrl-C: what has begun is tidied up or saved first, and the exit code says which of them it was."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Terminated(KeyboardInterrupt):
 
 
 def exit_code(stop: KeyboardInterrupt) -> int:
-    """What a shell says of a program that such a signal ended: 128 and its number."""
+    """The exit code of a program that such a signal ended, as shells report it: 128 and its number."""
     return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
 
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Turns SIGTERM into `Terminated` once, so that files half-written are taken away; further ones are left alone."""
+    """Turns SIGTERM into `Terminated` once, so that half-written files are removed; further ones are ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -39,4 +39,4 @@ def raised() -> Iterator[None]:
 
 def hush() -> None:
     """For worker processes: the thread that hands tensors over says nothing when their reader has gone meanwhile."""
-    sys.excepthook = lambda *error: None  # its only use there: what a worker itself fails of is told by torch
+    sys.excepthook = lambda *error: None  # its only use there: torch itself reports what a worker fails of

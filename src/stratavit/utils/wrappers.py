@@ -1,4 +1,4 @@
-"""Objects that hold a model and answer as it does: taken off, so that the model inside is what is looked at."""
+"""Objects that hold a model and compute what it does: removed, so that the model inside is what is looked at."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WRAPPERS = {  # class of torch or timm -> attribute that holds the model
 
 
 def held_by(module: Any) -> str | None:
-    """Attribute in which a wrapper of torch or timm holds its model; None if it is no such wrapper."""
+    """Attribute in which a wrapper of torch or timm holds its model; None if it is not such a wrapper."""
     for kind in type(module).__mro__:
         if kind.__name__ in WRAPPERS and kind.__module__.split(".")[0] in ("torch", "timm"):
             return WRAPPERS[kind.__name__]
