@@ -26,7 +26,7 @@ def folders(root, *names):
 def numbers(root, split="val", classes=None, **options):
     """Class folder -> the label that its images get."""
     loader = image_loader(root, CONFIG, split, classes, **options)
-    return {path.split("/")[-2]: label for path, label in loader.dataset.reader.samples}
+    return {path.split("/")[-2]: label for path, label in loader.dataset.samples}
 
 
 # ---- names of the model ----------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def write(root, *paths):
 def found(root, split="val"):
     """Path in the data set -> label."""
     loader = image_loader(root, CONFIG, split, None)
-    return {os.path.relpath(path, root).replace(os.sep, "/"): label for path, label in loader.dataset.reader.samples}
+    return {os.path.relpath(path, root).replace(os.sep, "/"): label for path, label in loader.dataset.samples}
 
 
 # ---- layouts ----------------------------------------------------------------------------------------------------

@@ -16,36 +16,34 @@ from stratavit.utils.model import is_super_network
 
 IMAGE_KEYS = ("pixel_values", "image", "images")
 LABEL_KEYS = ("labels", "label")
-WHOLE = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
 OUT_OF_MEMORY_HINT = "try again with fewer workers (--workers) or smaller batches (--batch-size)"
 
 
 def unpack(batch: Any, said: str = "loader") -> tuple[Tensor, Tensor | None]:
-    """Images ``[B, C, H, W]`` and labels ``[B]`` int64 of a batch, tensors or NumPy arrays.
+    """Images ``[B, C, H, W]`` and labels ``[B]`` int64 of a batch, detached; None in place of labels that it lacks.
 
     Args:
         batch: Images, ``(images,)``, ``(images, labels)``, or a mapping: images under ``pixel_values``, ``image`` or
-            ``images``, labels under ``labels`` or ``label``; its other keys are not looked at.
-        said: Who gave it, for the message.
+            ``images``, labels under ``labels`` or ``label``. They are tensors or NumPy arrays.
+        said: What yielded it, for the message.
 
     Raises:
-        StrataViTError: The batch is something else, images are no floats, or labels no whole numbers.
+        StrataViTError: The batch is something else, images are not floats, or labels not integers.
     """
     images, labels = _parts(batch, said)
-    fit = images.dim() == 4 and (labels is None or labels.shape == images.shape[:1])
-    if not fit:
+    if images.dim() != 4 or (labels is not None and labels.shape != images.shape[:1]):
         shapes = " and ".join(str(tuple(part.shape)) for part in (images, labels) if part is not None)
         advice = "; of one-hot or soft labels take labels.argmax(1)" if labels is not None and labels.dim() == 2 else ""
         raise StrataViTError(f"{said}: expected images [B, 3, H, W] and labels [B], got shapes {shapes}{advice}")
-    if not images.dtype.is_floating_point or images.layout != torch.strided:
+    if not images.is_floating_point():
         raise StrataViTError(
             f"{said}: images are {_type_of(images)}, expected floats; scale them to 0 .. 1 and normalise them as the "
             "model's data_config says"
         )
     if labels is not None:
-        if labels.dtype not in WHOLE:
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise StrataViTError(
-                f"{said}: labels are {_type_of(labels)}, expected the number of each image's class as whole numbers; "
+                f"{said}: labels are {_type_of(labels)}, expected the number of each image's class as integers; "
                 "convert them by labels.long()"
             )
         labels = _free(labels.long())
@@ -55,33 +53,28 @@ def unpack(batch: Any, said: str = "loader") -> tuple[Tensor, Tensor | None]:
 def _parts(batch: Any, said: str) -> tuple[Tensor, Tensor | None]:
     """Images and labels as tensors, whatever holds them."""
     if isinstance(batch, Mapping):
-        images, labels = _only(batch, IMAGE_KEYS, said), _only(batch, LABEL_KEYS, said)
-        if images is None:
-            found = ", ".join(sorted(str(key) for key in batch)) or "nothing"
-            raise StrataViTError(f"{said}: expected images under {' or '.join(IMAGE_KEYS)}, got a mapping of {found}")
-        parts: tuple[Any, ...] = images, labels
+        parts: tuple[Any, ...] = _only(batch, IMAGE_KEYS, said), _only(batch, LABEL_KEYS, said)
     else:
         parts = tuple(batch) if isinstance(batch, list | tuple) else (batch,)
-    held = [_tensor(part) for part in parts]
-    bare = len(parts) == 2 and parts[1] is None
-    if len(parts) not in (1, 2) or held[0] is None or (len(parts) == 2 and not bare and held[1] is None):
-        got = type(batch).__name__
-        if isinstance(batch, list | tuple | Mapping):
-            got += f" of {', '.join(type(part).__name__ for part in parts[:4]) or 'nothing'}"
-        raise StrataViTError(
-            f"{said}: expected batches of images, (images,) or (images, labels) as tensors, or a mapping of them, "
-            f"got {got}"
+    images, labels = [*map(_tensor, parts), None, None][:2]
+    if len(parts) <= 2 and images is not None and (labels is not None or len(parts) == 1 or parts[1] is None):
+        return images, labels
+    got = type(batch).__name__
+    if isinstance(batch, Mapping):
+        got += (
+            f" of {', '.join(f'{key} ({type(part).__name__})' for key, part in list(batch.items())[:4]) or 'nothing'}"
         )
-    return held[0], held[1] if len(held) == 2 else None
+    elif isinstance(batch, list | tuple):
+        got += f" of {', '.join(type(part).__name__ for part in parts[:4]) or 'nothing'}"
+    raise StrataViTError(
+        f"{said}: expected batches of images, (images,) or (images, labels) as tensors, or a mapping with images under "
+        f"{' or '.join(IMAGE_KEYS)} and labels under {' or '.join(LABEL_KEYS)}, got {got}"
+    )
 
 
 def _only(batch: Mapping[Any, Any], names: tuple[str, ...], said: str) -> Any:
-    """What a mapping holds under one of these names; None if under none.
-
-    Raises:
-        StrataViTError: It holds tensors under several.
-    """
-    found = {name: batch[name] for name in names if name in batch and batch[name] is not None}
+    """What a mapping holds under one of these names, a tensor if there is one; refused if there are several."""
+    found = {name: batch[name] for name in names if batch.get(name) is not None}
     tensors = {name: value for name, value in found.items() if _tensor(value) is not None}
     if len(tensors) > 1:
         raise StrataViTError(f"{said}: a batch holds {' and '.join(tensors)}; keep one of them")
@@ -90,19 +83,16 @@ def _only(batch: Mapping[Any, Any], names: tuple[str, ...], said: str) -> Any:
 
 def _tensor(part: Any) -> Tensor | None:
     """A tensor or a NumPy array as a tensor; None of anything else."""
-    if isinstance(part, Tensor):
-        return part
     if not isinstance(part, np.ndarray):
-        return None
+        return part if isinstance(part, Tensor) else None
     try:
-        return torch.from_numpy(part.astype(part.dtype.newbyteorder("="), copy=True))
+        return torch.from_numpy(part.astype(part.dtype.newbyteorder("=")))
     except TypeError:
         return None
 
 
 def _type_of(tensor: Tensor) -> str:
-    layout = "" if tensor.layout == torch.strided else f"{str(tensor.layout).removeprefix('torch.')} "
-    return layout + str(tensor.dtype).removeprefix("torch.")
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _free(tensor: Tensor) -> Tensor:
@@ -118,7 +108,7 @@ def batches_of(
 
     Args:
         loader: See `unpack`.
-        model: Any; a timm model, or a `SuperNet`, says what it takes. None: nothing is known.
+        model: Any, see `check_images`; None to check nothing.
         finite: Look for NaN and infinite values, too.
 
     Raises:
@@ -136,17 +126,17 @@ def batches_of(
 
 
 def check_finite(images: Tensor, said: str = "loader") -> None:
-    """Images must be numbers.
+    """Checks that no image holds NaN or infinite values.
 
     Raises:
-        StrataViTError: A value is NaN or infinite.
+        StrataViTError: One does.
     """
     if not images.isfinite().all():
         raise StrataViTError(f"{said}: images hold NaN or infinite values; check how they are read and normalised")
 
 
 def check_images(model: nn.Module, images: Tensor, said: str = "loader") -> None:
-    """Images ``[B, C, H, W]`` must be such as the model takes, as far as it is timm's and says so.
+    """Checks that a model takes images ``[B, C, H, W]``, as far as it is timm's, or a `SuperNet`, and says so.
 
     Raises:
         StrataViTError: Other channels, a size that the model does not take, or channels last.
@@ -154,41 +144,35 @@ def check_images(model: nn.Module, images: Tensor, said: str = "loader") -> None
     patches = _patches(model)
     if patches is None:
         return
-    takes, (channels, *size) = int(patches.proj.in_channels), images.shape[1:]
+    takes, (channels, height, width) = int(patches.proj.in_channels), images.shape[1:]
+    if channels != takes and width == takes:
+        raise StrataViTError(
+            f"{said}: images of shape {tuple(images.shape)} have their channels last, expected "
+            f"[B, {takes}, H, W]; give images.permute(0, 3, 1, 2)"
+        )
     if channels != takes:
-        if images.shape[3] == takes:
-            raise StrataViTError(
-                f"{said}: images of shape {tuple(images.shape)} have their channels last, expected "
-                f"[B, {takes}, H, W]; give images.permute(0, 3, 1, 2)"
-            )
         raise StrataViTError(
             f"{said}: the images' number of channels is {channels}, the model takes {takes}; convert them"
         )
-    wanted = _size_refused(patches, (size[0], size[1]))
+    wanted = _size_refused(patches, (height, width))
     if wanted:
         raise StrataViTError(
-            f"{said}: images are {size[0]} x {size[1]}, the model takes {wanted}; prepare them as its data_config "
+            f"{said}: images are {height} x {width}, the model takes {wanted}; prepare them as its data_config "
             "says, or make the model for that size (img_size of timm.create_model)"
         )
 
 
 def _patches(model: Any) -> Any:
-    """The patch embedding, if images reach it as they are: the model and it are timm's own.
+    """The patch embedding, if it is timm's and images reach it as they are.
 
     None of a convolutional stem, which does not say what it takes.
     """
     inner = model.model if is_super_network(model) else model
-    passes = [getattr(type(inner), name, None) for name in ("forward", "forward_features")]
-    if inner._forward_pre_hooks or not all(_of_timm(way) for way in passes):
-        return None
     patches = getattr(inner, "patch_embed", None)
-    if not isinstance(patches, PatchEmbed) or not _of_timm(type(patches)):
+    if not isinstance(patches, PatchEmbed) or inner._forward_pre_hooks or patches._forward_pre_hooks:
         return None
-    return None if patches._forward_pre_hooks else patches
-
-
-def _of_timm(part: Any) -> bool:
-    return str(getattr(part, "__module__", "")).startswith("timm.")
+    passes = (type(inner).forward, getattr(type(inner), "forward_features", None), type(patches))
+    return patches if all(str(getattr(part, "__module__", "")).startswith("timm.") for part in passes) else None
 
 
 def _size_refused(patches: Any, size: tuple[int, int]) -> str | None:
@@ -198,15 +182,13 @@ def _size_refused(patches: Any, size: tuple[int, int]) -> str | None:
     height, width = patches.img_size
     if patches.strict_img_size:
         return None if size == (height, width) else f"{height} x {width}"
-    if patches.dynamic_img_pad:
-        return None
-    steps: tuple[int, int] = patches.patch_size
+    steps = patches.patch_size
     fits = all(side and side % step == 0 for side, step in zip(size, steps, strict=True))
-    return None if fits else f"multiples of {steps[0]} x {steps[1]}"
+    return None if fits or patches.dynamic_img_pad else f"multiples of {steps[0]} x {steps[1]}"
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
-    """Labels must index the head's classes.
+    """Checks that labels are classes of the head.
 
     Raises:
         StrataViTError: A label is outside ``0 .. classes - 1``.
@@ -221,16 +203,16 @@ def check_labels(labels: Tensor, classes: int) -> None:
 
 @contextmanager
 def watched(said: str, less: Callable[[], str] = lambda: OUT_OF_MEMORY_HINT) -> Iterator[None]:
-    """Tells in one sentence what goes wrong in a loader's worker processes, or for want of memory.
+    """Reports in one sentence what goes wrong in a loader's worker processes, or that memory ran out.
 
-    Torch tells what a worker died of wherever the program stands.
+    Torch raises what a worker died of wherever the program stands.
 
     Args:
         said: Who reads, and a colon, for the message; or nothing.
-        less: Says what to do for want of memory.
+        less: Says what to do if memory ran out.
 
     Raises:
-        StrataViTError: A worker was ended from outside, or said so itself; or memory ran out.
+        StrataViTError: A worker was ended from outside, or raised one itself; or memory ran out.
     """
     try:
         yield
@@ -240,33 +222,18 @@ def watched(said: str, less: Callable[[], str] = lambda: OUT_OF_MEMORY_HINT) -> 
         # torch puts the worker's traceback into it
         raise StrataViTError(str(error).rsplit("StrataViTError: ", 1)[-1].strip()) from error
     except (MemoryError, RuntimeError, OSError) as error:
-        stop = _stop_behind(error)
-        if stop is not None:
-            raise stop from error
+        before = error.__context__
+        while before is not None and not isinstance(before, KeyboardInterrupt):
+            before = before.__context__
+        if (
+            before is not None
+        ):  # a signal was being handled when torch noticed that a worker, which got it too, had ended
+            raise before from error
         if out_of_memory(error):
             where = "in a process that reads images" if "DataLoader worker" in str(error) else "on the device or here"
             raise StrataViTError(f"{said}memory ran out {where}; {less()}") from error
         if not str(error).startswith("DataLoader worker"):
             raise
         raise StrataViTError(
-            f"{said}a process that reads images was ended from outside, most likely for want of memory; {less()}"
+            f"{said}a process that reads images was ended from outside, most likely because memory ran out; {less()}"
         ) from error
-
-
-def _stop_behind(error: BaseException) -> KeyboardInterrupt | None:
-    """The signal that was being handled when torch noticed that a worker, which got it too, had ended."""
-    found = error.__context__
-    while found is not None and not isinstance(found, KeyboardInterrupt):
-        found = found.__context__
-    return found
-
-
-def guarded(batches: Iterable[Any], said: str) -> Iterator[Any]:
-    """The same batches, `watched` while they are waited for."""
-    iterator, end = iter(batches), object()
-    while True:
-        with watched(f"{said}: "):
-            batch = next(iterator, end)
-        if batch is end:
-            return
-        yield batch

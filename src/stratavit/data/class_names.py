@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,10 @@ class Numbering:
 
 
 def class_names_of(model: Any) -> list[str] | None:
-    """The names of a model's classes in the order of its head, for `image_loader`; None if it says none.
+    """The names of a model's classes in the order of its head, for `image_loader`; None if it has none.
 
-    They are ``id2label`` of a model that came from transformers, or ``label_names`` of timm's ``pretrained_cfg``;
-    placeholders (``LABEL_0``) and names that are not as many as the head has classes say nothing.
+    They are ``id2label`` of a model that came from transformers, or ``label_names`` of timm's ``pretrained_cfg``.
+    Placeholders (``LABEL_0``) do not count, nor do more or fewer names than the head has classes.
 
     Args:
         model: A model of timm or transformers, a small model, or a super-network.
@@ -49,13 +49,12 @@ def class_names_of(model: Any) -> list[str] | None:
     """
     inner: Any = model.model if is_super_network(model) else model
     cfg, origin = getattr(inner, "pretrained_cfg", None) or {}, getattr(model, "origin", None) or {}
-    if not isinstance(cfg, Mapping):
-        cfg = vars(cfg)
+    cfg = cfg if isinstance(cfg, Mapping) else vars(cfg)
     labels = getattr(getattr(inner, "config", None), "id2label", None)
-    classes = classes_of(model)
     for given in (cfg.get("label_names"), labels, (origin.get("config") or {}).get("id2label")):
         names = _in_order(given)
-        if names and len(names) == classes and not all(re.fullmatch(r"LABEL_\d+", name) for name in names):
+        placeholders = all(re.fullmatch(r"LABEL_\d+", name) for name in names)
+        if not placeholders and len(names) == classes_of(model):
             return names
     return None
 
@@ -72,26 +71,20 @@ def set_class_names(model: Any, names: Sequence[str]) -> None:
         model.origin = {**origin, "config": {**origin["config"], **labels}}
 
 
-def _in_order(given: Any) -> list[str] | None:
-    """Names from a sequence, or from a mapping of their numbers, which JSON makes texts."""
+def _in_order(given: Any) -> list[str]:
+    """Names from a sequence, or from a mapping of their numbers, which JSON makes texts; none of anything else."""
     if isinstance(given, Mapping):
-        try:
-            numbered = {int(key): name for key, name in given.items()}
-        except (TypeError, ValueError):
-            return None
-        if sorted(numbered) != list(range(len(given))):
-            return None
-        given = [numbered[index] for index in range(len(numbered))]
-    if not isinstance(given, list | tuple) or not all(isinstance(name, str) for name in given):
-        return None
-    return list(given)
+        numbered = {str(key): name for key, name in given.items()}
+        given = [numbered.get(str(index)) for index in range(len(given))]
+    fit = isinstance(given, list | tuple) and all(isinstance(name, str) for name in given)
+    return list(given) if fit else []
 
 
 def read_class_map(path: Path) -> dict[str, int]:
     """Class folder name -> index from a text file of one name per line; names are `composed`.
 
     Raises:
-        StrataViTError: The file is not readable text, or names a class twice.
+        StrataViTError: The file is not readable text, is empty, or names a class twice.
     """
     try:
         text = composed(read_small(path).decode("utf-8-sig"))  # Windows puts a mark in front
@@ -105,29 +98,47 @@ def read_class_map(path: Path) -> dict[str, int]:
     return {name: index for index, name in enumerate(names)}
 
 
-def by_class_map(folder: Path, found: Sequence[str], path: str | Path) -> Numbering:
-    """The numbers that a class map gives.
+def numbered(
+    folder: Path,
+    found: Sequence[str],
+    class_map: str | Path | None,
+    names: Sequence[str] | None,
+    train: Callable[[], Sequence[str]] | None,
+    classes: int | None,
+) -> Numbering:
+    """The numbers of class folders, see `image_loader`.
+
+    Args:
+        folder: For messages.
+        found: Its class folders, in natural order.
+        names: Of the model's classes.
+        train: Lists the class folders of the training split; None if this is it, or there is none.
+        classes: Of the model's head; None or 0: any.
 
     Raises:
-        StrataViTError: The map cannot be read, or does not know one of the folders.
+        StrataViTError: The folders do not match what numbers them.
     """
+    if class_map is not None:
+        return _by_class_map(folder, found, class_map)
+    named = _by_names(folder, found, names) if names else None
+    return named or _by_order(folder, found, train() if train else found, classes, unmatched=bool(names))
+
+
+def _by_class_map(folder: Path, found: Sequence[str], path: str | Path) -> Numbering:
     known = read_class_map(Path(path))
     index = {name: known[composed(name)] for name in found if composed(name) in known}
     unknown = [name for name in found if name not in index]
-    if len(unknown) == len(found):
+    if not index:
         raise StrataViTError(f"{folder} holds no usable images: none of its class folders is in the class map")
     if unknown:
         raise StrataViTError(f"{folder / unknown[0]} is not a class of {path} ({len(unknown)} such folders)")
     return Numbering(tuple(known), index, f"by {Path(path).name}")
 
 
-def by_names(folder: Path, found: Sequence[str], names: Sequence[str]) -> Numbering | None:
+def _by_names(folder: Path, found: Sequence[str], names: Sequence[str]) -> Numbering | None:
     """The numbers of folders that are called as the model calls its classes; None if none of them is.
 
     A folder may have one of several names that commas part, in other cases of letters, with ``_`` for a blank.
-
-    Raises:
-        StrataViTError: Some folders are called so and others are not, or it is not clear which class one is.
     """
     levels = [_indexed([name] for name in names), _indexed([_plain(name)] for name in names)]
     levels.append(_indexed([_plain(part) for part in name.split(",")] for name in names))
@@ -150,53 +161,42 @@ def by_names(folder: Path, found: Sequence[str], names: Sequence[str]) -> Number
             f"data: {folder}: {len(odd)} class folders ({some(odd)}) have no name of the model's classes, while "
             f"{len(index)} have ({some(index)}); rename them or take them out, or {MEND}"
         )
-    twice = next((number for number, count in Counter(index.values()).items() if count > 1), None)
-    if twice is not None:
-        both = " and ".join(name for name, number in index.items() if number == twice)
-        raise StrataViTError(f"data: {folder}: {both} are both called as the model's class {twice}; {MEND}")
+    number, count = Counter(index.values()).most_common(1)[0]
+    if count > 1:
+        both = " and ".join(name for name in index if index[name] == number)
+        raise StrataViTError(f"data: {folder}: {both} are both called as the model's class {number}; {MEND}")
     return Numbering(tuple(names), index, "by the model's class names")
 
 
-def by_order(
-    folder: Path, found: Sequence[str], train: Sequence[str] | None, classes: int | None, unmatched: bool
+def _by_order(
+    folder: Path, found: Sequence[str], train: Sequence[str], classes: int | None, unmatched: bool
 ) -> Numbering:
-    """The numbers of folders in natural order: of those of the training split, where there is one beside it.
+    """The numbers of folders in natural order of those of the training split.
 
-    Args:
-        folder: For messages.
-        found: Its class folders.
-        train: Those of the training split, unless this is it or there is none.
-        classes: Of the model's head; None or 0: any.
-        unmatched: The model names its classes otherwise.
-
-    Raises:
-        StrataViTError: The training split has other classes, and nothing says which of the two has those of the head.
+    Refused if the training split has other classes, and nothing says which of the two has those of the head.
     """
     how = "in natural order of the class folders" + (", none of which the model names" if unmatched else "")
-    if train is None or list(train) == list(found):
-        return _ordered(found, how)
     missing, extra = [name for name in found if name not in train], [name for name in train if name not in found]
-    if not missing and (not classes or len(train) == classes):
-        return _ordered(train, f"{how} of the training split, {len(extra)} of which are not here ({some(extra)})")
-    if not extra and classes and len(found) == classes:
-        return _ordered(found, f"{how}, {len(missing)} of which the training split lacks ({some(missing)})")
-    lacks = f"{some(missing)} is not among the class folders of the training split" if missing else ""
-    more = f"{some(extra)} is there to train on only" if extra else ""
-    head = f", and the model's head has {classes} classes" if classes else ""
-    raise StrataViTError(
-        f"data: {folder}: class folders differ, {' and '.join(filter(None, (lacks, more)))}{head}; take out what is no "
-        f"class, or {MEND}"
-    )
+    names = train
+    if not missing and extra and (not classes or len(train) == classes):
+        how += f" of the training split, {len(extra)} of which are not here ({some(extra)})"
+    elif missing and not extra and len(found) == classes:
+        how += f", {len(missing)} of which the training split lacks ({some(missing)})"
+        names = found
+    elif missing or extra:
+        lacks = [f"{some(missing)} is not among the class folders of the training split"] if missing else []
+        more = [f"{some(extra)} is there to train on only"] if extra else []
+        head = f", and the model's head has {classes} classes" if classes else ""
+        raise StrataViTError(
+            f"data: {folder}: class folders differ, {' and '.join(lacks + more)}{head}; take out what is not a class, "
+            f"or {MEND}"
+        )
+    return Numbering(tuple(names), {name: index for index, name in enumerate(names)}, how, positions=True)
 
 
 def other_order(names: Sequence[str]) -> tuple[str, str] | None:
     """Two names, the first of which comes before the second here and after it where letters decide; None if none."""
-    theirs = sorted(names)
-    return next(((ours, other) for ours, other in zip(names, theirs, strict=True) if ours != other), None)
-
-
-def _ordered(names: Sequence[str], how: str) -> Numbering:
-    return Numbering(tuple(names), {name: index for index, name in enumerate(names)}, how, positions=True)
+    return next(((ours, other) for ours, other in zip(names, sorted(names), strict=True) if ours != other), None)
 
 
 def _indexed(named: Iterable[list[str]]) -> dict[str, list[int]]:

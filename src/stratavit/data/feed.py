@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,11 +15,9 @@ from stratavit.errors import StrataViTError
 
 LIMIT_BYTES = 640 * 2**20  # of images held, both folds: over 1,100 of 224 x 224 in float32
 
-Rank = tuple[int, int]  # an image's key, and how many of the same key came before it in a pass
-
 
 class Fold:
-    """The images of one fold in the order of their ranks, as many at a time as there is room for.
+    """The images of one fold in the order of their keys, as many different ones at a time as there is room for.
 
     Attributes:
         size: Images of the fold in the last pass.
@@ -28,67 +25,66 @@ class Fold:
 
     def __init__(self) -> None:
         self.size = 0
-        self._held: list[tuple[Rank, Tensor]] = []
+        self._held: list[tuple[int, Tensor]] = []  # copies of an image follow each other
         self._next = 0  # of those held
-        self._after: Rank | None = None  # those held come behind this one; None: they are the first
-        self._more = False  # others come behind those held
-        self._heap: list[tuple[int, int, Tensor]] = []  # while a pass runs: ranks below 0, the largest first
-        self._counts: Counter[int] = Counter()  # of the keys on the heap, and of those that were left out in front
+        self._start = 0  # the smallest key that may be held
+        self._served = 0  # of the images of that key
+        self._more = False  # there are larger keys than those held
+        self._copies: dict[int, list[Tensor]] = {}  # while a pass runs: key -> one image, as often as it came
+        self._largest: list[int] = []  # a heap of the keys, negated
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         """Whether all images of the fold are held."""
-        return bool(self.size) and self._after is None and not self._more
+        return bool(self.size) and self._start == 0 and not self._more
 
     @property
     def used_up(self) -> bool:
-        """Whether none of those held is left, and the loader must be read."""
-        return self._next == len(self._held) and not (self.whole and self._held)
+        """Whether none of those held remains, and the loader must be read."""
+        return self._next == len(self._held) and not (self.complete and self._held)
 
     def next(self) -> Tensor:
-        """The next image; behind the last one comes the first."""
+        """The next image; after the last one comes the first."""
         self._next = self._next % len(self._held) + 1
         return self._held[self._next - 1][1]
 
     def begin(self) -> None:
-        """A pass begins: what was held is let go, and looked for from the first image that was not served."""
+        """Begins a pass, which looks for the images after those served."""
         if self._next == len(self._held) and not self._more:
-            self._after = None
+            self._start = self._served = 0
         elif self._next:
-            self._after = self._held[self._next - 1][0]
+            last = self._held[self._next - 1][0]
+            remain = any(key == last for key, _ in self._held[self._next :])
+            self._start = last if remain else last + 1
+            self._served = sum(key == last for key, _ in self._held[: self._next]) if remain else 0
         self.size, self._held, self._next, self._more = 0, [], 0, False
 
     def offer(self, key: int, image: Tensor, room: int) -> None:
-        """Takes an image of the pass, if it is among the first `room`."""
+        """Holds an image of the pass, if its key is among the first `room`."""
         self.size += 1
-        rank = (key, self._counts[key])
-        if self._after is not None and rank <= self._after:
-            if key == self._after[0]:
-                self._counts[key] += 1
-            return
-        if len(self._heap) >= room and rank > _rank(self._heap[0]):
-            self._more = True
-            return
-        self._counts[key] += 1
-        heapq.heappush(self._heap, (-key, -rank[1], image.clone()))
-        while len(self._heap) > room:
-            self._more = True
-            self._counts[-heapq.heappop(self._heap)[0]] -= 1
+        if key in self._copies:
+            self._copies[key].append(self._copies[key][0])
+        elif key >= self._start:
+            if len(self._copies) < room:
+                heapq.heappush(self._largest, -key)
+            else:
+                self._more = True
+                if key > -self._largest[0]:
+                    return
+                del self._copies[-heapq.heapreplace(self._largest, -key)]
+            self._copies[key] = [image.clone()]
 
     def end(self) -> None:
-        """The pass has ended."""
-        self._held = [(_rank(entry), entry[2]) for entry in sorted(self._heap, key=_rank)]
-        self._heap, self._counts = [], Counter()
-
-
-def _rank(entry: tuple[int, int, Tensor]) -> Rank:
-    return -entry[0], -entry[1]
+        """Ends the pass."""
+        self._held = [(key, image) for key in sorted(self._copies) for image in self._copies[key]]
+        self._next = min(self._served, len(self._copies.get(self._start, ())))
+        self._copies, self._largest = {}, []
 
 
 class Feed:
-    """Images of either fold (`pixels.folds_of`) from a loader, in an order that their pixels give.
+    """Images of either fold (`pixels.folds_of`) from a loader, in an order that follows from their pixels.
 
-    However the loader orders them, and into whatever batches, the same takes give the same images. As many
+    The same takes return the same images, however the loader orders and batches them. As many
     are held as `limit` allows, those next in order; the loader is run through again when these are used up.
 
     Args:
@@ -108,7 +104,7 @@ class Feed:
         If the fold has none they are of the other one.
 
         Raises:
-            StrataViTError: The loader gives no images, or none a second time.
+            StrataViTError: The loader yields no images, or none a second time.
         """
         if not any(one.size for one in self._folds):
             self._read(count)
@@ -128,35 +124,27 @@ class Feed:
         groups: dict[Any, list[Tensor]] = {}
         for image in images:
             groups.setdefault((image.shape, image.dtype), []).append(image)
-        return [torch.stack(part) for group in groups.values() for part in _split(group, self._batch)]
+        return [part for group in groups.values() for part in torch.stack(group).split(self._batch)]
 
     def _read(self, count: int) -> None:
         """Runs through the loader and holds what comes next in the folds, at least `count` images of either."""
-        folds = {number: fold for number, fold in enumerate(self._folds) if not fold.whole}
+        folds = {number: fold for number, fold in enumerate(self._folds) if not fold.complete}
         for fold in folds.values():
             fold.begin()
-        images_seen, largest = 0, 1  # bytes of an image
-        for images in self._images():
+        largest = 0  # bytes of an image
+        for images, _ in batches_of(self._loader, self._model):
+            images = images.cpu()
             largest = max(largest, images[0].nbytes)
             room = max(count, self._limit // (2 * largest))  # does not grow within a pass
             keys = keys_of(images)
             for key, number, image in zip(keys, folds_of(keys).tolist(), images, strict=True):
                 if number in folds:
                     folds[number].offer(int.from_bytes(key, "big"), image, room)
-            images_seen += len(images)
             self._batch = max(self._batch, len(images))
         for fold in folds.values():
             fold.end()
-        if not images_seen:
+        if not largest:
             raise StrataViTError(
                 "stratify: the loader gave no images; a generator is used up after one pass, "
                 "give a list or a DataLoader"
             )
-
-    def _images(self) -> Iterator[Tensor]:
-        for images, _ in batches_of(self._loader, self._model):
-            yield images.cpu()
-
-
-def _split(items: list[Tensor], size: int) -> list[list[Tensor]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from stratavit.data.image_reading import endings
 from stratavit.data.splits import kind_of_split, looks_like_split
@@ -22,24 +22,21 @@ class Listing:
     """What a folder holds.
 
     Attributes:
-        folder: The folder.
         samples: Path and class folder of every image, in natural order of the paths.
-        empty: Class folders without an image.
-        hidden: Names of hidden and tool folders and files, which are left out.
-        passed: Ending -> number of files that are no images to Pillow.
-        loose: Images beside the class folders, which are of no class.
-        files: Names of other files beside the class folders.
         inner: Class folder -> names of the folders in it.
+        hidden: Names of hidden and tool folders and files, which are left out.
+        passed: Ending -> number of files that Pillow does not decode.
+        loose: Images next to the class folders, which are of no class.
+        files: Names of other files next to the class folders.
     """
 
     folder: Path
     samples: list[tuple[str, str]] = field(default_factory=list)
-    empty: list[str] = field(default_factory=list)
+    inner: dict[str, list[str]] = field(default_factory=dict)
     hidden: list[str] = field(default_factory=list)
     passed: Counter[str] = field(default_factory=Counter)
     loose: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
-    inner: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def classes(self) -> list[str]:
@@ -48,16 +45,16 @@ class Listing:
 
     def notes(self) -> list[str]:
         """What was left out, a sentence each."""
-        said = []
+        empty, said = in_natural_order(set(self.inner) - set(self.classes)), []
         if self.hidden:
             said.append(f"left out {len(self.hidden)} hidden or tool folders and files ({some(self.hidden)})")
         if self.passed:
             count = sum(self.passed.values())
             said.append(f"passed over {count} files whose endings are not of images ({_counted(self.passed)})")
-        if self.empty:
-            said.append(f"{len(self.empty)} class folders hold no images and are no classes ({some(self.empty)})")
+        if empty:
+            said.append(f"{len(empty)} class folders hold no images and are not classes ({some(empty)})")
         if self.loose:
-            said.append(f"left out {len(self.loose)} images that lie in no class folder, first {self.loose[0]}")
+            said.append(f"left out {len(self.loose)} images that lie in no class folder, first {min(self.loose)}")
         return [f"{self.folder}: {text}" for text in said]
 
 
@@ -66,7 +63,7 @@ def list_images(folder: Path, bare: bool = False) -> Listing:
 
     Args:
         folder: Holds one folder of images per class.
-        bare: It is no split of a data set, so that a folder in it may be one by mistake.
+        bare: It is not a split of a data set, so that a folder in it may be one by mistake.
 
     Raises:
         StrataViTError: No images in class folders; folders that hold splits or wait to be sorted by a list; a folder
@@ -74,18 +71,16 @@ def list_images(folder: Path, bare: bool = False) -> Listing:
     """
     found, read = Listing(folder), endings()
     for path, parts in _walk(str(folder), (), found):
-        ending = os.path.splitext(path)[1].lower()
-        if ending not in read:
+        ending = _ending(path)
+        if ending in read:
+            if parts:
+                found.samples.append((path, parts[0]))
+            else:
+                found.loose.append(path)
+        else:
             found.passed[ending] += 1
             found.files += [] if parts else [os.path.basename(path)]
-        elif parts:
-            found.samples.append((path, parts[0]))
-        else:
-            found.loose.append(path)
     found.samples.sort(key=lambda sample: (_natural_key(sample[0]), sample[0]))
-    with_images = set(found.classes)
-    found.empty = in_natural_order(set(found.inner) - with_images)
-    found.loose.sort(key=_natural_key)
     if not found.samples:
         raise StrataViTError(f"{folder} holds no usable images: {_reason(found)}")
     _check_depth(found, bare)
@@ -98,12 +93,10 @@ def class_folders(folder: Path) -> list[str]:
     Raises:
         StrataViTError: A folder cannot be read.
     """
-    read, found = endings(), Listing(folder)
-    named = [entry for entry in _entries(str(folder)) if is_folder(entry) and not _is_aside(entry.name)]
-    inside = {entry.name: (path for path, _ in _walk(entry.path, (entry.name,), found)) for entry in named}
-    return in_natural_order(
-        name for name, paths in inside.items() if any(os.path.splitext(path)[1].lower() in read for path in paths)
-    )
+    read, aside = endings(), Listing(folder)
+    _, names, _ = next(os.walk(folder, onerror=_refuse))
+    inside = {name: _walk(os.path.join(folder, name), (name,), aside) for name in names if not _is_aside(name)}
+    return in_natural_order(name for name, files in inside.items() if any(_ending(path) in read for path, _ in files))
 
 
 def in_natural_order(names: Iterable[str]) -> list[str]:
@@ -116,40 +109,28 @@ def _natural_key(text: str) -> list[Any]:
 
 
 def _walk(top: str, parts: tuple[str, ...], found: Listing) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Every file below a folder, with the names of the folders on the way to it."""
-    waiting: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [(top, parts, ())]
-    while waiting:
-        path, parts, above = waiting.pop()
-        real = os.path.realpath(path)
+    """Every file below a folder that is not left out, with the names of the folders on the way to it."""
+    # folder -> names on the way to it, and real paths of the folders that hold it
+    ways: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {top: (parts, ())}
+    for path, names, files in os.walk(top, followlinks=True, onerror=_refuse):
+        (parts, above), real = ways.pop(path), os.path.realpath(path)
         if real in above:
             raise StrataViTError(f"data: {path} is a link to a folder that holds it; take it out")
-        for entry in _entries(path):
-            if _is_aside(entry.name):
-                found.hidden.append(entry.name)
-            elif is_folder(entry):
-                if not parts:
-                    found.inner.setdefault(entry.name, [])
-                elif len(parts) == 1:
-                    found.inner.setdefault(parts[0], []).append(entry.name)
-                waiting.append((entry.path, (*parts, entry.name), (*above, real)))
-            else:
-                yield entry.path, parts
+        found.hidden += filter(_is_aside, (*names, *files))
+        names[:] = [name for name in names if not _is_aside(name)]  # the others are not walked
+        ways |= {os.path.join(path, name): ((*parts, name), (*above, real)) for name in names}
+        for name in names:
+            if len(parts) < 2:
+                found.inner.setdefault(parts[0] if parts else name, []).extend([name] if parts else [])
+        yield from ((os.path.join(path, name), parts) for name in files if not _is_aside(name))
 
 
-def _entries(path: str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(path) as entries:
-            return list(entries)
-    except OSError as error:
-        raise StrataViTError(f"data: {path} cannot be read ({error.strerror})") from error
+def _refuse(error: OSError) -> NoReturn:
+    raise StrataViTError(f"data: {error.filename or 'a folder'} cannot be read ({error.strerror})") from error
 
 
-def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder or a link to one."""
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
+def _ending(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
 
 
 def _is_aside(name: str) -> bool:
@@ -157,12 +138,12 @@ def _is_aside(name: str) -> bool:
 
 
 def _check_depth(found: Listing, bare: bool) -> None:
-    """Whether the folders directly below are classes, as far as names can tell."""
+    """Refuses folders that are not classes, as far as names can tell."""
     folder = found.folder
     for name, inner in found.inner.items():
         if len({kind_of_split(inside) for inside in inner} - {None}) > 1:
             raise StrataViTError(
-                f"data: {folder / name} holds {some([f'{inside}/' for inside in inner])}, which are splits, not "
+                f"data: {folder / name} holds {some(f'{inside}/' for inside in inner)}, which are splits, not "
                 f"images of one class; give that folder, or put the splits above the classes, such as train/{name}"
             )
         if bare and looks_like_split(name) and inner:

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ from typing import Any
 import torch
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from stratavit.data.batches import OUT_OF_MEMORY_HINT, guarded
-from stratavit.data.class_names import MEND, Numbering, by_class_map, by_names, by_order, other_order
+from stratavit.data.batches import OUT_OF_MEMORY_HINT, watched
+from stratavit.data.class_names import MEND, numbered, other_order
 from stratavit.data.image_files import class_folders, list_images
 from stratavit.data.image_reading import decoded, open_image
 from stratavit.data.splits import SPLITS, find_split, split_folder, unused_splits
@@ -28,36 +27,20 @@ from stratavit.utils.signals import hush
 Sample = tuple[Tensor | None, int, str]
 
 
-@dataclass(frozen=True)
-class Reader:
-    """Where the images of a data set are.
-
-    Attributes:
-        samples: Path and number of the class of every image.
-    """
-
-    samples: list[tuple[str, int]]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-
 class ImageFolder(Dataset[Sample]):
     """Labelled images under ``folder/<class>/``; an unreadable image gives None in place of a tensor.
 
     Args:
         folder: Holds one folder of images per class; they may lie deeper.
         data_config: timm's data configuration (input size, mean, std, interpolation, crop).
-        class_map: Text file with one class folder name per line; the line number is the class index.
-        class_names: Names of the model's classes, which number the folders if these are called so.
-        train: Class folders of the training split, which number the folders if nothing else does.
-        num_classes: Classes of the model's head; None or 0 (features): not checked.
-        bare: The folder is no split of a data set.
+        class_map, class_names, num_classes: See `image_loader`.
+        train: Lists the class folders of the training split, if this is another one.
+        bare: The folder is not a split of a data set.
 
     Attributes:
-        numbering: Names and numbers of the classes.
         listing: What the folder holds, see `image_files.Listing`.
-        reader: Its `samples` are all images, with the number of their class.
+        numbering: Names and numbers of the classes, see `class_names.Numbering`.
+        samples: Path and number of the class of every image.
 
     Raises:
         StrataViTError: No images, or class folders that do not fit, see `class_names`.
@@ -74,8 +57,8 @@ class ImageFolder(Dataset[Sample]):
         bare: bool = False,
     ) -> None:
         self.listing = list_images(folder, bare)
-        self.numbering = _numbered(folder, self.listing.classes, class_map, class_names, train, num_classes)
-        self.reader = Reader([(path, self.numbering.index[name]) for path, name in self.listing.samples])
+        self.numbering = numbered(folder, self.listing.classes, class_map, class_names, train, num_classes)
+        self.samples = [(path, self.numbering.index[name]) for path, name in self.listing.samples]
         channels = data_config["input_size"][0]
         if channels not in (1, 3):
             raise StrataViTError(
@@ -88,38 +71,32 @@ class ImageFolder(Dataset[Sample]):
         )
 
     def __len__(self) -> int:
-        return len(self.reader)
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> Sample:
-        path, label = self.reader.samples[index]
-        size: tuple[int, int] | None = None
+        path, label = self.samples[index]
+        picture, size = None, ""
         try:
             with open_image(path) as image:
-                size = image.size
+                size = f", which says it has {image.width} x {image.height} pixels"
                 picture = decoded(image, self.mode, path)
+            return self.transform(picture), label, path
         except StrataViTError:  # sound, but of an unknown scale
             raise
-        except Exception as error:  # what Pillow raises for damage differs with the format that it takes a file for
-            if out_of_memory(error):  # no damage: without this image the others would be another set
-                raise _too_large(path, size) from error
-            return None, label, path
-        try:
-            return self.transform(picture), label, path
-        except Exception as error:  # of timm, torchvision or Pillow
-            if out_of_memory(error):
-                raise _too_large(path, size) from error
+        except Exception as error:  # Pillow's errors differ by format; others are of timm or torchvision
+            if out_of_memory(error):  # the image is sound: without it the others would be another set
+                raise StrataViTError(
+                    f"data: memory ran out while {path} was read{size}; take it out, or {OUT_OF_MEMORY_HINT}"
+                ) from error
+            if picture is None:  # damaged
+                return None, label, path
             raise StrataViTError(f"data: {path} cannot be prepared ({one_line(error)}); take it out") from error
-
-
-def _too_large(path: str, size: tuple[int, int] | None) -> StrataViTError:
-    said = "" if size is None else f", which says it has {size[0]} x {size[1]} pixels"
-    return StrataViTError(f"data: memory ran out while {path} was read{said}; take it out, or {OUT_OF_MEMORY_HINT}")
 
 
 class ImageLoader:
     """Batches ``(images [B, C, H, W], labels [B])`` of an `ImageFolder`, leaving unreadable images out.
 
-    Their number and the first one's name are told on standard error after each pass, and kept in
+    Their number and the first one's name are printed on standard error after each pass, and their names kept in
     `unreadable`. May be run through any number of times. Worker processes stay from one pass to the next, until
     `close`, a pass that is given up, or the end of the loader.
     """
@@ -128,55 +105,48 @@ class ImageLoader:
         self.dataset = dataset
         count = len(dataset) if limit is None else min(limit, len(dataset))
         # evenly spread over the classes, which lie one after another in the folder's order
-        indices = [index * len(dataset) // count for index in range(count)] if count else []
-        self._subset, self._batch_size, self._workers = torch.utils.data.Subset(dataset, indices), batch_size, workers
-        self.loader = self._torch_loader(persistent=workers > 0)
-        self._running = False
-        self.unreadable: list[str] = []
-
-    def _torch_loader(self, persistent: bool) -> DataLoader[Any]:
-        return DataLoader(
-            self._subset,
-            self._batch_size,
-            num_workers=self._workers,
+        subset = Subset(dataset, [index * len(dataset) // count for index in range(count)])
+        self._torch_loader = partial(
+            DataLoader,
+            subset,
+            batch_size,
+            num_workers=workers,
             collate_fn=_collate,
             worker_init_fn=_leave_quietly,
-            persistent_workers=persistent,
             generator=torch.Generator(),  # nothing here is random; not to draw from everyone's
         )
+        self.loader: DataLoader[Any] = self._torch_loader(persistent_workers=workers > 0)
+        self._running = False
+        self.unreadable: list[str] = []
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes by their numbers: of the class map, of the model, or of the folders."""
         return self.dataset.numbering.names
 
-    @property
-    def classes(self) -> int:
-        """Number of classes: those of the class map, of the model that named them, or the folders."""
-        return len(self.class_names)
-
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self._running:  # a pass within a pass: the workers that stay serve one at a time
-            yield from self._batches(self._torch_loader(persistent=False))
+            yield from self._batches(self._torch_loader())
             return
-        self._running, whole = True, False
+        self._running, complete = True, False
         try:
             yield from self._batches(self.loader)
-            whole = True
+            complete = True
         finally:
             self._running = False
-            if not whole:
+            if not complete:
                 self.close()
 
     def _batches(self, batches: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         unreadable: list[str] = []
-        for images, labels, failed in guarded(batches, "images"):
-            unreadable += failed
-            if len(images):
-                yield images, labels
+        with watched("images: "):
+            for images, labels, failed in batches:
+                unreadable += failed
+                if len(images):
+                    yield images, labels
         if unreadable and unreadable != self.unreadable:
             print(f"left out {len(unreadable)} unreadable images, first {unreadable[0]}", file=sys.stderr)
         self.unreadable = unreadable
@@ -196,7 +166,7 @@ def rest(*loaders: Any) -> None:
 
 
 def _leave_quietly(worker: int) -> None:
-    """What ends all processes of a group is told by the first of them."""
+    """A signal that ends all processes of a group is reported by the first of them only."""
     hush()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
@@ -221,10 +191,9 @@ def image_loader(
 ) -> ImageLoader:
     """A loader over a folder of images in timm's evaluation transform.
 
-    A class is a folder directly below the split. Which number it has is said by the class map; else by the names of
-    the model's classes, if the folders are called so; else by the natural order (2 before 10) of the class folders of
-    the training split, or of those here if there is none. What was used, and what was left out, is told once on
-    standard error.
+    A class is a folder directly below the split. Its number follows the class map; else the names of the model's
+    classes, if the folders are called so; else the natural order (2 before 10) of the class folders of the training
+    split, or of those here if there is none. What was used, and what was left out, is printed on standard error.
 
     Args:
         data: A folder with ``train/`` and ``val/`` (or either), or the class folders themselves. Other names are
@@ -252,38 +221,19 @@ def image_loader(
     listed = None if train is None else partial(class_folders, train)
     bare = folder == Path(data)
     dataset = ImageFolder(folder, data_config, class_map, class_names, listed, num_classes, bare)
-    loader = ImageLoader(dataset, batch_size, workers, limit)
-    found = loader.classes
+    found = len(dataset.numbering.names)
     if num_classes and found != num_classes:
         what = "class folders" if class_map is None else "classes in the class map"
         raise StrataViTError(
-            f"data: {folder} has {found} {what}, but the model's head has {num_classes} classes; "
-            "give --class-map FILE (one class folder name per line), or a model whose head matches (--num-classes, "
-            "when fine-tuning --new-head)"
+            f"data: {folder} has {found} {what}, but the model's head has {num_classes} classes; {MEND}, or a model "
+            "whose head matches (--num-classes, when fine-tuning --new-head)"
         )
-    _tell(dataset, [] if bare else unused_splits(data, split, folder), bool(num_classes))
-    return loader
+    _report(dataset, [] if bare else unused_splits(data, split, folder), bool(num_classes))
+    return ImageLoader(dataset, batch_size, workers, limit)
 
 
-def _numbered(
-    folder: Path,
-    found: list[str],
-    class_map: str | Path | None,
-    class_names: Sequence[str] | None,
-    train: Callable[[], Sequence[str]] | None,
-    num_classes: int | None,
-) -> Numbering:
-    """What says the numbers of class folders, see `image_loader`."""
-    if class_map is not None:
-        return by_class_map(folder, found, class_map)
-    named = by_names(folder, found, class_names) if class_names else None
-    if named is not None:
-        return named
-    return by_order(folder, found, train() if train else None, num_classes, unmatched=bool(class_names))
-
-
-def _tell(dataset: ImageFolder, unused: list[str], head: bool) -> None:
-    """Once and by one process: what is read, how it is numbered, and what was left out."""
+def _report(dataset: ImageFolder, unused: list[str], head: bool) -> None:
+    """Says once and by one process what is read, how it is numbered, and what was left out."""
     if int(os.environ.get("RANK", "0")):
         return
     listing, numbering = dataset.listing, dataset.numbering

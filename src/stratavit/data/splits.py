@@ -25,37 +25,28 @@ def looks_like_split(name: str) -> bool:
 
 
 def find_split(data: str | Path, split: str) -> Path | None:
-    """The folder of a split in a data set: of ``val`` the first of val/ (valid/, validation/) and test/ (testing/).
+    """The folder of a split, ``train`` or ``val``, in a data set; None without one.
 
-    Args:
-        data: The data set.
-        split: ``train`` or ``val``.
-
-    Returns:
-        None where there is no such folder.
+    Of ``val`` it is val/ (valid/, validation/), or else test/ (testing/).
 
     Raises:
         StrataViTError: There are two folders for one split; they are never merged, and neither is guessed.
     """
-    found = _named(Path(data))
-    for names in SPLITS[split]:
-        folders = found.get(names[0], [])
-        if len(folders) > 1:
-            both = " and ".join(f"{folder.name}/" for folder in folders)
-            raise StrataViTError(f"data: {data} holds {both}, two names for one split; keep one of them there")
-        if folders:
-            return folders[0]
-    return None
+    candidates = _candidates(data, split)
+    same = [path for path in candidates if kind_of_split(path.name) == kind_of_split(candidates[0].name)]
+    if len(same) > 1:
+        both = " and ".join(f"{path.name}/" for path in same)
+        raise StrataViTError(f"data: {data} holds {both}, two names for one split; keep one of them there")
+    return candidates[0] if candidates else None
 
 
 def unused_splits(data: str | Path, split: str, used: Path) -> list[str]:
-    """Names of the folders that could have been this split, too."""
-    found = _named(Path(data))
-    return [path.name for names in SPLITS[split] for path in found.get(names[0], []) if path != used]
+    """Names of the other folders that could have been this split, too."""
+    return [path.name for path in _candidates(data, split) if path != used]
 
 
 def split_folder(data: str | Path, split: str) -> Path:
-    """Where the class folders of a split are; worth asking before a model is fetched.
+    """Where the class folders of a split are: its folder, or the data set itself if it has no splits.
 
     Raises:
         StrataViTError: There is no such folder, or there are two.
@@ -64,19 +55,15 @@ def split_folder(data: str | Path, split: str) -> Path:
     if not root.is_dir():
         raise StrataViTError(f"data: {root} is not a folder; {_EXPECTED}")
     folder = find_split(root, split)
-    if folder is None and _named(root):
+    if folder is None and any(_candidates(root, name) for name in SPLITS):
         raise StrataViTError(f"data: {root} has no {split}/ folder, which is needed here; {_EXPECTED}")
     return folder or root
 
 
-def _named(root: Path) -> dict[str, list[Path]]:
-    """The folders that have names of splits, by kind."""
-    found: dict[str, list[Path]] = {}
+def _candidates(data: str | Path, split: str) -> list[Path]:
+    """The folders that have a name of the split, the preferred ones first."""
     try:
-        for name in sorted(os.listdir(root)):
-            kind = kind_of_split(name)
-            if kind is not None and (root / name).is_dir():
-                found.setdefault(kind, []).append(root / name)
+        names = sorted(name for name in os.listdir(data) if Path(data, name).is_dir())
     except OSError as error:
-        raise StrataViTError(f"data: {root} cannot be read ({error.strerror})") from error
-    return found
+        raise StrataViTError(f"data: {data} cannot be read ({error.strerror})") from error
+    return [Path(data, name) for usual in SPLITS[split] for name in names if name.casefold() in usual]
