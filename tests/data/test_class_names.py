@@ -1,32 +1,27 @@
 """Which class a folder is: by a class map, by the model's names, by the training split, by order."""
 
+import os
 import unicodedata
 
 import pytest
 import timm
 import torch
 from architectures import make
-from PIL import Image
+from image_folders import labels_of, write
 
 import stratavit
-from stratavit import StrataViTError, SuperNet, class_names_of, image_loader
+from stratavit import StrataViTError, SuperNet, class_names_of
 from stratavit.cli.parser import main
 from stratavit.cli.train import new_head
 
-CONFIG = {"input_size": (3, 8, 8)}
-
 
 def folders(root, *names):
-    for name in names:
-        (root / name).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(root / name / "0.png")
-    return root
+    write(root, *(f"{name}/0.png" for name in names))
 
 
-def numbers(root, split="val", classes=None, **options):
-    """Class folder -> the label that its images get."""
-    loader = image_loader(root, CONFIG, split, classes, **options)
-    return {path.split("/")[-2]: label for path, label in loader.dataset.samples}
+def numbers(root, **options):
+    """Class folder of val -> the label that its images get."""
+    return {os.path.dirname(path).removeprefix("val/"): label for path, label in labels_of(root, **options).items()}
 
 
 # ---- names of the model ----------------------------------------------------------------------------------------
@@ -43,13 +38,14 @@ NAMES = ["dog", "great white shark, white shark", "Ant", "crane", "crane, machin
         (["great_white_shark", "dog"], [1, 0]),
         (["Great White Shark, white shark"], [1]),
         (["machine"], [4]),
-        (["crane"], [3]),  # the whole name of one, a part of the other's
+        (["crane"], [3]),  # the full name of one, a part of the other's
         (["0", "dog"], [5, 0]),
         (["dog", ".cache"], [0, None]),
     ],
 )
 def test_folders_called_as_the_model_calls_its_classes(tmp_path, found, expected):
-    labels = numbers(folders(tmp_path / "val", *found).parent, classes=6, class_names=NAMES)
+    folders(tmp_path / "val", *found)
+    labels = numbers(tmp_path, classes=6, class_names=NAMES)
     assert [labels.get(name) for name in found] == expected
 
 
@@ -57,17 +53,17 @@ def test_folders_called_as_the_model_calls_its_classes(tmp_path, found, expected
     ("found", "names", "odd"),
     [
         (["dog", "tmp"], NAMES, "tmp"),
-        (["dog", "cat", "cow"], NAMES, "cow"),
-        (["b"], ["b", "b", "c"], "2 classes of that name"),
-        (["B"], ["b", "b ", "c"], "2 classes of that name"),
-        (["y"], ["x, y", "y, z"], "2 classes of that name"),
-        (["white shark", "great white shark"], NAMES, "both called"),
-        (["dog", "Dog"], NAMES, "both called"),
+        (["b"], ["b", "b", "c"], "numbers 0, 1"),
+        (["B"], ["b", "b ", "c"], "numbers 0, 1"),
+        (["y"], ["x, y", "y, z"], "numbers 0, 1"),
+        (["white shark", "great white shark"], NAMES, "class 1"),
+        (["dog", "Dog"], NAMES, "class 0"),
     ],
 )
 def test_folders_that_the_names_leave_open(tmp_path, found, names, odd):
+    folders(tmp_path / "val", *found)
     with pytest.raises(StrataViTError, match=odd):
-        numbers(folders(tmp_path / "val", *found).parent, classes=len(names), class_names=names)
+        numbers(tmp_path, classes=len(names), class_names=names)
 
 
 def test_names_that_fit_no_folder_leave_the_order_and_it_is_said(tmp_path, capsys):
@@ -76,18 +72,15 @@ def test_names_that_fit_no_folder_leave_the_order_and_it_is_said(tmp_path, capsy
     assert "none of which the model names" in capsys.readouterr().err
 
 
-def test_a_class_map_wins(tmp_path):
-    folders(tmp_path / "val", "a", "b")
-    (tmp_path / "map.txt").write_text("b\na\n")
-    options = {"class_map": tmp_path / "map.txt", "class_names": ["a", "b"]}
-    assert numbers(tmp_path, classes=2, **options) == {"a": 1, "b": 0}
+# ---- class maps -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["b\r\na\r\n", "\ufeffb\na\n", "\n b \n\na"])
-def test_class_maps_of_other_editors(tmp_path, text):
+@pytest.mark.parametrize("text", ["b\na\n", "b\r\na\r\n", "\ufeffb\na\n", "\n b \n\na"])
+def test_a_class_map_of_any_editor_wins_over_names(tmp_path, text):
     folders(tmp_path / "val", "a", "b")
     (tmp_path / "map.txt").write_bytes(text.encode())
-    assert numbers(tmp_path, classes=2, class_map=tmp_path / "map.txt") == {"a": 1, "b": 0}
+    options = {"class_map": tmp_path / "map.txt", "class_names": ["a", "b"]}
+    assert numbers(tmp_path, classes=2, **options) == {"a": 1, "b": 0}
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])  # letters and their accents in one, and apart as macOS writes them
@@ -99,11 +92,37 @@ def test_names_that_look_alike_are_alike(tmp_path, form):
         assert numbers(tmp_path, classes=2, **options) == {ours: 0, "Zebra": 1}
 
 
+def test_a_class_map_may_have_classes_without_a_folder(tmp_path):
+    folders(tmp_path / "val", "n1", "n2", "n10")
+    (tmp_path / "map.txt").write_text("\n".join(f"n{i}" for i in range(1000)))
+    assert numbers(tmp_path, classes=1000, class_map=tmp_path / "map.txt") == {"n1": 1, "n2": 2, "n10": 10}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"n1\nn2\nn3\n", r"n10 is not a class of .*map\.txt"),
+        (b"a\nb\nc\n", "none of its class folders"),
+        (b"n1\nn2\nn3\nn10\n", "4 classes in the class map.*3 classes"),
+        (b"", "map.txt: is empty"),
+        (b"a\nb\na\n", "'a' appears twice"),
+        (b"\xff\xfe\xff", r"map\.txt: .*as text"),
+        (None, r"map\.txt: cannot be read"),
+    ],
+)
+def test_class_maps_that_do_not_fit(tmp_path, content, words):
+    folders(tmp_path / "val", "n1", "n2", "n10")
+    if content is not None:
+        (tmp_path / "map.txt").write_bytes(content)
+    with pytest.raises(StrataViTError, match=words):
+        numbers(tmp_path, classes=3, class_map=tmp_path / "map.txt")
+
+
 # ---- order ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "differs"),
     [
         (["1", "2", "10"], True),
         (["class9", "class10"], True),
@@ -112,10 +131,10 @@ def test_names_that_look_alike_are_alike(tmp_path, form):
         (["n01440764", "n01443537"], False),
     ],
 )
-def test_where_another_order_is_usual_it_is_told(tmp_path, capsys, names, told):
+def test_where_another_order_is_usual_it_is_said(tmp_path, capsys, names, differs):
     folders(tmp_path / "val", *names)
     assert numbers(tmp_path, classes=len(names)) == {name: index for index, name in enumerate(names)}
-    assert ("torchvision" in capsys.readouterr().err) == told
+    assert ("torchvision" in capsys.readouterr().err) == differs
 
 
 @pytest.mark.parametrize(
@@ -130,6 +149,7 @@ def test_where_another_order_is_usual_it_is_told(tmp_path, capsys, names, told):
         ("abx", "abc", 3, "c is not among .* and x is there"),
         ("abc", "bcx", 3, "x is not among"),
         ("abc", "bc", 2, "a is there to train on only"),
+        ("abc", "abc", 10, "has 3 class folders.* 10 classes.*--class-map.*--num-classes"),
     ],
 )
 def test_both_splits_share_their_numbers(tmp_path, train, val, classes, expected):
@@ -140,14 +160,6 @@ def test_both_splits_share_their_numbers(tmp_path, train, val, classes, expected
     else:
         with pytest.raises(StrataViTError, match=expected):
             numbers(tmp_path, classes=classes)
-
-
-def test_neighbours_are_not_sought_among_the_images_themselves(tmp_path, capsys):
-    stratavit.save(make("vit_tiny_patch16_224"), tmp_path / "small")
-    folders(tmp_path / "data", "a", "b")
-    options = ["--data", str(tmp_path / "data"), "--knn", "1", "--workers", "0", "--device", "cpu"]
-    assert main(["evaluate", str(tmp_path / "small"), *options]) == 2
-    assert "find themselves" in capsys.readouterr().err
 
 
 # ---- where names are kept ---------------------------------------------------------------------------------------
@@ -171,39 +183,32 @@ def test_names_of_a_timm_model(given, expected):
     model = timm.create_model("test_vit", num_classes=3)
     model.pretrained_cfg = {**model.pretrained_cfg, "label_names": given}
     assert class_names_of(model) == expected
-    assert class_names_of(SuperNet(model)) == expected
 
 
-def test_names_of_a_model_of_transformers_stay_with_it(tmp_path):
-    model = make("ViTForImageClassification")
-    names = [f"kind {number}" for number in range(model.config.num_labels)][::-1]
+@pytest.mark.parametrize("kind", ["vit_tiny_patch16_224", "ViTForImageClassification"])
+def test_names_stay_with_a_model(tmp_path, kind):
+    model = make(kind)
+    names = [f"kind {number}" for number in range(7)][::-1]
     assert class_names_of(model) is None
-    model.config.id2label = dict(enumerate(names))
+    if hasattr(model, "config"):
+        model.config.id2label = dict(enumerate(names))
+    else:
+        model.pretrained_cfg = {**(model.pretrained_cfg or {}), "label_names": names}
     net = SuperNet(model)
     net.save(tmp_path / "run")
     small = net.extract(spec={})
     stratavit.save(small, tmp_path / "small")
-    small.save_pretrained(tmp_path / "theirs")
     again = [SuperNet.load(tmp_path / "run"), stratavit.load(tmp_path / "small")]
-    again.append(stratavit.load_transformers(tmp_path / "theirs"))
+    if hasattr(model, "config"):
+        small.save_pretrained(tmp_path / "theirs")
+        again.append(stratavit.load_transformers(tmp_path / "theirs"))
     for found in (model, net, small, *again):
         assert class_names_of(found) == names
 
 
-def test_names_of_a_timm_model_stay_with_it(tmp_path):
-    model = timm.create_model("test_vit", num_classes=3)
-    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": ["z", "y", "x"]}
-    net = SuperNet(model)
-    net.save(tmp_path / "run")
-    net = SuperNet.load(tmp_path / "run")
-    stratavit.save(net.extract(spec={}), tmp_path / "small")
-    assert class_names_of(net) == class_names_of(stratavit.load(tmp_path / "small")) == ["z", "y", "x"]
-
-
-@pytest.mark.parametrize("names", ["abcdefg", "abc"])
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "ViTForImageClassification"])
+@pytest.mark.parametrize(("name", "names"), [("vit_tiny_patch16_224", "abc"), ("ViTForImageClassification", "abcdefg")])
 def test_a_new_head_has_the_names_of_its_folders(tmp_path, name, names):
-    """The old ones would number the same folders otherwise, where there are as many."""
+    """The old ones would number the same folders in another way, where there are as many."""
     model = make(name)
     if hasattr(model, "config"):
         model.config.id2label = dict(enumerate("gabcdef"))
@@ -214,37 +219,49 @@ def test_a_new_head_has_the_names_of_its_folders(tmp_path, name, names):
     assert class_names_of(stratavit.load(tmp_path / "small")) == list(names)
 
 
-@pytest.mark.parametrize("command", ["evaluate", "convert", "finetune", "extract"])
-def test_every_command_asks_the_model_for_its_names(tmp_path, capsys, command):
-    """The order of the folders would give a the number of b."""
-    model = make("vit_tiny_patch16_224")
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    """A small model and a super-network with names, and a data set whose folders have them in another order."""
+    work, model = tmp_path_factory.mktemp("named"), make("vit_tiny_patch16_224")
     names = [f"kind {number}" for number in range(model.num_classes)][::-1]
     model.pretrained_cfg = {**(model.pretrained_cfg or {}), "label_names": names}
-    if command == "extract":
-        SuperNet(model).contract([torch.randn(4, 3, 32, 32)]).stratify([torch.randn(4, 3, 32, 32)]).save(
-            tmp_path / "in"
-        )
-    else:
-        stratavit.save(model, tmp_path / "in")
-    folders(tmp_path / "data" / "train", *names[:5])
-    folders(tmp_path / "data" / "val", *names[:3])
-    options = ["--data", str(tmp_path / "data"), "--workers", "0", "--device", "cpu", "--batch-size", "4"]
-    if command != "evaluate":
-        options += ["--out", str(tmp_path / "out")]
-    options += {
-        "finetune": ["--epochs", "1", "--repeats", "1", "--tracker", "none"],
-        "extract": ["--max-drop", "100"],
-    }.get(command, [])
-    assert main([command, str(tmp_path / "in"), *options]) == 0
+    stratavit.save(model, work / "small")
+    images = [torch.randn(4, 3, 32, 32)]
+    SuperNet(model).contract(images).stratify(images).save(work / "run")
+    folders(work / "data" / "train", *names[:5])
+    folders(work / "data" / "val", *names[:3])
+    return work
+
+
+@pytest.mark.parametrize(
+    ("command", "source", "options"),
+    [
+        ("evaluate", "small", []),
+        ("convert", "small", ["--out", "OUT"]),
+        ("finetune", "small", ["--out", "OUT", "--epochs", "1", "--repeats", "1", "--tracker", "none"]),
+        ("extract", "run", ["--out", "OUT", "--max-drop", "100"]),
+    ],
+)
+def test_every_command_asks_the_model_for_its_names(named, tmp_path, capsys, command, source, options):
+    options = [str(tmp_path / "out") if option == "OUT" else option for option in options]
+    options += ["--data", str(named / "data"), "--workers", "0", "--device", "cpu", "--batch-size", "4"]
+    assert main([command, str(named / source), *options]) == 0
     assert "numbered by the model's class names" in capsys.readouterr().err
 
 
-def test_names_from_a_file_are_checked(tmp_path):
-    model = timm.create_model("test_vit", num_classes=2)
-    stratavit.save(model, tmp_path / "small")
-    content = stratavit.files.folders.read_json(tmp_path / "small" / "stratavit.json")
+def test_neighbours_are_not_sought_among_the_images_themselves(named, capsys):
+    options = ["--data", str(named / "data" / "val"), "--knn", "1", "--workers", "0", "--device", "cpu"]
+    assert main(["evaluate", str(named / "small"), *options]) == 2
+    assert "find themselves" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", ["abcdefg", [*range(7)], {"0": "a"}])
+def test_names_from_a_file_are_checked(named, tmp_path, names):
+    for path in (named / "small").iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    content = stratavit.files.folders.read_json(tmp_path / "stratavit.json")
     content.pop("hashes")
-    for names in ("ab", [1, 2], {"0": "a"}):
-        stratavit.files.folders.write_json(tmp_path / "small" / "stratavit.json", content | {"label_names": names})
-        with pytest.raises(stratavit.ArtifactError, match="label_names"):
-            stratavit.load(tmp_path / "small")
+    (tmp_path / "stratavit.json").unlink()
+    stratavit.files.folders.write_json(tmp_path / "stratavit.json", content | {"label_names": names})
+    with pytest.raises(stratavit.ArtifactError, match="label_names"):
+        stratavit.load(tmp_path)
