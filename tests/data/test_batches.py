@@ -23,52 +23,27 @@ IMAGES, LABELS = make_images(6), torch.tensor([0, 1, 2, 3, 4, 0])
 Pair = namedtuple("Pair", ["pictures", "classes"])
 
 
-def contract(loader):
-    net = SuperNet(make_model("plain")).contract(loader)
-    return torch.cat([p.detach().flatten() for p in net.parameters()])
+def weights(net):
+    return [p.flatten().tolist() for p in net.parameters()]
 
 
-def convert(loader):
-    net = SuperNet(make_model("plain")).contract(make_batches()).stratify(loader, plan=PLAN)
-    return torch.tensor([[sorted(net.elastic).index(entry.site), entry.width] for entry in net.strata.entries])
-
-
-def paper(loader):
-    net = SuperNet(make_model("plain")).contract(loader, method="paper").stratify(loader)
-    return torch.cat([p.detach().flatten() for p in net.parameters()])
-
-
-def sensitivity(loader):
-    net = make_net("plain")
-    return torch.tensor(list(bypass_sensitivity(net.model, net.sites, loader).values()))
-
-
-def evaluate(loader):
-    return torch.tensor(list(stratavit.evaluate(make_model("plain"), loader).to_dict().values()))
-
-
-def evaluate_net(loader):
-    return torch.tensor(list(stratavit.evaluate(make_net("plain"), loader).to_dict().values()))
-
-
-def knn(loader):
-    found = stratavit.knn(make_model("plain"), make_batches(), loader)
-    return torch.tensor(list(found.to_dict().values()))
-
-
-def knn_bank(loader):
-    return torch.tensor(list(stratavit.knn(make_model("plain"), loader, make_batches()).to_dict().values()))
-
-
-def zero_shot(loader):
-    rows = torch.randn(CLASSES, 32, generator=torch.Generator().manual_seed(0))
-    return torch.tensor(list(stratavit.zero_shot(make_model("plain"), rows, loader).to_dict().values()))
-
-
-MEASURES = (evaluate, evaluate_net, knn, knn_bank, zero_shot)
-every_measure = pytest.mark.parametrize("door", MEASURES, ids=lambda door: door.__name__)
-DOORS = (contract, convert, paper, sensitivity, *MEASURES)
-every_door = pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
+ROWS = torch.randn(CLASSES, 32, generator=torch.Generator().manual_seed(0))
+MEASURES = {
+    "evaluate": lambda loader: stratavit.evaluate(make_model("plain"), loader),
+    "evaluate a super-network": lambda loader: stratavit.evaluate(make_net("plain"), loader),
+    "knn": lambda loader: stratavit.knn(make_model("plain"), make_batches(), loader),
+    "bank of knn": lambda loader: stratavit.knn(make_model("plain"), loader, make_batches()),
+    "zero_shot": lambda loader: stratavit.zero_shot(make_model("plain"), ROWS, loader),
+}
+DOORS = {
+    "contract": lambda loader: weights(SuperNet(make_model("plain")).contract(loader)),
+    "paper": lambda loader: weights(SuperNet(make_model("plain")).contract(loader, method="paper").stratify(loader)),
+    "stratify": lambda loader: copy.deepcopy(make_net("plain")).stratify(loader, plan=PLAN).strata.entries,
+    "sensitivity": lambda loader: bypass_sensitivity(make_net("plain").model, make_net("plain").sites, loader),
+    **MEASURES,
+}
+every_measure = pytest.mark.parametrize("door", MEASURES.values(), ids=MEASURES)
+every_door = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
 
 TAKEN = {
     **{
@@ -109,7 +84,7 @@ def test_every_door_reads_batches_of_any_form(door):
     empty = {"image": IMAGES[:0], "label": LABELS[:0]}
     mixed = [empty, apart, {"image": IMAGES[2:4].double(), "label": LABELS[2:4].short().numpy()}, (half, LABELS[4:])]
     plain = [part.split(2) for part in (torch.cat([IMAGES[:4], half.float()]), LABELS)]
-    assert torch.equal(door(mixed), door(list(zip(*plain, strict=True))))
+    assert door(mixed) == door(list(zip(*plain, strict=True)))
     with pytest.raises(StrataViTError, match="no images"):
         door([empty])
     with pytest.raises(StrataViTError, match=r"^loader: .* 64 x 64"):

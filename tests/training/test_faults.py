@@ -338,7 +338,7 @@ def image_set(path, damaged):
         else:
             Image.new("RGB", (40, 40), (9 * number, 90, 200)).save(label / f"{number}.png")
     config = fresh().data_config
-    return TrainingFolder(ImageFolder(path, config), training_transform(config, TINY))
+    return TrainingFolder(image_loader(path, config, "train", None).dataset, training_transform(config, TINY))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

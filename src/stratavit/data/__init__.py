@@ -1,1 +1,1 @@
-"""Images from folders and loaders: read, named, split and told apart."""
+"""Images from folders and loaders: read, named, split and identified."""

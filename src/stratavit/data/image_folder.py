@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from stratavit.data.batches import OUT_OF_MEMORY_HINT, watched
-from stratavit.data.class_names import MEND, numbered, other_order
-from stratavit.data.image_files import class_folders, list_images
+from stratavit.data.class_names import MEND, Numbering, numbered, other_order
+from stratavit.data.image_files import Listing, class_folders, list_images
 from stratavit.data.image_reading import decoded, open_image
 from stratavit.data.splits import SPLITS, find_split, split_folder, unused_splits
 from stratavit.errors import StrataViTError, described, one_line, out_of_memory
@@ -28,41 +28,27 @@ Sample = tuple[Tensor | None, int, str]
 
 
 class ImageFolder(Dataset[Sample]):
-    """Labelled images under ``folder/<class>/``; an unreadable image gives None in place of a tensor.
+    """Labelled images under ``folder/<class>/``; an unreadable image is None in place of a tensor.
 
     Args:
-        folder: Holds one folder of images per class; they may lie deeper.
+        listing: What the folder holds, see `image_files.list_images`.
+        numbering: Names and numbers of the classes, see `class_names.numbered`.
         data_config: timm's data configuration (input size, mean, std, interpolation, crop).
-        class_map, class_names, num_classes: See `image_loader`.
-        train: Lists the class folders of the training split, if this is another one.
-        bare: The folder is not a split of a data set.
 
     Attributes:
-        listing: What the folder holds, see `image_files.Listing`.
-        numbering: Names and numbers of the classes, see `class_names.Numbering`.
         samples: Path and number of the class of every image.
 
     Raises:
-        StrataViTError: No images, or class folders that do not fit, see `class_names`.
+        StrataViTError: The model takes images of other than 1 or 3 channels.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        data_config: Mapping[str, Any],
-        class_map: str | Path | None = None,
-        class_names: Sequence[str] | None = None,
-        train: Callable[[], Sequence[str]] | None = None,
-        num_classes: int | None = None,
-        bare: bool = False,
-    ) -> None:
-        self.listing = list_images(folder, bare)
-        self.numbering = numbered(folder, self.listing.classes, class_map, class_names, train, num_classes)
-        self.samples = [(path, self.numbering.index[name]) for path, name in self.listing.samples]
+    def __init__(self, listing: Listing, numbering: Numbering, data_config: Mapping[str, Any]) -> None:
+        self.listing, self.numbering = listing, numbering
+        self.samples = [(path, numbering.index[name]) for path, name in listing.samples]
         channels = data_config["input_size"][0]
         if channels not in (1, 3):
             raise StrataViTError(
-                f"images have 1 or 3 channels, the model expects {channels}; give your own loader in Python"
+                f"images have 1 or 3 channels, the model expects {channels}; pass your own loader in Python"
             )
         self.mode = "L" if channels == 1 else "RGB"
         keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
@@ -220,23 +206,23 @@ def image_loader(
     train = find_split(data, "train") if split == "val" else None
     listed = None if train is None else partial(class_folders, train)
     bare = folder == Path(data)
-    dataset = ImageFolder(folder, data_config, class_map, class_names, listed, num_classes, bare)
-    found = len(dataset.numbering.names)
+    listing = list_images(folder, bare)
+    numbering = numbered(folder, listing.classes, class_map, class_names, listed, num_classes)
+    found = len(numbering.names)
     if num_classes and found != num_classes:
         what = "class folders" if class_map is None else "classes in the class map"
         raise StrataViTError(
             f"data: {folder} has {found} {what}, but the model's head has {num_classes} classes; {MEND}, or a model "
             "whose head matches (--num-classes, when fine-tuning --new-head)"
         )
-    _report(dataset, [] if bare else unused_splits(data, split, folder), bool(num_classes))
+    dataset = ImageFolder(listing, numbering, data_config)
+    if os.environ.get("RANK", "0") == "0":  # one process reports
+        _report(listing, numbering, [] if bare else unused_splits(data, split, folder), bool(num_classes))
     return ImageLoader(dataset, batch_size, workers, limit)
 
 
-def _report(dataset: ImageFolder, unused: list[str], head: bool) -> None:
-    """Says once and by one process what is read, how it is numbered, and what was left out."""
-    if int(os.environ.get("RANK", "0")):
-        return
-    listing, numbering = dataset.listing, dataset.numbering
+def _report(listing: Listing, numbering: Numbering, unused: list[str], head: bool) -> None:
+    """Prints what is read, how it is numbered, and what was left out."""
     aside = f" ({', '.join(f'{name}/' for name in unused)} not used)" if unused else ""
     lines = [
         f"{listing.folder}{aside}: {len(listing.samples)} images in {len(listing.classes)} class folders, numbered "
