@@ -107,7 +107,7 @@ def raising(fault):
     [("decoding", MemoryError()), ("transform", MemoryError()), ("transform", TypeError("ours"))],
 )
 def test_a_fault_that_is_not_the_images_is_no_damage(folder, monkeypatch, place, fault):
-    """An image that was left out for want of memory would make another calibration set."""
+    """Without an image for which memory was too small the others would be another calibration set."""
     loader = load(folder)
     if place == "decoding":
         monkeypatch.setattr(Image.Image, "convert", raising(fault))

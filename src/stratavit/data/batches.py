@@ -59,13 +59,11 @@ def _parts(batch: Any, said: str) -> tuple[Tensor, Tensor | None]:
     images, labels = [*map(_tensor, parts), None, None][:2]
     if len(parts) <= 2 and images is not None and (labels is not None or len(parts) == 1 or parts[1] is None):
         return images, labels
-    got = type(batch).__name__
+    got, kinds = type(batch).__name__, [type(part).__name__ for part in parts]
     if isinstance(batch, Mapping):
-        got += (
-            f" of {', '.join(f'{key} ({type(part).__name__})' for key, part in list(batch.items())[:4]) or 'nothing'}"
-        )
-    elif isinstance(batch, list | tuple):
-        got += f" of {', '.join(type(part).__name__ for part in parts[:4]) or 'nothing'}"
+        got, kinds = "a mapping", [f"{key} ({type(part).__name__})" for key, part in batch.items()]
+    if isinstance(batch, Mapping | list | tuple):
+        got += f" of {', '.join(kinds[:4]) or 'nothing'}"
     raise StrataViTError(
         f"{said}: expected batches of images, (images,) or (images, labels) as tensors, or a mapping with images under "
         f"{' or '.join(IMAGE_KEYS)} and labels under {' or '.join(LABEL_KEYS)}, got {got}"
