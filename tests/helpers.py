@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -210,3 +214,29 @@ def stopped_after_rename(monkeypatch: pytest.MonkeyPatch, number: int, stop: typ
             raise stop
 
     monkeypatch.setattr(Path, "rename", renamed)
+
+
+MIXED = {"blocks.0.attn": 4, "blocks.0.mlp": 0, "blocks.1.attn": 0, "blocks.1.mlp": 33}
+LOADERS = {"super": stratavit.SuperNet.load, "small": stratavit.load}  # folder of `save_both` -> what reads it
+
+
+def save_both(path: Path) -> Path:
+    """Folders of a super-network and of a sub-network below `path`."""
+    net = make_net("plain", stratified=True)
+    net.save(path / "super")
+    stratavit.save(net.extract(spec=MIXED, verbose=False), path / "small")
+    return path
+
+
+def copy_of(root: Path, path: Path) -> Path:
+    """Copies of folders, which a test may change."""
+    return Path(shutil.copytree(root, path, dirs_exist_ok=True))
+
+
+def older(folder: Path, edit: Callable[[dict[str, Any]], Any] = len) -> None:
+    """Makes a folder one of an older release, without hashes: what was changed is found by its meaning."""
+    path = folder / "stratavit.json"
+    content = json.loads(path.read_text())
+    content.pop("hashes", None)
+    edit(content)
+    path.write_text(json.dumps(content))

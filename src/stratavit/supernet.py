@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, Unpack
 
+from stratavit.artifacts import folder_format
 from stratavit.artifacts import moments as moments_file
-from stratavit.artifacts import super_network as super_network_file
 from stratavit.budgets.amounts import Budget
 from stratavit.budgets.constraints import BudgetArgs, find_sub_network
 from stratavit.budgets.latency_cost import priced
@@ -628,7 +628,7 @@ class SuperNet(nn.Module):
             "provenance": self.provenance,
         }
         tensors = moments_file.to_tensors(self.elastic, self.final_mean, second=moments)
-        super_network_file.write_super_network(path, self.model, facts, tensors, overwrite)
+        folder_format.write_saved(path, folder_format.SUPER, self.model, facts, overwrite, tensors)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu", moments: bool = True) -> SuperNet:
@@ -646,18 +646,17 @@ class SuperNet(nn.Module):
         Raises:
             ArtifactError: The folder is not a super-network's, or damaged.
         """
-        saved = super_network_file.read_super_network(path, device, moments)
-        content = saved.content
-        net = cls(saved.model, saved.data_config, _description=content["model"])
+        model, content = folder_format.read_saved(path, folder_format.SUPER, device)
+        net = cls(model, content["data_config"], _description=content["model"])
         try:
             net.method = content.get("method", "default")
             net.compensation = content.get("compensation", net.compensation)
         except StrataViTError as error:
-            raise ArtifactError(f"{saved.source}: {error}") from error
-        net.set_units(*saved.units)
+            raise ArtifactError(f"{Path(path) / folder_format.JSON_FILE}: {error}") from error
+        net.set_units(*content["units"])
         net.provenance = dict(content.get("provenance", {}))
-        width = int(net.model.num_features)
-        found = moments_file.from_tensors(net.elastic, net.sites, width, saved.moments, saved.moments_source)
+        tensors, source = folder_format.read_moments(path, content, second=moments)
+        found = moments_file.from_tensors(net.elastic, net.sites, int(net.model.num_features), tensors, source)
         net.final_mean = found if moments else None
         if not moments and net.compensation == "full":
             net.compensation = "mean"

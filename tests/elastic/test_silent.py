@@ -7,7 +7,6 @@ import os
 import pickle
 import stat
 import sys
-import threading
 
 import pytest
 import timm
@@ -349,25 +348,3 @@ def test_permissions_are_those_of_the_umask_which_is_left_alone(umask, tmp_path,
         assert os.umask(before) == umask
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
     assert modes == {"folder": 0o777 & ~umask, "a": 0o666 & ~umask, "file": 0o666 & ~umask}
-
-
-@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
-def test_files_of_other_threads_keep_their_permissions(tmp_path):
-    """One looks at permissions all the time, the other makes files that are for nobody else."""
-    before, done = os.umask(0o077), threading.Event()
-    try:
-        (tmp_path / "one").mkdir()
-
-        def look():
-            while not done.is_set():
-                folders.open_to_others(tmp_path / "one")
-
-        thread = threading.Thread(target=look)
-        thread.start()
-        for number in range(500):
-            (tmp_path / str(number)).touch()
-        done.set()
-        thread.join()
-    finally:
-        os.umask(before)
-    assert {stat.S_IMODE((tmp_path / str(number)).stat().st_mode) for number in range(500)} == {0o600}

@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stratavit.artifacts import timm_config
+from stratavit.artifacts.moments import FACTOR
 from stratavit.data.class_names import class_names_of
+from stratavit.elastic.site import HEAD_DIM_UNIT, MLP_UNITS
 from stratavit.errors import ArtifactError, described
 from stratavit.files import checksums
 from stratavit.files.folders import read_json, read_shapes, read_tensors, write_folder, write_json
@@ -43,14 +45,15 @@ def kind(path: str | Path) -> str:
 
 
 def is_supernet(path: str | Path) -> bool:
-    """Whether it is a folder of a super-network; any other name or folder is not."""
+    """Whether a path is the folder of a super-network; False for any other name or folder."""
     return (Path(path) / JSON_FILE).is_file() and kind(path) == SUPER
 
 
 def write_saved(
     path: str | Path,
+    kind: str,
     model: nn.Module,
-    content: Mapping[str, Any],
+    facts: Mapping[str, Any],
     overwrite: bool,
     moments: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -58,21 +61,28 @@ def write_saved(
 
     Args:
         path: The folder.
+        kind: `SUPER` or `SUB`.
         model: Its state dict is timm's.
-        content: Of the JSON file.
+        facts: Parts of the JSON file: ``model`` (its description), ``data_config`` and more.
         overwrite: Replace a folder that is not empty.
         moments: Of a super-network.
 
     Raises:
         ArtifactError: It cannot be written.
     """
+    versions = {"stratavit": __version__, "timm": timm.__version__, "torch": torch.__version__}
+    content = {"format": f"stratavit/{kind}", "format_version": FORMAT_VERSION, "versions": versions, **facts}
+    names = class_names_of(model) if (getattr(model, "pretrained_cfg", None) or {}).get("label_names") else None
+    if names:
+        content["label_names"] = names
 
     def write(folder: Path) -> None:
-        save_file(_contiguous(model.state_dict()), folder / WEIGHTS_FILE, {"format": "pt"})
+        files = [folder / WEIGHTS_FILE]
+        save_file(_contiguous(model.state_dict()), files[0], {"format": "pt"})
         if moments is not None:
-            save_file(_contiguous(moments), folder / MOMENTS_FILE)
-        files = [folder / name for name in (WEIGHTS_FILE, MOMENTS_FILE) if (folder / name).exists()]
-        write_json(folder / JSON_FILE, checksums.added(dict(content), JSON_FILE, files))
+            files.append(folder / MOMENTS_FILE)
+            save_file(_contiguous(moments), files[1])
+        write_json(folder / JSON_FILE, checksums.added(content, JSON_FILE, files))
         config = timm_config.timm_config(content["model"], content["data_config"])
         if config is not None:
             write_json(folder / timm_config.FILE, config)
@@ -80,18 +90,63 @@ def write_saved(
     write_folder(path, write, overwrite)
 
 
-def header(kind: str) -> dict[str, Any]:
-    """What every JSON file begins with: the kind of folder, the version of the format, and who wrote it."""
-    versions = {"stratavit": __version__, "timm": timm.__version__, "torch": torch.__version__}
-    return {"format": f"stratavit/{kind}", "format_version": FORMAT_VERSION, "versions": versions}
+def read_saved(path: str | Path, kind: str, device: torch.device | str) -> tuple[nn.Module, dict[str, Any]]:
+    """Reads what `write_saved` wrote, but for the moments; runs no code from the files.
 
+    Args:
+        path: The folder.
+        kind: `SUPER` or `SUB`.
+        device: Of the weights.
 
-def read_header(folder: Path, expected: str) -> dict[str, Any]:
-    """The JSON file of a folder of the kind that is expected, its hash and version compared.
+    Returns:
+        The model in timm's form and eval mode, with its `origin`; and the JSON file, its parts checked but for the
+        dropout list.
 
     Raises:
-        ArtifactError: It is of another kind or version, or damaged.
+        ArtifactError: The folder is of another kind or version, or damaged.
     """
+    folder = Path(path)
+    content = _read_header(folder, kind)
+    model: Any = _load_model(content, folder).to(device).eval()
+    model.origin = _read_origin(content, folder)
+    content["data_config"] = _read_data_config(content, folder, model)
+    units = content.setdefault("units", [HEAD_DIM_UNIT, MLP_UNITS])
+    sound = isinstance(units, list) and [type(n) for n in units] == [int, int] and min(units) >= 1
+    _expect(sound, folder, f"units should be two whole numbers above 0, got {described(units)}")
+    return model, content
+
+
+def read_moments(path: str | Path, content: Mapping[str, Any], second: bool = True) -> tuple[dict[str, Tensor], str]:
+    """Reads the moments of a super-network's folder.
+
+    Args:
+        path: The folder.
+        content: Its JSON file.
+        second: Read second moments, too.
+
+    Returns:
+        The tensors by name, and the name of the file.
+
+    Raises:
+        ArtifactError: The file is damaged.
+    """
+    source = Path(path) / MOMENTS_FILE
+    checksums.check_file(content, source)
+    return read_tensors(source, without=None if second else FACTOR), str(source)
+
+
+def moments_bytes(path: str | Path) -> int:
+    """Size of the moments in a super-network's folder."""
+    return (Path(path) / MOMENTS_FILE).stat().st_size
+
+
+def _expect(sound: bool, folder: Path, message: str) -> None:
+    if not sound:
+        raise ArtifactError(f"{folder / JSON_FILE}: {message}; save the model again")
+
+
+def _read_header(folder: Path, expected: str) -> dict[str, Any]:
+    """The JSON file, its kind, version and hash compared."""
     found = kind(folder)
     if found != expected:
         hint = (
@@ -107,19 +162,12 @@ def read_header(folder: Path, expected: str) -> dict[str, Any]:
             "load it with the StrataViT release that wrote it, named under 'versions'"
         )
     checksums.check_content(content, folder / JSON_FILE)
-    if not isinstance(content.get("provenance", {}), dict):
-        raise ArtifactError(f"{folder / JSON_FILE}: provenance should be a JSON object")
-    if not isinstance(content.get("model"), dict):
-        raise ArtifactError(f"{folder / JSON_FILE}: the model's description is missing")
+    for key in ("model", "provenance"):
+        _expect(isinstance(content.setdefault(key, {}), dict), folder, f"{key} should be a JSON object")
     return content
 
 
-def load_model(content: Mapping[str, Any], folder: Path, device: torch.device | str) -> nn.Module:
-    """The model of a folder, in timm's form and eval mode.
-
-    Raises:
-        ArtifactError: Its description cannot be built, or the weights do not fit.
-    """
+def _load_model(content: Mapping[str, Any], folder: Path) -> nn.Module:
     source, weights = str(folder / JSON_FILE), folder / WEIGHTS_FILE
     checksums.check_file(content, weights)
     model: Any = size_checks.build_model(content["model"], read_shapes(weights), source, str(weights))
@@ -127,81 +175,54 @@ def load_model(content: Mapping[str, Any], folder: Path, device: torch.device | 
     if checksums.KEY not in content:
         check_one_type(tensors, str(weights))
     load_weights(model, tensors, str(weights), assign=True)
-    frozen = content.get("frozen", [])
-    if not isinstance(frozen, list) or not all(isinstance(name, str) for name in frozen):
-        raise ArtifactError(f"{source}: frozen should be a list of names of parameters; save the model again")
+    frozen, names = content.get("frozen", []), content.get("label_names", [])
+    for key, value in (("frozen", frozen), ("label_names", names)):
+        texts = isinstance(value, list) and all(isinstance(name, str) for name in value)
+        _expect(texts, folder, f"{key} should be a list of texts, got {described(value)}")
     set_frozen(model, frozen, f"{source}: frozen")
-    architecture_name = content["model"]["architecture"]
-    model.pretrained_cfg = {"architecture": architecture_name} | _read_label_names(content, folder)
+    model.pretrained_cfg = {"architecture": content["model"]["architecture"]} | (
+        {"label_names": names} if names else {}
+    )
     model.source_args = dict(content["model"]["args"])
     dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
     architecture.cast_computed(model, dtype)
-    loaded: nn.Module = model.to(device).eval()
+    loaded: nn.Module = model
     return loaded
 
 
-def label_names(model: Any) -> dict[str, list[str]]:
-    """The names of the classes, where timm's configuration of a model has them."""
-    named = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
-    names = class_names_of(model) if named else None
-    return {"label_names": names} if names else {}
-
-
-def _read_label_names(content: Mapping[str, Any], folder: Path) -> dict[str, list[str]]:
-    if "label_names" not in content:
-        return {}
-    names = content["label_names"]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ArtifactError(f"{folder / JSON_FILE}: label_names should be a list of texts, got {described(names)}")
-    return {"label_names": names}
-
-
-def read_origin(content: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
+def _read_origin(content: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
     """The model of transformers that this one came from, if any."""
     origin = content.get("origin")
     if origin is None:
         return None
-    sound = isinstance(origin, dict) and origin.get("class") in [*LAYOUTS] and isinstance(origin.get("config"), dict)
-    if not sound:
-        raise ArtifactError(f"{folder / JSON_FILE}: origin should be a class of {', '.join(LAYOUTS)} and its config")
+    known = isinstance(origin, dict) and origin.get("class") in [*LAYOUTS] and isinstance(origin.get("config"), dict)
+    _expect(known, folder, f"origin should be a class of {', '.join(LAYOUTS)} and its config")
     return dict(origin)
 
 
-def read_data_config(content: Mapping[str, Any], folder: Path, model: nn.Module) -> dict[str, Any]:
-    """How images are prepared for the model of a folder.
-
-    Raises:
-        ArtifactError: Not in a way that the model takes.
-    """
-    config = content.get("data_config")
-    size = config.get("input_size") if isinstance(config, dict) else None
-    if not isinstance(size, list) or [type(n) for n in size] != [int, int, int] or min(size) < 1:
-        raise ArtifactError(f"{folder / JSON_FILE}: data_config needs an input_size of three whole numbers above 0")
-    assert isinstance(config, dict)
-    wrong = [key for key, fits in _FITS.items() if key in config and not fits(config[key])]
-    wrong += ["input_size"] if max(size) > 1 << 14 else []
-    if wrong:
-        raise ArtifactError(
-            f"{folder / JSON_FILE}: data_config: {wrong[0]} is {described(config[wrong[0]])}, "
-            "which prepares no images; save the model again"
+def _read_data_config(content: Mapping[str, Any], folder: Path, model: nn.Module) -> dict[str, Any]:
+    """How images are prepared, in a way that fits the model."""
+    config: Any = content.get("data_config")
+    size: Any = config.get("input_size") if isinstance(config, dict) else None
+    sound = isinstance(size, list) and [type(n) for n in size] == [int, int, int] and min(size) >= 1
+    _expect(sound and max(size) <= 1 << 14, folder, "data_config needs an input_size of three whole numbers above 0")
+    for key in config.keys() & _FITS.keys():
+        _expect(
+            _FITS[key](config[key]), folder, f"data_config: {key} is {described(config[key])}, which fits no images"
         )
     config["input_size"] = architecture.own_size(model, size)
     size_checks.check_images(model, config["input_size"], str(folder / JSON_FILE))
     return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6
-
-
-def _numbers(value: Any) -> bool:
-    return isinstance(value, list) and 0 < len(value) < 1000 and all(_number(number) for number in value)
+def _numbers(value: Any, low: float = -1e6, high: float = 1e6) -> bool:
+    return isinstance(value, list) and value != [] and all(type(n) in (int, float) and low < n <= high for n in value)
 
 
 _FITS: dict[str, Callable[[Any], bool]] = {
     "mean": _numbers,
-    "std": lambda value: _numbers(value) and min(value) > 0,
-    "crop_pct": lambda value: _number(value) and 0.01 <= value <= 10,
+    "std": lambda value: _numbers(value, low=0),
+    "crop_pct": lambda value: _numbers([value], low=0.01, high=10),
     "interpolation": lambda value: value in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"),
     "crop_mode": lambda value: value in ("center", "squash", "border"),
 }

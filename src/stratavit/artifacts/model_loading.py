@@ -11,8 +11,8 @@ from torch import nn
 
 from stratavit.artifacts import sub_network
 from stratavit.errors import StrataViTError
-from stratavit.files.checkpoints_of_others import read_checkpoint
 from stratavit.files.state_dicts import load_weights, unreachable
+from stratavit.files.torch_checkpoint import read_checkpoint
 from stratavit.interop import torchvision_vit
 from stratavit.interop.timm_filter import fitted
 from stratavit.interop.transformers import folders

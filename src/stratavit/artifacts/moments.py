@@ -1,4 +1,4 @@
-"""What a super-network knows about its channels, as tensors for a file, and back. No code is read or run."""
+"""The statistics of a super-network's channels as tensors for a file, and back."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor
 from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.compensation import Moments
 from stratavit.elastic.site import Site
-from stratavit.errors import ArtifactError
+from stratavit.errors import ArtifactError, shown
 from stratavit.files.state_dicts import FLOATS
 from stratavit.models.final_mean import FinalMean
 
 FACTOR = ".factor"
+PARTS = (".mean", FACTOR, ".scalars")
 SHARES, VECTORS = "final_mean.shares", "final_mean.vectors"
 
 
@@ -34,9 +35,8 @@ def to_tensors(
             tensors[f"{name}.mean"] = module.channel_mean
         if second and module.moments is not None:
             tensors[f"{name}{FACTOR}"] = packed(module.moments.factor)
-            tensors[f"{name}.scalars"] = torch.tensor(
-                [module.moments.ridge, module.moments.energy], dtype=torch.float64
-            )
+            scalars = [module.moments.ridge, module.moments.energy]
+            tensors[f"{name}.scalars"] = torch.tensor(scalars, dtype=torch.float64)
     if second and final_mean is not None:
         tensors[SHARES] = torch.tensor(final_mean.shares, dtype=torch.float64)
         tensors[VECTORS] = final_mean.vectors
@@ -46,14 +46,12 @@ def to_tensors(
 def from_tensors(
     elastic: Mapping[str, ElasticSite], sites: Sequence[Site], width: int, tensors: Mapping[str, Tensor], source: str
 ) -> FinalMean | None:
-    """Gives the sites of a super-network what `to_tensors` wrote.
+    """Sets on the sites of a super-network what `to_tensors` wrote.
 
     Args:
-        elastic: Site name -> module.
-        sites: The same sites.
-        width: Of what the head reads.
-        tensors: From the file.
-        source: Its name, for the message.
+        elastic, sites: The sites by name, and in order.
+        width: Of the head's input.
+        tensors, source: From the file, and its name for the message.
 
     Returns:
         The final mean, if the file has one.
@@ -61,31 +59,27 @@ def from_tensors(
     Raises:
         ArtifactError: A tensor does not fit the model or is not finite; it is named.
     """
-    parts = (".mean", FACTOR, ".scalars")
-    known = {SHARES, VECTORS, *(f"{site.name}{part}" for site in sites for part in parts)}
+    known = _layout(elastic, sites, width, tensors)
     for name, tensor in sorted(tensors.items()):
-        if name not in known or tensor.dtype not in FLOATS:
-            raise ArtifactError(
-                f"{source}: {ascii(name)[1:-1][:200]} ({str(tensor.dtype).removeprefix('torch.')}) is nothing that is "
-                "known of this model's channels; copy the file or save the model again"
-            )
-    factors = [f"{site.name}{FACTOR}" in tensors for site in sites]
-    if any(factors) and not all(factors):
-        name = sites[factors.index(False)].name
-        raise ArtifactError(f"{source}: the factor of {name} is missing, others are there; save the model again")
+        if name not in known:
+            raise ArtifactError(f"{source}: {shown(name)} is not part of this model; copy the file or save it again")
+        shape, dtype = known[name]
+        fits = tensor.dtype in FLOATS and tensor.shape == shape
+        if not fits or not tensor.to(dtype).isfinite().all():  # what is finite in a wider type may not be in this one
+            found = f"{tuple(tensor.shape)} of type {tensor.dtype}".replace("torch.", "")
+            raise ArtifactError(f"{source}: {name} should be {shape} finite numbers, got {found}")
+    second = any(name.endswith(FACTOR) for name in tensors)
     for site in sites:
+        names = [f"{site.name}{part}" for part in PARTS]
+        missing = [name for name in names if second and name not in tensors]
+        if missing:
+            raise ArtifactError(f"{source}: {missing[0]} is missing, other second moments are there; save it again")
         module = elastic[site.name]
-        mean = tensors.get(f"{site.name}.mean")
-        if mean is not None:
-            mean = mean.to(module.out.weight)  # what is finite in a wider type may not be in this one
-            if mean.shape != (site.heads, site.width) or not mean.isfinite().all():
-                raise ArtifactError(
-                    f"{source}: the mean of {site.name} should be {site.heads} x {site.width} finite numbers"
-                )
-            module.channel_mean = mean
-        if f"{site.name}{FACTOR}" in tensors:
+        if names[0] in tensors:
+            module.channel_mean = tensors[names[0]].to(module.out.weight)
+        if second:
             module.moments = _moments(site, tensors, source).to(module.out.weight.device)
-    return _final_mean(width, tensors, source) if VECTORS in tensors else None
+    return _final_mean(tensors, source) if VECTORS in tensors else None
 
 
 def packed(factor: Tensor) -> Tensor:
@@ -102,29 +96,33 @@ def unpacked(triangle: Tensor, n: int) -> Tensor:
     return factor
 
 
+def _layout(
+    elastic: Mapping[str, ElasticSite], sites: Sequence[Site], width: int, tensors: Mapping[str, Tensor]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name -> shape and type in use, of every tensor that a file may have."""
+    shares = tensors[SHARES].numel() if SHARES in tensors else 0
+    found = {SHARES: ((shares,), torch.float64), VECTORS: ((shares, width), torch.float32)}
+    for site in sites:
+        n, mean = site.heads * site.width, elastic[site.name].out.weight.dtype
+        found[f"{site.name}.mean"] = (site.heads, site.width), mean
+        found[f"{site.name}{FACTOR}"] = (n * (n + 1) // 2,), torch.float32
+        found[f"{site.name}.scalars"] = (2,), torch.float64
+    return found
+
+
 def _moments(site: Site, tensors: Mapping[str, Tensor], source: str) -> Moments:
-    triangle, scalars = tensors[f"{site.name}{FACTOR}"], tensors.get(f"{site.name}.scalars")
-    n = site.heads * site.width
-    fits = triangle.shape == (n * (n + 1) // 2,) and triangle.dtype == torch.float32 and triangle.isfinite().all()
-    factor = unpacked(triangle, n) if fits else None
-    if factor is None or not (factor.diagonal() > 0).all():
-        raise ArtifactError(
-            f"{source}: the factor of {site.name} should be the triangle of a {n} x {n} Cholesky factor, float32"
-        )
-    if scalars is None or scalars.shape != (2,) or not scalars.isfinite().all() or float(scalars.min()) < 0:
-        raise ArtifactError(f"{source}: the scalars of {site.name} should be two finite numbers of at least 0")
-    if f"{site.name}.mean" not in tensors:
-        raise ArtifactError(f"{source}: the mean of {site.name} is missing, its factor is there")
-    ridge, energy = scalars.tolist()
+    triangle = tensors[f"{site.name}{FACTOR}"]
+    factor = unpacked(triangle, site.heads * site.width)
+    ridge, energy = tensors[f"{site.name}.scalars"].tolist()
+    if triangle.dtype != torch.float32 or not (factor.diagonal() > 0).all():
+        raise ArtifactError(f"{source}: {site.name}{FACTOR} should be the triangle of a Cholesky factor, float32")
+    if min(ridge, energy) < 0:
+        raise ArtifactError(f"{source}: {site.name}.scalars should be at least 0")
     return Moments(factor, ridge, energy)
 
 
-def _final_mean(width: int, tensors: Mapping[str, Tensor], source: str) -> FinalMean:
-    vectors, shares = tensors[VECTORS].float(), tensors.get(SHARES, torch.zeros(0)).flatten().tolist()
-    falling = shares == sorted(set(shares), reverse=True) and all(0 < share < 1 for share in shares)
-    if vectors.shape != (len(shares), width) or not shares or not vectors.isfinite().all() or not falling:
-        raise ArtifactError(
-            f"{source}: the final mean should be one vector of {width} finite numbers "
-            "for each share, shares falling and between 0 and 1"
-        )
-    return FinalMean(tuple(shares), vectors)
+def _final_mean(tensors: Mapping[str, Tensor], source: str) -> FinalMean:
+    shares = tensors[SHARES].tolist() if SHARES in tensors else []
+    if not shares or shares != sorted(set(shares), reverse=True) or not 0 < shares[-1] <= shares[0] < 1:
+        raise ArtifactError(f"{source}: {SHARES} should be falling and between 0 and 1")
+    return FinalMean(tuple(shares), tensors[VECTORS].float())

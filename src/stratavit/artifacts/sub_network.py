@@ -8,16 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stratavit.artifacts.folder_format import (
-    SUB,
-    header,
-    label_names,
-    load_model,
-    read_data_config,
-    read_header,
-    read_origin,
-    write_saved,
-)
+from stratavit.artifacts.folder_format import SUB, read_saved, write_saved
 from stratavit.errors import ArtifactError, UnsupportedModelError
 from stratavit.interop.convert import as_source, as_timm
 from stratavit.models import architecture, source_checks
@@ -54,15 +45,14 @@ def save(model: nn.Module, path: str | Path, overwrite: bool = False) -> None:
     data_config = architecture.resolve_data_config(plain)
     if source is given:  # else `as_timm` has compared
         check_saved(Subject(source, source), architecture.filled(built, plain), data_config["input_size"])
-    content = header(SUB) | {
+    facts = {
         "model": description,
         "origin": getattr(plain, "origin", None),
         "data_config": data_config,
         "frozen": frozen_names(plain),
         "provenance": getattr(plain, "provenance", {}),
     }
-    content |= label_names(plain)
-    write_saved(path, plain, content, overwrite)
+    write_saved(path, SUB, plain, facts, overwrite)
 
 
 def load(path: str | Path, device: torch.device | str = "cpu", timm_form: bool = False) -> nn.Module:
@@ -79,12 +69,9 @@ def load(path: str | Path, device: torch.device | str = "cpu", timm_form: bool =
     Raises:
         ArtifactError: The folder is not a sub-network's, or is damaged.
     """
-    folder = Path(path)
-    content = read_header(folder, SUB)
-    model: Any = load_model(content, folder, device)
-    model.provenance = content.get("provenance", {})
-    model.data_config = read_data_config(content, folder, model)
-    model.origin = read_origin(content, folder)
+    model: Any
+    model, content = read_saved(path, SUB, device)
+    model.provenance, model.data_config = content["provenance"], content["data_config"]
     return model if timm_form else as_source(model)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from stratavit.artifacts import folder_format, sub_network, super_network
+from stratavit.artifacts import folder_format, sub_network
 from stratavit.cli.options import Outcome, budgets, loader_of
 from stratavit.data.class_names import class_names_of
 from stratavit.evaluation import curve_points
@@ -107,7 +107,7 @@ def info(args: Namespace) -> Outcome:
             "smallest_macs": smallest,
             "method": net.method,
             "compensation": net.compensation,
-            "moments_bytes": super_network.moments_bytes(args.target),
+            "moments_bytes": folder_format.moments_bytes(args.target),
             "entries": 0 if net.strata is None else len(net.strata),
         }
         provenance, config = net.provenance, net.data_config

@@ -6,7 +6,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from stratavit.artifacts import super_network
+from stratavit.artifacts import folder_format
 from stratavit.artifacts.model_loading import model_at
 from stratavit.calibration.objectives import OBJECTIVES
 from stratavit.calibration.wpac import CRITERIA
@@ -95,7 +95,7 @@ def convert(args: Namespace) -> Outcome:
         "params": net.params(),
         "smallest_macs": net.macs(smallest),
         "entries": len(net.strata),
-        "moments_bytes": super_network.moments_bytes(args.out),
+        "moments_bytes": folder_format.moments_bytes(args.out),
     }
     text = (
         f"{args.model}: calibrated on {result['images']} images in {seconds:.0f} s; "

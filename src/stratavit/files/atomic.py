@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all: written beside their place, brought to the disk, moved there.
+"""Files and folders that appear complete or not at all: written next to their place, brought to the disk, moved there.
 
-Killed at any moment, the old one or the new one is in its place. What a killed process leaves beside it is taken away
-by the next that writes there, where a folder can be locked (not on Windows, not on NFS).
+If the process is killed at any moment, the old one or the new one is in its place. What it left next to it is removed
+by the next write there, where a folder can be locked (not on Windows, not on NFS).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _HERE, _SWAP = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 @contextmanager
 def temporary_sibling(path: Path) -> Iterator[Path]:
-    """The place `new` in a folder of its own on the disk of `path`, gone afterwards, as are parents made for nothing.
+    """Yields a place `new` in a temporary folder on the disk of `path`; removed afterwards, as are unused new parents.
 
     Raises:
         ArtifactError: Something cannot be written.
@@ -47,8 +47,8 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
         except (OSError, SafetensorError, ArtifactError) as error:
             if isinstance(error, ArtifactError) and str(folder) not in str(error):
                 raise
-            whole = folder is None or _clear(folder, path)
-            then = "nothing was changed there" if whole else f"what was there is {folder}/{OLD}, move it back"
+            kept = folder is None or _clear(folder, path)
+            then = "nothing was changed there" if kept else f"what was there is {folder}/{OLD}, move it back"
             raise ArtifactError(f"cannot write {path}: {reason_of(error)}; {then}") from error
         finally:
             if folder is not None:
@@ -59,7 +59,7 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def none_empty(folder: Path) -> Iterator[None]:
-    """Takes a folder and its parents away again, as far as they were not there before and are empty afterwards."""
+    """Afterwards removes a folder and its parents, as far as they were not there before and are empty."""
     made = [place for place in (folder.absolute(), *folder.absolute().parents) if not place.exists()]
     try:
         yield
@@ -70,25 +70,26 @@ def none_empty(folder: Path) -> Iterator[None]:
 
 
 def move_into_place(new: Path, path: Path, overwrite: bool) -> None:
-    """Moves a file or a folder that `temporary_sibling` gave the place of to where it belongs.
+    """Moves a file or a folder to where it belongs, after all of it is on the disk.
 
     Args:
-        new: The place that `temporary_sibling` gave.
+        new: The place that `temporary_sibling` yielded.
         path: Where it belongs.
-        overwrite: Replace what is there; else an empty folder only.
+        overwrite: Replace what is there; otherwise only an empty folder is replaced.
 
     Raises:
         ArtifactError: Another process wrote there meanwhile.
         OSError: It cannot be moved; what was there is as it was, or put back when `temporary_sibling` ends.
     """
-    to_disk(new)
+    for file in [*new.rglob("*"), new] if new.is_dir() else [new]:
+        _sync(file)
     try:
-        if overwrite:
+        if not new.is_dir():
+            (os.replace if overwrite else _put_file)(new, path)
+        elif overwrite:
             _put_over(new, path)
-        elif new.is_dir():
-            _put_folder(new, path)
         else:
-            put_file(new, path)
+            _put_folder(new, path)
     except OSError as error:
         if error.errno not in _TAKEN or overwrite:
             raise
@@ -99,27 +100,32 @@ def move_into_place(new: Path, path: Path, overwrite: bool) -> None:
         _sync(path.parent)
 
 
-def put_file(new: Path, path: Path) -> None:
-    """Gives a file its name, if no other has it.
+def followed(path: Path) -> Path:
+    """What a link leads to; any other path as it is.
 
     Raises:
-        FileExistsError: One has.
-        OSError: It cannot be moved.
+        OSError: It leads to itself.
+    """
+    if not path.is_symlink():
+        return path
+    with suppress(FileNotFoundError):  # what will be written
+        path.stat()
+    return path.resolve()
+
+
+@contextmanager
+def readable_errors(path: Path, then: str = "") -> Iterator[None]:
+    """Turns an error of the system while `path` is written into one sentence; `then`: what is left, or what to do.
+
+    Raises:
+        ArtifactError: Something cannot be written.
     """
     try:
-        os.link(new, path)
-    except FileExistsError:
+        yield
+    except StrataViTError:
         raise
-    except OSError:  # a file system without links
-        if path.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
-        new.rename(path)
-
-
-def to_disk(path: Path) -> None:
-    """Waits until a file, or a folder with all in it, is on the disk: a rename may get there before it."""
-    for file in [*path.rglob("*"), path] if path.is_dir() else [path]:
-        _sync(file)
+    except (OSError, RuntimeError) as error:
+        raise ArtifactError(f"cannot write {path}: {reason_of(error)}{then and f'; {then}'}") from error
 
 
 def _sync(path: Path) -> None:
@@ -135,31 +141,16 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _put_over(new: Path, path: Path) -> None:
-    if not new.is_dir():
-        new.replace(path)
-        return
-    if not path.exists():
-        try:
-            _put_folder(new, path)
-            return
-        except OSError as error:  # another process put its own there just now
-            if error.errno not in _TAKEN:
-                raise
-    if not _exchanged(new, path):
-        path.rename(new.with_name(OLD))  # from here on `_clear` puts it back, whatever comes
+def _put_file(new: Path, path: Path) -> None:
+    """Gives a file its name; FileExistsError if another has it."""
+    try:
+        os.link(new, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
         new.rename(path)
-
-
-def _clear(folder: Path, path: Path) -> bool:
-    """Takes a temporary folder away, unless it holds what was at `path` and that cannot be put back: then False."""
-    if (folder / OLD).exists() and not path.exists():
-        try:
-            (folder / OLD).rename(path)
-        except OSError:
-            return False
-    shutil.rmtree(folder, ignore_errors=True)
-    return True
 
 
 def _put_folder(new: Path, path: Path) -> None:
@@ -168,11 +159,22 @@ def _put_folder(new: Path, path: Path) -> None:
     new.rename(path)
 
 
+def _put_over(new: Path, path: Path) -> None:
+    if not path.exists():
+        try:
+            return _put_folder(new, path)
+        except OSError as error:  # another process put its own there just now
+            if error.errno not in _TAKEN:
+                raise
+    if not _exchanged(new, path):
+        path.rename(new.with_name(OLD))  # from here on `_clear` puts it back, whatever comes
+        new.rename(path)
+
+
 def _exchanged(one: Path, other: Path) -> bool:
     """Lets two folders change places in one step; False where system or file system cannot."""
-    if not sys.platform.startswith("linux"):
-        return False
-    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    linux = sys.platform.startswith("linux")
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if linux else None
     if swap is None:
         return False
     if swap(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _SWAP) == 0:
@@ -183,28 +185,35 @@ def _exchanged(one: Path, other: Path) -> bool:
     raise OSError(number, os.strerror(number))
 
 
+def _clear(folder: Path, path: Path) -> bool:
+    """Removes a temporary folder, unless it holds what was at `path` and that cannot be put back: then False."""
+    if (folder / OLD).exists() and not path.exists():
+        try:
+            (folder / OLD).rename(path)
+        except OSError:
+            return False
+    shutil.rmtree(folder, ignore_errors=True)
+    return True
+
+
+def _start(path: Path) -> str:
+    return f".{path.name[:100]}."
+
+
 def _held_folder(path: Path) -> tuple[Path, int | None]:
-    """A new folder beside `path`, held so that others see that it is in use for as long as this process lives."""
+    """A new folder next to `path`, held so that others see that it is in use for as long as this process lives."""
     for _ in range(100):
         folder = Path(tempfile.mkdtemp(prefix=_start(path), suffix=END, dir=path.parent))
-        try:
+        with suppress(FileNotFoundError, BlockingIOError):  # another process swept it away before it was held
             held = _hold(folder)
-            if held is None or os.path.samestat(os.fstat(held), folder.stat()):
+            if held is None or folder.exists():
                 return folder, held
             os.close(held)
-        except (FileNotFoundError, BlockingIOError):  # another process sweeps it away before it was held
-            with suppress(OSError):
-                folder.rmdir()
     raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
 def _hold(folder: Path) -> int | None:
-    """Holds a folder; None if the file system cannot.
-
-    Raises:
-        BlockingIOError: Another process holds it.
-        FileNotFoundError: It is gone.
-    """
+    """Locks a folder; None if the file system cannot, BlockingIOError if another process holds it."""
     if sys.platform == "win32":
         return None
     handle = os.open(folder, os.O_RDONLY)
@@ -219,51 +228,11 @@ def _hold(folder: Path) -> int | None:
 
 
 def _sweep(path: Path) -> None:
-    """Takes away what killed processes left beside `path`; if one died between two renames, puts the old one back."""
+    """Removes what killed processes left next to `path`; if one died between two renames, puts the old one back."""
     ours = re.compile(re.escape(_start(path)) + "[a-z0-9_]{8}" + re.escape(END))  # as mkdtemp names them
     for left in filter(ours.fullmatch, os.listdir(path.parent)):
         with suppress(OSError):
             held = _hold(path.parent / left)
             if held is not None:
-                try:
-                    _clear(path.parent / left, path)
-                finally:
-                    os.close(held)
-
-
-def followed(path: Path) -> Path:
-    """What a link leads to; any other path as it is.
-
-    Raises:
-        OSError: It leads to itself.
-    """
-    if not path.is_symlink():
-        return path
-    with suppress(RuntimeError):  # what Python before 3.13 says of a loop
-        place = path.resolve()
-        if not place.is_symlink():
-            return place
-    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-
-
-def _start(path: Path) -> str:
-    return f".{path.name[:100]}."
-
-
-@contextmanager
-def readable_errors(path: Path, then: str) -> Iterator[None]:
-    """Turns what the system says against writing a file into one sentence.
-
-    Args:
-        path: Of the file, for the message.
-        then: What is left, or what to do.
-
-    Raises:
-        ArtifactError: Something cannot be written.
-    """
-    try:
-        yield
-    except StrataViTError:
-        raise
-    except (OSError, RuntimeError) as error:
-        raise ArtifactError(f"cannot write {path}: {reason_of(error)}; {then}") from error
+                _clear(path.parent / left, path)
+                os.close(held)

@@ -1,4 +1,4 @@
-"""Writing a folder whole or not at all, and reading its JSON and tensors without running code."""
+"""Writing folders and files completely or not at all, and reading their JSON and tensors without running code."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 import math
 import os
 import stat
-import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,33 +18,50 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stratavit.errors import ArtifactError, one_line, out_of_memory, reason_of
-from stratavit.files.atomic import followed, move_into_place, temporary_sibling
+from stratavit.files.atomic import followed, move_into_place, readable_errors, temporary_sibling
 
 LARGEST_TEXT = 64 << 20  # bytes of a JSON or text file; the longest list that a model can have is a few MB
-DEEPEST = 100  # objects and arrays of a JSON file in one another; ours have less than ten
+DEEPEST = 100  # levels of nested objects and arrays in a JSON file; ours have less than ten
 
 
 def write_folder(path: str | Path, write: Callable[[Path], None], overwrite: bool = False) -> Path:
-    """Calls `write` on a temporary folder beside `path`, then lets it take the place of `path`.
+    """Calls `write` on a temporary folder next to `path`, then lets it take the place of `path`.
 
     If writing fails or is interrupted, `path` is as it was and nothing is left behind; if the process is killed, `path`
-    is as it was, or new and whole.
+    is as it was, or new and complete.
 
     Args:
         path: The folder to make.
         write: Fills the folder it is given.
         overwrite: Replace a folder that is not empty.
 
+    Returns:
+        The path.
+
     Raises:
         ArtifactError: `path` is taken, or cannot be written (disk full, no permission).
     """
     path = check_free(path, overwrite)
-    place = followed(path)
-    with temporary_sibling(place) as new:
+    with temporary_sibling(followed(path)) as new:
         new.mkdir()
         write(new)
-        open_to_others(new)
-        move_into_place(new, place, overwrite)
+        allowed = new.stat().st_mode & 0o666  # safetensors makes files that only their owner can read
+        for file in filter(Path.is_file, new.iterdir()):
+            file.chmod(allowed)
+        move_into_place(new, followed(path), overwrite)
+    return path
+
+
+def write_file(path: str | Path, content: bytes, overwrite: bool = False) -> Path:
+    """Writes one file completely or not at all, see `write_folder`.
+
+    Raises:
+        ArtifactError: `path` is taken, or cannot be written (disk full, no permission).
+    """
+    path = check_free_file(path, overwrite)
+    with temporary_sibling(followed(path)) as new:
+        new.write_bytes(content)
+        move_into_place(new, followed(path), overwrite)
     return path
 
 
@@ -54,36 +71,19 @@ def check_free(path: str | Path, overwrite: bool, whole: bool = True) -> Path:
     Args:
         path: The folder.
         overwrite: It may hold something.
-        whole: It will be written as a whole, beside its place first.
+        whole: It will be written next to its place first, then moved there.
 
     Raises:
         ArtifactError: It is a file, cannot be written, or is a folder that is not empty while `overwrite` is off.
     """
     path = Path(path)
-    try:
+    with readable_errors(path):
         if path.exists() and not path.is_dir():
             raise ArtifactError(f"{path} is a file; give a folder to write to")
         if path.is_dir() and not overwrite and any(path.iterdir()):
             raise ArtifactError(f"{path} is not empty; give another folder or ask to overwrite (--overwrite)")
         if whole:
             _check_writable(path)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {reason_of(error)}") from error
-    return path
-
-
-def write_file(path: str | Path, content: bytes, overwrite: bool = False) -> Path:
-    """Writes one file whole or not at all, see `write_folder`.
-
-    Raises:
-        ArtifactError: `path` is taken, or cannot be written (disk full, no permission).
-    """
-    path = check_free_file(path, overwrite)
-    place = followed(path)
-    with temporary_sibling(place) as new:
-        new.write_bytes(content)
-        open_to_others(new)
-        move_into_place(new, place, overwrite)
     return path
 
 
@@ -94,23 +94,17 @@ def check_free_file(path: str | Path, overwrite: bool) -> Path:
         ArtifactError: It is a folder, cannot be written, or is a file while `overwrite` is off.
     """
     path = Path(path)
-    try:
+    with readable_errors(path):
         if path.is_dir():
             raise ArtifactError(f"{path} is a folder; give a file to write to")
         if path.exists() and not overwrite:
             raise ArtifactError(f"{path} exists; give another file or ask to overwrite (--overwrite)")
         _check_writable(path)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {reason_of(error)}") from error
     return path
 
 
 def _check_writable(path: Path) -> None:
-    """Whether something can be put in the place of `path`: it is written beside it first.
-
-    Raises:
-        OSError: No.
-    """
+    """Raises OSError if nothing can be put in the place of `path`: it is written next to it first."""
     place = followed(path)
     if os.path.ismount(place):
         raise OSError(errno.EBUSY, "a disk is mounted there; give a folder in it")
@@ -120,27 +114,6 @@ def _check_writable(path: Path) -> None:
     if not os.access(parent, os.W_OK | os.X_OK):
         fixed = os.name == "posix" and os.statvfs(parent).f_flag & os.ST_RDONLY
         raise OSError(errno.EACCES, f"{parent} is read-only" if fixed else f"no permission to write to {parent}")
-
-
-def open_to_others(path: Path) -> None:
-    """Gives a private temporary file, or a folder and its files, the permissions that the user's umask asks for."""
-    allowed = _allowed(path if path.is_dir() else path.parent)
-    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
-    for file in files:
-        file.chmod(0o666 & allowed)
-    if path.is_dir():
-        path.chmod(allowed)
-
-
-def _allowed(folder: Path) -> int:
-    """The permissions that a new file gets of those it asks for; a look at the umask itself changes it meanwhile."""
-    probe = folder / f".{uuid.uuid4().hex}"
-    handle = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o777)
-    try:
-        return stat.S_IMODE(os.fstat(handle).st_mode)
-    finally:
-        os.close(handle)
-        probe.unlink()
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -171,16 +144,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        ArtifactError: The file is missing, unreadable, too large, or not a JSON object: one that names a key twice,
-            has a number that is not finite or is nested deeper than anything we write is none.
+        ArtifactError: The file is missing, unreadable, too large, not a JSON object, names a key twice, has a number
+            that is not finite or is nested too deeply.
     """
     try:
-        content = json.loads(
-            read_small(path).decode(),
-            object_pairs_hook=_unique,
-            parse_constant=_finite,
-            parse_float=_finite,
-        )
+        text = read_small(path).decode()
+        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
         _check_depth(content)
     except FileNotFoundError as error:
         raise ArtifactError(f"{path.parent} is not a folder saved by StrataViT: {path.name} is missing") from error
@@ -197,7 +166,7 @@ def read_small(path: Path) -> bytes:
     """The bytes of a file that people could read.
 
     Raises:
-        OSError: It cannot be read, is no regular file, or is larger than such a file can be.
+        OSError: It cannot be read, is not a regular file, or is larger than such a file can be.
     """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
@@ -210,22 +179,19 @@ def read_small(path: Path) -> bytes:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it names {next(name for name in names if names.count(name) > 1)!r} twice")
+        raise ValueError(f"it names {Counter(name for name, _ in pairs).most_common(1)[0][0]!r} twice")
     return content
 
 
 def _check_depth(content: Any) -> None:
     level = [content]
     for _ in range(DEEPEST):
-        level = [inner for value in level if isinstance(value, dict | list | tuple) for inner in _inside(value)]
-        if not level:
+        nested = [one for one in level if isinstance(one, dict | list | tuple)]
+        if not nested:
             return
-    raise ValueError(f"it is nested deeper than {DEEPEST} levels")
-
-
-def _inside(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value
+        level = [inner for one in nested for inner in (one.values() if isinstance(one, dict) else one)]
+    if level:
+        raise ValueError(f"it is nested deeper than {DEEPEST} levels")
 
 
 def _finite(text: str) -> float:
@@ -250,11 +216,11 @@ def read_tensors(path: Path, without: str | None = None) -> dict[str, Tensor]:
 
     Args:
         path: The file.
-        without: End of the names of tensors that are left where they are.
+        without: Ending of the names of tensors that are not read.
 
     Raises:
         ArtifactError: The file is missing, truncated or otherwise damaged.
-        MemoryError: It is sound, and memory ran out.
+        MemoryError: It is sound, but there is not enough memory.
     """
     with _reading(path):
         if without is None:

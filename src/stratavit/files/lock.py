@@ -1,7 +1,7 @@
 """One training at a time in a folder: a file that the system locks for as long as the process lives.
 
-What the file says, who holds it, is for people only; the lock itself is the system's (`flock`), so it ends with its
-process, however that ends, in whatever container it runs.
+The content of the file, who holds it, is for people only; the lock itself is the system's (`flock`), so it ends with
+its process, however that ends, in whatever container it runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import time
 import weakref
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from stratavit.errors import ArtifactError, reason_of
 from stratavit.files.folders import read_small
@@ -27,7 +26,7 @@ else:
     import fcntl
 
 FILE = "training.lock"
-PATIENCE = 10  # looks at a lock that is held, before it is told: another process may only be looking, too
+PATIENCE = 10  # attempts before a lock that is held is reported: another process may only be looking, too
 PAUSE = 0.05  # seconds between them
 _HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 _OPEN = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -45,7 +44,7 @@ class Lock:
         self.handle: int | None = None
 
     def check(self) -> None:
-        """Nothing, if the folder is free, or if that cannot be told.
+        """Passes if the folder is free, or if that cannot be known.
 
         Raises:
             ArtifactError: A process holds the folder, or the file cannot be locked.
@@ -54,14 +53,14 @@ class Lock:
             os.close(self._open(_OPEN))
 
     def take(self) -> None:
-        """Takes the folder, until `release` or the end of the process.
+        """Locks the folder until `release` or the end of the process.
 
         Raises:
             ArtifactError: See `check`; or the file cannot be written.
         """
         try:
             self.handle = self._open(_OPEN | os.O_CREAT)
-            if hasattr(os, "register_at_fork"):  # what reads images must not hold the folder when this process is gone
+            if hasattr(os, "register_at_fork"):  # workers that read images must not hold it after this process ended
                 mine = weakref.ref(self)
                 os.register_at_fork(after_in_child=lambda: _let_go(mine()))
             me = {"pid": os.getpid(), "host": socket.gethostname(), "begun": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -72,32 +71,26 @@ class Lock:
             raise ArtifactError(f"cannot write {self.path}: {reason_of(error)}") from error
 
     def release(self) -> None:
-        """Gives the folder back, if it is held."""
+        """Unlocks the folder, if it is held."""
         if self.handle is None:
             return
         with suppress(OSError):
             if sys.platform != "win32" and os.path.samestat(os.fstat(self.handle), self.path.stat()):
                 self.path.unlink()  # while it is held: whoever waits for this file sees that it is no longer there
-            _unlock(self.handle)
         _let_go(self)
         if sys.platform == "win32":  # pragma: no cover: open files cannot be removed there
             with suppress(OSError):
                 self.path.unlink()
 
     def _open(self, flags: int) -> int:
-        """The file, locked.
-
-        Raises:
-            ArtifactError: A process holds it, or it cannot be locked.
-            OSError: It cannot be opened.
-        """
+        """Opens and locks the file; OSError if it cannot be opened, ArtifactError if it cannot be locked."""
         for _ in range(PATIENCE):
             handle = os.open(self.path, flags, 0o666)
             try:
                 if not stat.S_ISREG(os.fstat(handle).st_mode):
-                    raise ArtifactError(f"{self.path} is no lock of StrataViT; remove it")
+                    raise ArtifactError(f"{self.path} is not a lock of StrataViT; remove it")
                 _lock(handle)
-                with suppress(FileNotFoundError):  # its holder took it away meanwhile
+                with suppress(FileNotFoundError):  # its holder removed it meanwhile
                     if os.path.samestat(os.fstat(handle), self.path.stat()):
                         kept, handle = handle, -1
                         return kept
@@ -116,7 +109,7 @@ class Lock:
 
 
 def _let_go(lock: Lock | None) -> None:
-    """Closes the file; in a process that was forked its maker goes on to hold it."""
+    """Closes the file; in a forked process the parent still holds it."""
     if lock is not None and lock.handle is not None:
         with suppress(OSError):
             os.close(lock.handle)
@@ -125,24 +118,18 @@ def _let_go(lock: Lock | None) -> None:
 
 def _lock(handle: int) -> None:
     if sys.platform == "win32":  # pragma: no cover: tests run on Linux
-        os.lseek(handle, 1 << 30, os.SEEK_SET)  # behind what the file says, which stays readable
+        os.lseek(handle, 1 << 30, os.SEEK_SET)  # behind the content, which stays readable
         msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
         os.lseek(handle, 0, os.SEEK_SET)
     else:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _unlock(handle: int) -> None:
-    if sys.platform != "win32":  # pragma: no branch: there, closing is enough
-        fcntl.flock(handle, fcntl.LOCK_UN)
-
-
 def _holder(path: Path) -> str:
-    """Who holds a lock, by what its file says."""
-    try:
-        found: Any = json.loads(read_small(path))
-        pid, host, begun = int(found["pid"]), str(found["host"]), str(found["begun"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return "another process"
-    named = f"process {pid} on {host}, begun {begun}"
-    return named if named.isprintable() and len(named) < 400 else "another process"
+    """Who holds a lock, as its file says."""
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        found = json.loads(read_small(path))
+        named = f"process {int(found['pid'])} on {found['host']}, begun {found['begun']}"
+        if named.isprintable() and len(named) < 400:
+            return named
+    return "another process"

@@ -1,4 +1,4 @@
-"""A state dict into a model, strictly, with a sentence for what does not fit."""
+"""Loads a state dict into a model, strictly, with a sentence for what does not fit."""
 
 from __future__ import annotations
 
@@ -20,44 +20,42 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str, a
     """Loads a state dict strictly.
 
     Raises:
-        ArtifactError: A tensor is missing, unknown, of the wrong shape, or not finite; the first one is named.
+        ArtifactError: A tensor is missing, unknown, of the wrong shape or type, or not finite; the first one is named.
     """
     check_fit(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, source)
     for name, expected in sorted(model.state_dict().items()):
         tensor = tensors[name]
         fits = tensor.dtype in FLOATS if expected.is_floating_point() else tensor.dtype == expected.dtype
-        if not fits or tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        if not fits or not _dense(tensor):
             raise ArtifactError(
                 f"{source}: {name} is of type {_kind(tensor)}, the model expects {_kind(expected)}; give dense numbers"
             )
         if not tensor.isfinite().all():
             raise ArtifactError(f"{source}: {name} holds NaN or infinite values; give a sound checkpoint")
     model.load_state_dict(dict(tensors), strict=True, assign=assign)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    model.requires_grad_(True)
 
 
 def check_numbers(name: str, tensor: Tensor, source: str) -> None:
-    """Whether a tensor is there in full, so that work on it costs no more than the file is large.
+    """Checks that all numbers of a tensor are there, so that work on it costs no more than the file is large.
 
     Raises:
-        ArtifactError: It is sparse, quantized, without storage, or repeats fewer numbers than it is said to have.
+        ArtifactError: It is sparse, quantized, without storage, or repeats fewer numbers than it should have.
     """
-    dense = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
-    if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+    if not _dense(tensor) or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         shape = tuple(tensor.shape)
         raise ArtifactError(f"{source}: {shown(name)} {shape} is of type {_kind(tensor)}, not {shape} dense numbers")
 
 
 def check_one_type(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Whether all numbers are of one floating type; of a file without a hash, where one flipped bit makes another one.
+    """Checks that all floats of a file without a hash are of one type: a flipped bit changes the type of one tensor.
 
     Raises:
         ArtifactError: They are not; the first one that differs is named.
     """
     kinds = {name: _kind(tensor) for name, tensor in sorted(tensors.items()) if tensor.is_floating_point()}
+    first = next(iter(kinds), "")
     for name, kind in kinds.items():
-        first = next(iter(kinds))
         if kind != kinds[first]:
             raise ArtifactError(
                 f"{source}: {first} is of type {kinds[first]}, {name} of {kind}; "
@@ -73,27 +71,22 @@ def check_fit(model: nn.Module, shapes: Mapping[str, Shape], source: str) -> Non
     """
     expected = model.state_dict()
     for name in sorted(expected.keys() | shapes.keys()):
+        head = name.startswith(HEADS)
         if name not in shapes:
-            hint = "give one with a head, or ask for none (num_classes=0)" if name.startswith(HEADS) else SAME
+            hint = "give one with a head, or ask for none (num_classes=0)" if head else SAME
             raise ArtifactError(f"{source}: {name} is missing; {hint}")
         if name not in expected:
-            hint = "set --num-classes to the checkpoint's" if name.startswith(HEADS) else SAME
+            hint = "set --num-classes to the checkpoint's" if head else SAME
             raise ArtifactError(f"{source}: {shown(name)} is not part of the model; {hint}")
         ours, theirs = tuple(expected[name].shape), shapes[name]
         if ours != theirs:
-            hint = "; set --num-classes to the checkpoint's" if name.startswith(HEADS) else ""
+            hint = "; set --num-classes to the checkpoint's" if head else ""
             raise ArtifactError(f"{source}: {name} has shape {theirs}, the model expects {ours}{hint}")
-
-
-def _kind(tensor: Tensor) -> str:
-    place = "without numbers " if tensor.is_meta else ""
-    form = "" if tensor.layout == torch.strided else f"{tensor.layout} ".removeprefix("torch.")
-    return f"{place}{form}{tensor.dtype}".replace("torch.", "")
 
 
 @contextmanager
 def unreachable(name: str) -> Iterator[None]:
-    """Turns whatever a download raises into one sentence with the way out.
+    """Turns any error of a download into one sentence with the way out.
 
     Raises:
         StrataViTError: Pretrained weights cannot be fetched.
@@ -104,3 +97,13 @@ def unreachable(name: str) -> Iterator[None]:
         raise StrataViTError(
             f"cannot fetch pretrained weights of {name}: {one_line(error)}; give a local checkpoint with --weights FILE"
         ) from error
+
+
+def _dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+
+
+def _kind(tensor: Tensor) -> str:
+    place = "without numbers " if tensor.is_meta else ""
+    form = "" if tensor.layout == torch.strided else f"{tensor.layout} "
+    return f"{place}{form}{tensor.dtype}".replace("torch.", "")

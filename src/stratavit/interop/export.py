@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stratavit.data.batches import check_finite, check_images, unpack
 from stratavit.errors import StrataViTError
 from stratavit.files.atomic import followed, move_into_place, temporary_sibling
-from stratavit.files.folders import check_free, check_free_file, open_to_others
+from stratavit.files.folders import check_free, check_free_file
 from stratavit.interop.convert import as_timm
 from stratavit.interop.equivalence import tensor_of
 from stratavit.interop.transformers.folders import load_transformers, save_transformers
@@ -146,7 +146,6 @@ def _checked(model: nn.Module, path: Path, format: Format, images: Tensor, toler
         batches = [images] if format == "transformers" else [images, images[:1]]  # what is eager has no fixed size
         found = torch.cat([exported(batch) for batch in batches])
         difference = _difference(found, torch.cat([expected[: len(b)] for b in batches]), format, tolerance)
-        open_to_others(new)
         size = sum(file.stat().st_size for file in (new.iterdir() if new.is_dir() else [new]))
         move_into_place(new, target, overwrite)
     return Parity(str(path), format, size, len(images), difference, float(expected.abs().max()))
