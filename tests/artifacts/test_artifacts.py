@@ -174,7 +174,7 @@ def test_sub_network_can_be_cut_again(saved):
     "kwargs", [{}, {"global_pool": "avg"}, {"init_values": 0.1}, {"reg_tokens": 2}, {"qkv_bias": False}]
 )
 def test_super_network_file_is_an_ordinary_checkpoint(kwargs, tmp_path):
-    """Loads strictly into what `timm.create_model` makes, with no code of ours, and gives the same answers."""
+    """Loads strictly into what `timm.create_model` makes, with no code of ours, and returns the same outputs."""
     source = enliven(timm.create_model("vit_tiny_patch16_224", **KWARGS, **kwargs)).eval()
     net = SuperNet(source).contract(make_batches())
     net.save(tmp_path / "run")
@@ -367,7 +367,7 @@ def test_a_file_in_the_way_is_kept(tmp_path):
 
 FAILURES = {
     "disk full": OSError(errno.ENOSPC, "No space left on device"),
-    "disk full, told by safetensors": SafetensorError("Error while serializing: No space left on device (os error 28)"),
+    "full, says safetensors": SafetensorError("Error while serializing: No space left on device (os error 28)"),
     "interrupted": KeyboardInterrupt(),
 }
 
@@ -387,7 +387,7 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old(failure, function, old,
 
     monkeypatch.setattr(folder_format, function, fail_half_way)
     expected = KeyboardInterrupt if failure == "interrupted" else ArtifactError
-    with pytest.raises(expected, match="" if failure == "interrupted" else "new/out: .*No space left on device"):
+    with pytest.raises(expected, match=None if failure == "interrupted" else "new/out: .*No space left"):
         save(tmp_path / "new" / "out", overwrite=True)
     assert content(tmp_path) == before
 
@@ -432,14 +432,13 @@ def test_permissions_are_the_users_own_and_the_makers_are_named(root, tmp_path):
 def test_real_deit_tiny_round_trip_through_timm(deit_tiny, tmp_path):
     """Converted, saved, and loaded strictly by plain timm; the half-size model is read back bit-identical."""
     images = torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    net = SuperNet(deit_tiny).contract([images]).stratify([images])
+    net = SuperNet(deit_tiny).contract([images])
     net.save(tmp_path / "run")
     plain = timm.create_model("deit_tiny_patch16_224").eval()
     plain.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"), strict=True)
-    small = net.extract(macs=0.5, verbose=False)
+    small = net.extract(spec={site.name: site.width // 2 for site in net.sites}, verbose=False)
     stratavit.save(small, tmp_path / "small")
     with torch.no_grad():
         assert torch.equal(plain(images), net(images))
         assert (plain(images) - deit_tiny(images)).abs().max() <= 1e-4
         assert torch.equal(stratavit.load(tmp_path / "small")(images), small(images))
-    assert net.macs(net.spec(macs=0.5)) <= 0.5 * net.macs()

@@ -130,9 +130,9 @@ def test_commands_on_a_full_disk(place, work):
     ended = child(commands_on_a_full_disk, place, work)
     assert ended.code == 0, ended.said
     for command in ("convert", "extract", "curve", "report"):
-        told = [line for line in ended.lines if line.startswith(f"stratavit {command}:")]
-        assert len(told) == 1, ended.said
-        assert f"{place / 'new' / 'out'}: {FULL}" in told[0]
+        lines = [line for line in ended.lines if line.startswith(f"stratavit {command}:")]
+        assert len(lines) == 1, ended.said
+        assert f"{place / 'new' / 'out'}: {FULL}" in lines[0]
     assert "Traceback" not in ended.said
 
 
@@ -294,9 +294,9 @@ def commands_on_a_read_only_disk(place, work, whole):
 def test_commands_on_a_read_only_disk(place, work, whole):
     ended = child(commands_on_a_read_only_disk, place, work, whole)
     assert ended.code == 0, ended.said
-    told = [line for line in ended.lines if line.startswith("stratavit ")]
-    assert len(told) == 10, ended.said
-    assert all(line.endswith(f": {place} is read-only") for line in told), ended.said
+    lines = [line for line in ended.lines if line.startswith("stratavit ")]
+    assert len(lines) == 10, ended.said
+    assert all(line.endswith(f": {place} is read-only") for line in lines), ended.said
     assert "Traceback" not in ended.said
 
 

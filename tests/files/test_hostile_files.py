@@ -622,23 +622,17 @@ def test_hostile_recipes(tmp_path, text):
     assert outcome(Recipe.read, tmp_path / "r.toml") is None
 
 
-CSV = ["asked\n1", "", ",".join(["asked"] * 8), "{h}\n6/12,nan,1,1,1,1,1,1", "{h}\n6/12,0.5,1,1,inf,1,1,1"]
-CSV += [
-    "{h}\n6/12,0.5,-1,1,1,1,1,1",
-    "{h}\n" + "9" * 5000 + ",1,1,1,1,1,1,1",
-    "{h}\n6/12,0.5,1" + "0" * 30 + ",1,1,1,1,1",
-]
-CSV += [
-    "{h}\n6/12,0.5,1,1,1,1,1,1,1,1",
-    "{h}\n6/12,0.5",
-    "{h}\n<script>,0.5,1,1,1,1,1,1",
-    "{h},share\n6/12,1,1,1,1,1,1,1,1",
-]
+ROW = "6/12,0.5,1,1,1,1,1,1"
+LINES = ["6/12,nan,1,1,1,1,1,1", "6/12,0.5,1,1,inf,1,1,1", "6/12,0.5,-1,1,1,1,1,1", "9" * 5000 + ",1,1,1,1,1,1,1"]
+LINES += [f"{ROW},1,1", "6/12,0.5", "<script>,0.5,1,1,1,1,1,1", "6/12,0.5,1" + "0" * 30 + ",1,1,1,1,1"]
+CSV = ["asked\n1", "", ",".join(["asked"] * 8), f"{{h}},share\n{ROW},1", *(f"{{h}}\n{line}" for line in LINES)]
 
 
 @pytest.mark.parametrize("text", CSV)
 def test_hostile_curves(tmp_path, text):
     columns = ",".join(curve_points.Point.__dataclass_fields__)
+    (tmp_path / "curve.csv").write_text(f"{columns}\n{ROW}")
+    assert outcome(curve_points.points_in, tmp_path)
     (tmp_path / "curve.csv").write_text(text.replace("{h}", columns))
     assert not outcome(curve_points.points_in, tmp_path)
 

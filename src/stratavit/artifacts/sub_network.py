@@ -76,6 +76,6 @@ def load(path: str | Path, device: torch.device | str = "cpu", timm_form: bool =
 
 
 def site_widths(model: nn.Module) -> dict[str, int]:
-    """Kept width of every site of a sub-network: its own layers tell."""
+    """The width kept at every site of a sub-network, read from its layers."""
     sites = architecture.describe(model)["sites"]
     return {name: site.get("head_dim", site.get("hidden_features", 0)) for name, site in sites.items()}

@@ -234,5 +234,7 @@ def _sweep(path: Path) -> None:
         with suppress(OSError):
             held = _hold(path.parent / left)
             if held is not None:
-                _clear(path.parent / left, path)
-                os.close(held)
+                try:
+                    _clear(path.parent / left, path)
+                finally:
+                    os.close(held)
