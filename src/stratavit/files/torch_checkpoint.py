@@ -56,6 +56,7 @@ def check_archive(path: Path, prefix: str, advice: str = "copy it again") -> Non
     Raises:
         ArtifactError: A part differs, or the file holds what torch never writes for tensors and what may need any
             amount of memory: a compressed part or a bytearray.
+        MemoryError: There is not enough memory.
     """
     if not path.is_file():
         raise ArtifactError(f"{prefix}{path} is not a file; {advice}")
@@ -74,6 +75,8 @@ def check_archive(path: Path, prefix: str, advice: str = "copy it again") -> Non
     except ArtifactError:
         raise
     except (OSError, ValueError, NotImplementedError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        if out_of_memory(error):
+            raise MemoryError(one_line(error)) from error
         raise ArtifactError(f"{prefix}{path} is damaged; {advice}") from error
     if broken is not None:
         raise ArtifactError(f"{prefix}{path} is damaged (the checksum of {shown(broken)} differs); {advice}")
