@@ -92,23 +92,16 @@ def run(out: Path, device: torch.device, epochs: int, overwrite: bool) -> tuple[
     Raises:
         StrataViTError: `out` is taken, or the loaded model disagrees with the saved one.
     """
-    outcome: dict[str, Any] = {}
-    view: list[Any] = []
-
-    def write(folder: Path) -> None:
-        result, lines = _work(folder, device, epochs)
-        outcome.update(result)
-        view.extend(lines)
-
+    done: list[tuple[dict[str, Any], list[Any]]] = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the model is so small that threads would only wait for each other
     try:
-        write_folder(out, write, overwrite)
+        write_folder(out, lambda folder: done.append(_work(folder, device, epochs)), overwrite)
     finally:
         torch.set_num_threads(threads)
-    outcome["folder"] = str(out)
-    view.append(f"everything is in {out}: super-network/, small/, curve.csv, curve.png")
-    return outcome, view
+    result, lines = done[0]
+    where = f"everything is in {out}: super-network/, small/, curve.csv, curve.png"
+    return {**result, "folder": str(out)}, [*lines, where]
 
 
 def _work(folder: Path, device: torch.device, epochs: int) -> tuple[dict[str, Any], list[Any]]:

@@ -1,14 +1,10 @@
-"""Models that answer with features: nearest neighbours, text embeddings, objectives, and what is refused."""
-
-from __future__ import annotations
-
-import copy
+"""Models that output features: nearest neighbours, text embeddings, objectives, and what is refused."""
 
 import pytest
 import timm
 import torch
-from helpers import PLAN, enliven, make_batches, make_images
-from PIL import Image
+from command_line import make_folder
+from helpers import CLASSES, PLAN, enliven, make_batches, make_images, make_model
 from safetensors.torch import save_file
 
 import stratavit
@@ -16,6 +12,7 @@ from stratavit import ArtifactError, StrataViTError, SuperNet
 from stratavit.cli.parser import main
 from stratavit.dropout_list.sensitivity import bypass_sensitivity
 from stratavit.evaluation.features import features, knn, read_embeddings, zero_shot
+from stratavit.reports import curve
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -28,17 +25,21 @@ def clip():
     return enliven(timm.create_model("vit_base_patch16_clip_224", **SIZES, num_classes=12)).eval()
 
 
+def converted(model, **options):
+    return SuperNet(model, **options).contract(make_batches()).stratify(make_batches(), plan=PLAN)
+
+
 class Known(torch.nn.Module):
-    """Its features are the first pixels of the image."""
+    """Its features are the first two pixels of the image."""
 
     num_classes = 0
 
-    def __init__(self, width):
+    def __init__(self):
         super().__init__()
-        self.width, self.weight = width, torch.nn.Parameter(torch.zeros(1))
+        self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def forward(self, images):
-        return images.flatten(1)[:, : self.width]
+        return images.flatten(1)[:, :2]
 
 
 def pictures(rows):
@@ -48,30 +49,41 @@ def pictures(rows):
     return images
 
 
-def test_neighbours_solved_by_hand():
+def test_neighbours_of_known_features(monkeypatch):
     bank = [(pictures([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), torch.tensor([0, 0, 1]))]
     queries = [(pictures([[2.0, 0.1], [0.1, 3.0], [1.0, 0.9]]), torch.tensor([0, 1, 1]))]
-    assert knn(Known(2), bank, queries, k=1).top1 == pytest.approx(100 * 2 / 3)  # the third is nearer to class 0
-    found = knn(Known(2), bank, queries, k=3, temperature=1e9)  # all vote alike: class 0 has two of three
-    assert found.top1 == pytest.approx(100 / 3)
-    assert found.n == 3
+    for chunk in (4096, 2):  # images of the bank compared at once
+        monkeypatch.setattr("stratavit.evaluation.features.CHUNK", chunk)
+        assert knn(Known(), bank, queries, k=1).top1 == pytest.approx(100 * 2 / 3)  # the third is nearer to class 0
+        found = knn(Known(), bank, queries, k=3, temperature=1e9)  # all vote alike: class 0 has two of three
+        assert (found.top1, found.n) == (pytest.approx(100 / 3), 3)
+    lacking = [(pictures([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 5]))]
+    assert knn(Known(), bank, lacking, k=1).top1 == 50  # a class that the bank lacks is wrong, not an error
 
 
-def test_a_class_that_the_bank_lacks_is_wrong_not_an_error():
-    bank = [(pictures([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]))]
-    found = knn(Known(2), bank, [(pictures([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 5]))], k=1)
-    assert found.top1 == 50
+@pytest.mark.parametrize(
+    ("bank", "k", "message"),
+    [
+        (make_batches(), 0, "knn: .*k of at least 1.* 0 and"),
+        ([], 1, "knn: .*bank has no images"),
+        ([(make_images(2), torch.tensor([0, -1]))], 1, "knn: .*bank has the label -1"),
+        ([make_images(2)], 1, "bank: .*no labels"),
+    ],
+)
+def test_neighbours_of_nothing(bank, k, message):
+    with pytest.raises(StrataViTError, match=message):
+        knn(make_model("plain"), bank, make_batches(), k=k)
 
 
-def test_text_embeddings_solved_by_hand(tmp_path):
+def test_text_embeddings_of_known_features(tmp_path):
     embeddings = torch.tensor([[3.0, 0.0], [0.0, 0.5]])
-    images = [(pictures([[1.0, 0.2], [0.2, 1.0], [1.0, 0.9]]), torch.tensor([0, 1, 1]))]
-    found = zero_shot(Known(2), embeddings, images)
-    assert found.top1 == pytest.approx(100 * 2 / 3)
     save_file({"text": embeddings}, tmp_path / "text.safetensors")
     assert torch.equal(read_embeddings(tmp_path / "text.safetensors"), embeddings)
-    with pytest.raises(StrataViTError, match="have 3 numbers each, the image features 2"):
-        zero_shot(Known(2), torch.ones(2, 3), images)
+    images = [(pictures([[1.0, 0.2], [0.2, 1.0], [1.0, 0.9]]), torch.tensor([0, 1, 1]))]
+    assert zero_shot(Known(), embeddings, images).top1 == pytest.approx(100 * 2 / 3)
+    assert curve.judge_of(Known(), embeddings=embeddings)(Known(), images) == zero_shot(Known(), embeddings, images)
+    with pytest.raises(StrataViTError, match="3 numbers each, the image features 2"):
+        zero_shot(Known(), torch.ones(2, 3), images)
 
 
 @pytest.mark.parametrize(
@@ -79,35 +91,34 @@ def test_text_embeddings_solved_by_hand(tmp_path):
 )
 def test_bad_embeddings_are_refused(tensors, tmp_path):
     save_file(tensors, tmp_path / "text.safetensors")
-    with pytest.raises(ArtifactError, match="should hold one tensor"):
+    with pytest.raises(ArtifactError, match="one tensor"):
         read_embeddings(tmp_path / "text.safetensors")
     with pytest.raises(ArtifactError, match="is not a file"):
         read_embeddings(tmp_path / "absent.safetensors")
 
 
 def test_features_of_a_sub_network_are_those_of_the_extracted():
-    net = SuperNet(headless()).contract(make_batches()).stratify(make_batches(), plan=PLAN)
-    spec, images = net.spec(macs=0.6), make_images(4)
+    net = converted(headless())
+    spec, images, labelled = net.spec(macs=0.6), make_images(4), make_batches()
+    small = net.extract(spec=spec)
     with torch.no_grad(), net.at(spec) as inner:
-        assert torch.allclose(features(inner, images), features(net.extract(spec=spec), images), atol=1e-6)
-    labelled = make_batches()
-    assert knn(net, labelled, labelled, spec).top1 == knn(net.extract(spec=spec), labelled, labelled).top1
+        assert torch.allclose(features(inner, images), features(small, images), atol=1e-6)
+    assert knn(net, labelled, labelled, spec).top1 == knn(small, labelled, labelled).top1
 
 
 def test_features_of_a_classifier_are_what_its_head_reads():
-    model = enliven(timm.create_model("vit_tiny_patch16_224", **SIZES, num_classes=7)).eval()
+    model, seen = make_model("plain"), []
+    model.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.no_grad():
-        found, answer = features(model, make_images(2)), model(make_images(2))
-    assert found.shape == (2, 32)
-    assert answer.shape == (2, 7)
+        model(make_images(2))
+        assert torch.allclose(features(model, make_images(2)), torch.nn.functional.normalize(seen[0], dim=-1))
 
 
-def test_an_embedding_head_is_no_classifier(tmp_path):
-    net = SuperNet(clip(), embedding=True).contract(make_batches()).stratify(make_batches(), plan=PLAN)
-    with pytest.raises(StrataViTError, match="answers with features"):
-        stratavit.evaluate(net, make_batches())
+def test_an_embedding_head_is_not_a_classifier(tmp_path):
+    net, images = converted(clip(), embedding=True), make_batches()
+    with pytest.raises(StrataViTError, match="features"):
+        stratavit.evaluate(net, images)
     small = net.extract(macs=0.6)
-    images = [(images, labels) for images, labels in make_batches()]
     before = zero_shot(small, torch.eye(12), images)
     stratavit.save(small, tmp_path / "small")
     net.save(tmp_path / "net")
@@ -116,8 +127,7 @@ def test_an_embedding_head_is_no_classifier(tmp_path):
 
 
 def test_sensitivity_without_a_head_is_the_distance_features_move():
-    net = SuperNet(headless())
-    batches = make_batches()
+    net, batches = SuperNet(headless()), make_batches()
     gamma = bypass_sensitivity(net.model, net.sites, batches)
     images = torch.cat([images for images, _ in batches])
     with torch.no_grad():
@@ -128,56 +138,41 @@ def test_sensitivity_without_a_head_is_the_distance_features_move():
         net.elastic[name].bypassed = False
     expected = ((moved - full).square().sum(-1) / full.square().sum(-1)).mean()
     assert gamma[name] == pytest.approx(float(expected), rel=1e-4)
-    with pytest.raises(StrataViTError, match="measure 'top1' needs a head"):
+    with pytest.raises(StrataViTError, match="'top1'"):
         bypass_sensitivity(net.model, net.sites, batches, "top1")
 
 
-def test_training_measures_by_neighbours_and_needs_no_labels(tmp_path):
-    pytest.importorskip("accelerate")
-    net = SuperNet(headless()).contract(make_batches()).stratify(make_batches(), plan=PLAN)
-    images = make_images(12)
-    data = torch.utils.data.TensorDataset(images, torch.arange(12) % 3)
-    recipe = {"epochs": 1, "list_epochs": 1, "batch_size": 4, "mixup": 0.0, "cutmix": 0.0, "repeats": 1, "workers": 0}
-    stratavit.train_piad(copy.deepcopy(net), data, data, recipe | {"tracker": "none"}, tmp_path / "run", cpu=True)
-    assert (tmp_path / "run" / "curve.csv").exists()
-    only = torch.utils.data.TensorDataset(images)
-    stratavit.train_piad(copy.deepcopy(net), only, config=recipe | {"tracker": "none"}, cpu=True)
-
-
-def test_widths_of_q_and_k_may_be_said():
-    whole = SuperNet(enliven(timm.create_model("vit_small_patch16_dinov3", **SIZES, num_classes=0)).eval())
-    name = whole.sites[0].name
-    assert whole.resolve({name: {"qk": 16, "v": 8}}) == whole.resolve({name: 8})
-    assert whole.extract(spec={name: {"qk": 16, "v": 8}}).blocks[0].attn.v.out_features == 16
-    with pytest.raises(StrataViTError, match="stays whole, 16; asked qk 8 with v 8"):
-        whole.resolve({name: {"qk": 8, "v": 8}})
+def test_widths_of_q_and_k_may_be_given():
+    split = SuperNet(enliven(timm.create_model("vit_small_patch16_dinov3", **SIZES, num_classes=0)).eval())
+    name = split.sites[0].name
+    assert split.resolve({name: {"qk": 16, "v": 8}}) == split.resolve({name: 8})
+    assert split.extract(spec={name: {"qk": 16, "v": 8}}).blocks[0].attn.v.out_features == 16
     tied = SuperNet(headless())
     assert tied.resolve({name: {"qk": 8, "v": 8}}) == tied.resolve({name: 8})
-    with pytest.raises(StrataViTError, match="is as wide as v; asked qk 16 with v 8"):
-        tied.resolve({name: {"qk": 16, "v": 8}})
-    with pytest.raises(StrataViTError, match="needs 'qk' and 'v', or one width"):
-        tied.resolve({name: {"q": 8}})
+    for net, widths, message in (
+        (split, {"qk": 8, "v": 8}, "16; asked qk 8 with v 8"),
+        (tied, {"qk": 16, "v": 8}, "asked qk 16 with v 8"),
+        (tied, {"q": 8}, "'qk' and 'v'"),
+    ):
+        with pytest.raises(StrataViTError, match=message):
+            net.resolve({name: widths})
 
 
-def test_an_embedding_is_trained_by_its_source():
+@pytest.mark.parametrize("embedding", [False, True])
+def test_training_by_the_source_needs_no_labels(embedding):
     pytest.importorskip("accelerate")
-    net = SuperNet(clip(), embedding=True).contract(make_batches()).stratify(make_batches(), plan=PLAN)
-    recipe = {"epochs": 1, "list_epochs": 1, "batch_size": 4, "repeats": 1, "workers": 0, "tracker": "none"}
-    data = torch.utils.data.TensorDataset(make_images(12))
+    net = converted(clip(), embedding=True) if embedding else converted(headless())
     before = net.model.blocks[0].mlp.fc1.weight.clone()
-    stratavit.train_piad(net, data, config=recipe, cpu=True)
+    recipe = {"epochs": 1, "list_epochs": 1, "batch_size": 4, "repeats": 1, "workers": 0, "tracker": "none"}
+    stratavit.train_piad(net, torch.utils.data.TensorDataset(make_images(12)), config=recipe, cpu=True)
     assert not torch.equal(net.model.blocks[0].mlp.fc1.weight, before)
 
 
-def test_the_command_trains_without_a_head(tmp_path):
+def test_the_command_trains_without_a_head_and_measures_by_neighbours(tmp_path):
     pytest.importorskip("accelerate")
-    SuperNet(headless()).contract(make_batches()).stratify(make_batches(), plan=PLAN).save(tmp_path / "run")
-    for split, name in ((split, name) for split in ("train", "val") for name in ("a", "b")):
-        folder = tmp_path / "images" / split / name
-        folder.mkdir(parents=True)
-        for number in range(4):
-            Image.new("RGB", (40, 40), (60 * number, 90, 30)).save(folder / f"{number}.png")
+    converted(headless()).save(tmp_path / "run")
+    make_folder(tmp_path / "images", [str(name) for name in range(CLASSES)], train=1, val=1)
     options = "--epochs 1 --list-epochs 1 --batch-size 4 --repeats 1 --workers 0 --tracker none --device cpu"
     paths = [str(tmp_path / name) for name in ("run", "images", "out")]
     assert main(["train", paths[0], "--data", paths[1], "--out", paths[2], *options.split()]) == 0
-    assert (tmp_path / "out" / "curve.csv").exists()
+    assert len((tmp_path / "out" / "curve.csv").read_text().splitlines()) > 1

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
+from decimal import Decimal
 from operator import index
-from typing import Any, SupportsFloat, SupportsIndex
+from typing import Any, SupportsFloat
 
 from stratavit.errors import BudgetError
 from stratavit.spec import Spec
@@ -13,7 +15,9 @@ from stratavit.utils.text import SUFFIXES, human
 
 Amount = float | int | str
 COUNTS = ("macs", "params")  # whole numbers, where a share is a float; the rest are absolute
-_DENSE_IS_HIGHEST = (*COUNTS, "memory_mb", "latency_ms")
+GOALS = ("top1", "max_drop")  # accuracies; the rest are costs
+KINDS = (*COUNTS, "memory_mb", "latency_ms", *GOALS)
+_TEXT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|[KMGT]?)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,9 @@ class Bound:
     high: float
 
     def __str__(self) -> str:
-        share = f" ({self.got / self.high:.1%} of the dense model)" if self.kind in _DENSE_IS_HIGHEST else ""
-        low, high = amount_text(self.kind, self.low), amount_text(self.kind, self.high)
-        return (
-            f"{self.kind}: asked {amount_text(self.kind, self.asked)}, got {amount_text(self.kind, self.got)}{share}; "
-            f"reachable {low} to {high}"
-        )
+        share = "" if self.kind in GOALS else f" ({self.got / self.high:.1%} of the dense model)"
+        asked, got, low, high = (amount_text(self.kind, x) for x in (self.asked, self.got, self.low, self.high))
+        return f"{self.kind}: asked {asked}, got {got}{share}; reachable {low} to {high}"
 
 
 @dataclass(frozen=True)
@@ -91,90 +92,62 @@ def amount_text(kind: str, amount: float) -> str:
     return human(amount) if kind in COUNTS else f"{amount:.4g}"
 
 
-def parse_amount(amount: Amount, dense: int, name: str) -> int:
-    """An absolute count from a share (``0.5``, ``"50%"``) or an absolute value (an int, ``"2.1G"``).
+def parse(kind: str, amount: Amount, dense: float) -> float:
+    """The absolute amount of a budget, given the dense model's.
+
+    Args:
+        kind: Counts (``macs``, ``params``) are a share (``0.5``, ``"50%"``) or absolute (an int, ``"2.1G"``);
+            ``memory_mb`` and ``latency_ms`` a number (``12``, ``"12.5"``) or a share (``"50%"``); accuracies are
+            percent of images (``75``, ``"75"``, ``"75%"``).
+        amount: What was written.
+        dense: Of the dense model; accuracies do not need it.
 
     Raises:
-        BudgetError: The amount is none of these, or a share outside (0, 1].
+        BudgetError: The amount is none of these, or out of range.
     """
-    share = None
-    if isinstance(amount, str):
-        text = amount.strip()
-        match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|[KMGT]?)", text, re.IGNORECASE)
-        if match is None:
-            raise BudgetError(f"{name}: cannot read {amount!r}; give a share (0.5, '50%') or a count ('2.1G')")
-        number, suffix = float(match[1]), match[2].upper()
-        if suffix == "%":
-            share = number / 100
-        elif suffix == "" and "." in text:
-            share = number
-        else:
-            return _whole(number * SUFFIXES[suffix])
-    elif isinstance(amount, bool) or not isinstance(amount, SupportsIndex | SupportsFloat):
-        raise BudgetError(f"{name}: expected a share, a count or a text such as '50%', got {amount!r}")
-    else:
-        try:
-            if isinstance(amount, SupportsIndex):
-                return index(amount)
-        except TypeError:  # an array or tensor of one share has the method, too
-            pass
-        share = _float(amount, name, "a share, a count or a text such as '50%'")
-    return _whole(_checked_share(share, amount, name) * dense)
-
-
-def parse_measure(amount: Amount, dense: float, name: str) -> float:
-    """An absolute amount of milliseconds or megabytes from a number (``12``, ``"12.5"``) or a share (``"50%"``).
-
-    Raises:
-        BudgetError: The amount is none of these, or not above 0.
-    """
-    value, percent = _number(amount, name, "a number above 0, or a share such as '50%'")
-    if percent:
-        return _checked_share(value / 100, amount, name) * dense
+    if kind in COUNTS:
+        return _count(kind, amount, dense)
+    if kind in GOALS:
+        expected = "percent of images from 0 to 100, such as 75 or '75%'"
+        value, _ = _number(kind, amount, expected)
+        if not 0 <= value <= 100 or (kind == "top1" and 0 < value < 1 and not isinstance(amount, str)):
+            raise BudgetError(f"{kind}: expected {expected}, got {amount!r}")
+        return value
+    expected = "a number above 0, or a share such as '50%'"
+    value, unit = _number(kind, amount, expected)
+    if unit:
+        return _share(kind, value / 100, amount) * dense
     if not 0 < value < float("inf"):
-        raise BudgetError(f"{name}: expected a number above 0, got {amount!r}")
+        raise BudgetError(f"{kind}: expected {expected}, got {amount!r}")
     return value
 
 
-def parse_points(amount: Amount, name: str) -> float:
-    """Percent of images: ``75``, ``"75"`` and ``"75%"`` are the same.
-
-    Raises:
-        BudgetError: The amount is none of these, or not from 0 to 100.
-    """
-    value, _ = _number(amount, name, "percent of images, such as 75 or '75%'")
-    if not 0 <= value <= 100:
-        raise BudgetError(f"{name}: expected percent of images from 0 to 100, got {amount!r}")
-    if name == "top1" and 0 < value < 1 and not isinstance(amount, str):
-        raise BudgetError(f"{name}: expected percent of images such as 75, got the share {amount!r}")
-    return value
-
-
-def _number(amount: Amount, name: str, expected: str) -> tuple[float, bool]:
-    """The number, and whether a percent sign followed."""
-    if isinstance(amount, str):
-        match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%?)", amount.strip())
-        if match is None:
-            raise BudgetError(f"{name}: cannot read {amount!r}; give {expected}")
-        return float(match[1]), match[2] == "%"
-    if isinstance(amount, bool) or not isinstance(amount, SupportsFloat):
-        raise BudgetError(f"{name}: expected {expected}, got {amount!r}")
-    return _float(amount, name, expected), False
+def _count(kind: str, amount: Any, dense: float) -> int:
+    with suppress(TypeError):  # a float, a text, or an array of one share
+        if not isinstance(amount, bool):
+            return index(amount)
+    number, unit = _number(kind, amount, "a share (0.5, '50%') or a count ('2.1G')", "%KMGT")
+    if unit == "%":
+        number /= 100
+    elif unit or (isinstance(amount, str) and "." not in amount):
+        return int(Decimal(str(number)) * SUFFIXES[unit])
+    return int(
+        round(_share(kind, number, amount) * dense, 3)
+    )  # down, but a count over dense, times dense, is the count
 
 
-def _float(amount: Any, name: str, expected: str) -> float:
-    try:
-        return float(amount)
-    except (TypeError, ValueError, RuntimeError) as error:  # an array of several
-        raise BudgetError(f"{name}: expected {expected}, got {amount!r}") from error
+def _number(kind: str, amount: Any, expected: str, units: str = "%") -> tuple[float, str]:
+    """The number, and the unit that follows it in a text."""
+    match = _TEXT.fullmatch(amount.strip()) if isinstance(amount, str) else None
+    if match is not None and match[2].upper() in units:
+        return float(match[1]), match[2].upper()
+    with suppress(TypeError, ValueError, RuntimeError):  # an array of several
+        if isinstance(amount, SupportsFloat) and not isinstance(amount, bool):
+            return float(amount), ""
+    raise BudgetError(f"{kind}: expected {expected}, got {amount!r}")
 
 
-def _checked_share(share: float, amount: Amount, name: str) -> float:
+def _share(kind: str, share: float, amount: Amount) -> float:
     if not 0 < share <= 1:
-        raise BudgetError(f"{name}: a share must be above 0 and at most 1 (100%), got {amount!r}")
+        raise BudgetError(f"{kind}: a share must be above 0 and at most 1 (100%), got {amount!r}")
     return share
-
-
-def _whole(count: float) -> int:
-    """Rounded down, but forgiving what binary fractions lose: 1.005K is 1,005, and count / dense of dense is count."""
-    return int(round(count, 3))

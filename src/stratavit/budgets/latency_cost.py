@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-
-import torch
+from statistics import linear_regression
 
 from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.site import Site
@@ -44,18 +43,13 @@ def priced(
 def latency_prices(cost: CostModel, elastic: Mapping[str, ElasticSite], setting: Setting) -> dict[str, Price]:
     """Times the extracted layers of every kind of site at quarters of its width, and fits a line.
 
-    A line, because single units are far below what a clock can tell apart.
-
-    Args:
-        cost: Of the model: its sites, of which those alike are timed once, and their tokens.
-        elastic: Site name -> module; gives device and dtype.
-        setting: How layers are run.
+    A line, because single units are far below what a clock can tell apart. Sites that are alike are timed once.
 
     Returns:
         Site name -> milliseconds per batch as soon as there is one coordinate, and of each coordinate.
 
     Raises:
-        StrataViTError: A layer cannot be run in this setting, or takes no longer when it is wider.
+        StrataViTError: A layer cannot be run in this setting, or is not slower when it is wider.
     """
     alike: dict[tuple[str, int, int, int, int], list[Site]] = {}
     for site in cost.sites:
@@ -84,16 +78,15 @@ def fit(name: str, widths: Sequence[int], milliseconds: Sequence[float]) -> Pric
     Raises:
         StrataViTError: It does not rise.
     """
-    x, y = (torch.tensor(values, dtype=torch.float64) for values in (widths, milliseconds))
-    if len(widths) == 1:
-        return Price(0.0, float(y[0] / x[0]))
-    slope = float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
-    start = float(y.mean()) - slope * float(x.mean())
-    if start < 0:
-        start, slope = 0.0, float((x * y).sum() / x.square().sum())
+    start = -1.0
+    if len(widths) > 1:
+        slope, start = linear_regression(widths, milliseconds)
+    if start < 0:  # through the origin
+        start = 0.0
+        slope = sum(x * y for x, y in zip(widths, milliseconds, strict=True)) / sum(x * x for x in widths)
     if not slope > 0:
         raise StrataViTError(
-            f"latency: {name} takes no longer when it is wider ({', '.join(f'{ms:.3g}' for ms in milliseconds)} ms at "
+            f"latency: {name} is not slower when it is wider ({', '.join(f'{ms:.3g}' for ms in milliseconds)} ms at "
             f"widths {', '.join(map(str, widths))}); give a larger batch, or let the list follow MACs"
         )
     return Price(start, slope)

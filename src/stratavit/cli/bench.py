@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
-from collections.abc import Mapping
+from argparse import ArgumentParser, Namespace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,44 +11,62 @@ import torch
 from torch import nn
 
 from stratavit.artifacts import folder_format, sub_network
-from stratavit.cli.options import Outcome, budgeted, budgets
-from stratavit.errors import BudgetError, StrataViTError
-from stratavit.evaluation.benchmark import bench, tables
+from stratavit.cli import options
+from stratavit.errors import BudgetError
+from stratavit.evaluation.benchmark import bench as time_models
+from stratavit.evaluation.benchmark import tables
 from stratavit.evaluation.curve_points import parse_share
-from stratavit.evaluation.latency import Runtime, Setting
+from stratavit.evaluation.latency import Setting
 from stratavit.models import architecture
+from stratavit.models.cost import linear_macs
 from stratavit.supernet import SuperNet
 from stratavit.utils.devices import pick_device
 from stratavit.utils.text import human
 
-RUNTIMES: tuple[Runtime, ...] = ("eager", "onnx")
-BATCHES = (1, 64)
+WIDTHS = ("head_dim", "qk_dim", "v_dim", "hidden_features")  # in the description of a site
 
 
-def run(args: Namespace) -> Outcome:
-    """Times a small model, or sizes of a super-network, beside the dense model."""
+def bench_options(command: ArgumentParser) -> None:
+    """A saved folder, and what to time of it."""
+    add = command.add_argument
+    add("target", metavar="SMALL|RUN", help="a saved folder; of a super-network several sizes are timed")
+    ladder = ("10/12", "8/12", "6/12", "4/12")
+    text = "of a super-network: shares of the dense MACs (default: 10/12 to 4/12)"
+    add("--shares", type=options.shares, default=ladder, metavar="LIST", help=text)
+    add("--batches", type=_counts, default=(1, 64), metavar="LIST", help="batch sizes (default: 1,64)")
+    text = "of eager, compiled, onnx (default: eager, and onnx if here)"
+    add("--runtimes", type=lambda text: text.split(","), metavar="LIST", help=text)
+    text = "shortest time per model and setting (default: %(default)s)"
+    add("--seconds", type=float, default=2.0, help=text)
+    options.add_costs(command)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(options.positive(part) for part in text.split(","))
+
+
+def bench(args: Namespace) -> options.Outcome:
+    """Times a small model, or sizes of a super-network, next to the dense model."""
     device = pick_device(args.device)
-    asked = budgets(args)
-    if folder_format.kind(args.target) == folder_format.SUPER:
-        net = SuperNet.load(args.target, device)
-        config = net.data_config
-        models = sizes(net, args.shares, asked if budgeted(asked) else None)
-    else:
-        if budgeted(asked):
-            raise BudgetError(f"{args.target} has one size only; budgets are for super-networks")
-        small: Any = sub_network.load(args.target, device, timm_form=True)
-        config = architecture.resolve_data_config(small)
-        models = beside_dense(small, Path(args.target).name)
-    notes = []
-    runtimes = args.runtimes or RUNTIMES
+    asked = options.budgets(args)
+    runtimes: Any = args.runtimes or ("eager", "onnx")
+    notes: list[Any] = []
     if args.runtimes is None and args.dtype not in (None, "float32"):
         runtimes, notes = ("eager",), [f"ONNX Runtime is timed in float32 only, so not in {args.dtype}"]
     elif args.runtimes is None and not has_onnx():
         runtimes, notes = ("eager",), ["ONNX Runtime is not here: pip install 'stratavit[export]'"]
     settings = [Setting(n, r, args.dtype, args.threads, args.seconds) for r in runtimes for n in args.batches]
-    rows = bench(models, config["input_size"], settings)
+    if folder_format.kind(args.target) == folder_format.SUPER:
+        net = SuperNet.load(args.target, device)
+        size, models = net.data_config["input_size"], sizes(net, args.shares, asked)
+    elif asked:
+        raise BudgetError(f"{args.target} has one size only; budgets are for super-networks")
+    else:
+        small: Any = sub_network.load(args.target, device, timm_form=True)
+        size, models = architecture.resolve_data_config(small)["input_size"], with_dense(small, Path(args.target).name)
+    rows = time_models(models, size, settings)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": where, "rows": [row.to_dict() for row in rows]}, [*tables(rows, where), *notes]
+    return {"device": where, "rows": [vars(row) for row in rows]}, [*tables(rows, where), *notes]
 
 
 def has_onnx() -> bool:
@@ -60,7 +77,7 @@ def has_onnx() -> bool:
 def sizes(net: SuperNet, shares: tuple[str, ...], asked: Any) -> dict[str, nn.Module]:
     """The dense model and the sub-networks of a super-network to time."""
     models = {"dense": net.extract(spec={}, verbose=False)}
-    if asked is not None:
+    if asked:
         met = net.budget(**asked)
         models[f"{human(net.macs(met.spec))} MACs"] = net.extract(spec=met.spec)
         return models
@@ -73,29 +90,27 @@ def sizes(net: SuperNet, shares: tuple[str, ...], asked: Any) -> dict[str, nn.Mo
     return models
 
 
-def beside_dense(small: nn.Module, name: str) -> dict[str, nn.Module]:
-    """A small model and the dense one that it came from, with random weights: only its time matters."""
-    dense_spec = getattr(small, "provenance", {}).get("dense_spec")
-    if dense_spec is None:
+def with_dense(small: nn.Module, name: str) -> dict[str, nn.Module]:
+    """A small model and the dense one that it came from, with random weights: only its time matters.
+
+    A module of which nothing is left is made like the nearest of its kind. The small model is alone where the dense one
+    cannot be rebuilt: its origin is unknown, or a kind of module is cut out everywhere.
+    """
+    provenance = getattr(small, "provenance", {})
+    if "dense_spec" not in provenance:
         return {name: small}
     description = architecture.describe(small)
-    try:
-        description["sites"] |= dense_sites(description["sites"], dense_spec)
-        dense = architecture.build(description)
-    except (StrataViTError, KeyError, TypeError, AttributeError) as error:
-        raise StrataViTError(f"bench: the dense model cannot be built from the provenance of {name}") from error
+    left, full, order = description["sites"], {}, list(provenance["dense_spec"])
+    for place, (site, width) in enumerate(provenance["dense_spec"].items()):
+        leaf = site.rpartition(".")[2]
+        alike = [other for other, numbers in left.items() if other.endswith(leaf) and "constant" not in numbers]
+        if not alike:
+            return {name: small}
+        nearest = min(alike, key=lambda other: abs(order.index(other) - place))
+        full[site] = {key: width if key in WIDTHS else value for key, value in left[nearest].items()}
+    dense = architecture.build(description | {"sites": full})
+    size = architecture.resolve_data_config(small)["input_size"]
+    if provenance.get("dense_macs") not in (None, linear_macs(dense, size)):
+        return {name: small}
     parameter = next(small.parameters())
     return {"dense": dense.to(parameter.device, parameter.dtype).eval(), "small" if name == "dense" else name: small}
-
-
-def dense_sites(sites: Mapping[str, Any], widths: Mapping[str, int]) -> dict[str, Any]:
-    """The description of every site at full width; of a constant one like others of its kind."""
-    found: dict[str, Any] = {}
-    for name, width in widths.items():
-        leaf = name.rpartition(".")[2]
-        alike = [site for other, site in sites.items() if other.endswith(leaf) and "constant" not in site]
-        usual = {"num_heads": 1, "qkv_bias": True, "proj_bias": True}
-        usual = usual if leaf == "attn" else {"fc1_bias": True, "fc2_bias": True}
-        like = sites[name] if "constant" not in sites[name] else (alike or [usual])[0]
-        found[name] = {**like, ("head_dim" if leaf == "attn" else "hidden_features"): width}
-    return found

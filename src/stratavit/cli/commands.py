@@ -1,9 +1,9 @@
-"""What each command of the command line does. Returns plain data for ``--json`` and a view for people."""
+"""The commands around super-networks and small models: each has a function for its options and one for its work."""
 
 from __future__ import annotations
 
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,101 @@ import torch
 from rich.table import Table
 
 from stratavit.artifacts import folder_format, sub_network
-from stratavit.cli.options import Outcome, budgets, loader_of
-from stratavit.data.class_names import class_names_of
-from stratavit.evaluation import curve_points
+from stratavit.artifacts.model_loading import model_at
+from stratavit.calibration.objectives import OBJECTIVES
+from stratavit.calibration.wpac import CRITERIA
+from stratavit.cli import options
+from stratavit.cli.options import Outcome, positive
+from stratavit.data.splits import split_folder
+from stratavit.evaluation.curve_points import points_in
+from stratavit.evaluation.latency import Setting
 from stratavit.files.folders import check_free
+from stratavit.interop import supported
 from stratavit.interop.export import SUFFIXES
 from stratavit.interop.export import export as export_model
 from stratavit.models.architecture import resolve_data_config
 from stratavit.reports import hub
 from stratavit.supernet import SuperNet
 from stratavit.utils.devices import pick_device
-from stratavit.utils.model import classes_of
 from stratavit.utils.text import human
+
+
+def convert_options(command: ArgumentParser) -> None:
+    """MODEL, images, and how knowledge is sorted."""
+    add = command.add_argument
+    add(
+        "model",
+        metavar="MODEL|FOLDER",
+        help="timm's name, for example deit_tiny_patch16_224; torchvision's, for example vit_b_16; or the folder of a "
+        "small model or of a model of transformers",
+    )
+    options.add_model(command)
+    options.add_data(command, "images to calibrate on: a folder with train/, or the class folders themselves")
+    options.add_out(command, "RUN", "folder to write the super-network to")
+    text = "calibration images at most (default: %(default)s, as in the paper)"
+    add("--images", type=positive, default=1024, help=text)
+    text = "paper: exactly the paper, cut channels count as zero (default: predicted from those kept)"
+    add("--method", choices=("default", "paper"), help=text)
+    text = "what channels are sorted by; all but output imply --method paper"
+    add("--criterion", choices=CRITERIA, help=text)
+    text = "leave the second moments out of RUN: a smaller folder, less accurate sub-networks"
+    add("--no-moments", action="store_true", help=text)
+    text = "what is differentiated; 'sampled', 'prediction' and 'feature' need no labels (default: %(default)s)"
+    add("--objective", choices=OBJECTIVES, default="auto", help=text)
+    text = "what the list weighs a unit's importance against (default: %(default)s)"
+    add("--price", choices=("macs", "latency"), default="macs", help=text)
+    options.add_latency_batch(command)
+    add("--threads", type=positive, default=0, help="CPU threads of timings (default: torch's own)")
+    add("--seed", type=int, default=0, help="for random choices (default: %(default)s)")
+    text = "the head leads into an embedding (a CLIP image tower), it does not tell classes apart"
+    add("--embedding", action="store_true", help=text)
+
+
+def convert(args: Namespace) -> Outcome:
+    """MODEL and calibration images to a super-network folder."""
+    check_free(args.out, args.overwrite)
+    split_folder(args.data, "train")
+    device = pick_device(args.device)
+    net = SuperNet(model_at(args.model, args.weights, args.num_classes, device), embedding=args.embedding or None)
+    loader = options.loader_of(args, net.data_config, "train", net, args.images)
+    started = time.perf_counter()
+    net.contract(loader, args.method, args.criterion, args.objective, args.seed)
+    setting = Setting(args.latency_batch, threads=args.threads)
+    net.stratify(loader, objective=args.objective, seed=args.seed, price=args.price, setting=setting)
+    seconds = time.perf_counter() - started
+    weights = None if args.weights is None else Path(args.weights).name
+    net.provenance["source"] = {"model": args.model, "weights": weights}
+    net.save(args.out, args.overwrite, moments=not args.no_moments)
+    assert net.strata is not None
+    result = {
+        "run": str(args.out),
+        "images": net.provenance["contract"]["images"],
+        "unreadable": len(loader.unreadable),
+        "seconds": seconds,
+        "macs": net.macs(),
+        "params": net.params(),
+        "smallest_macs": net.macs(net.strata.smallest()),
+        "entries": len(net.strata),
+        "moments_bytes": folder_format.moments_bytes(args.out),
+    }
+    text = (
+        f"{args.model}: calibrated on {result['images']} images in {seconds:.0f} s; "
+        f"any size from {human(result['smallest_macs'])} to {human(net.macs())} MACs is now a slice of {args.out} "
+        f"({result['moments_bytes'] / 2**20:.3g} MiB of it are moments)"
+    )
+    return result, [text]
+
+
+def extract_options(command: ArgumentParser) -> None:
+    """RUN and budgets."""
+    command.add_argument("run", metavar="RUN", help="folder of a super-network")
+    options.add_budgets(command)
+    add = command.add_argument_group("budgets of accuracy: the smallest sub-network that keeps them").add_argument
+    add("--top1", metavar="PERCENT", help="at least so many percent of the images in --data right")
+    add("--max-drop", metavar="POINTS", help="at most so many points of top-1 lost on --data")
+    what = "labelled images for --top1 and --max-drop: a folder with val/, or class folders"
+    options.add_data(command, what, required=False)
+    options.add_out(command, "SMALL", "folder to write the small model to")
 
 
 def extract(args: Namespace) -> Outcome:
@@ -30,17 +113,13 @@ def extract(args: Namespace) -> Outcome:
     check_free(args.out, args.overwrite)
     measured = args.latency_ms is not None or args.top1 is not None or args.max_drop is not None
     net = SuperNet.load(args.run, pick_device(args.device) if measured else "cpu")
-    data = (
-        None
-        if args.data is None
-        else loader_of(args, net.data_config, "val", classes_of(net), None, class_names_of(net))
-    )
-    met = net.budget(**budgets(args), data=data)
+    data = None if args.data is None else options.loader_of(args, net.data_config, "val", net)
+    met = net.budget(**options.budgets(args), data=data)
     started = time.perf_counter()
     small = net.extract(spec=met.spec)
     seconds = time.perf_counter() - started
     sub_network.save(small, args.out, args.overwrite)
-    size = {"macs": net.macs(met.spec), "params": net.params(met.spec)}
+    macs, params = net.macs(met.spec), net.params(met.spec)
     result = {
         "small": str(args.out),
         "kind": met.kind,
@@ -48,14 +127,27 @@ def extract(args: Namespace) -> Outcome:
         "got": met.got,
         "reachable": [met.low, met.high],
         "bounds": [vars(bound) for bound in met.bounds],
+        "macs": macs,
+        "params": params,
+        "position": met.position,
+        "spec": dict(met.spec),
+        "seconds": seconds,
     }
-    result |= size | {"position": met.position, "spec": dict(met.spec), "seconds": seconds}
-    text = (
-        f"wrote {args.out}: {human(size['macs'])} MACs, {human(size['params'])} parameters (sliced in {seconds:.2f} s)"
-    )
+    text = f"wrote {args.out}: {human(macs)} MACs, {human(params)} parameters (sliced in {seconds:.2f} s)"
     if args.dtype not in (None, "float32"):
         text += f"; weights are saved as they were, cast them to {args.dtype} when you load them"
     return result, [str(met), text]
+
+
+def export_options(command: ArgumentParser) -> None:
+    """SMALL and a format."""
+    command.add_argument("small", metavar="SMALL", help="folder of a small model")
+    command.add_argument("--format", choices=tuple(SUFFIXES), default="onnx", help="(default: %(default)s)")
+    command.add_argument("--images", type=positive, default=32, help="images to compare on (default: %(default)s)")
+    what = "images to compare on, a folder with val/ or the class folders (default: noise)"
+    options.add_data(command, what, required=False)
+    where = "file to write (default: SMALL.onnx, SMALL.pt2, or the folder SMALL-transformers)"
+    options.add_out(command, "FILE", where, required=False)
 
 
 def export(args: Namespace) -> Outcome:
@@ -64,53 +156,78 @@ def export(args: Namespace) -> Outcome:
     model: Any = sub_network.load(args.small, timm_form=True)
     images = None
     if args.data is not None:
-        names = class_names_of(model)
-        loader = loader_of(args, resolve_data_config(model), "val", classes_of(model), args.images, names)
+        loader = options.loader_of(args, resolve_data_config(model), "val", model, args.images)
         images = torch.cat([batch for batch, _ in loader])
     parity = export_model(model, file, args.format, images, args.overwrite)
     return parity.to_dict(), [str(parity)]
 
 
+def push_options(command: ArgumentParser) -> None:
+    """A saved folder and a repository."""
+    add = command.add_argument
+    add("target", metavar="SMALL|RUN", help="a saved folder")
+    add("repo", metavar="USER/NAME", help="repository; made if it is not there")
+    add("--curve", metavar="DIR", help="folder written by curve, for the card")
+    add("--license", metavar="NAME", help="of the weights, the hub's name for it, such as apache-2.0")
+    add("--private", action="store_true", help="make the repository private")
+    add("--no-moments", action="store_true", help="leave out second moments")
+    add("--endpoint", metavar="URL", help="address of another hub")
+    add("--dry-run", metavar="DIR", help="write what would be uploaded to a folder instead")
+    add("--overwrite", action="store_true", help="replace what is in DIR")
+
+
 def push(args: Namespace) -> Outcome:
     """SMALL or RUN to the hub, or to a folder that shows what would go there."""
-    points = curve_points.points_in(args.curve) if args.curve is not None else []
+    points = [] if args.curve is None else points_in(args.curve)
+    shared: dict[str, Any] = {"points": points, "licence": args.license, "moments": not args.no_moments}
     if args.dry_run is not None:
-        hub.write_upload(
-            args.target, args.dry_run, args.repo, points, args.license, not args.no_moments, args.overwrite
-        )
+        hub.write_upload(args.target, args.dry_run, args.repo, overwrite=args.overwrite, **shared)
         return {"folder": str(args.dry_run)}, [f"wrote {args.dry_run}: what would be uploaded to {args.repo}"]
-    url = hub.push_to_hub(
-        args.target,
-        args.repo,
-        points=points,
-        licence=args.license,
-        moments=not args.no_moments,
-        private=args.private or None,
-        endpoint=args.endpoint,
-    )
+    url = hub.push_to_hub(args.target, args.repo, private=args.private or None, endpoint=args.endpoint, **shared)
     return {"url": url}, [url]
+
+
+def models_options(command: ArgumentParser) -> None:
+    """Which models, and in what form."""
+    text = "timm names to look at, such as 'vit_*dinov3' (default: examples)"
+    command.add_argument("pattern", nargs="?", metavar="PATTERN", help=text)
+    command.add_argument("--markdown", action="store_true", help="print the table of docs/models.md")
+
+
+def models(args: Namespace) -> Outcome:
+    """Table of what can be cut, to what degree and why not more."""
+    found = supported.rows(args.pattern)
+    if args.markdown:
+        return {"models": found}, [supported.markdown(found)]
+    table = Table("models", "attention", "MLP", "why not more")
+    for row in found:
+        name = row["name"] if not row["models"] else f"{row['models']}\n{row['name']}"
+        table.add_row(name, row["attention"], row["mlp"], row["reason"])
+    return {"models": found}, [table]
+
+
+def info_options(command: ArgumentParser) -> None:
+    """A saved folder."""
+    command.add_argument("target", metavar="SMALL|RUN", help="a saved folder")
 
 
 def info(args: Namespace) -> Outcome:
     """What a saved folder holds."""
     kind = folder_format.kind(args.target)
+    facts: dict[str, Any]
     if kind == folder_format.SUPER:
         net = SuperNet.load(args.target)
-        widths = dict(net.resolve(None))
-        smallest = net.macs() if net.strata is None else net.macs(net.strata.smallest())
-        facts: dict[str, Any] = {
+        provenance, config, widths = net.provenance, net.data_config, dict(net.resolve(None))
+        facts = {
             "macs": net.macs(),
             "macs_with_attention": net.macs(attention=True),
             "params": net.params(),
-        }
-        facts |= {
-            "smallest_macs": smallest,
+            "smallest_macs": net.macs() if net.strata is None else net.macs(net.strata.smallest()),
             "method": net.method,
             "compensation": net.compensation,
             "moments_bytes": folder_format.moments_bytes(args.target),
             "entries": 0 if net.strata is None else len(net.strata),
         }
-        provenance, config = net.provenance, net.data_config
     else:
         model = sub_network.load(args.target, timm_form=True)
         provenance, config = dict(getattr(model, "provenance", {})), resolve_data_config(model)
@@ -126,6 +243,13 @@ def info(args: Namespace) -> Outcome:
     lines += [f"source: {provenance['source']}"] if "source" in provenance else []
     lines += [f"input: {config['input_size']}, mean {config['mean']}, std {config['std']}"]
     return {"kind": kind, **facts, "widths": widths, "data_config": config, "provenance": provenance}, [rows, *lines]
+
+
+def demo_options(command: ArgumentParser) -> None:
+    """Where to, and how long."""
+    options.add_out(command, "DIR", "folder for the results (default: stratavit-demo)", required=False)
+    text = "training epochs of the small model (default: %(default)s)"
+    command.add_argument("--epochs", type=positive, default=30, help=text)
 
 
 def demo(args: Namespace) -> Outcome:

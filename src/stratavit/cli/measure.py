@@ -1,133 +1,125 @@
-"""The commands that measure accuracy: ``evaluate`` and ``curve``."""
+"""The commands that measure accuracy: ``evaluate``, ``curve``, and ``report``, which may."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, get_args
 
 from torch import nn
 
 from stratavit.artifacts import folder_format
 from stratavit.artifacts.model_loading import model_at
 from stratavit.cli import options
-from stratavit.data.class_names import class_names_of
+from stratavit.cli.options import Outcome, positive
+from stratavit.data.image_folder import ImageLoader
 from stratavit.data.splits import split_folder
 from stratavit.errors import BudgetError, StrataViTError
 from stratavit.evaluation import curve_points
-from stratavit.evaluation.accuracy import Metrics
 from stratavit.evaluation.accuracy import evaluate as evaluate_model
-from stratavit.evaluation.features import NEIGHBOURS, knn, read_embeddings
-from stratavit.files.folders import check_free, write_folder
+from stratavit.evaluation.features import knn, read_embeddings
+from stratavit.evaluation.latency import Precision, Runtime, Setting
+from stratavit.files.folders import check_free, check_free_file, write_folder
 from stratavit.models.architecture import resolve_data_config
 from stratavit.reports import curve as curves
 from stratavit.reports import plots
+from stratavit.reports.html import write_report
 from stratavit.spec import Spec
 from stratavit.supernet import SuperNet
 from stratavit.utils.devices import pick_device
-from stratavit.utils.model import classes_of
+
+LABELLED = "labelled images: a folder with val/, or the class folders themselves"
 
 
-def add_judge_options(command: ArgumentParser) -> None:
-    """How models are measured that answer with features."""
-    group = command.add_argument_group("how to measure", "by default by the classes of the head")
-    group.add_argument(
-        "--knn",
-        nargs="?",
-        type=int,
-        const=NEIGHBOURS,
-        metavar="K",
-        help=f"by the K nearest neighbours among the images of train/ (default K: {NEIGHBOURS})",
-    )
-    group.add_argument(
-        "--zero-shot",
-        metavar="FILE",
-        help="by text embeddings of the classes: a .safetensors file, one tensor [classes, width]",
-    )
+def judge_and_images(args: Namespace, model: nn.Module, config: dict[str, Any]) -> tuple[curves.Judge, ImageLoader]:
+    """How a model is measured, as `add_judge` lets one choose, and on what.
 
-
-class _Way(NamedTuple):
-    """How a model is measured, the number of classes that the images must be of (0: any), and their names if known."""
-
-    judge: curves.Judge
-    classes: int = 0
-    names: list[str] | None = None
-
-
-def _way(args: Namespace, model: nn.Module, data_config: dict[str, Any]) -> _Way:
+    Raises:
+        StrataViTError: Two ways are asked for, or the images do not suit the one.
+    """
     if args.zero_shot is not None and args.knn is not None:
         raise StrataViTError("--knn and --zero-shot are two ways to measure; give one of them")
     if args.zero_shot is not None:
         embeddings = read_embeddings(args.zero_shot)
-        return _Way(curves.judge_of(model, embeddings=embeddings), len(embeddings))
+        images = options.loader_of(args, config, "val", classes=len(embeddings))
+        return curves.judge_of(model, embeddings=embeddings), images
     if args.knn is None:
-        return _Way(evaluate_model, classes_of(model), class_names_of(model))
+        return evaluate_model, options.loader_of(args, config, "val", model)
     if split_folder(args.data, "train") == split_folder(args.data, "val"):
         raise StrataViTError(
             f"data: {args.data} has no train/ and val/; --knn compares the images of val/ with those of train/, and "
             "images that are in both would find themselves"
         )
-    bank = options.loader_of(args, data_config, "train", 0)
-
-    def judge(
-        model: nn.Module, loader: Any, spec: Mapping[str, int] | None = None, description: str = "nearest neighbours"
-    ) -> Metrics:
-        return knn(model, bank, loader, spec, args.knn, description=description)
-
-    return _Way(judge)
+    bank, images = (options.loader_of(args, config, split) for split in ("train", "val"))
+    return lambda model, loader, spec=None, description="nearest neighbours": knn(
+        model, bank, loader, spec, args.knn, description=description
+    ), images
 
 
-def evaluate(args: Namespace) -> options.Outcome:
+def evaluate_options(command: ArgumentParser) -> None:
+    """A model, images, how to measure, and budgets."""
+    target = "a saved folder, one of transformers, or a name as for convert"
+    command.add_argument("target", metavar="SMALL|RUN|MODEL", help=target)
+    options.add_model(command)
+    options.add_data(command, LABELLED)
+    options.add_judge(command)
+    options.add_budgets(command)
+
+
+def evaluate(args: Namespace) -> Outcome:
     """Accuracy of a saved folder or a timm model."""
     split_folder(args.data, "val")
-    device = pick_device(args.device)
-    asked = options.budgets(args)
+    device, asked = pick_device(args.device), options.budgets(args)
     spec: Spec | None = None
     view: list[Any] = []
-    model: nn.Module
     if folder_format.is_supernet(args.target):
-        model = net = SuperNet.load(args.target, device)
-        if options.budgeted(asked):
+        net = SuperNet.load(args.target, device)
+        if asked:
             met = net.budget(**asked)
             spec, view = met.spec, [str(met)]
+        model: nn.Module = net
         config = net.data_config
     else:
         model = model_at(args.target, args.weights, args.num_classes, device)
         config = resolve_data_config(model)
-    if options.budgeted(asked) and spec is None:
-        raise BudgetError(f"{args.target} has one size only; budgets are for super-networks")
-    way = _way(args, model, config)
-    loader = options.loader_of(args, config, "val", way.classes, None, way.names)
-    metrics = way.judge(model, loader, spec, description="evaluate")
-    return metrics.to_dict() | {"unreadable": len(loader.unreadable)}, [*view, str(metrics)]
+        if asked:
+            raise BudgetError(f"{args.target} has one size only; budgets are for super-networks")
+    judge, images = judge_and_images(args, model, config)
+    metrics = judge(model, images, spec, description="evaluate")
+    return metrics.to_dict() | {"unreadable": len(images.unreadable)}, [*view, str(metrics)]
 
 
-def curve(args: Namespace) -> options.Outcome:
+def curve_options(command: ArgumentParser) -> None:
+    """RUN, images, how to measure, and at which sizes."""
+    command.add_argument("run", metavar="RUN", help="folder of a super-network")
+    options.add_data(command, LABELLED)
+    options.add_judge(command)
+    options.add_ladder(command)
+    options.add_out(command, "DIR", "folder for curve.csv and curve.png (default: RUN-curve)", required=False)
+
+
+def curve(args: Namespace) -> Outcome:
     """Table, CSV and PNG of accuracy against size."""
     out = args.out or f"{str(args.run).rstrip('/')}-curve"
     check_free(out, args.overwrite)
     net = SuperNet.load(args.run, pick_device(args.device))
     points = measured(args, net)
     write_curve(points, out, curves.title_of(net), args.overwrite)
-    return {"points": [vars(point) for point in points], "folder": str(out)}, [
-        curves.table(points),
-        f"wrote {out}/curve.csv and curve.png",
-    ]
+    result = {"points": [vars(point) for point in points], "folder": str(out)}
+    return result, [curves.table(points), f"wrote {out}/curve.csv and curve.png"]
 
 
 def measured(args: Namespace, net: SuperNet) -> list[curve_points.Point]:
-    """The accuracy of a super-network along the ladder, as the options of `add_judge_options` and ``--shares`` say.
+    """The accuracy of a super-network along the ladder.
 
     Raises:
         BudgetError: No share of the ladder is reachable.
     """
-    way = _way(args, net, net.data_config)
-    loader = options.loader_of(args, net.data_config, "val", way.classes, None, way.names)
-    points = curves.curve(net, loader, args.shares, way.judge)
+    judge, images = judge_and_images(args, net, net.data_config)
+    points = curves.curve(net, images, args.shares, judge)
     if not points:
         raise BudgetError(
-            f"none of the shares {', '.join(args.shares)} is reachable; `stratavit info {args.run}` tells the range"
+            f"none of the shares {', '.join(args.shares)} is reachable; `stratavit info {args.run}` shows the range"
         )
     return points
 
@@ -140,3 +132,45 @@ def write_curve(points: list[curve_points.Point], out: str | Path, title: str, o
         plots.plot(points, folder / "curve.png", title)
 
     write_folder(out, write, overwrite)
+
+
+def report_options(command: ArgumentParser) -> None:
+    """RUN, its accuracy or how to measure it, and its latency."""
+    add = command.add_argument
+    add("run", metavar="RUN", help="folder of a super-network")
+    add("--curve", metavar="DIR", help="accuracy from a folder written by curve, in place of --data")
+    add("--title", metavar="TEXT", help="of the page (default: source and method)")
+    group = command.add_argument_group("latency of the points, on this device")
+    group.add_argument("--latency", action="store_true", help="time them, and offer milliseconds as an axis")
+    options.add_latency_batch(group)
+    group.add_argument("--runtime", choices=get_args(Runtime), default="eager", help="(default: %(default)s)")
+    group.add_argument("--dtype", choices=get_args(Precision), help="of weights (default: as saved)")
+    group.add_argument("--threads", type=positive, default=0, help="CPU threads (default: torch's own)")
+    what = "labelled images to measure accuracy on: a folder with val/, or class folders"
+    options.add_data(command, what, required=False)
+    options.add_judge(command)
+    options.add_ladder(command)
+    options.add_out(command, "FILE", "page to write (default: RUN-report.html)", required=False)
+
+
+def report(args: Namespace) -> Outcome:
+    """RUN, and its accuracy if it is given or can be measured, to one HTML page."""
+    out = args.out or f"{str(args.run).rstrip('/')}-report.html"
+    check_free_file(out, args.overwrite)
+    if args.curve is not None and args.data is not None:
+        raise StrataViTError("--curve and --data are two ways to the same accuracies; give one of them")
+    if args.data is None and (args.knn is not None or args.zero_shot is not None):
+        raise StrataViTError("--knn and --zero-shot say how images are measured; give --data, too")
+    if args.latency and args.curve is None and args.data is None:
+        raise StrataViTError("--latency times the points of the curve; give --curve or --data, too")
+    setting = Setting(args.latency_batch, args.runtime, args.dtype, args.threads) if args.latency else None
+    net = SuperNet.load(args.run, pick_device(args.device))
+    points = [] if args.curve is None else curve_points.points_in(args.curve)
+    if args.data is not None:
+        points = measured(args, net)
+    file = write_report(net, out, points, args.title, args.overwrite, latency=setting, run=str(args.run))
+    assert net.strata is not None
+    size, sizes = file.stat().st_size, len(net.strata) + 1
+    text = f"wrote {file} ({size / 2**10:.0f} KiB): {sizes} sizes"
+    text += f", {len(points)} of them measured" if points else "; --curve DIR or --data DIR adds accuracy"
+    return {"file": str(file), "bytes": size, "sizes": sizes, "points": len(points)}, [text]

@@ -1,16 +1,41 @@
-"""What several commands read from their options."""
+"""Options that several commands have, and what is read from them."""
 
 from __future__ import annotations
 
 import os
-from argparse import Namespace
-from collections.abc import Sequence
-from typing import Any, cast
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from typing import Any, get_args
 
+from torch import nn
+
+from stratavit.budgets.amounts import KINDS
+from stratavit.data.class_names import class_names_of
 from stratavit.data.image_folder import ImageLoader, image_loader
-from stratavit.evaluation.latency import Runtime, Setting
+from stratavit.evaluation.curve_points import LADDER, parse_share
+from stratavit.evaluation.features import NEIGHBOURS
+from stratavit.evaluation.latency import Precision, Runtime, Setting
+from stratavit.utils.model import classes_of
 
-Outcome = tuple[dict[str, Any], list[Any]]
+Outcome = tuple[dict[str, Any], list[Any]]  # plain data for --json, and a view for people
+CLASS_MAP = "text file, one class folder name per line in the order of the head"
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return value
+
+
+def shares(text: str) -> tuple[str, ...]:
+    """Shares of the dense MACs, for example ``1,8/12,0.5``."""
+    for part in text.split(","):
+        try:
+            parse_share(part)
+        except ValueError as error:
+            raise ArgumentTypeError(f"cannot read {part!r} as a share above 0 and at most 1") from error
+    return tuple(text.split(","))
 
 
 def default_workers() -> int:
@@ -18,27 +43,92 @@ def default_workers() -> int:
     return min(4, os.cpu_count() or 1)
 
 
+def add_model(command: ArgumentParser) -> None:
+    """Where weights come from."""
+    add = command.add_argument
+    add("--weights", metavar="FILE", help="local checkpoint (.safetensors or .pth) instead of the hub's")
+    add("--num-classes", type=positive, help="size of the head, if not the architecture's own")
+
+
+def add_data(command: ArgumentParser, what: str, required: bool = True) -> None:
+    """A folder of images, and how it is read."""
+    add = command.add_argument
+    add("--data", required=required, metavar="DIR", help=what)
+    add("--class-map", metavar="FILE", help=CLASS_MAP)
+    add("--batch-size", type=positive, default=64, help="images per batch (default: %(default)s)")
+    add("--workers", type=int, default=default_workers(), help="image-loading processes (default: %(default)s)")
+
+
+def add_out(command: ArgumentParser, name: str, what: str, required: bool = True) -> None:
+    """Where the result goes."""
+    command.add_argument("--out", required=required, metavar=name, help=what)
+    command.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def add_judge(command: ArgumentParser) -> None:
+    """How models that output features are measured."""
+    add = command.add_argument_group("how to measure", "by default by the classes of the head").add_argument
+    neighbours = f"by the K nearest neighbours among the images of train/ (default K: {NEIGHBOURS})"
+    texts = "by text embeddings of the classes: a .safetensors file, one tensor [classes, width]"
+    add("--knn", nargs="?", type=int, const=NEIGHBOURS, metavar="K", help=neighbours)
+    add("--zero-shot", metavar="FILE", help=texts)
+
+
+def add_ladder(command: ArgumentParser) -> None:
+    """Sizes to measure at."""
+    text = "shares of the dense MACs, for example 1,8/12,0.5 (default: twelfths)"
+    command.add_argument("--shares", type=shares, default=LADDER, metavar="LIST", help=text)
+
+
+def add_latency_batch(command: Any) -> None:
+    """Images per timed batch."""
+    text = "images per timed batch (default: %(default)s)"
+    command.add_argument("--latency-batch", type=positive, default=1, metavar="N", help=text)
+
+
+def add_costs(command: ArgumentParser) -> Any:
+    """Budgets of what can be computed; returns their group."""
+    group = command.add_argument_group("budgets: the largest sub-network that keeps all that are given")
+    add = group.add_argument
+    add("--macs", metavar="BUDGET", help="a share of the dense model (50%%, 0.5) or a count (2.1G)")
+    add("--params", metavar="BUDGET", help="likewise (50%%, 12M)")
+    add("--memory", metavar="MB", dest="memory_mb", help="megabytes of weights, or a share (50%%)")
+    add("--position", type=int, metavar="N", help="drop the first N entries of the dropout list")
+    add("--dtype", choices=get_args(Precision), help="of weights, in --memory and timings (default: as saved)")
+    add("--threads", type=positive, default=0, help="CPU threads of timings (default: torch's own)")
+    return group
+
+
+def add_budgets(command: ArgumentParser) -> None:
+    """Budgets of costs, latency among them."""
+    group = add_costs(command)
+    text = "milliseconds per batch on this device (8.5), or a share"
+    group.add_argument("--latency", metavar="MS", dest="latency_ms", help=text)
+    add_latency_batch(group)
+    text = "of --latency (default: %(default)s)"
+    group.add_argument("--runtime", choices=get_args(Runtime), default="eager", help=text)
+
+
+def budgets(args: Namespace) -> Any:
+    """The budgets that were given, and how latency is timed; empty if there are none."""
+    asked = {kind: getattr(args, kind, None) for kind in (*KINDS, "position")}
+    if all(amount is None for amount in asked.values()):
+        return {}
+    setting = Setting(getattr(args, "latency_batch", 1), getattr(args, "runtime", "eager"), args.dtype, args.threads)
+    return asked | {"setting": setting}
+
+
 def loader_of(
     args: Namespace,
     data_config: dict[str, Any],
     split: str,
-    classes: int,
+    head: nn.Module | None = None,
     limit: int | None = None,
-    names: Sequence[str] | None = None,
+    classes: int = 0,
 ) -> ImageLoader:
-    """Images of ``--data`` as the command line says, checked against so many classes (0: any) of these names."""
+    """Images of ``--data``, checked against the head of a model, or against so many classes (0: any)."""
+    names = None
+    if head is not None:
+        classes, names = classes_of(head), class_names_of(head)
     options = (args.class_map, args.batch_size, max(args.workers, 0), limit, names)
     return image_loader(args.data, data_config, split, classes, *options)
-
-
-def budgets(args: Namespace) -> Any:
-    """The budgets that the command line takes, and how latency is timed."""
-    kinds = ("macs", "params", "memory_mb", "latency_ms", "position", "top1", "max_drop")
-    batch, runtime = getattr(args, "latency_batch", 1), getattr(args, "runtime", "eager")
-    setting = Setting(batch_size=batch, runtime=cast(Runtime, runtime), dtype=args.dtype, threads=args.threads)
-    return {kind: getattr(args, kind, None) for kind in kinds} | {"setting": setting}
-
-
-def budgeted(asked: Any) -> bool:
-    """Whether the command line gave a budget."""
-    return any(value is not None for kind, value in asked.items() if kind != "setting")

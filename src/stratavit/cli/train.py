@@ -1,4 +1,4 @@
-"""The commands ``stratavit train`` and ``stratavit finetune``: every key of the recipe is an option too."""
+"""The commands ``train`` and ``finetune``: every key of the recipe is an option too."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from stratavit.artifacts import sub_network
 from stratavit.artifacts.model_loading import model_at
-from stratavit.cli.options import default_workers
+from stratavit.cli.options import CLASS_MAP, Outcome, default_workers
 from stratavit.data.class_names import MEND, class_names_of, set_class_names
 from stratavit.data.image_files import class_folders
 from stratavit.data.image_folder import ImageLoader, image_loader
@@ -34,45 +34,37 @@ from stratavit.utils.model import classes_of
 from stratavit.utils.text import human
 
 _PREFIX = "recipe_"
-_PIAD: dict[str, Any] = {}
 
 
-def add_train_options(command: ArgumentParser) -> None:
-    """Options of ``stratavit train``."""
-    command.set_defaults(base=_PIAD)
+def train_options(command: ArgumentParser) -> None:
+    """RUN and the recipe of PIAD."""
+    command.set_defaults(base={})
+    command.add_argument("run", metavar="RUN", help="folder of a super-network, made by convert")
     _add_options(command, "RUN2", "default: the paper's for DeiT-S", ())
 
 
-def add_finetune_options(command: ArgumentParser) -> None:
-    """Options of ``stratavit finetune``."""
+def finetune_options(command: ArgumentParser) -> None:
+    """SMALL and the recipe of fine-tuning."""
     command.set_defaults(base=FINETUNING)
-    command.add_argument(
-        "--new-head", action="store_true", help="replace the head by a new one with as many classes as the data has"
-    )
+    command.add_argument("small", metavar="SMALL", help="folder of a small model, made by extract")
+    text = "replace the head by a new one with as many classes as the data has"
+    command.add_argument("--new-head", action="store_true", help=text)
     _add_options(command, "TUNED", "default: the paper's fine-tuning", LIST_KEYS)
 
 
 def _add_options(command: ArgumentParser, out: str, default: str, without: tuple[str, ...]) -> None:
     """Data, folder, recipe, teacher and one option per key of the recipe."""
-    command.add_argument(
-        "--data", required=True, metavar="DIR", help="a folder with train/, and val/ to evaluate on if there is one"
-    )
-    command.add_argument(
-        "--class-map", metavar="FILE", help="text file, one class folder name per line in the order of the head"
-    )
-    command.add_argument("--out", metavar=out, help="folder of the run")
-    command.add_argument("--overwrite", action="store_true", help=f"empty {out} first")
-    command.add_argument("--recipe", "--config", metavar="FILE", help=f"TOML file of a recipe ({default})")
-    command.add_argument(
-        "--resume",
-        nargs="?",
-        const=True,
-        default=False,
-        metavar=out,
-        help="go on with the interrupted run in this folder",
-    )
-    command.add_argument("--teacher", metavar="SMALL|MODEL", help="a model whose answers are --distil of every target")
-    command.add_argument("--teacher-weights", metavar="FILE", help="local checkpoint of a teacher named by timm's name")
+    add = command.add_argument
+    text = "a folder with train/, and val/ to evaluate on if there is one"
+    add("--data", required=True, metavar="DIR", help=text)
+    add("--class-map", metavar="FILE", help=CLASS_MAP)
+    add("--out", metavar=out, help="folder of the run")
+    add("--overwrite", action="store_true", help=f"empty {out} first")
+    add("--recipe", "--config", metavar="FILE", help=f"TOML file of a recipe ({default})")
+    text = "go on with the interrupted run in this folder"
+    add("--resume", nargs="?", const=True, default=False, metavar=out, help=text)
+    add("--teacher", metavar="SMALL|MODEL", help="a model whose answers are --distil of every target")
+    add("--teacher-weights", metavar="FILE", help="local checkpoint of a teacher named by timm's name")
     group = command.add_argument_group("recipe", "any key of the recipe, over what the file says")
     defaults = Recipe.from_dict(command.get_default("base")).to_dict()
     for key, kind in field_types().items():
@@ -98,24 +90,22 @@ def recipe_of(args: Namespace) -> Recipe:
 
 
 class Images(NamedTuple):
-    """Loaders over a folder: to train on, to measure on, and to evaluate on if there are images for it."""
+    """Images to train on, and loaders to measure on, and to evaluate on if there are images for it."""
 
     train: TrainingFolder
     proxy: ImageLoader
     evaluation: ImageLoader | None
 
 
-def images_of(
-    args: Namespace, config: Mapping[str, Any], classes: int | None, recipe: Recipe, names: Sequence[str] | None
-) -> Images:
-    """The images of ``--data``, checked against a head of so many classes (None: as many as there are) of these names.
+def images_of(args: Namespace, config: Mapping[str, Any], head: nn.Module | None, recipe: Recipe) -> Images:
+    """The images of ``--data``, checked against the head of a model (None: of as many classes as there are).
 
     Raises:
         StrataViTError: See `image_loader`; or the folders to evaluate on are others than those to train on.
     """
-    workers = min(recipe.workers, default_workers())
-    options = (args.class_map, recipe.batch_size, workers, recipe.proxy_images)
-    proxy = image_loader(args.data, config, "train", classes, *options, class_names=names)
+    classes, names = (None, None) if head is None else (classes_of(head), class_names_of(head))
+    options = (args.class_map, recipe.batch_size, min(recipe.workers, default_workers()))
+    proxy = image_loader(args.data, config, "train", classes, *options, recipe.proxy_images, names)
     evaluation, held_out = None, find_split(args.data, "val")
     if held_out is not None:
         ours, theirs = set(proxy.dataset.listing.classes), set(class_folders(held_out))
@@ -124,18 +114,9 @@ def images_of(
                 f"data: class folders differ, {min(ours ^ theirs)!r} is there to train on or to evaluate on only, so "
                 f"their numbers would too; {MEND}"
             )
-        evaluation = image_loader(args.data, config, "val", classes, *options[:3], class_names=names)
-    folder = copy.copy(proxy.dataset)
-    return Images(TrainingFolder(folder, training_transform(config, recipe)), proxy, evaluation)
-
-
-def teacher_of(args: Namespace, classes: int) -> nn.Module | None:
-    """The teacher that was asked for, for a student of so many classes."""
-    if args.teacher is None:
-        if args.teacher_weights is not None:
-            raise StrataViTError("--teacher-weights needs --teacher MODEL")
-        return None
-    return model_at(args.teacher, args.teacher_weights, None if Path(args.teacher).is_dir() else classes)
+        evaluation = image_loader(args.data, config, "val", classes, *options, class_names=names)
+    train = TrainingFolder(copy.copy(proxy.dataset), training_transform(config, recipe))
+    return Images(train, proxy, evaluation)
 
 
 def _begin(args: Namespace, source: str) -> Recipe:
@@ -158,8 +139,18 @@ def _begin(args: Namespace, source: str) -> Recipe:
     return recipe_of(args)
 
 
+def _how(args: Namespace, classes: int) -> dict[str, Any]:
+    """How both kinds of training are run, for a student of so many classes."""
+    teacher: nn.Module | None = None
+    if args.teacher is not None:
+        teacher = model_at(args.teacher, args.teacher_weights, None if Path(args.teacher).is_dir() else classes)
+    elif args.teacher_weights is not None:
+        raise StrataViTError("--teacher-weights needs --teacher MODEL")
+    return {"resume": args.resume, "overwrite": args.overwrite, "cpu": args.device == "cpu", "teacher": teacher}
+
+
 def _follower(args: Namespace) -> bool:
-    """Parts from the other processes; whether this one is not the first, and has nothing to say."""
+    """Leaves the other processes; whether this one is not the first, and prints nothing."""
     leave_process_group()
     if int(os.environ.get("RANK", "0")) == 0:
         return False
@@ -167,25 +158,15 @@ def _follower(args: Namespace) -> bool:
     return True
 
 
-def train(args: Namespace) -> tuple[dict[str, Any], list[Any]]:
+def train(args: Namespace) -> Outcome:
     """RUN and training images to a trained super-network's folder."""
     from stratavit.tasks.piad import train_piad
 
     recipe = _begin(args, args.run)
     net = SuperNet.load(args.run)
-    images = images_of(args, net.data_config, classes_of(net), recipe, class_names_of(net))
-    train_piad(
-        net,
-        images.train,
-        images.evaluation,
-        recipe,
-        args.out,
-        proxy=images.proxy,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        cpu=args.device == "cpu",
-        teacher=teacher_of(args, net.model.num_classes),
-    )
+    images = images_of(args, net.data_config, net, recipe)
+    how = _how(args, net.model.num_classes)
+    train_piad(net, images.train, images.evaluation, recipe, args.out, proxy=images.proxy, **how)
     if _follower(args):
         return {}, []
     assert net.strata is not None
@@ -200,26 +181,15 @@ def train(args: Namespace) -> tuple[dict[str, Any], list[Any]]:
     return result, [curve.table(points), text] if points else [text]
 
 
-def finetune(args: Namespace) -> tuple[dict[str, Any], list[Any]]:
+def finetune(args: Namespace) -> Outcome:
     """SMALL and training images to a fine-tuned small model's folder."""
     recipe = _begin(args, args.small)
     model: Any = sub_network.load(args.small, timm_form=True)
-    config = resolve_data_config(model)
-    classes, names = (None, None) if args.new_head else (classes_of(model), class_names_of(model))
-    images = images_of(args, config, classes, recipe, names)
+    images = images_of(args, resolve_data_config(model), None if args.new_head else model, recipe)
     if args.new_head:
         new_head(model, images.proxy.class_names, recipe.seed)
-    finetune_model(
-        model,
-        images.train,
-        images.evaluation,
-        recipe,
-        args.out,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        cpu=args.device == "cpu",
-        teacher=teacher_of(args, model.num_classes),
-    )
+    how = _how(args, model.num_classes)
+    finetune_model(model, images.train, images.evaluation, recipe, args.out, **how)
     if _follower(args):
         return {}, []
     result = {"small": str(args.out), **_outcome(args, model.provenance["finetune"], len(images.train))}

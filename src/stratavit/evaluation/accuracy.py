@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ class Metrics:
     """Accuracy over a data set.
 
     Attributes:
-        top1, top5: Percent of images whose true class is the first, or among the first five, answers.
+        top1, top5: Percent of images whose true class is ranked first, or among the first five.
         loss: Mean cross-entropy, nats.
         n: Number of images.
     """
@@ -42,28 +42,24 @@ class Metrics:
 
 @dataclass
 class Tally:
-    """Correct answers and summed loss so far."""
+    """Correct images and summed loss so far."""
 
     first: int = 0
     fifth: int = 0
     loss: float = 0.0
     n: int = 0
 
-    def add(self, logits: Tensor, labels: Tensor, at_least: int = 0) -> None:
-        """Adds a batch.
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Adds a batch: logits ``[B, classes]`` float, labels ``[B]``.
 
-        Args:
-            logits: ``[B, classes]`` float.
-            labels: ``[B]``.
-            at_least: Classes that there may be besides; those without a logit are never answered.
+        Raises:
+            StrataViTError: A logit is NaN, or a label is not one of the classes.
         """
         if logits.isnan().any():
-            raise StrataViTError("evaluate: the model answers NaN; check its weights, and whether its type overflows")
-        if at_least > logits.shape[-1]:
-            logits = F.pad(logits, (0, at_least - logits.shape[-1]), value=float(logits.min()) - 1)
+            raise StrataViTError("evaluate: the model outputs NaN; check its weights, and whether its type overflows")
+        labels = labels.to(logits.device)
         check_labels(labels, logits.shape[-1])
-        best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices  # [B, 5]
-        hits = best == labels[:, None]
+        hits = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]  # [B, 5]
         self.first += int(hits[:, 0].sum())
         self.fifth += int(hits.any(dim=-1).sum())
         self.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
@@ -76,7 +72,7 @@ class Tally:
             StrataViTError: Nothing was added.
         """
         if self.n == 0:
-            raise StrataViTError("evaluate: the loader gave no images; check the data folder or the loader")
+            raise StrataViTError("evaluate: the loader has no images; check the data folder or the loader")
         return Metrics(100 * self.first / self.n, 100 * self.fifth / self.n, self.loss / self.n, self.n)
 
 
@@ -100,15 +96,23 @@ def evaluate(
     """
     if not classes_of(model):
         raise StrataViTError(
-            "evaluate: the model answers with features, not classes; measure it by nearest neighbours (stratavit.knn, "
+            "evaluate: the model outputs features, not classes; measure it by nearest neighbours (stratavit.knn, "
             "--knn) or by text embeddings (stratavit.zero_shot, --zero-shot FILE)"
         )
     tally = Tally()
     with measured_at(model, spec) as run:
-        for images, labels in batches_of(track(loader, description), model, finite=True):
-            if labels is None:
-                raise StrataViTError("evaluate: the loader gives no labels; accuracy needs (images, labels)")
-            images = images.to(model_device(model), model_dtype(model))
-            logits = tensor_of(run(images)).float()
-            tally.add(logits, labels.to(logits.device))
+        for images, labels in labelled(loader, model, description):
+            tally.add(tensor_of(run(images.to(model_device(model), model_dtype(model)))).float(), labels)
     return tally.metrics()
+
+
+def labelled(loader: Iterable[Any], model: nn.Module, description: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of a loader, which must have labels, with a progress bar.
+
+    Raises:
+        StrataViTError: See `batches_of`; or there are no labels.
+    """
+    for images, labels in batches_of(track(loader, description), model, finite=True):
+        if labels is None:
+            raise StrataViTError(f"{description}: the loader gives no labels; accuracy needs (images, labels)")
+        yield images, labels

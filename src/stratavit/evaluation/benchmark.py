@@ -1,10 +1,10 @@
-"""Latency and throughput of small models beside the dense one, each as a ratio in one run."""
+"""Latency and throughput of small models next to the dense one, each as a ratio in one run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from functools import cache
 
 from rich.table import Table
 from torch import nn
@@ -46,10 +46,6 @@ class Row:
     ideal: float
     macs: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
-
 
 def bench(
     models: Mapping[str, nn.Module], image_size: Sequence[int], settings: Sequence[Setting], rounds: int = ROUNDS
@@ -76,34 +72,32 @@ def bench(
     macs = {name: linear_macs(model, size, attention=True) for name, model in models.items()}
     first = next(iter(models))
     rows: list[Row] = []
-    sessions: dict[tuple[str, int], Any] = {}
+    session_of = cache(lambda name, threads: latency.session_of(models[name], size, threads))
     for setting in track(settings, "time"):
-        runs = []
-        for name, model in models.items():
-            known = (name, setting.used_threads)
-            if setting.runtime == "onnx" and known not in sessions:
-                sessions[known] = latency.session_of(model, size, setting.used_threads)
-            runs.append(latency.runner(model, size, setting, sessions.get(known)))
+        threads = setting.used_threads
+        runs = [
+            latency.runner(model, size, setting, session_of(name, threads) if setting.runtime == "onnx" else None)
+            for name, model in models.items()
+        ]
         timings = latency.in_turns(runs, setting, rounds, -(-latency.AT_LEAST_RUNS // rounds))
         found = dict(zip(models, timings, strict=True))
         for name, one in found.items():
             speedup, ideal = found[first].median_ms / one.median_ms, macs[first] / macs[name]
             dtype = str(setting.dtype_of(models[name])).removeprefix("torch.")
-            ran = (name, setting.runtime, setting.batch_size, setting.used_threads, dtype)
+            ran = (name, setting.runtime, setting.batch_size, threads, dtype)
             rows.append(Row(*ran, one.median_ms, one.p90_ms, one.images_per_second, speedup, ideal, macs[name]))
     return rows
 
 
 def tables(rows: Sequence[Row], device: str) -> list[Table]:
     """The rows as tables for the terminal, one for each setting."""
-    views: dict[tuple[Any, ...], Table] = {}
+    views: dict[str, Table] = {}
     for row in rows:
-        setting = (row.runtime, row.dtype, row.batch_size, row.threads)
-        if setting not in views:
-            title = f"{row.runtime}, {row.dtype}, batch {row.batch_size}, {row.threads} threads, {device}"
-            views[setting] = Table(title=title)
+        title = f"{row.runtime}, {row.dtype}, batch {row.batch_size}, {row.threads} threads, {device}"
+        if title not in views:
+            views[title] = Table(title=title)
             for heading in ("model", "MACs", "median ms", "p90 ms", "images/s", "speed-up", "MACs ratio"):
-                views[setting].add_column(heading, justify="left" if heading == "model" else "right")
+                views[title].add_column(heading, justify="left" if heading == "model" else "right")
         numbers = (f"{row.median_ms:.2f}", f"{row.p90_ms:.2f}", f"{row.images_per_second:.1f}")
-        views[setting].add_row(row.model, human(row.macs), *numbers, f"{row.speedup:.2f}", f"{row.ideal:.2f}")
+        views[title].add_row(row.model, human(row.macs), *numbers, f"{row.speedup:.2f}", f"{row.ideal:.2f}")
     return list(views.values())

@@ -13,7 +13,6 @@ from stratavit.errors import ArtifactError, StrataViTError, one_line
 from stratavit.files.folders import read_small
 
 LADDER = tuple(f"{twelfths}/12" for twelfths in range(12, 1, -1))
-_LARGEST = 2**63
 
 
 @dataclass(frozen=True)
@@ -69,46 +68,10 @@ def read_csv(path: Path) -> list[Point]:
     """
     if not path.exists():
         return []
-    types = get_type_hints(Point)
     try:
-        lines = csv.DictReader(read_small(path).decode().splitlines(keepends=True))
-        points = [Point(**{key: types[key](value) for key, value in row.items()}) for row in lines]
-        if sorted(lines.fieldnames or types) != sorted(types):
-            raise ValueError("a column is missing, unknown or there twice")
-        return [_checked(point) for point in points]
+        return [_point(row) for row in csv.DictReader(read_small(path).decode().splitlines(keepends=True))]
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
         raise ArtifactError(f"{path} is not a curve written by StrataViT ({one_line(error)})") from error
-
-
-def curves(rows: Iterable[Mapping[str, Any]]) -> list[tuple[int, list[Point]]]:
-    """The curves in the rows of a run's log, with the epochs that had ended; one that has other values is empty."""
-    found = []
-    for row in rows:
-        if row["kind"] == "eval":
-            points: list[Point] = []
-            with suppress(ValueError, TypeError, KeyError):
-                points = [_checked(Point(**point)) for point in row["points"]]
-            found.append((row["epoch"], points))
-    return found
-
-
-def last_curve(rows: Iterable[Mapping[str, Any]]) -> list[Point]:
-    """The last of the `curves`; empty if there is none."""
-    found = curves(rows)
-    return found[-1][1] if found else []
-
-
-def _checked(point: Point) -> Point:
-    """The point, if its values are those of a network that was measured."""
-    for name, kind in get_type_hints(Point).items():
-        if not isinstance(getattr(point, name), int | float if kind is float else kind):
-            raise TypeError(f"{point.asked}: {name} is of another type")
-    parse_share(point.asked)
-    percent = 0 <= point.top1 <= 100 and 0 <= point.top5 <= 100
-    sizes = 0 < point.share <= 1 and 0 < point.macs < _LARGEST and 0 < point.params < _LARGEST
-    if not (percent and sizes and 0 <= point.loss < float("inf") and 0 < point.n < _LARGEST):
-        raise ValueError(f"{point.asked}: a number is out of range")
-    return point
 
 
 def points_in(folder: str | Path) -> list[Point]:
@@ -121,3 +84,33 @@ def points_in(folder: str | Path) -> list[Point]:
     if not points:
         raise StrataViTError(f"{folder} holds no curve.csv; make one with `stratavit curve`")
     return points
+
+
+def curves(rows: Iterable[Mapping[str, Any]]) -> list[tuple[int, list[Point]]]:
+    """The curves in the rows of a run's log, with the epochs that had ended; one that has other values is empty."""
+    found = []
+    for row in rows:
+        if row["kind"] == "eval":
+            points: list[Point] = []
+            with suppress(ValueError, TypeError, KeyError):
+                points = [_point(point) for point in row["points"]]
+            found.append((row["epoch"], points))
+    return found
+
+
+def last_curve(rows: Iterable[Mapping[str, Any]]) -> list[Point]:
+    """The last of the `curves`; empty if there is none."""
+    found = curves(rows)
+    return found[-1][1] if found else []
+
+
+def _point(row: Mapping[str, Any]) -> Point:
+    """The point in a row of a file, if its values are those of a network that was measured."""
+    types = get_type_hints(Point)
+    point = Point(**{key: types[key](value) for key, value in row.items()})
+    parse_share(point.asked)
+    percent = 0 <= point.top1 <= 100 and 0 <= point.top5 <= 100
+    counts = all(0 < count < 2**63 for count in (point.macs, point.params, point.n))
+    if not (percent and counts and 0 < point.share <= 1 and 0 <= point.loss < float("inf")):
+        raise ValueError(f"{point.asked}: a number is out of range")
+    return point

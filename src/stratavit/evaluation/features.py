@@ -1,4 +1,4 @@
-"""Accuracy of models that answer with features: nearest neighbours, and text embeddings of the classes (zero-shot).
+"""Accuracy of models that output features: nearest neighbours, and text embeddings of the classes (zero-shot).
 
 Shape legend: B images, n images of the bank, D feature width.
 """
@@ -13,15 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stratavit.data.batches import batches_of
 from stratavit.errors import ArtifactError, StrataViTError
-from stratavit.evaluation.accuracy import Metrics, Tally
+from stratavit.evaluation.accuracy import Metrics, Tally, labelled
 from stratavit.files.folders import read_tensors
-from stratavit.files.state_dicts import FLOATS
 from stratavit.interop.convert import as_timm
 from stratavit.interop.equivalence import tensor_of
 from stratavit.utils.model import classes_of, measured_at, model_device, model_dtype
-from stratavit.utils.progress import track
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # as DINO and DINOv2 are evaluated
 SCALE = 100.0  # CLIP's largest
@@ -29,17 +26,18 @@ CHUNK = 4096  # images of the bank compared at once
 
 
 def features(model: Any, images: Tensor) -> Tensor:
-    """Unit-length features ``[B, D]`` float32: the outputs of a headless model, or what the head of another one reads.
+    """Unit-length features ``[B, D]`` float32: the outputs of a headless timm model, or what another's head reads.
 
     Args:
         model: A timm model.
         images: ``[B, 3, H, W]``.
     """
     images = images.to(model_device(model), model_dtype(model))
-    if not classes_of(model):
-        return F.normalize(tensor_of(model(images)).float(), dim=-1)
-    pooled = model.forward_head(model.forward_features(images), pre_logits=True)
-    return F.normalize(pooled.float(), dim=-1)
+    if classes_of(model):
+        found = model.forward_head(model.forward_features(images), pre_logits=True)
+    else:
+        found = tensor_of(model(images))
+    return F.normalize(found.float(), dim=-1)
 
 
 @torch.inference_mode()
@@ -71,33 +69,31 @@ def knn(
         top-1 and top-5 in percent, mean cross-entropy of the votes in nats, number of images.
 
     Raises:
-        StrataViTError: No images or labels, labels below 0, or k is no number of images.
+        StrataViTError: No images or labels, labels below 0, or k or the temperature is not above 0.
     """
     if k < 1 or not temperature > 0:
         raise StrataViTError(f"knn: expected k of at least 1 and a temperature above 0, got {k!r} and {temperature!r}")
     model = as_timm(model)
     with measured_at(model, spec) as inner:
-        known = [(features(inner, x), y) for x, y in _labelled(model, bank, f"{description}, bank")]
+        known = [(features(inner, x), y) for x, y in labelled(bank, model, f"{description}, bank")]
         if not known:
-            raise StrataViTError("knn: the bank gave no images; a generator is used up after one pass")
+            raise StrataViTError("knn: the bank has no images; a generator is used up after one pass")
         stored, labels = torch.cat([x for x, _ in known]), torch.cat([y for _, y in known]).to(known[0][0].device)
         if int(labels.min()) < 0:  # as data sets mark images without one
             raise StrataViTError(f"knn: the bank has the label {int(labels.min())}, expected numbers of classes")
         classes, tally = int(labels.max()) + 1, Tally()
-        for images, truth in _labelled(model, loader, description):
-            votes = _votes(features(inner, images), stored, labels, classes, k, temperature)
-            tally.add(votes.clamp_min(1e-12).log(), truth.to(votes.device), at_least=int(truth.max()) + 1)
+        for images, truth in labelled(loader, model, description):
+            logits = _votes(features(inner, images), stored, labels, classes, k, temperature).clamp_min(1e-12).log()
+            unknown = max(0, int(truth.max()) + 1 - classes)  # classes that the bank lacks are ranked last
+            tally.add(F.pad(logits, (0, unknown), value=float(logits.min()) - 1), truth)
     return tally.metrics()
 
 
 def _votes(queries: Tensor, stored: Tensor, labels: Tensor, classes: int, k: int, temperature: float) -> Tensor:
     """Share of the weighted votes of each class, ``[B, classes]``."""
-    best: list[tuple[Tensor, Tensor]] = []
-    for start in range(0, len(stored), CHUNK):
-        alike = queries @ stored[start : start + CHUNK].T  # [B, chunk]
-        values, indices = alike.topk(min(k, alike.shape[1]), dim=1)
-        best.append((values, indices + start))
-    values, indices = (torch.cat(side, dim=1) for side in zip(*best, strict=True))
+    parts = [(queries @ part.T).topk(min(k, len(part)), dim=1) for part in stored.split(CHUNK)]
+    values = torch.cat([part.values for part in parts], dim=1)
+    indices = torch.cat([part.indices + number * CHUNK for number, part in enumerate(parts)], dim=1)
     values, chosen = values.topk(min(k, values.shape[1]), dim=1)
     weights = ((values - values[:, :1]) / temperature).exp()  # [B, k]
     votes = torch.zeros(len(queries), classes, device=queries.device)
@@ -134,14 +130,14 @@ def zero_shot(
     """
     model, tally, rows = as_timm(model), Tally(), F.normalize(embeddings.float(), dim=-1)
     with measured_at(model, spec) as inner:
-        for images, truth in _labelled(model, loader, description):
+        for images, truth in labelled(loader, model, description):
             found = features(inner, images)
             if found.shape[-1] != rows.shape[-1]:
                 raise StrataViTError(
                     f"zero-shot: the text embeddings have {rows.shape[-1]} numbers each, the image features "
                     f"{found.shape[-1]}; give embeddings of the text tower that belongs to this model"
                 )
-            tally.add(scale * found @ rows.to(found.device).T, truth.to(found.device))
+            tally.add(scale * found @ rows.to(found.device).T, truth)
     return tally.metrics()
 
 
@@ -154,21 +150,7 @@ def read_embeddings(path: str | Path) -> Tensor:
     path = Path(path)
     if not path.is_file():
         raise ArtifactError(f"zero-shot: {path} is not a file")
-    tensors = read_tensors(path)
-    found = next(iter(tensors.values())) if len(tensors) == 1 else None
-    if (
-        found is None
-        or found.dim() != 2
-        or not found.numel()
-        or found.dtype not in FLOATS
-        or not found.isfinite().all()
-    ):
-        raise ArtifactError(f"zero-shot: {path} should hold one tensor [classes, width] of finite numbers")
-    return found
-
-
-def _labelled(model: nn.Module, loader: Iterable[Any], description: str) -> Iterable[tuple[Tensor, Tensor]]:
-    for images, labels in batches_of(track(loader, description), model, finite=True):
-        if labels is None:
-            raise StrataViTError(f"{description}: the loader gives no labels; it needs (images, labels)")
-        yield images, labels
+    found = list(read_tensors(path).values())
+    if len(found) == 1 and found[0].dim() == 2 and found[0].is_floating_point() and found[0].isfinite().all():
+        return found[0]
+    raise ArtifactError(f"zero-shot: {path} should hold one tensor [classes, width] of finite numbers")

@@ -43,8 +43,7 @@ class Setting:
     seconds: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("threads", 0)):
-            value = getattr(self, name)
+        for name, value, least in (("batch_size", self.batch_size, 1), ("threads", self.threads, 0)):
             if isinstance(value, bool) or not isinstance(value, SupportsIndex) or index(value) < least:
                 raise StrataViTError(f"{name}: expected a whole number of at least {least}, got {value!r}")
         if self.runtime not in get_args(Runtime):
@@ -58,10 +57,8 @@ class Setting:
 
     def dtype_of(self, model: nn.Module) -> torch.dtype:
         """The type that a model is run in."""
-        if self.runtime == "onnx":
-            return torch.float32
-        dtype: torch.dtype = model_dtype(model) if self.dtype is None else getattr(torch, self.dtype)
-        return dtype
+        own = torch.float32 if self.runtime == "onnx" else model_dtype(model)
+        return own if self.dtype is None else getattr(torch, self.dtype)
 
     @property
     def used_threads(self) -> int:
@@ -76,7 +73,7 @@ class Timing:
     Attributes:
         median_ms, p90_ms: Milliseconds per batch.
         images_per_second: Images per batch over the median.
-        runs: Number of passes timed.
+        runs: Passes timed.
     """
 
     median_ms: float
@@ -114,6 +111,13 @@ def time_model(model: nn.Module, image_size: Sequence[int], setting: Setting | N
     return Timing.of(pass_times(runner(model, image_size, setting), setting), setting.batch_size)
 
 
+class TimedCall(NamedTuple):
+    """One pass over a batch, to be timed in inference mode, the model in eval mode."""
+
+    run: Callable[[], Any]
+    model: nn.Module
+
+
 def session_of(model: nn.Module, image_size: Sequence[int], threads: int) -> Any:
     """The model in ONNX Runtime, any batch size."""
     from stratavit.interop.export import export, onnx_session
@@ -129,26 +133,13 @@ def noise(batch_size: int, image_size: Sequence[int]) -> torch.Tensor:
     return torch.randn(batch_size, *image_size, generator=torch.Generator().manual_seed(0))
 
 
-class TimedCall(NamedTuple):
-    """One pass over a batch, to be timed.
-
-    Attributes:
-        run: Runs it; the caller sees to inference mode.
-        model: Must be in eval mode meanwhile.
-    """
-
-    run: Callable[[], Any]
-    model: nn.Module
-
-
 def runner(model: nn.Module, image_size: Sequence[int], setting: Setting, session: Any | None = None) -> TimedCall:
     """One pass over a batch of noise, warmed up, ready to be timed.
 
-    Args:
-        model: From images to logits.
-        image_size: Channels, height, width.
-        setting: How it is run.
-        session: What `session_of` gave for this model, not to export it once more.
+    A `session` of `session_of` saves exporting the model again.
+
+    Raises:
+        StrataViTError: The model cannot be run in this setting.
     """
     from stratavit.interop.export import INPUT, without_their_warnings
 
@@ -157,9 +148,8 @@ def runner(model: nn.Module, image_size: Sequence[int], setting: Setting, sessio
     try:
         with without_their_warnings():
             if setting.runtime == "onnx":
-                loaded = session or session_of(model, image_size, setting.used_threads)
-                feed = {INPUT: images.numpy()}
-                run = partial(loaded.run, None, feed)
+                session = session or session_of(model, image_size, setting.used_threads)
+                run = partial(session.run, None, {INPUT: images.numpy()})
             else:
                 timed = model if dtype is model_dtype(model) else copy.deepcopy(model).to(dtype)
                 called = torch.compile(timed, dynamic=False) if setting.runtime == "compiled" else timed
@@ -173,13 +163,6 @@ def runner(model: nn.Module, image_size: Sequence[int], setting: Setting, sessio
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise StrataViTError(f"the model cannot be run {setting.runtime} in {dtype} here: {reason}") from error
     return TimedCall(run, timed)
-
-
-def _clock(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
-    if device.type != "cpu":  # pragma: no cover: takes a second device
-        getattr(torch, device.type).synchronize()  # torch.cuda, torch.mps, torch.xpu
-    return time.perf_counter()
 
 
 def pass_times(one: TimedCall, setting: Setting, at_least: int = AT_LEAST_RUNS) -> list[float]:
@@ -199,14 +182,17 @@ def pass_times(one: TimedCall, setting: Setting, at_least: int = AT_LEAST_RUNS) 
     return times
 
 
-def in_turns(passes: Sequence[TimedCall], setting: Setting, rounds: int, at_least: int = AT_LEAST_RUNS) -> list[Timing]:
-    """Times several side by side, in turns, so that a machine that slows down slows all.
+def _clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was asked to."""
+    if device.type != "cpu":  # pragma: no cover: takes a second device
+        getattr(torch, device.type).synchronize()  # torch.cuda, torch.mps, torch.xpu
+    return time.perf_counter()
 
-    Args:
-        passes: What to time.
-        setting: How they are run; `seconds` is for all turns together.
-        rounds: Turns of each.
-        at_least: Passes in each turn.
+
+def in_turns(passes: Sequence[TimedCall], setting: Setting, rounds: int, at_least: int = AT_LEAST_RUNS) -> list[Timing]:
+    """Times several in turns, so that a machine that slows down slows all.
+
+    The setting's `seconds` are for all rounds together, `at_least` so many passes are in each.
     """
     part = dataclasses.replace(setting, seconds=setting.seconds / rounds)
     times: list[list[float]] = [[] for _ in passes]
