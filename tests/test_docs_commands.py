@@ -12,11 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import timm
-import torch
+from command_line import MODEL, make_folder, small_models
 from fake_hub import fake_hub
-from helpers import enliven
-from PIL import Image
 from test_docs import BLOCKS, ROOT, STRATAVIT
 from torch.utils.data import TensorDataset
 
@@ -24,8 +21,6 @@ import stratavit
 from stratavit.cli.parser import main
 from stratavit.data.image_folder import image_loader
 
-MODEL = "deit_tiny_patch16_224"
-TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}
 ONE_EPOCH = ["--epochs", "1", "--batch-size", "4", "--workers", "0"]
 SHORT = {
     "bench": ["--seconds", "0.01", "--runtimes", "eager"],
@@ -43,39 +38,18 @@ PROGRAMS = [pytest.param(match["code"], id=page.name) for page, match in BLOCKS 
 
 
 @pytest.fixture(scope="module")
-def small_models():
-    """timm's name stands for a small model, with weights of its own where pretrained ones are asked for."""
-    entries = timm.models._registry._model_entrypoints
-    stock = entries[MODEL]
-
-    def small(pretrained=False, **options):
-        options = {**TINY, **options}
-        fetched = pretrained and (options.get("pretrained_cfg") or {}).get("file")
-        model = stock(pretrained=bool(fetched), **options)
-        return enliven(model) if pretrained and not fetched else model
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(entries, MODEL, small)
-        yield
-
-
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory, small_models):
-    """What a reader has by then: images, a super-network, a small model, a curve."""
+def stage(tmp_path_factory):
+    """What a reader has by then: images, a super-network, a small model."""
     folder = tmp_path_factory.mktemp("stage")
-    generator = torch.Generator().manual_seed(0)
     for data, classes in (("imagenet", 10), ("flowers", 4)):
-        for split, name in ((split, f"class{number}") for split in ("train", "val") for number in range(classes)):
-            (folder / data / split / name).mkdir(parents=True)
-            for number in range(2):
-                pixels = torch.randint(0, 256, (40, 36, 3), generator=generator, dtype=torch.uint8)
-                Image.fromarray(pixels.numpy()).save(folder / data / split / name / f"{number}.png")
+        make_folder(folder / data, [f"class{number}" for number in range(classes)], train=2, val=2)
     shutil.copytree(ROOT / "recipes", folder / "recipes")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, small_models():
         patch.chdir(folder)
         assert main(["convert", MODEL, "--data", "imagenet", "--out", "run"]) == 0
         assert main(["extract", "run", "--macs", "50%", "--out", "small"]) == 0
-    return folder
+        patch.undo()
+        yield folder
 
 
 @pytest.fixture

@@ -21,16 +21,20 @@ def test_a_deprecation_that_a_library_attributes_to_itself_is_an_error(category)
     library = {"__name__": "torch.somewhere", "category": category}
     code = "import warnings\ndef old():\n    warnings.warn('old is deprecated', category)\n"
     exec(compile(code, "torch/somewhere.py", "exec"), library)
-    with pytest.raises(category, match="old is deprecated"):
+    with pytest.raises(category, match="old"):
         library["old"]()
 
 
-@pytest.mark.parametrize("category", DEPRECATIONS)
-def test_the_same_in_a_process_that_a_test_starts(category):
-    code = f"import warnings; warnings.warn_explicit('old', {category.__name__}, 'torch.py', 1, module='torch')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert category.__name__ in done.stderr
+def test_the_same_in_a_process_that_a_test_starts():
+    code = f"""
+import warnings
+for category in ({", ".join(category.__name__ for category in DEPRECATIONS)}):
+    try:
+        warnings.warn_explicit("old", category, "torch.py", 1, module="torch")
+    except category:
+        print("raised")
+"""
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["raised"] * len(DEPRECATIONS)
 
 
 def test_what_libraries_say_to_one_another_is_let_through_here_and_there(request):
@@ -54,5 +58,5 @@ def test_an_export_hides_the_exporter_s_warnings_and_none_of_ours(tmp_path, monk
         return export(make_model("plain"), tmp_path / f"{stacklevel}.pt2", "torch")
 
     assert export_with(1).images > 0
-    with pytest.raises(DeprecationWarning, match="old is deprecated"):
+    with pytest.raises(DeprecationWarning, match="old"):
         export_with(2)

@@ -25,11 +25,11 @@ def clock(monkeypatch, milliseconds):
     return seen
 
 
-def test_lines_solved_by_hand():
+def test_known_lines():
     assert fit("x", [8, 16, 24], [3.0, 5.0, 7.0]) == pytest.approx(Price(1.0, 0.25))
     assert fit("x", [1, 2], [1.0, 3.0]) == pytest.approx(Price(0.0, 7 / 5))  # it would start below nothing
     assert fit("x", [8], [4.0]) == pytest.approx(Price(0.0, 0.5))
-    with pytest.raises(StrataViTError, match=r"latency: x takes no longer when it is wider \(3, 2, 1 ms at widths"):
+    with pytest.raises(StrataViTError, match=r"latency: x .*\(3, 2, 1 ms at widths 8, 16, 24\)"):
         fit("x", [8, 16, 24], [3.0, 2.0, 1.0])
 
 
@@ -74,11 +74,11 @@ def test_what_is_slow_is_cut_more(method, monkeypatch, tmp_path):
     net = copy.deepcopy(make_net("plain", method))
     images = make_batches()
 
-    def attention_kept(dear):
+    def attention_kept(slow_kind):
         """Share of the attention's width, mean over budgets, where one kind of layer is ten times as slow."""
 
         def prices(cost, elastic, setting):
-            slow = {site.name: 10.0 if site.name.endswith(dear) else 1.0 for site in cost.sites}
+            slow = {site.name: 10.0 if site.name.endswith(slow_kind) else 1.0 for site in cost.sites}
             return {site.name: Price(0.0, slow[site.name] * cost.site_macs(site, 1)) for site in cost.sites}
 
         monkeypatch.setattr("stratavit.budgets.latency_cost.latency_prices", prices)
@@ -94,5 +94,5 @@ def test_what_is_slow_is_cut_more(method, monkeypatch, tmp_path):
 
 
 def test_an_unknown_price():
-    with pytest.raises(StrataViTError, match="price: expected 'macs' or 'latency', got 'energy'"):
+    with pytest.raises(StrataViTError, match="price: .*'energy'"):
         copy.deepcopy(make_net("plain")).stratify(make_batches(), price="energy")
