@@ -15,10 +15,10 @@ from stratavit.cli.parser import main
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder of the command after two epochs, and what it printed."""
+    """The folder of the command after four epochs, and what it printed."""
     out = tmp_path_factory.mktemp("demo") / "out"
     with contextlib.redirect_stdout(io.StringIO()) as text:
-        assert main(["demo", "--epochs", "2", "--device", "cpu", "--out", str(out), "--json"]) == 0
+        assert main(["demo", "--epochs", "4", "--device", "cpu", "--out", str(out), "--json"]) == 0
     return out, json.loads(text.getvalue(), parse_constant=pytest.fail)
 
 
@@ -36,7 +36,7 @@ def test_digits_are_split_once_and_for_all():
 
 
 def test_training_teaches(finished):
-    """Two epochs get five standard errors above chance; the full model is the first point."""
+    """Four epochs get five standard errors above chance; the full model is the first point."""
     first = finished[1]["points"][0]
     assert (first["share"], first["n"]) == (1, 360)
     assert first["top1"] > 10 + 5 * 100 * (0.1 * 0.9 / 360) ** 0.5

@@ -1,6 +1,7 @@
 """What is declared, what is shipped, and what works with the core dependencies alone."""
 
 import ast
+import contextlib
 import fnmatch
 import importlib.util
 import io
@@ -28,9 +29,7 @@ CORE = PYPROJECT["project"]["dependencies"]
 EXTRAS = PYPROJECT["project"]["optional-dependencies"]
 OURS = ("demo", "export", "train", "transformers")  # extras that the package itself imports from
 BROUGHT = {"torchvision": "timm"}  # not declared: comes with a dependency
-ANY_VERSION = {
-    "hatchling": "a build in isolation takes the newest",
-}
+ANY_VERSION = {"hatchling"}  # a build in isolation takes the newest
 TOOLS = [line for line in (ROOT / "release/requirements.txt").read_text("utf-8").splitlines() if line[0] != "#"]
 
 
@@ -49,40 +48,6 @@ def names(requirements):
     return {canonicalize_name(Requirement(text).name) for text in requirements}
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_release_that_is_interrupted_while_it_is_moved(tmp_path, monkeypatch, number):
-    for name in ("new", "dist"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).touch()
-    stopped_after_rename(monkeypatch, number, SystemExit)
-    with pytest.raises(SystemExit):
-        make.put(tmp_path / "new", tmp_path / "dist", tmp_path / "old")
-    assert [path.name for path in (tmp_path / "dist").iterdir()] == [["dist", "new"][number - 1]]
-
-
-@pytest.mark.parametrize(
-    ("error", "said"), [(OSError(28, "No space left on device"), "No space"), (KeyboardInterrupt(), "interrupted")]
-)
-def test_a_release_that_cannot_be_made(monkeypatch, capsys, error, said):
-    def fail(*args):
-        raise error
-
-    monkeypatch.setattr(make, "release", fail)
-    monkeypatch.setattr(sys, "stdout", type("Out", (io.StringIO,), {"reconfigure": lambda self, **options: None})())
-    assert make.main() == 1
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert said in told
-    assert told.endswith("dist/ is as it was\n")
-
-
-def test_an_audit_that_fails_is_no_answer(monkeypatch, tmp_path):
-    ended = subprocess.CompletedProcess([], 2, "", "Traceback: no such option")
-    monkeypatch.setattr(make.subprocess, "run", lambda *args, **options: ended)
-    with pytest.raises(make.ReleaseError, match=r"pip-audit failed: .*no such option"):
-        make.audit(tmp_path)
-
-
 # ---- dependencies ---------------------------------------------------------------------------------
 
 
@@ -98,7 +63,7 @@ def bounds(text, *operators):
 
 def test_every_dependency_has_a_lower_bound_or_a_reason_for_none():
     free = {Requirement(text).name for text in every_requirement() if not bounds(text, ">=", ">", "==", "~=")}
-    assert free <= set(ANY_VERSION)
+    assert free <= ANY_VERSION
 
 
 def test_no_dependency_has_an_upper_bound_without_a_comment():
@@ -113,12 +78,8 @@ def test_no_dependency_has_an_upper_bound_without_a_comment():
 def imports(path):
     """Third-party distributions that a module imports, and whether outside of functions."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    later = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        for inner in ast.walk(node)
-    }
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    later = {id(inner) for node in functions for inner in ast.walk(node)}
     for node in ast.walk(tree):
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
@@ -135,23 +96,15 @@ def imported():
     return found
 
 
-def test_importing_the_package_needs_its_core_dependencies_only(imported):
+def test_what_is_imported_is_what_is_declared(imported):
+    """Outside of functions the core dependencies alone, inside also those of extras; and none is declared in vain."""
+    ours = set().union(*(names(EXTRAS[extra]) for extra in OURS))
     for path, found in imported.items():
         assert {name for name, at_once in found if at_once} <= names(CORE), path.name
-
-
-def test_every_import_is_declared(imported):
-    declared = names(CORE).union(*(names(EXTRAS[extra]) for extra in OURS))
-    for path, found in imported.items():
-        assert {name for name, _ in found} <= declared | set(BROUGHT), path.name
+        assert {name for name, _ in found} <= names(CORE) | ours | set(BROUGHT), path.name
+    assert names(CORE) | ours <= {name for found in imported.values() for name, _ in found}
     for name, bringer in BROUGHT.items():
-        assert name in {canonicalize_name(Requirement(text).name) for text in requires(bringer)}
-
-
-def test_every_dependency_is_imported_or_needed_by_one_that_is(imported):
-    used = {name for found in imported.values() for name, _ in found}
-    assert names(CORE) - used == set()
-    assert set().union(*(names(EXTRAS[extra]) for extra in OURS)) - used == set()
+        assert name in names(requires(bringer))
 
 
 def test_a_module_that_imports_from_an_extra_names_it(imported):
@@ -221,48 +174,39 @@ def test_the_wheel_holds_the_package_with_its_types_and_pages():
 
 # ---- making a release -----------------------------------------------------------------------------
 
-
-@pytest.fixture
-def archives(tmp_path):
-    """A function that packs files as an sdist and a wheel."""
-
-    def pack(source, package):
-        sdist, wheel = tmp_path / "stratavit-1.0.tar.gz", tmp_path / "stratavit-1.0-py3-none-any.whl"
-        with tarfile.open(sdist, "w:gz") as archive:
-            for name in [*source, "PKG-INFO"]:
-                archive.addfile(tarfile.TarInfo(f"stratavit-1.0/{name}"), io.BytesIO())
-        with zipfile.ZipFile(wheel, "w") as archive:
-            for name in [*package, *(f"stratavit-1.0.dist-info/{name}" for name in make.DIST_INFO)]:
-                archive.writestr(name, "")
-        return sdist, wheel
-
-    return pack
-
-
 FILES = ["README.md", "tests/test_a.py", "src/stratavit/__init__.py", "src/stratavit/reports/page/page.html"]
 PACKAGE = ["stratavit/__init__.py", "stratavit/reports/page/page.html"]
 
 
-def test_whole_archives_pass(archives):
-    make.check_contents(*archives(FILES, PACKAGE), set(FILES))
-
-
 @pytest.mark.parametrize(
-    ("source", "package", "told"),
+    ("source", "package", "fault"),
     [
+        (FILES, PACKAGE, None),
         (FILES[1:], PACKAGE, "stratavit-1.0.tar.gz lacks README.md"),
         ([*FILES, "notes.txt"], PACKAGE, "stratavit-1.0.tar.gz holds by mistake notes.txt"),
         (FILES, PACKAGE[:1], "stratavit-1.0-py3-none-any.whl lacks stratavit/reports/page/page.html"),
         (FILES, [*PACKAGE, "tests/test_a.py"], "stratavit-1.0-py3-none-any.whl holds by mistake tests/test_a.py"),
     ],
 )
-def test_a_file_too_many_or_too_few_ends_a_release(archives, source, package, told):
-    with pytest.raises(make.ReleaseError, match=re.escape(told)):
-        make.check_contents(*archives(source, package), set(FILES))
+def test_a_file_too_many_or_too_few_ends_a_release(tmp_path, source, package, fault):
+    sdist, wheel = tmp_path / "stratavit-1.0.tar.gz", tmp_path / "stratavit-1.0-py3-none-any.whl"
+    with tarfile.open(sdist, "w:gz") as archive:
+        for name in [*source, "PKG-INFO"]:
+            archive.addfile(tarfile.TarInfo(f"stratavit-1.0/{name}"), io.BytesIO())
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in [*package, *(f"stratavit-1.0.dist-info/{name}" for name in make.DIST_INFO)]:
+            archive.writestr(name, "")
+    with pytest.raises(make.ReleaseError, match=re.escape(fault)) if fault else contextlib.nullcontext():
+        make.check_contents(sdist, wheel, set(FILES))
 
 
 def vulnerable(*fixes):
     return {"name": "torch", "version": "1", "vulns": [{"id": "V-1", "fix_versions": list(fixes)}]}
+
+
+def audited(monkeypatch, code, out, error=""):
+    monkeypatch.setattr(make.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], code, out, error))
+    return make.audit(ROOT)
 
 
 SOUND = {"name": "timm", "version": "1", "vulns": []}
@@ -270,7 +214,7 @@ SKIPPED = [{"name": name, "skip_reason": "not found"} for name in ("rich", "stra
 
 
 @pytest.mark.parametrize(
-    ("packages", "told"),
+    ("packages", "found"),
     [
         (None, "not checked, the service did not answer"),
         (SKIPPED, "not checked, the service knows none of 1 packages"),
@@ -279,20 +223,16 @@ SKIPPED = [{"name": name, "skip_reason": "not found"} for name in ("rich", "stra
         ([vulnerable(), SOUND], "known, not mended yet: torch V-1"),
     ],
 )
-def test_only_packages_that_were_answered_for_count_as_checked(monkeypatch, tmp_path, packages, told):
-    answer_with(monkeypatch, "no connection" if packages is None else json.dumps({"dependencies": packages}))
-    assert make.audit(tmp_path) == told
+def test_only_packages_that_the_service_knows_count_as_checked(monkeypatch, packages, found):
+    text = "no connection" if packages is None else json.dumps({"dependencies": packages})
+    assert audited(monkeypatch, 1, text) == found
 
 
-def test_a_vulnerability_that_a_newer_release_mends_ends_a_release(monkeypatch, tmp_path):
-    answer_with(monkeypatch, json.dumps({"dependencies": [SOUND, vulnerable("2")]}))
+def test_a_vulnerability_that_a_newer_release_fixes_or_an_audit_that_fails_ends_a_release(monkeypatch):
     with pytest.raises(make.ReleaseError, match="torch V-1"):
-        make.audit(tmp_path)
-
-
-def answer_with(monkeypatch, text):
-    done = subprocess.CompletedProcess([], 1, text, "")
-    monkeypatch.setattr(make.subprocess, "run", lambda *_, **__: done)
+        audited(monkeypatch, 1, json.dumps({"dependencies": [SOUND, vulnerable("2")]}))
+    with pytest.raises(make.ReleaseError, match="no such option"):
+        audited(monkeypatch, 2, "", "Traceback: no such option")
 
 
 @pytest.fixture
@@ -308,39 +248,61 @@ def checkout(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_files_that_are_not_committed_are_told_and_dist_stays(checkout, capsys):
+def content(checkout):
+    return {path.name for path in checkout.iterdir()} - {".git", ".gitignore"}, os.listdir(checkout / "dist")
+
+
+def test_files_that_are_not_committed_are_named_and_dist_stays(checkout, capsys):
     (checkout / "forgotten.py").write_text("")
     assert make.main() == 1
-    assert capsys.readouterr().err == (
-        "release: 1 files are not committed, the first is forgotten.py: commit or remove them; dist/ is as it was\n"
-    )
-    assert sorted(path.name for path in checkout.iterdir()) == [".git", ".gitignore", "dist", "forgotten.py"]
-    assert [path.name for path in (checkout / "dist").iterdir()] == ["earlier"]
+    assert "forgotten.py" in capsys.readouterr().err
+    assert content(checkout) == ({"dist", "forgotten.py"}, ["earlier"])
 
 
-@pytest.mark.parametrize("fault", [make.ReleaseError("a check"), KeyboardInterrupt(), SystemExit("stopped")])
-def test_a_release_that_ends_early_leaves_dist_and_nothing_else(checkout, monkeypatch, fault):
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (make.ReleaseError("a check"), "a check"),
+        (OSError(28, "No space left on device"), "No space"),
+        (KeyboardInterrupt(), "interrupted"),
+        (SystemExit("stopped"), None),
+    ],
+)
+def test_a_release_that_ends_early_leaves_dist_and_nothing_else(checkout, monkeypatch, capsys, fault, said):
     def half(work, dist):
         dist.mkdir()
         (dist / "half.whl").write_text("")
         raise fault
 
     monkeypatch.setattr(make, "release", half)
-    if isinstance(fault, SystemExit):
+    if said is None:
         with pytest.raises(SystemExit):
             make.main()
     else:
         assert make.main() == 1
-    assert sorted(path.name for path in checkout.iterdir()) == [".git", ".gitignore", "dist"]
-    assert [path.name for path in (checkout / "dist").iterdir()] == ["earlier"]
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1
+        assert said in line
+        assert line.endswith("dist/ is as it was\n")
+    assert content(checkout) == ({"dist"}, ["earlier"])
 
 
 def test_a_release_takes_the_place_of_the_last_one(checkout, monkeypatch):
-    def whole(work, dist):
+    def made(work, dist):
         dist.mkdir()
         (dist / "new.whl").write_text("")
 
-    monkeypatch.setattr(make, "release", whole)
+    monkeypatch.setattr(make, "release", made)
     assert make.main() == 0
-    assert sorted(path.name for path in checkout.iterdir()) == [".git", ".gitignore", "dist"]
-    assert [path.name for path in (checkout / "dist").iterdir()] == ["new.whl"]
+    assert content(checkout) == ({"dist"}, ["new.whl"])
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_release_that_is_interrupted_while_it_is_moved(tmp_path, monkeypatch, number):
+    for name in ("new", "dist"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    stopped_after_rename(monkeypatch, number, SystemExit)
+    with pytest.raises(SystemExit):
+        make.put(tmp_path / "new", tmp_path / "dist", tmp_path / "old")
+    assert [path.name for path in (tmp_path / "dist").iterdir()] == [["dist", "new"][number - 1]]

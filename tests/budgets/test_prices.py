@@ -94,5 +94,5 @@ def test_what_is_slow_is_cut_more(method, monkeypatch, tmp_path):
 
 
 def test_an_unknown_price():
-    with pytest.raises(StrataViTError, match="price: .*'energy'"):
+    with pytest.raises(StrataViTError, match=r"price: .*'energy'"):
         copy.deepcopy(make_net("plain")).stratify(make_batches(), price="energy")

@@ -68,8 +68,12 @@ def read_csv(path: Path) -> list[Point]:
     """
     if not path.exists():
         return []
+    types = get_type_hints(Point)
     try:
-        return [_point(row) for row in csv.DictReader(read_small(path).decode().splitlines(keepends=True))]
+        rows = csv.DictReader(read_small(path).decode().splitlines(keepends=True))
+        if len(rows.fieldnames or ()) > len(types):
+            raise ValueError("a column is unknown or there twice")
+        return [_checked(Point(**{key: types[key](value) for key, value in row.items()})) for row in rows]
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
         raise ArtifactError(f"{path} is not a curve written by StrataViT ({one_line(error)})") from error
 
@@ -92,8 +96,8 @@ def curves(rows: Iterable[Mapping[str, Any]]) -> list[tuple[int, list[Point]]]:
     for row in rows:
         if row["kind"] == "eval":
             points: list[Point] = []
-            with suppress(ValueError, TypeError, KeyError):
-                points = [_point(point) for point in row["points"]]
+            with suppress(ValueError, TypeError, KeyError, AttributeError):
+                points = [_checked(Point(**point)) for point in row["points"]]
             found.append((row["epoch"], points))
     return found
 
@@ -104,10 +108,8 @@ def last_curve(rows: Iterable[Mapping[str, Any]]) -> list[Point]:
     return found[-1][1] if found else []
 
 
-def _point(row: Mapping[str, Any]) -> Point:
-    """The point in a row of a file, if its values are those of a network that was measured."""
-    types = get_type_hints(Point)
-    point = Point(**{key: types[key](value) for key, value in row.items()})
+def _checked(point: Point) -> Point:
+    """The point, if its values are those of a network that was measured."""
     parse_share(point.asked)
     percent = 0 <= point.top1 <= 100 and 0 <= point.top5 <= 100
     counts = all(0 < count < 2**63 for count in (point.macs, point.params, point.n))

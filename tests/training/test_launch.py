@@ -1,0 +1,89 @@
+"""What a run of training needs before it begins and leaves when it ends: processes, folders, trackers, weights."""
+
+import dataclasses
+import signal
+import threading
+from types import SimpleNamespace
+
+import accelerate
+import pytest
+import torch
+from helpers import make_model, make_net
+from training_runs import TINY, Images, run
+
+import stratavit
+from stratavit import ArtifactError, StrataViTError
+from stratavit.files.lock import Lock
+from stratavit.training import distributed, launch, run_files
+from stratavit.utils import signals
+
+FULL = OSError(28, "No space left on device")
+
+
+def failing(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+def test_signals_are_left_alone_in_other_threads():
+    before, asked = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        with signals.raised(), distributed.stop_on_signal() as stop:
+            asked.append((signal.getsignal(signal.SIGTERM), stop.asked))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert asked == [(before, False)]
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (failing(ValueError("fp8 needs other hardware")), "Accelerate .*fp8"),
+        (lambda **options: SimpleNamespace(num_processes=1, log_with=[]), "2 processes .* 1"),
+    ],
+)
+def test_processes_that_cannot_be_joined(tmp_path, monkeypatch, found, message):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(accelerate, "Accelerator", found)
+    with pytest.raises(StrataViTError, match=message):
+        distributed.accelerator(TINY, tmp_path, cpu=True)
+
+
+def test_a_tracker_that_fails_at_the_end(capsys):
+    trackers = [SimpleNamespace(finish=failing(FULL))]
+    distributed.release(
+        SimpleNamespace(unwrap_model=lambda model, **options: model, trackers=trackers), make_model("plain")
+    )
+    assert "the disk is full" in capsys.readouterr().err
+
+
+def test_a_lock_that_cannot_be_set_leaves_no_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(Lock, "take", failing(FULL))
+    folder = tmp_path / "a" / "b" / "run"
+    with pytest.raises(ArtifactError, match="the disk is full"):
+        launch.make_folder(folder, False, Lock(folder))
+    assert not any(tmp_path.iterdir())
+
+
+def test_states_are_saved_as_often_as_asked(tmp_path):
+    run(tmp_path / "run", recipe=dataclasses.replace(TINY, save_every=2))
+    assert run_files.read_state(tmp_path / "run")["ended"] == TINY.epochs
+
+
+def test_a_model_without_a_head_needs_a_teacher(tmp_path):
+    model = make_model("plain")
+    model.reset_classifier(0)
+    with pytest.raises(StrataViTError, match="teacher"):
+        stratavit.finetune(model, Images(), None, dataclasses.replace(TINY, mode="plain"), tmp_path / "run", cpu=True)
+
+
+def test_raw_weights_are_kept_where_asked(tmp_path):
+    small = make_net("plain").extract(spec={"blocks.0.attn": 8}, verbose=False)
+    recipe = dataclasses.replace(TINY, mode="plain", keep="raw")
+    tuned = stratavit.finetune(small, Images(), None, recipe, tmp_path / "run", cpu=True)
+    assert torch.equal(run_files.read_state(tmp_path / "run")["weights"]["head.weight"], tuned.head.weight)
