@@ -36,11 +36,12 @@ def named(language):
 
 
 @pytest.mark.parametrize("match", named("python"))
-def test_python_blocks(match, tmp_path):
+def test_python_blocks(match, tmp_path, monkeypatch):
     """As they stand; those that need files of a reader's run in `test_docs_commands`."""
-    compile(match["code"], "block", "exec")
+    code = compile(match["code"], "block", "exec")
     if match["stage"] is None:
-        subprocess.run([sys.executable, "-c", match["code"]], check=True, cwd=tmp_path)
+        monkeypatch.chdir(tmp_path)
+        exec(code, {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("match", named("console"))
@@ -67,7 +68,7 @@ def test_recipes(match, tmp_path):
 
 
 def test_the_loader_without_this_library(tmp_path):
-    """The documented loader, in a process that cannot import stratavit, gives the same answers, bit for bit."""
+    """The documented loader, in a process that cannot import stratavit, has the same outputs, bit for bit."""
     page = next(match for page, match in BLOCKS if page.name == "files.md" and "def load_small" in match["code"])
     small = {method: make_net("plain", method).extract(spec=MIXED) for method in ("default", "paper")}
     for number, name in enumerate(architectures.ALL):
@@ -82,14 +83,14 @@ def test_the_loader_without_this_library(tmp_path):
     code = (
         "import sys; sys.modules['stratavit'] = None\n" + page["code"] + "\nimages = torch.load('images.pt')\n"
         f"torch.set_num_threads({torch.get_num_threads()})\n"
-        f"with torch.no_grad(): answers = {{name: load_small(name)(images) for name in {list(small)}}}\n"
-        "torch.save(answers, 'answers.pt')\n"
+        f"with torch.no_grad(): outputs = {{name: load_small(name)(images) for name in {list(small)}}}\n"
+        "torch.save(outputs, 'outputs.pt')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
-    answers = torch.load(tmp_path / "answers.pt")
+    outputs = torch.load(tmp_path / "outputs.pt")
     with torch.no_grad():
         for name, model in small.items():
-            assert torch.equal(answers[name], model(IMAGES)), name
+            assert torch.equal(outputs[name], model(IMAGES)), name
 
 
 def test_every_block_is_checked():

@@ -1,7 +1,7 @@
 """The command line end to end on a tiny image folder, and each way to get it wrong."""
 
 import errno
-import pickle
+import re
 import subprocess
 import sys
 from itertools import chain
@@ -181,47 +181,49 @@ def test_bench_of_a_small_model(work, capsys, monkeypatch):
 # ---- bad input ------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def bad(work, tmp_path_factory):
+    """Weights, images and a class map that are no use."""
+    folder, state = tmp_path_factory.mktemp("bad"), load_file(work / "model.safetensors")
+    (folder / "truncated.safetensors").write_bytes((work / "model.safetensors").read_bytes()[:5000])
+    save_file(state | {"norm.bias": torch.full((48,), torch.nan)}, folder / "nan.safetensors")
+    save_file({"something": torch.zeros(2)}, folder / "other.safetensors")
+    save_file(timm.create_model("resnet18", num_classes=3).state_dict(), folder / "resnet.safetensors")
+    torch.save({"model": Bomb(folder / "exploded")}, folder / "bomb.pth")
+    (folder / "map.txt").write_text("ant\nbee\ndog\n")
+    for name, classes in (("empty", ()), ("two", CLASSES[:2]), ("unreadable", CLASSES)):
+        (folder / name).mkdir()
+        for label in classes:
+            (folder / name / label).mkdir()
+            (folder / name / label / "a.png").write_bytes(b"no image")
+    return folder
+
+
 @pytest.mark.parametrize(
-    ("kind", "expected"),
+    ("option", "value", "expected"),
     [
-        ("missing", "is not a file"),
-        ("truncated", "damaged"),
-        ("nan", "blocks.1.mlp.fc1.weight"),
-        ("other", "is missing"),
+        ("weights", "missing.safetensors", "is not a file"),
+        ("weights", "truncated.safetensors", "damaged"),
+        ("weights", "nan.safetensors", "norm.bias"),
+        ("weights", "other.safetensors", "is missing"),
+        ("weights", "bomb.pth", "not loaded"),
+        ("num-classes", None, "head.bias .*--num-classes"),
+        ("data", "empty", "no usable images"),
+        ("data", "two", "--class-map"),
+        ("data", "unreadable", "no images"),
+        ("class-map", "map.txt", "cat is not a class"),
     ],
 )
-def test_bad_weights(work, tmp_path, capsys, kind, expected):
-    path, good = tmp_path / "bad.safetensors", work / "model.safetensors"
-    state = load_file(good) if kind == "nan" else {"something": torch.zeros(2)}
-    if kind == "truncated":
-        path.write_bytes(good.read_bytes()[:5000])
-    elif kind != "missing":
-        if kind == "nan":
-            state["blocks.1.mlp.fc1.weight"][0, 0] = float("nan")
-        save_file(state, path)
-    assert expected in refusal(capsys, *convert(work, tmp_path / "out", weights=path))
+def test_convert_refuses_bad_input(work, bad, tmp_path, capsys, option, value, expected):
+    line = refusal(capsys, *convert(work, tmp_path / "out", **{option: value and bad / value}))
+    assert re.search(expected, line)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_checkpoint_with_code_is_not_run(work, tmp_path, capsys):
-    (tmp_path / "bomb.pth").write_bytes(pickle.dumps({"model": Bomb(tmp_path / "exploded")}))
-    torch.save({"model": Bomb(tmp_path / "exploded")}, tmp_path / "bomb2.pth")
-    for name in ("bomb.pth", "bomb2.pth"):
-        assert "not loaded" in refusal(capsys, *convert(work, tmp_path / "out", weights=tmp_path / name))
-    assert not (tmp_path / "exploded").exists()
-
-
-def test_wrong_head_size_names_the_option(work, tmp_path, capsys):
-    line = refusal(capsys, *convert(work, tmp_path / "out", **{"num-classes": None}))
-    assert "head.bias" in line
-    assert "--num-classes" in line
+    assert not (bad / "exploded").exists()
 
 
 @pytest.mark.parametrize(("name", "expected"), [("deit_tinny_patch16_224", MODEL), ("resnet18", "ResNet")])
-def test_a_model_that_does_not_exist_or_cannot_be_cut(capsys, work, tmp_path, name, expected):
-    weights = tmp_path / "resnet.safetensors"
-    save_file(timm.create_model("resnet18", num_classes=3).state_dict(), weights)
-    arguments = convert(work, tmp_path / "out", weights=weights)
+def test_a_model_that_does_not_exist_or_cannot_be_cut(capsys, work, bad, tmp_path, name, expected):
+    arguments = convert(work, tmp_path / "out", weights=bad / "resnet.safetensors")
     arguments[1] = name
     assert expected in refusal(capsys, *arguments)
 
@@ -245,49 +247,19 @@ def test_no_hub_access(capsys, work, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("classes", "content", "expected"),
-    [((), b"", "no usable images"), (CLASSES[:2], b"no image", "--class-map"), (CLASSES, b"no image", "no images")],
-)
-def test_bad_image_folders(work, tmp_path, capsys, classes, content, expected):
-    (tmp_path / "images").mkdir()
-    for name in classes:
-        (tmp_path / "images" / name).mkdir()
-        (tmp_path / "images" / name / "a.png").write_bytes(content)
-    assert expected in refusal(capsys, *convert(work, tmp_path / "out", data=tmp_path / "images"))
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        ("ant\nbee\nbee\n", "'bee' appears twice"),
-        ("ant\nbee\ndog\n", "is not a class of"),
-        ("", "is empty"),
-    ],
-)
-def test_bad_class_maps(work, tmp_path, capsys, names, expected):
-    (tmp_path / "map.txt").write_text(names)
-    assert expected in refusal(capsys, *convert(work, tmp_path / "out", **{"class-map": tmp_path / "map.txt"}))
-
-
-@pytest.mark.parametrize(
     ("budget", "expected"),
     [
         (["--macs", "12G"], "reachable range"),
-        (["--macs", "1"], "1.0"),
-        (["--macs", "half"], "'half'"),
         (["--params", "150%"], "at most 1"),
         (["--position", "-1"], "from 0"),
         ([], "at least one budget"),
-        (["--position", "3", "--macs", "0.5"], "position and macs|macs and position"),
         (["--memory", "0.001"], "memory_mb: asked '0.001'"),
         (["--latency", "fast"], "'fast'"),
         (["--max-drop", "1"], "give data"),
     ],
 )
 def test_bad_budgets(run, tmp_path, capsys, budget, expected):
-    line = refusal(capsys, "extract", run, *budget, "--out", tmp_path / "out")
-    assert any(words in line for words in expected.split("|"))
+    assert expected in refusal(capsys, "extract", run, *budget, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -70,6 +70,23 @@ def test_a_lock_that_cannot_be_set_leaves_no_folders(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_folder_that_is_filled_while_it_is_locked(tmp_path, monkeypatch):
+    take = Lock.take
+
+    def overtaken(self):
+        take(self)
+        (self.path.parent / "state.pt").touch()
+
+    monkeypatch.setattr(Lock, "take", overtaken)
+    with pytest.raises(ArtifactError, match="is not empty"):
+        launch.make_folder(tmp_path / "run", False, Lock(tmp_path / "run"))
+
+
+def test_a_state_that_memory_is_too_small_for_is_not_damaged(tmp_path):
+    with pytest.raises(MemoryError), run_files.checkpoint_errors(tmp_path):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+
 def test_states_are_saved_as_often_as_asked(tmp_path):
     run(tmp_path / "run", recipe=dataclasses.replace(TINY, save_every=2))
     assert run_files.read_state(tmp_path / "run")["ended"] == TINY.epochs
