@@ -32,12 +32,12 @@ from stratavit.elastic.memory import Memory, memory_of
 from stratavit.elastic.running import Run, running
 from stratavit.elastic.site import HEAD_DIM_UNIT, MLP_UNITS, with_units
 from stratavit.elastic.widths import full_spec
-from stratavit.errors import ArtifactError, BudgetError, StrataViTError, described
+from stratavit.errors import ArtifactError, BudgetError, StrataViTError, UnsupportedModelError, described
 from stratavit.evaluation.latency import Setting
 from stratavit.interop.convert import as_source, as_timm
 from stratavit.models import architecture, changes, source_checks
 from stratavit.models.cost import CostModel, cost_model
-from stratavit.models.equality import Subject, check_cut
+from stratavit.models.equality import Subject, check_equal
 from stratavit.models.extraction import small_model
 from stratavit.models.families import elastic_sites, find_sites, last_norm, stages
 from stratavit.models.final_mean import FinalMean, Shift
@@ -112,9 +112,9 @@ class SuperNet(nn.Module):
         self.model: Any = self._elastic_copy(plain)
         size = self.data_config["input_size"]
         if rebuilt is not None and source is given:  # else `as_timm` has made and compared it
-            check_cut(
-                source, architecture.filled(rebuilt, plain), Subject(self.model, stages(self.model).answers), size
-            )
+            rebuilt = architecture.filled(rebuilt, plain)
+            ours = Subject(rebuilt, rebuilt), Subject(self.model, stages(self.model).answers)
+            check_equal("cut", UnsupportedModelError, Subject(source, source), ours, size)
         self._cost, self._form = cost_model(self.model, self.sites, size), changes.form_of(self.model)
         self._frozen = frozen_names(self.model)
         self._shift = Shift()
@@ -170,7 +170,7 @@ class SuperNet(nn.Module):
     def _follow(self) -> None:
         """Brings description, image size and cost up to what the owner made of `model`."""
         before = self.description, self.data_config, self._cost, self._form
-        changes.plain_heads(self.model)
+        with_plain_head(self.model, in_place=True)
         try:
             self.description = changes.description_now(self.description, self.model)
             size: Any = architecture.own_size(self.model, self.data_config["input_size"])

@@ -12,7 +12,7 @@ from torch import nn
 
 import stratavit
 from stratavit import ArtifactError, StrataViTError, SuperNet, UnsupportedModelError
-from stratavit.models.equality import Subject, check_saved
+from stratavit.models.equality import Subject, check_equal
 
 NAMES = ("vit_tiny_patch16_224", "eva02_tiny_patch14_224", "beit_base_patch16_224")
 SWINS = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256")
@@ -235,5 +235,5 @@ def test_loading_does_not_run_the_model(tmp_path, monkeypatch):
     from stratavit import supernet
 
     SuperNet(make_model("plain")).save(tmp_path / "net")
-    monkeypatch.setattr(supernet, "check_cut", None)
+    monkeypatch.setattr(supernet, "check_equal", None)
     SuperNet.load(tmp_path / "net")

@@ -12,7 +12,7 @@ from stratavit.artifacts.folder_format import SUB, read_saved, write_saved
 from stratavit.errors import ArtifactError, UnsupportedModelError
 from stratavit.interop.convert import as_source, as_timm
 from stratavit.models import architecture, source_checks
-from stratavit.models.equality import Subject, check_saved
+from stratavit.models.equality import Subject, check_equal
 from stratavit.models.freezing import frozen_names
 from stratavit.utils.classifier import with_plain_head
 from stratavit.utils.model import is_super_network
@@ -44,7 +44,8 @@ def save(model: nn.Module, path: str | Path, overwrite: bool = False) -> None:
     plain = with_plain_head(source)
     data_config = architecture.resolve_data_config(plain)
     if source is given:  # else `as_timm` has compared
-        check_saved(Subject(source, source), architecture.filled(built, plain), data_config["input_size"])
+        built = architecture.filled(built, plain)
+        check_equal("save", ArtifactError, Subject(source, source), [Subject(built, built)], data_config["input_size"])
     facts = {
         "model": description,
         "origin": getattr(plain, "origin", None),

@@ -12,7 +12,6 @@ from typing import Any
 import timm
 
 from stratavit.models import architecture
-from stratavit.models.differences import difference
 from stratavit.models.families import family_of
 
 FILE = "config.json"
@@ -33,7 +32,7 @@ def timm_config(description: Mapping[str, Any], data_config: Mapping[str, Any]) 
             said = timm.create_model(name, device="cpu" if computed else "meta", **args)
         except (TypeError, ValueError, AssertionError, RuntimeError):  # an argument that this architecture sets itself
             continue
-        if difference(said, built) is None:
+        if architecture.difference(said, built) is None:
             break
     else:
         return None

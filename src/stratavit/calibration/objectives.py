@@ -13,7 +13,7 @@ from torch import Tensor
 from stratavit.data.batches import check_labels
 from stratavit.data.pixels import uniforms
 from stratavit.errors import StrataViTError
-from stratavit.models.stages import Stages
+from stratavit.models.families.base import Stages
 
 Objective = Literal["auto", "label", "cross_entropy", "prediction", "sampled", "feature"]
 OBJECTIVES: tuple[Objective, ...] = ("auto", "label", "cross_entropy", "prediction", "sampled", "feature")

@@ -1,10 +1,12 @@
 """A model's architecture as JSON, and back: ``timm.create_model(name, **args)`` plus one line per site.
 
-Only plain data is read and written, so loading a model never runs code from a file.
+Only plain data is read and written, so loading a model never runs code from a file. What the description cannot
+express is found by comparing the model, part by part, with what is built from it.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from timm.layers import get_norm_layer
+from timm.layers import DropPath, PatchDropout, PatchDropoutWithIndices, get_norm_layer
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
@@ -21,12 +23,19 @@ from stratavit.elastic.layers import build_layer, describe_layer
 from stratavit.elastic.plain import Constant, SplitAttention
 from stratavit.elastic.value_attention import ElasticSplit
 from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, described, one_line
-from stratavit.models.differences import difference
 from stratavit.models.families import family_of, kind_of
 from stratavit.utils.classifier import with_plain_head
 from stratavit.utils.model import computed_buffers, model_device, model_dtype
 
 DATA_KEYS = {"input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode"}
+_TRANSIENT = (nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices, nn.Identity)  # of training only
+_ASIDE = {
+    *("training", "fused_attn", "grad_checkpointing", "data_config", "provenance", "init_values", "embedding"),
+    "target_shift_size",  # of windows: read when these are set again, and then only whether it is 0
+}
+
+
+# ---- description ---------------------------------------------------------------------------------------------------
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -56,10 +65,9 @@ def described_and_built(model: nn.Module) -> tuple[dict[str, Any], nn.Module]:
         model = with_plain_head(model)
     except UnsupportedModelError as error:
         raise ArtifactError(f"cannot describe a {type(model).__name__}: {error}") from error
-    config = getattr(model, "pretrained_cfg", None) or {}
     distilled = isinstance(model, VisionTransformerDistilled)
     fallback = "deit_tiny_distilled_patch16_224" if distilled else family.fallback
-    name = config.get("architecture") or fallback
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or fallback
     description: dict[str, Any] = {
         "architecture": name if timm.is_model(name) else fallback,
         "args": {**getattr(model, "source_args", {}), **family.arguments(model)},  # heads may all be cut away
@@ -72,33 +80,19 @@ def described_and_built(model: nn.Module) -> tuple[dict[str, Any], nn.Module]:
         description["norm_eps"] = float(getattr(blocks[0][1].norm1, "eps", 1e-6))
     for block_name, block in blocks:
         for leaf in ("attn", "mlp"):
-            module = getattr(block, leaf)
+            site, module = f"{block_name}.{leaf}", getattr(block, leaf)
             if _is_cut(module):
-                description["sites"][f"{block_name}.{leaf}"] = describe_layer(f"{block_name}.{leaf}", module)
+                description["sites"][site] = describe_layer(site, module)
     bare = next(model.parameters()).is_meta  # then its buffers are nothing to compare with
     built = build(description, "meta", computed=not bare)
-    other = difference(built, model)
-    if other:
-        raise ArtifactError(f"cannot describe this model as timm's {description['architecture']}: {other}")
+    differs = difference(built, model)
+    if differs:
+        raise ArtifactError(f"cannot describe this model as timm's {description['architecture']}: {differs}")
     return description, built
 
 
-def filled(built: nn.Module, model: nn.Module) -> nn.Module:
-    """A model built from a description, with the weights of another: shared, not copied; eval mode."""
-    built.load_state_dict(model.state_dict(), strict=True, assign=True)
-    cast_computed(built, model_dtype(model))
-    return built.to(model_device(model)).eval()
-
-
-def cast_computed(model: nn.Module, dtype: torch.dtype) -> None:
-    """Casts the buffers that a model computed in float32 when it was built."""
-    for _, module, key, buffer in computed_buffers(model):
-        if buffer.is_floating_point():
-            setattr(module, key, buffer.to(dtype))
-
-
 def _is_cut(module: nn.Module) -> bool:
-    """Whether a module is one that cutting leaves: those kept whole are as `timm.create_model` makes them."""
+    """Whether cutting made a module what it is; those that stay uncut are as `timm.create_model` makes them."""
     if isinstance(module, Constant | SplitAttention):
         return True
     kind = kind_of(module)
@@ -116,65 +110,115 @@ def build(description: Mapping[str, Any], device: torch.device | str = "cpu", co
     Raises:
         ArtifactError: The description is incomplete or timm cannot build it.
     """
-    with torch.random.fork_rng(devices=[]):  # what comes after draws the same numbers as without
-        return _built(description, device, computed)
-
-
-def _built(description: Mapping[str, Any], device: torch.device | str, computed: bool) -> nn.Module:
     try:
-        if not timm.is_model(description["architecture"]):
-            raise ArtifactError(f"timm {timm.__version__} has no model named {described(description['architecture'])}")
-        args = dict(description["args"])
-        if "norm_layer" in args:
-            args["norm_layer"] = partial(get_norm_layer(args["norm_layer"]), eps=float(description["norm_eps"]))
-        model: nn.Module = timm.create_model(description["architecture"], device=device, **args)
-        if torch.device(device).type == "meta" and computed and family_of(model).has_buffers:
-            return _built(description, "cpu", computed)
-        model.embedding = bool(description.get("embedding", False))  # type: ignore[assignment]
-        for name, numbers in description["sites"].items():
-            parent, _, leaf = name.rpartition(".")
-            block = model.get_submodule(parent)
-            like = getattr(block, leaf)
-            setattr(block, leaf, build_layer(numbers, width_of(like), like, device))
+        with torch.random.fork_rng(devices=[]):  # what comes after draws the same numbers as without
+            return _built(description, device, computed)
     except ArtifactError:
         raise
     except Exception as error:  # a description from a file can be wrong in any way that timm does not check
         raise ArtifactError(
             f"the model description cannot be built: {type(error).__name__}: {one_line(error)}"
         ) from error
-    return model
 
 
-def width_of(module: Any) -> int:
-    """Token width C that a stock attention or MLP module writes."""
-    out: nn.Linear = module.proj if hasattr(module, "proj") else module.fc2
-    return out.out_features
+def _built(description: Mapping[str, Any], device: torch.device | str, computed: bool) -> nn.Module:
+    name, args = description["architecture"], dict(description["args"])
+    if not timm.is_model(name):
+        raise ArtifactError(f"timm {timm.__version__} has no model named {described(name)}")
+    if "norm_layer" in args:
+        args["norm_layer"] = partial(get_norm_layer(args["norm_layer"]), eps=float(description["norm_eps"]))
+    model: Any = timm.create_model(name, device=device, **args)
+    if torch.device(device).type == "meta" and computed and family_of(model).has_buffers:
+        return _built(description, "cpu", computed)
+    model.embedding = bool(description.get("embedding", False))
+    for site, numbers in description["sites"].items():
+        parent, _, leaf = site.rpartition(".")
+        block = model.get_submodule(parent)
+        like = getattr(block, leaf)
+        out = like.proj if hasattr(like, "proj") else like.fc2
+        setattr(block, leaf, build_layer(numbers, out.out_features, like, device))
+    made: nn.Module = model
+    return made
+
+
+def filled(built: nn.Module, model: nn.Module) -> nn.Module:
+    """A model built from a description, with the weights of another: shared, not copied; eval mode."""
+    built.load_state_dict(model.state_dict(), strict=True, assign=True)
+    cast_computed(built, model_dtype(model))
+    return built.to(model_device(model)).eval()
+
+
+def cast_computed(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts the buffers that a model computed in float32 when it was built."""
+    for _, module, key, buffer in computed_buffers(model):
+        if buffer.is_floating_point():
+            setattr(module, key, buffer.to(dtype))
+
+
+# ---- comparison ----------------------------------------------------------------------------------------------------
+
+
+def difference(built: nn.Module, model: nn.Module) -> str | None:
+    """What makes a model differ from one that timm built, apart from weights and dropout rates; None if alike.
+
+    Returns:
+        The first part that differs, what it is, what was expected and what to do.
+    """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    ours, theirs = _parts(built, dtype), _parts(model, dtype)
+    names = {name for name in ours | theirs if ours.get(name) != theirs.get(name)}
+    if not names:
+        return None
+    # what was added says more than what follows from it, and another module more than its tensors
+    name = min(names, key=lambda name: (name in ours or name.rpartition(".")[0] in ours.keys() & names, name))
+    if name not in ours and name in dict(model.named_buffers()):
+        return f"{name} is a buffer that it does not have (a profiler or a counter left it): delete it"
+    found = f"is {theirs[name]}" if name in theirs else "is missing"
+    return (
+        f"{name} {found}, expected {ours.get(name, 'no such part')}: put that back, merge what was added into the "
+        "weights, or build the model by timm.create_model with the option that was changed"
+    )
+
+
+def _parts(root: nn.Module, dtype: torch.dtype) -> dict[str, str]:
+    """Every module, its plain attributes, and all shapes."""
+    lines: dict[str, str] = {}
+    for name, module in root.named_modules():
+        if isinstance(module, _TRANSIENT):
+            continue
+        if name:
+            lines[name] = f"{type(module).__name__}({module.extra_repr()})"
+        for key, value in vars(module).items():
+            if key not in _ASIDE and not key.startswith("_") and _is_plain(value):
+                lines[f"{name}.{key}".lstrip(".")] = str(value)
+    lines |= {name: f"a buffer of shape {tuple(buffer.shape)}" for name, buffer in root.named_buffers()}
+    for name, _, _, buffer in computed_buffers(root):  # they follow from the arguments, or differ
+        lines.pop(name, None)
+        if not buffer.is_meta:
+            rounded = buffer.detach().to(dtype) if buffer.is_floating_point() else buffer.detach()
+            digest = hashlib.blake2b(rounded.double().cpu().numpy().tobytes(), digest_size=16).hexdigest()
+            lines[name] = f"a buffer of shape {tuple(buffer.shape)} that holds {digest}"
+    return lines | {name: f"of shape {tuple(p.shape)}" for name, p in root.named_parameters()}
+
+
+def _is_plain(value: Any) -> bool:
+    return all(map(_is_plain, value)) if isinstance(value, tuple) else isinstance(value, int | float | str | bool)
+
+
+# ---- images --------------------------------------------------------------------------------------------------------
 
 
 def merged_data_config(model: nn.Module, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The data configuration of a model, with what a user says in place of its own.
+    """The data configuration of a model, with what a user gives in place of its own.
 
     Raises:
-        StrataViTError: A key is none of those that timm has.
+        StrataViTError: A key is not one of timm's.
     """
     config = resolve_data_config(model)
     unknown = sorted(set(given or {}) - set(config) - DATA_KEYS)
     if unknown:
         raise StrataViTError(f"data_config: {described(unknown[0])} is none of {', '.join(sorted(DATA_KEYS))}")
     return config | dict(given or {})
-
-
-def channels_of(patches: Any, otherwise: int = 3) -> int:
-    """Channels of the images that a patch embedding reads; of a hybrid those that its convolutions read."""
-    own: Any = getattr(patches, "in_chans", None) or getattr(getattr(patches, "proj", None), "in_channels", otherwise)
-    return int(own)
-
-
-def own_size(model: nn.Module, size: Sequence[int]) -> tuple[int, ...]:
-    """The size ``(C, H, W)`` of images for a model: as given, but H and W its own if it takes no other."""
-    patches: Any = getattr(model, "patch_embed", None)
-    fixed = getattr(patches, "img_size", None) if getattr(patches, "strict_img_size", False) else None
-    return (size[0], *(fixed or size[1:]))
 
 
 def resolve_data_config(model: nn.Module) -> dict[str, Any]:
@@ -185,9 +229,21 @@ def resolve_data_config(model: nn.Module) -> dict[str, Any]:
     config = dict(resolve_model_data_config(model))
     patches: Any = model.patch_embed
     channels = channels_of(patches)
-    size = patches.img_size
-    if size is not None:
-        config["input_size"] = (channels, *size)
+    if patches.img_size is not None:
+        config["input_size"] = (channels, *patches.img_size)
     for key in ("mean", "std"):
         config[key] = tuple(float(x) for x in config[key])[:channels]
     return config
+
+
+def channels_of(patches: Any, otherwise: int = 3) -> int:
+    """Channels of the images that a patch embedding reads; of a hybrid those that its convolutions read."""
+    own: Any = getattr(patches, "in_chans", None) or getattr(getattr(patches, "proj", None), "in_channels", otherwise)
+    return int(own)
+
+
+def own_size(model: nn.Module, size: Sequence[int]) -> tuple[int, ...]:
+    """The size ``(C, H, W)`` of images for a model: as given, but H and W its own if it accepts no other."""
+    patches: Any = getattr(model, "patch_embed", None)
+    fixed = getattr(patches, "img_size", None) if getattr(patches, "strict_img_size", False) else None
+    return (size[0], *(fixed or size[1:]))

@@ -6,7 +6,8 @@ what budgets mean. ``attention=True`` adds the two products QK^T and AV.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ class Price(NamedTuple):
 
 @dataclass(frozen=True)
 class CostModel:
-    """Cost of every sub-network of one model.
+    """Cost of every sub-network of one model; sites that `widths` does not name count at full width.
 
     Attributes:
         sites: The modules that can be cut.
@@ -56,34 +57,28 @@ class CostModel:
 
     def site_macs(self, site: Site, width: int, attention: bool = False) -> int:
         """MACs per image of one site at a width."""
-        products = self.context[site.name] if attention else 0
-        return site_macs(site, width, self.tokens[site.name], products)
+        return site_macs(site, width, self.tokens[site.name], self.context[site.name] if attention else 0)
 
     def each(self, site: Site) -> int:
         """MACs per image of one more coordinate of a site that has some."""
         return self.site_macs(site, 2) - self.site_macs(site, 1)
 
     def macs(self, widths: Mapping[str, int] | None = None, attention: bool = False) -> int:
-        """Multiply-accumulates per image; sites that are not named count at full width."""
-        total = self.fixed_macs
-        for site in self.sites:
-            width = site.width if widths is None else widths.get(site.name, site.width)
-            total += self.site_macs(site, width, attention)
-        return total
+        """Multiply-accumulates per image of the extracted sub-network."""
+        return self.fixed_macs + sum(self.site_macs(site, width, attention) for site, width in self._all(widths))
 
     def params(self, widths: Mapping[str, int] | None = None, biased: bool = True, corrected: bool = True) -> int:
         """Parameters of the extracted sub-network.
 
         Args:
-            widths: Kept widths; sites that are not named count at full width.
+            widths: Kept widths.
             biased: A site cut to width 0 keeps the bias of its `proj` / `fc2` (else nothing at all).
             corrected: A cut site has a bias there even if the full one has none.
         """
-        total = self.fixed_params
-        for site in self.sites:
-            width = site.width if widths is None else widths.get(site.name, site.width)
-            total += site_params(site, width, biased, corrected)
-        return total
+        return self.fixed_params + sum(site_params(site, width, biased, corrected) for site, width in self._all(widths))
+
+    def _all(self, widths: Mapping[str, int] | None) -> Iterator[tuple[Site, int]]:
+        yield from ((site, (widths or {}).get(site.name, site.width)) for site in self.sites)
 
 
 def site_macs(site: Site, width: int, tokens: int, context: int = 0) -> int:
@@ -97,11 +92,10 @@ def site_macs(site: Site, width: int, tokens: int, context: int = 0) -> int:
     """
     if width == 0:
         return 0
-    qk = 2 * site.heads * site.qk_width  # rows of q and k where they stay whole
+    qk = 2 * site.heads * site.qk_width  # rows of q and k where they are not cut
     linear = tokens * site.dim * ((site.maps + 1) * site.heads * width + qk)
-    if site.kind == "mlp" or not context:
-        return linear
-    return linear + tokens * context * site.heads * (width + (site.qk_width or width))
+    products = 0 if site.kind == "mlp" else tokens * context * site.heads * (width + (site.qk_width or width))
+    return linear + products
 
 
 def site_params(site: Site, width: int, biased: bool, corrected: bool) -> int:
@@ -126,20 +120,21 @@ def cost_model(model: nn.Module, sites: tuple[Site, ...], image_size: tuple[int,
 
     def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         context[name] = inputs[0].shape[-2]
-        tokens[name] = inputs[0].numel() // inputs[0].shape[-1]  # windows and rows of the one image, too
+        tokens[name] = _tokens(inputs)
 
     inside = tuple(site.name + "." for site in sites)
-    handles = [
-        model.get_submodule(site.name).register_forward_pre_hook(partial(note, site.name), prepend=True)
-        for site in sites
-    ]
-    try:
+    with ExitStack() as stack:
+        for site in sites:
+            module = model.get_submodule(site.name)
+            stack.enter_context(module.register_forward_pre_hook(partial(note, site.name), prepend=True))
         fixed_macs = linear_macs(model, image_size, without=inside)
-    finally:
-        for handle in handles:
-            handle.remove()
     fixed_params = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(inside))
     return CostModel(sites, tokens, context, fixed_macs, fixed_params)
+
+
+def _tokens(inputs: tuple[Tensor, ...]) -> int:
+    """Tokens of one image that a module reads, of all its windows and rows."""
+    return inputs[0].numel() // inputs[0].shape[-1]
 
 
 def linear_macs(
@@ -155,44 +150,26 @@ def linear_macs(
     """
     total = 0
 
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def count(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal total
-        assert isinstance(module, nn.Linear | nn.Conv2d)
-        total += output.numel() * module.weight[0].numel()
-
-    def count_functional(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            total += output.numel() * module.weight[0].numel()
+            return
         if (
             getattr(module, "q_bias", None) is not None and not module.qkv_bias_separate
         ):  # qkv is not called as a module
-            total += inputs[0].numel() // inputs[0].shape[-1] * module.qkv.weight.numel()
+            total += _tokens(inputs) * module.qkv.weight.numel()
+        if attention:
+            numbers = describe_layer("", module)
+            widths = numbers.get("qk_dim", 0) + numbers.get("v_dim", 0) or 2 * numbers["head_dim"]
+            total += _tokens(inputs) * inputs[0].shape[-2] * numbers["num_heads"] * widths
 
-    def count_products(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        numbers = describe_layer("", module)
-        widths = numbers.get("qk_dim", 0) + numbers.get("v_dim", 0) or 2 * numbers["head_dim"]
-        total += inputs[0].numel() // inputs[0].shape[-1] * inputs[0].shape[-2] * numbers["num_heads"] * widths
-
-    counted = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-        and not (without and name.startswith(without))
-        and ".cpb_mlp." not in name  # positions, the same for all images
-    ]
-    handles = [module.register_forward_hook(count) for module in counted]
-    attentions = [(name, module) for name, module in model.named_modules() if isinstance(module, ATTENTION)]
-    handles += [
-        module.register_forward_hook(count_functional)
-        for name, module in attentions
-        if not (without and f"{name}.".startswith(without))
-    ]
-    if attention:
-        handles += [module.register_forward_hook(count_products) for _, module in attentions]
-    try:
-        with eval_mode(model), torch.inference_mode():
-            model(torch.zeros(1, *image_size, device=model_device(model), dtype=model_dtype(model)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            counts = isinstance(module, (nn.Linear, nn.Conv2d, *ATTENTION)) and not f"{name}.".startswith(without)
+            if counts and ".cpb_mlp." not in name:  # positions, the same for all images
+                stack.enter_context(module.register_forward_hook(count))
+        stack.enter_context(eval_mode(model))
+        stack.enter_context(torch.inference_mode())
+        model(torch.zeros(1, *image_size, device=model_device(model), dtype=model_dtype(model)))
     return total

@@ -1,236 +1,153 @@
-"""Does a model rebuilt from its description and its weights answer as the model itself does?
+"""Does a model that was rebuilt from its description and its weights compute what the model itself computes?
 
-What a model computes may lie elsewhere: in hooks, in a `forward` set on an instance, in a method that a subclass
-overrides. None of it is in a folder, so it is found out by one random image. What hooks do at random, or only later, no
-image tells.
+What a model computes may be defined elsewhere: in hooks, in a `forward` set on an instance, in a method that a subclass
+overrides. None of it is in a folder, so one random image is run to find it. What hooks do at random, or only later, no
+image shows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, one_line, out_of_memory
+from stratavit.errors import StrataViTError, one_line, out_of_memory
 from stratavit.models.source_checks import own_routines
 from stratavit.utils.classifier import head_layers
 from stratavit.utils.model import eval_mode, model_device, model_dtype
 from stratavit.utils.wrappers import has_hooks
 
-TOLERANCE = 1e-4  # of the largest answer, in float32 and float64
+TOLERANCE = 1e-4  # of the largest output, in float32 and float64
 COARSE = 0.05  # in half types, where the same sums in another order differ by some of the last of 8 bits
-_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, AssertionError)
-Runner = Callable[[Tensor], Any]
 
 
 class Subject(NamedTuple):
-    """A model that answers.
+    """A model that is run.
 
     Attributes:
-        model: Whose modules are looked at.
-        run: Images to answers; most often the model itself.
+        model: Whose modules are compared.
+        run: Images to outputs; most often the model itself.
     """
 
     model: nn.Module
-    run: Runner
+    run: Callable[[Tensor], Any]
 
 
-class Call(NamedTuple):
-    """One call of a module: what went in and what came out, if these are tensors."""
-
-    inputs: Tensor | None
-    output: Tensor | None
-
-
-def check_cut(source: nn.Module, rebuilt: nn.Module, ours: Subject, size: tuple[int, ...]) -> None:
-    """Whether a model may be cut: rebuilt from its description, and run by our stages, it answers as it is.
+def check_equal(
+    verb: str, error: type[StrataViTError], source: Subject, others: Sequence[Subject], size: Sequence[int]
+) -> None:
+    """Whether all of `others` compute what `source` does, on one random image.
 
     Args:
+        verb: What cannot be done to the source otherwise: ``cut`` or ``save``.
+        error: The class to raise.
         source: The model as it was given.
-        rebuilt: See `architecture.filled`.
-        ours: The elastic copy, run stage by stage.
+        others: What is made of it: rebuilt, run stage by stage, cut.
         size: Of its images, ``[C, H, W]``.
 
     Raises:
-        UnsupportedModelError: It does not; the module that differs first is named.
-        StrataViTError: It cannot run such an image, or answers with no numbers.
+        StrataViTError: Of the class `error`: one computes something else, and the first module that differs is named;
+            or the source cannot run such an image, or outputs no numbers.
     """
-    _check("cut", UnsupportedModelError, Subject(source, source), (Subject(rebuilt, rebuilt), ours), size)
-
-
-def check_saved(model: Subject, rebuilt: nn.Module, size: tuple[int, ...]) -> None:
-    """Whether a model may be saved: what loading rebuilds answers as it does.
-
-    Raises:
-        ArtifactError: It does not; the module that differs first is named.
-        StrataViTError: See `check_cut`.
-    """
-    _check("save", ArtifactError, model, (Subject(rebuilt, rebuilt),), size)
-
-
-def check_extracted(net: Subject, small: nn.Module, size: tuple[int, ...]) -> None:
-    """Whether a small model answers as the super-network that it was cut out of does at its size.
-
-    Raises:
-        StrataViTError: It does not; the module that differs first is named.
-    """
-    _check("extract from", StrataViTError, net, (Subject(small, small),), size)
-
-
-def _check(
-    verb: str, error: type[StrataViTError], source: Subject, others: tuple[Subject, ...], size: tuple[int, ...]
-) -> None:
-    kind, dtype = type(source.model).__name__, model_dtype(source.model)
+    dtype, start = model_dtype(source.model), f"cannot {verb} this {type(source.model).__name__}"
     image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(model_device(source.model), dtype)
     allowed = TOLERANCE if dtype in (torch.float32, torch.float64) else COARSE
     with torch.no_grad(), ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # nothing is compiled for one image
         for subject in (source, *others):
             stack.enter_context(eval_mode(subject.model))
-        try:
-            expected = _answers(source, image)
-        except Exception as failure:  # a model can fail in any way
-            if out_of_memory(failure):
-                raise
+        expected, failure = _outputs(source, image)
+        if failure is not None:
             raise error(
-                f"cannot {verb} this {kind}: it fails on a random image of {list(size)}, the input_size of its "
-                f"data_config ({type(failure).__name__}: {one_line(failure)}); give a model that runs"
-            ) from failure
-        _check_numbers(expected, f"cannot {verb} this {kind}", error)
-        for other in others:
-            off = _distance_or_failure(other, image, expected)
-            if isinstance(off, str) or not off <= allowed:
-                how = off if isinstance(off, str) else f"answers differ by {off:.1e} of the largest"
-                where = _culprit(source, other, image, allowed)
+                f"{start}: it fails on a random image of {list(size)}, the input_size of its data_config ({failure}); "
+                "give a model that runs"
+            )
+        for output in expected:
+            if not isinstance(output, Tensor):
+                raise error(f"{start}: it returns a {type(output).__name__}, expected a tensor of logits or features")
+            if not output.isfinite().all():
                 raise error(
-                    f"cannot {verb} this {kind}: {where} computes something that is in neither weights nor constructor "
-                    f"arguments ({how}); take it out, merge it into the weights, or apply it outside of the model"
+                    f"{start}: it returns NaN or infinite values for a random image, in {output.dtype}; give sound "
+                    "weights, or more bits: model.float()"
+                )
+        for other in others:
+            found, failure = _outputs(other, image)
+            off = 0.0 if failure else max(map(_distance, found, expected))
+            if failure or not off <= allowed:
+                how = f"without it: {failure}" if failure else f"outputs differ by {off:.1e} of the largest"
+                raise error(
+                    f"{start}: {_culprit(source, other, image, allowed)} computes something that is in neither "
+                    f"weights nor constructor arguments ({how}); take it out, merge it into the weights, or apply it "
+                    "outside of the model"
                 )
 
 
-def _distance_or_failure(other: Subject, image: Tensor, expected: list[Any]) -> float | str:
-    try:
-        return _distance(_answers(other, image), expected)
-    except _FAILURES as failure:
-        if out_of_memory(failure):
-            raise
-        return f"without it: {type(failure).__name__}: {one_line(failure)}"
-
-
-def _answers(subject: Subject, image: Tensor) -> list[Any]:
-    """The answer, and what the head reads: a head of zeros hides what happens before it."""
+def _outputs(subject: Subject, image: Tensor) -> tuple[list[Any], str | None]:
+    """The output and what the head reads, as a head of zeros hides what happens before it; or how the run failed."""
     read: list[Any] = []
-    handles = [
-        layer.register_forward_pre_hook(lambda module, args: read.append(args[0]), prepend=True)
-        for layer in head_layers(subject.model).values()
-    ]
-    try:
-        return [subject.run(image), *read]
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for layer in head_layers(subject.model).values():
+            hook = layer.register_forward_pre_hook(lambda module, args: read.append(args[0]), prepend=True)
+            stack.enter_context(hook)
+        try:
+            return [subject.run(image), *read], None
+        except Exception as error:  # a model can fail in any way
+            if out_of_memory(error):
+                raise
+            return [], f"{type(error).__name__}: {one_line(error)}"
 
 
-def _check_numbers(answers: list[Any], start: str, error: type[StrataViTError]) -> None:
-    for answer in answers:
-        if not isinstance(answer, Tensor):
-            raise error(f"{start}: it answers with a {type(answer).__name__}, expected a tensor of logits or features")
-        if not answer.isfinite().all():
-            raise error(
-                f"{start}: it answers with NaN or infinite values to a random image, in {answer.dtype}; give sound "
-                "weights, or more bits: model.float()"
-            )
-
-
-def _distance(found: list[Any], expected: list[Any]) -> float:
-    """Of the largest value."""
-    pairs = list(zip(found, expected, strict=True))
-    if any(not isinstance(ours, Tensor) or ours.shape != theirs.shape for ours, theirs in pairs):
+def _distance(found: Any, expected: Tensor) -> float:
+    """The largest difference over the largest expected value."""
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
         return float("inf")
-    return max(_off(ours, theirs) for ours, theirs in pairs)
-
-
-def _off(ours: Tensor, theirs: Tensor) -> float:
-    ours, theirs = ours.double(), theirs.double()
-    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6))
+    found, expected = found.double(), expected.double()
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
 
 
 def _culprit(source: Subject, other: Subject, image: Tensor, allowed: float) -> str:
-    """Name and peculiarity of the first, innermost module that answers otherwise to the same input."""
+    """Name and peculiarity of the first, innermost module that makes something else of the same input."""
     theirs, ours = _calls(source, image), _calls(other, image)
 
-    def alike(key: tuple[str, int], side: int) -> bool:
-        if key not in ours:
-            return True
-        there, here = theirs[key][side], ours[key][side]
-        if not isinstance(there, Tensor) or not isinstance(here, Tensor):
-            return True
-        return there.shape == here.shape and _off(here, there) <= allowed
+    def differs(name: str, side: int) -> bool:
+        expected, found = theirs[name][side], ours[name][side]
+        return isinstance(expected, Tensor) and isinstance(found, Tensor) and not _distance(found, expected) <= allowed
 
-    for key in theirs:
-        if alike(key, 1):
-            continue
-        name = key[0]
-        while name and not ((name, 0) in theirs and alike((name, 0), 0)):
-            name = name.rpartition(".")[0]
-        return _described(source.model, name)
-    return _described(source.model, "")
+    shared = [name for name in theirs if name in ours]
+    name = next((name for name in shared if differs(name, 1)), "")
+    while name and (name not in shared or differs(name, 0)):
+        name = name.rpartition(".")[0]
+    module = source.model.get_submodule(name)
+    facts = ["a hook"] if has_hooks(module) else []
+    facts += [f"{key} of its own" for key in own_routines(module)]
+    if type(module).__module__.split(".")[0] not in ("timm", "torch", "stratavit"):
+        facts.append(f"methods of the class {type(module).__name__}")
+    return (name or "the model itself") + (f" ({' and '.join(facts)})" if facts else "")
 
 
-def _calls(subject: Subject, image: Tensor) -> dict[tuple[str, int], Call]:
-    """All calls of modules by name and number, in order of completion."""
-    found: dict[tuple[str, int], Call] = {}
-    waiting: dict[str, list[Tensor | None]] = {}
+def _calls(subject: Subject, image: Tensor) -> dict[str, tuple[Any, Any]]:
+    """Module -> input and output of its first call, in order of completion."""
+    inputs: dict[str, Any] = {}
+    found: dict[str, tuple[Any, Any]] = {}
 
     def before(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        waiting.setdefault(name, []).append(_kept(args[0] if args else None))
+        inputs.setdefault(name, _kept(args[0] if args else None))
 
     def after(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        number = sum(1 for known, _ in found if known == name)
-        found[name, number] = Call(waiting[name].pop(), _kept(output))
+        found.setdefault(name, (inputs[name], _kept(output)))
 
-    with _hooked(subject.model, before, after), suppress(*_FAILURES):  # what came before it is known
-        subject.run(image)
+    with ExitStack() as stack:
+        for name, module in subject.model.named_modules():
+            stack.enter_context(module.register_forward_pre_hook(partial(before, name), prepend=True))
+            stack.enter_context(module.register_forward_hook(partial(after, name)))
+        with suppress(Exception):  # what came before it is known
+            subject.run(image)
     return found
 
 
-@contextmanager
-def _hooked(model: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> Iterator[None]:
-    handles: list[Any] = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(partial(before, name), prepend=True))
-        handles.append(module.register_forward_hook(partial(after, name)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _kept(value: Any) -> Tensor | None:
-    return value.clone() if isinstance(value, Tensor) else None
-
-
-def _described(model: nn.Module, name: str) -> str:
-    module = model.get_submodule(name)
-    facts = ["a hook"] if has_hooks(module) else []
-    facts += [f"{key} of its own" for key in own_routines(module)]
-    overridden = _overridden(module)
-    if overridden:
-        facts.append(f"{', '.join(overridden)} of the class {type(module).__name__}")
-    where = name or "the model itself"
-    return f"{where} ({' and '.join(facts)})" if facts else where
-
-
-def _overridden(module: nn.Module) -> list[str]:
-    """Methods that classes define which are neither timm's nor torch's nor ours."""
-    names: list[str] = []
-    for kind in type(module).__mro__:
-        if kind.__module__.split(".")[0] in ("timm", "torch", "stratavit"):
-            break
-        names += [key for key, value in vars(kind).items() if callable(value) and key != "__init__"]
-    return sorted(set(names))
+def _kept(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

@@ -14,7 +14,6 @@ from stratavit.elastic.base import ElasticSite, site_of
 from stratavit.elastic.layers import KEPT, build_layer
 from stratavit.elastic.site import Site
 from stratavit.models.families import last_norm
-from stratavit.models.final_mean import plain_norm
 from stratavit.models.freezing import freeze_like
 from stratavit.models.source_checks import drop_own_routines, whole_copy
 
@@ -35,16 +34,24 @@ def small_model(
         A timm model in eval mode that shares no storage with `model`.
     """
     # deepcopy takes the small module wherever it meets the elastic one, whose weights are thus never copied
-    replaced: dict[int, nn.Module] = {}
-    for site in sites:
-        elastic = site_of(model, site.name)
-        replaced[id(elastic)] = small_site(site, elastic, widths[site.name])
+    elastic = [site_of(model, site.name) for site in sites]
+    replaced = {id(own): small_site(site, own, widths[site.name]) for site, own in zip(sites, elastic, strict=True)}
     norm = last_norm(model)
     if norm is not None:
-        replaced[id(norm)] = plain_norm(norm, shift)
+        replaced[id(norm)] = _shifted(norm, shift)
     small = whole_copy(model, replaced)
     drop_own_routines(small)
     return small.eval()
+
+
+@torch.no_grad()
+def _shifted(norm: nn.Module, shift: Tensor | None) -> nn.Module:
+    """A copy of the last norm without forward hooks, the shift in its bias."""
+    plain = whole_copy(norm)
+    plain._forward_hooks.clear()
+    if shift is not None:
+        plain.bias.add_(shift.to(plain.bias))  # type: ignore[operator, arg-type]
+    return plain
 
 
 @torch.no_grad()
@@ -53,14 +60,14 @@ def small_site(site: Site, elastic: ElasticSite, width: int) -> nn.Module:
     if width == 0:
         bias = elastic.out_bias_at(0)
         constant = build_layer({"constant": 0 if bias is None else site.dim}, site.dim, elastic, "meta")
-        return constant if bias is None else _fill(constant, {"bias": bias}, elastic)
+        return _filled(constant, {"bias": bias}, elastic)
     weights = elastic.weights_at(width)
     layer = build_layer(elastic.numbers(width, weights), site.dim, elastic, "meta")
-    return _fill(layer, elastic.tensors(width, weights), elastic)
+    return _filled(layer, elastic.tensors(width, weights), elastic)
 
 
-def _fill(layer: nn.Module, tensors: Mapping[str, Tensor | None], elastic: ElasticSite) -> nn.Module:
-    """Gives a layer built without storage its own copies of the tensors, frozen where what they were cut from is."""
+def _filled(layer: nn.Module, tensors: Mapping[str, Tensor | None], elastic: ElasticSite) -> nn.Module:
+    """The layer, built without storage, with its own copies of the tensors; frozen where their origin is."""
     own = {
         name: tensor.clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()

@@ -1,4 +1,4 @@
-"""The mean of what the head reads, put back: the last thing by which a small model's answers are shifted.
+"""The mean of what the head reads, put back: the last thing by which the outputs of a small model are shifted.
 
 What errors of all blocks do to the *mean* of the final feature is a constant per size. It is measured at a
 few sizes, interpolated in the share of MACs, and added to the bias of the last norm: free at run time.
@@ -6,7 +6,6 @@ few sizes, interpolated in the share of MACs, and added to the bias of the last 
 
 from __future__ import annotations
 
-import copy
 from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
@@ -34,33 +33,16 @@ class FinalMean:
         knots = [1.0, *self.shares]
         vectors = torch.cat([torch.zeros_like(self.vectors[:1]), self.vectors])
         low = bisect_right([-knot for knot in knots], -share)  # first knot below the share
-        if low == 0:
-            return vectors[0]
-        if low == len(knots):
-            return vectors[-1]
+        if low in (0, len(knots)):
+            return vectors[max(low - 1, 0)]
         part = (knots[low - 1] - share) / (knots[low - 1] - knots[low])
         return vectors[low - 1] * (1 - part) + vectors[low] * part
 
 
 class Shift:
-    """Forward hook of the last norm: adds to its output what the run says, if anything."""
+    """Forward hook of the last norm: adds the shift of the current run to its output, if there is one."""
 
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """The output of the norm, shifted."""
         value = current_run().shifts.get(self)
         return output if value is None else output + value.to(output)
-
-
-def plain_norm(norm: nn.Module, shift: Tensor | None) -> nn.Module:
-    """A copy of a norm without hooks, the shift in its bias."""
-    hooks = norm._forward_hooks
-    try:
-        norm._forward_hooks = type(hooks)()
-        with torch.no_grad():
-            plain = copy.deepcopy(norm)
-    finally:
-        norm._forward_hooks = hooks
-    if shift is not None:
-        with torch.no_grad():
-            plain.bias.add_(shift.to(plain.bias))  # type: ignore[operator, arg-type]
-    return plain

@@ -1,7 +1,7 @@
-"""Weights that their owner has frozen (``requires_grad_(False)``): in small models and files they stay so.
+"""Weights that their owner has frozen (``requires_grad_(False)``) stay frozen in small models and files.
 
 A tensor that was cut is frozen if the one that it was cut from is; a bias that only the small model has follows the
-weight beside it.
+weight of its layer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CUT_FROM = {  # of the layers of a site, where the small one has another name; 
 
 
 def frozen_names(model: nn.Module) -> list[str]:
-    """Names of the parameters that ask for no gradient."""
+    """Names of the parameters that need no gradient."""
     return sorted(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
 
 
@@ -38,7 +38,7 @@ def set_frozen(model: nn.Module, names: Iterable[str], source: str = "frozen") -
     """
     known, frozen = dict(model.named_parameters()), set(names)
     for name in sorted(frozen - known.keys()):
-        raise ArtifactError(f"{source}: {shown(name)} is no parameter of the model; save the model again")
+        raise ArtifactError(f"{source}: {shown(name)} is not a parameter of the model; save the model again")
     for name, parameter in known.items():
         parameter.requires_grad_(name not in frozen)
 

@@ -1,7 +1,7 @@
 """The families of models that can be cut, and the kinds of modules in them.
 
-A new family is one subclass of `base.Family`, a new kind of module one subclass of `elastic.ElasticSite`; both are
-listed here, the only place that knows which there are.
+A new family is a subclass of `base.Family`, a new kind of module a subclass of `elastic.base.ElasticSite`; both are
+listed here and nowhere else.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from stratavit.elastic.mlp import ElasticGlu, ElasticMlp, ElasticSwiGlu
 from stratavit.elastic.site import Site
 from stratavit.elastic.value_attention import ElasticCosine, ElasticSplit
 from stratavit.errors import UnsupportedModelError
-from stratavit.models.families.base import Family
+from stratavit.models.families.base import Family, Stages
 from stratavit.models.families.eva import BeitFamily, EvaFamily
 from stratavit.models.families.swin import Swin, SwinV2
 from stratavit.models.families.vit import Vit
-from stratavit.models.stages import Stages
 
 FAMILIES: tuple[Family, ...] = (Vit(), EvaFamily(), BeitFamily(), Swin(), SwinV2())
 KINDS: dict[type[nn.Module], type[Any]] = {
@@ -45,24 +44,23 @@ def family_of(model: nn.Module) -> Family:
     """The family that a model belongs to.
 
     Raises:
-        UnsupportedModelError: To none.
+        UnsupportedModelError: It belongs to none.
     """
     for family in FAMILIES:
         if isinstance(model, family.model):
             return family
-    names = [family.model.__name__ for family in FAMILIES]
+    classes = {family.model.__name__: family.model for family in FAMILIES}
     kind, origin = type(model).__name__, type(model).__module__
-    known = tuple(family.model for family in FAMILIES)
-    inside = next((name for name, module in model.named_modules() if isinstance(module, known)), None)
+    inside = [name for name, module in model.named_modules() if isinstance(module, (*classes.values(),))]
     if origin.split(".")[0] == "peft":
         reason = "merge the adapters first: model.merge_and_unload()"
-    elif inside is not None:
-        reason = f"it holds a timm model: pass that, model.{inside}"
-    elif kind in names:
+    elif inside:
+        reason = f"it holds a timm model: pass that, model.{inside[0]}"
+    elif kind in classes:
         reason = f"{origin}.{kind} is not timm's class of that name; load the weights into timm's, or transformers'"
     else:
         reason = (
-            f"expected a timm model of one of the classes {', '.join(names)}; "
+            f"expected a timm model of one of the classes {', '.join(classes)}; "
             "`stratavit models` lists what is supported"
         )
     raise UnsupportedModelError(f"cannot cut a {kind}: {reason}")
@@ -80,7 +78,7 @@ def elastic_sites(model: nn.Module) -> tuple[dict[str, ElasticSite], dict[str, s
     """An elastic module for every site of a model, sharing its weights, in order of execution.
 
     Returns:
-        Site name -> elastic module; name -> reason for every attention and MLP module that is left whole.
+        Site name -> elastic module; name -> reason for every attention and MLP module that stays uncut.
 
     Raises:
         UnsupportedModelError: The model is of no known family, or nothing of it can be cut.
@@ -88,21 +86,20 @@ def elastic_sites(model: nn.Module) -> tuple[dict[str, ElasticSite], dict[str, s
     family = family_of(model)
     family.check(model)
     found: dict[str, ElasticSite] = {}
-    whole: dict[str, str] = {}
+    uncut: dict[str, str] = {}
     for block_name, block in family.blocks(model):
         for leaf in ("attn", "mlp"):
             name, module = f"{block_name}.{leaf}", getattr(block, leaf)
             kind: Any = kind_of(module)
-            refused = None if kind is None else kind.refusal(module)
             if kind is None:
-                whole[name] = f"{name}: a {type(module).__name__} is not one of the {leaf} modules that can be cut"
-            elif refused is not None:
-                whole[name] = f"{name}.{refused[0]}: {refused[1]}"
+                uncut[name] = f"{name}: a {type(module).__name__} is not one of the {leaf} modules that can be cut"
+            elif (refused := kind.refusal(module)) is not None:
+                uncut[name] = f"{name}.{refused[0]}: {refused[1]}"
             else:
                 found[name] = kind(module)
     if not found:
-        raise UnsupportedModelError(f"cannot cut this model: {next(iter(whole.values()))}")
-    return found, whole
+        raise UnsupportedModelError(f"cannot cut this model: {next(iter(uncut.values()))}")
+    return found, uncut
 
 
 def find_sites(model: nn.Module) -> tuple[Site, ...]:

@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from stratavit.errors import UnsupportedModelError
-from stratavit.models.stages import Stages
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A model's forward pass in three parts: ``tail(blocks(stem(images)))`` equals ``model(images)``.
+
+    Attributes:
+        stem: Images ``[B, 3, H, W]`` to tokens ``[B, N, C]`` (Swin: ``[B, H, W, C]``, everywhere).
+        blocks: Name of every residual block (or step between blocks), and what it does to tokens.
+        tail: Tokens to logits ``[B, classes]``.
+        pool: Tokens to what the head reads, ``[B, C]``.
+    """
+
+    stem: Callable[[Tensor], Tensor]
+    blocks: tuple[tuple[str, Callable[[Tensor], Tensor]], ...]
+    tail: Callable[[Tensor], Tensor]
+    pool: Callable[[Tensor], Tensor]
+
+    def answers(self, images: Tensor) -> Tensor:
+        """All three parts: images ``[B, 3, H, W]`` to logits ``[B, classes]``."""
+        return self.tail(self.through(self.stem(images)))
+
+    def through(self, tokens: Tensor, first: int = 0) -> Tensor:
+        """Tokens that enter block `first` to tokens that come out of the last one."""
+        for _, block in self.blocks[first:]:
+            tokens = block(tokens)
+        return tokens
+
+    def block_of(self, site: str) -> int:
+        """Number of the block that a site belongs to."""
+        return next(i for i, (name, _) in enumerate(self.blocks) if site.startswith(name + "."))
 
 
 class Family:
-    """A class of models and its forward pass, taken apart.
-
-    Subclasses have no state: every function gets the model.
+    """A class of models and its forward pass, taken apart; no state: every function gets the model.
 
     Attributes:
         title: For people.
@@ -29,13 +58,13 @@ class Family:
     has_buffers: ClassVar[bool] = True
 
     def check(self, model: Any) -> None:
-        """Refuses a model of this class as a whole.
+        """Refuses a model of this class that cannot be cut at all.
 
         Raises:
             UnsupportedModelError: Says which part, and why.
         """
         if not model.global_pool:
-            refuse("global_pool", "a model that answers with all its tokens is not supported; pool them, e.g. 'token'")
+            refuse("global_pool", "a model that returns all its tokens is not supported; pool them, e.g. 'token'")
         for method in ("forward", "forward_features"):
             if getattr(type(model), method) is not getattr(self.model, method):
                 refuse(method, f"{type(model).__name__} overrides the order of execution of {self.model.__name__}")
@@ -50,7 +79,7 @@ class Family:
 
     def last_norm(self, model: Any) -> nn.Module | None:
         """The norm whose bias is added to what the head reads; None if there is none with a bias."""
-        raise NotImplementedError
+        return with_bias(model.norm if isinstance(model.fc_norm, nn.Identity) else model.fc_norm)
 
     def layer_scale(self, model: Any, site: str) -> Tensor | None:
         """Factors ``[C]`` of what a site adds to the tokens, or None."""
@@ -75,18 +104,24 @@ def with_bias(norm: nn.Module) -> nn.Module | None:
 
 def sizes(model: Any) -> dict[str, Any]:
     """Arguments of `timm.create_model` that models of several classes share."""
+    patches = model.patch_embed
     return {
-        "img_size": list(model.patch_embed.img_size),
-        "patch_size": list(model.patch_embed.patch_size),
-        "in_chans": model.patch_embed.proj.in_channels,
+        "img_size": None if patches.img_size is None else list(patches.img_size),
+        "patch_size": list(patches.patch_size),
+        "in_chans": model.in_chans if hasattr(model, "in_chans") else patches.proj.in_channels,
         "num_classes": model.num_classes,
         "global_pool": model.global_pool,
         "embed_dim": model.embed_dim,
     }
 
 
+def heads_of(blocks: Iterable[Any]) -> int | None:
+    """Heads of the first attention that is still there; None if all were cut away."""
+    return next((block.attn.num_heads for block in blocks if hasattr(block.attn, "num_heads")), None)
+
+
 def head_stages(model: Any, stem: Any, blocks: Any) -> Stages:
-    """Stages of a model whose answer is ``forward_head(norm(tokens))``."""
+    """Stages of a model whose output is ``forward_head(norm(tokens))``."""
 
     def tail(tokens: Tensor) -> Tensor:
         logits: Tensor = model.forward_head(model.norm(tokens))

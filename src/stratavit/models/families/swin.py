@@ -9,8 +9,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
 
-from stratavit.models.families.base import Family, head_stages, sizes, with_bias
-from stratavit.models.stages import Stages
+from stratavit.models.families.base import Family, Stages, head_stages, heads_of, sizes, with_bias
 
 
 class Swin(Family):
@@ -30,7 +29,7 @@ class Swin(Family):
         steps: list[tuple[str, nn.Module]] = []
         for number, stage in enumerate(model.layers):
             steps.append((f"layers.{number}.downsample", stage.downsample))
-            steps += [(name, block) for name, block in self.blocks(model) if name.startswith(f"layers.{number}.")]
+            steps += [(f"layers.{number}.blocks.{index}", block) for index, block in enumerate(stage.blocks)]
         return head_stages(model, model.patch_embed, steps)
 
     def last_norm(self, model: Any) -> nn.Module | None:
@@ -40,24 +39,16 @@ class Swin(Family):
     def arguments(self, model: Any) -> dict[str, Any]:
         """Sizes; all else is the architecture's own."""
         windows = [max(list(block.window_size) for block in stage.blocks) for stage in model.layers]
-        same = len({tuple(window) for window in windows}) == 1
-        heads = [
-            [block.attn.num_heads for block in stage.blocks if hasattr(block.attn, "num_heads")][:1]
-            for stage in model.layers
-        ]
+        heads = [heads_of(stage.blocks) for stage in model.layers]
+        first = model.layers[0].blocks[0]
         return {
-            **({"num_heads": [found[0] for found in heads]} if all(heads) else {}),
+            **({} if None in heads else {"num_heads": heads}),
             **sizes(model),
             "depths": [len(stage.blocks) for stage in model.layers],
-            "window_size": windows[0] if same else windows,
-            **_options(model),
+            "window_size": windows[0] if all(window == windows[0] for window in windows) else windows,
+            "mlp_ratio": first.mlp_ratio,
+            **({"strict_img_size": False} if first.dynamic_mask else {}),
         }
-
-
-def _options(model: Any) -> dict[str, Any]:
-    """Arguments that a block remembers."""
-    block = model.layers[0].blocks[0]
-    return {"mlp_ratio": block.mlp_ratio} | ({"strict_img_size": False} if block.dynamic_mask else {})
 
 
 class SwinV2(Swin):

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from stratavit.elastic.layers import ATTENTION, describe_layer
 from stratavit.elastic.plain import Constant
-from stratavit.models.families.base import Family, head_stages, refuse, with_bias
-from stratavit.models.stages import Stages
+from stratavit.models.families.base import Family, Stages, head_stages, refuse, sizes
 
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 _NORMS = ("layernorm", "layernormfp32", "rmsnorm", "rmsnormfp32")
@@ -28,7 +27,7 @@ class Vit(Family):
     has_buffers = False
 
     def blocks(self, model: VisionTransformer) -> Iterator[tuple[str, Any]]:
-        """The blocks; only those whose branches are one attention and one MLP."""
+        """The blocks, each with one attention and then one MLP; others are refused."""
         for name, block in super().blocks(model):
             if type(block) not in (Block, ResPostBlock):
                 refuse(name, f"a {type(block).__name__} is not a sequential timm Block (attention, then MLP)")
@@ -44,9 +43,8 @@ class Vit(Family):
 
     def last_norm(self, model: VisionTransformer) -> nn.Module | None:
         """None for two heads, and where tokens are pooled by attention after the norm."""
-        if isinstance(model, VisionTransformerDistilled) or model.attn_pool is not None:
-            return None
-        return with_bias(model.norm if isinstance(model.fc_norm, nn.Identity) else model.fc_norm)
+        none = isinstance(model, VisionTransformerDistilled) or model.attn_pool is not None
+        return None if none else super().last_norm(model)
 
     def layer_scale(self, model: VisionTransformer, site: str) -> Tensor | None:
         """`ls1` or `ls2`."""
@@ -55,17 +53,12 @@ class Vit(Family):
         return getattr(scale, "gamma", None)
 
     def arguments(self, model: VisionTransformer) -> dict[str, Any]:
-        """Read off the built model; a small one, too."""
-        block, patches = model.blocks[0], model.patch_embed
+        """Read off the built model, which may be a small one."""
+        block = model.blocks[0]
         return {
             **_attention_arguments(model),
             **_mlp_arguments(model),
-            "img_size": list(patches.img_size) if patches.img_size is not None else None,
-            "patch_size": list(patches.patch_size),
-            "in_chans": model.in_chans if hasattr(model, "in_chans") else patches.proj.in_channels,
-            "num_classes": model.num_classes,
-            "global_pool": model.global_pool,
-            "embed_dim": model.embed_dim,
+            **sizes(model),
             "depth": len(model.blocks),
             "init_values": 1e-5 if isinstance(getattr(block, "ls1", None), LayerScale) else None,
             "class_token": model.cls_token is not None,
@@ -73,17 +66,17 @@ class Vit(Family):
             "no_embed_class": model.no_embed_class,
             "reg_tokens": model.num_reg_tokens,
             "pre_norm": not isinstance(model.norm_pre, nn.Identity),
-            "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
+            "final_norm": not all(isinstance(norm, nn.Identity) for norm in (model.norm, model.fc_norm)),
             "fc_norm": not isinstance(model.fc_norm, nn.Identity),
             "pool_include_prefix": model.pool_include_prefix,
             "dynamic_img_size": model.dynamic_img_size,
-            "dynamic_img_pad": getattr(patches, "dynamic_img_pad", False),
+            "dynamic_img_pad": getattr(model.patch_embed, "dynamic_img_pad", False),
             "norm_layer": _named(block.norm1, _NORMS, get_norm_layer) or "layernorm",
         }
 
 
 def _attention_arguments(model: VisionTransformer) -> dict[str, Any]:
-    """What the attention modules that are left tell; nothing where they are of a kind that is left whole."""
+    """What the attention modules that are left say; nothing if they are of a kind that stays uncut."""
     modules = [block.attn for block in model.blocks]
     measured = [describe_layer("", attn) for attn in modules if isinstance(attn, ATTENTION)]
     if not measured and not all(isinstance(attn, Constant) for attn in modules):
@@ -111,5 +104,5 @@ def _mlp_arguments(model: VisionTransformer) -> dict[str, Any]:
 
 
 def _named(layer: nn.Module, names: tuple[str, ...], lookup: Any) -> str | None:
-    """timm's name for a layer's class; None for torch's own GELU, timm's default."""
+    """timm's name of a layer's class; None for torch's own GELU, timm's default."""
     return next((name for name in names if type(layer) is lookup(name)), None)
