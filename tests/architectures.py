@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -22,7 +21,7 @@ HF = {
     "patch_size": 8,
 }
 HEADLESS = {"num_classes": 0}
-NAMES: dict[str, dict[str, Any]] = {  # timm's name -> arguments beside the sizes
+NAMES: dict[str, dict[str, Any]] = {  # timm's name -> arguments besides the sizes
     "vit_tiny_patch16_224": {},
     "deit_tiny_patch16_224": {},
     "deit_tiny_distilled_patch16_224": {},
@@ -40,7 +39,7 @@ NAMES: dict[str, dict[str, Any]] = {  # timm's name -> arguments beside the size
     "vit_tiny_patch16_224.qk_norm": {"qk_norm": True},
     "eva_giant_patch14_224": {},
     "eva02_tiny_patch14_224": {},
-    "eva02_base_patch14_224": {},  # a norm in the MLP, which is left whole
+    "eva02_base_patch14_224": {},  # a norm in the MLP, which stays uncut
     "vit_small_patch16_dinov3": HEADLESS,
     "vit_small_plus_patch16_dinov3": HEADLESS,
     "vit_small_patch16_rope_224": {},
@@ -62,25 +61,37 @@ TRANSFORMERS = (
     "SwinForImageClassification",
 )
 TORCHVISION = "torchvision vit_b_16"
+KINDS = (  # a model of every family, and of every kind of attention, MLP and pooling
+    "vit_tiny_patch16_224",
+    "vit_tiny_patch16_224.qk_norm",
+    "vit_base_patch16_siglip_224",
+    "vit_giant_patch14_dinov2",
+    "aimv2_large_patch14_224",
+    "eva02_tiny_patch14_224",
+    "vit_small_patch16_dinov3",
+    "beit_base_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "swinv2_tiny_window8_256",
+)
 ALL = (*NAMES, *TRANSFORMERS, "Dinov2Model, SwiGLU", TORCHVISION)
 
 
-def make(name: str) -> nn.Module:
-    """A small random model in eval mode."""
+def make(name: str, **more: Any) -> nn.Module:
+    """A small random model in eval mode; `more` are arguments of timm's constructor."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return enliven(_makers(name)()).eval()
+        return enliven(_made(name, more)).eval()
 
 
-def _makers(name: str) -> Callable[[], nn.Module]:
+def _made(name: str, more: dict[str, Any]) -> nn.Module:
     if name == TORCHVISION:
-        return _torchvision
+        return _torchvision()
     if name.partition(",")[0] in TRANSFORMERS:
-        return lambda: _transformers(name)
+        return _transformers(name)
     if name.endswith(".qk_norm"):
-        return lambda: VisionTransformer(**VIT, num_classes=CLASSES, qk_norm=True)
+        return VisionTransformer(**VIT, num_classes=CLASSES, qk_norm=True)
     sizes = SWIN if name.startswith("swin") else VIT
-    return lambda: timm.create_model(name.partition(".")[0], **{"num_classes": CLASSES} | sizes | NAMES[name])
+    return timm.create_model(name, **{"num_classes": CLASSES} | sizes | NAMES[name] | more)
 
 
 def _torchvision() -> nn.Module:

@@ -176,7 +176,7 @@ class SuperNet(nn.Module):
             size: Any = architecture.own_size(self.model, self.data_config["input_size"])
             self.data_config = self.data_config | {"input_size": size}
             self._cost, self._form = cost_model(self.model, self.sites, size), changes.form_of(self.model)
-            changes.check_followed(self, self.model, self.description, size)
+            changes.check_followed(self)
         except Exception:
             self.description, self.data_config, self._cost, self._form = before
             raise
@@ -557,7 +557,7 @@ class SuperNet(nn.Module):
         small.source_args = dict(self.description["args"])
         if self.frozen_for_serving:  # see `specialise`
             set_frozen(small, self._frozen)
-        changes.check_small(self, self.model, small, widths, self.data_config["input_size"])
+        changes.check_small(self, small, widths)
         made: nn.Module = small
         return made
 
@@ -615,7 +615,7 @@ class SuperNet(nn.Module):
             )
         _ = self.cost  # follows a model that was changed
         source_checks.check(self.model)
-        changes.check_followed(self, self.model, self.description, self.data_config["input_size"])
+        changes.check_followed(self)
         facts = {
             "method": self.method,
             "compensation": self.compensation if moments or self.compensation != "full" else "mean",

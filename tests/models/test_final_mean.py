@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import FAMILIES, PLAN, make_batches, make_images, make_model, make_net, relative_error, spec_strategy
+from helpers import FAMILIES, PLAN, make_batches, make_images, make_model, make_net, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +17,10 @@ from stratavit.models.final_mean import FinalMean
 IMAGES = make_images(3, seed=9)
 SHIFTED = [name for name in FAMILIES if name != "distilled"]
 MEAN = FinalMean((0.7, 0.5, 0.2), torch.tensor([[1.0, -2.0], [3.0, 0.0], [-1.0, 4.0]]))
+AT = {  # share -> shift: measured vectors, linear between them, nothing at full size, constant below the last
+    **{1.2: [0, 0], 1.0: [0, 0], 0.85: [0.5, -1.0], 0.7: [1, -2], 0.6: [2.0, -1.0], 0.55: [2.5, -0.5], 0.5: [3, 0]},
+    **{0.35: [1.0, 2.0], 0.2: [-1, 4], 0.1: [-1, 4], 0.0: [-1, 4]},
+}
 
 
 def cut_of(net):
@@ -34,36 +38,13 @@ def read_by_head(model, images):
     return model.forward_head(model.forward_features(images), pre_logits=True)
 
 
-# ---- interpolation -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("index", [0, 1, 2])
-def test_at_a_knot_it_is_the_measured_vector(index):
-    torch.testing.assert_close(MEAN.at(MEAN.shares[index]), MEAN.vectors[index])
-
-
-@pytest.mark.parametrize(
-    ("share", "expected"),
-    [
-        (0.85, [0.5, -1.0]),
-        (0.6, [2.0, -1.0]),
-        (0.55, [2.5, -0.5]),
-        (0.35, [1.0, 2.0]),
-        (0.1, [-1, 4]),
-        (0.0, [-1, 4]),
-    ],
-)
-def test_between_knots_it_is_linear_and_below_the_last_constant(share, expected):
-    torch.testing.assert_close(MEAN.at(share), torch.tensor(expected, dtype=torch.float32))
-
-
-@pytest.mark.parametrize("share", [1.0, 1.2])
-def test_the_full_model_is_not_shifted(share):
-    assert not MEAN.at(share).any()
+@pytest.mark.parametrize("share", AT)
+def test_the_shift_at_a_share(share):
+    torch.testing.assert_close(MEAN.at(share), torch.tensor(AT[share], dtype=torch.float32))
 
 
 @given(st.lists(st.floats(0.01, 0.99), min_size=1, max_size=5, unique=True), st.floats(0, 1), st.integers(0, 99))
-def test_it_never_leaves_the_range_of_its_neighbours(shares, share, seed):
+def test_it_stays_in_the_range_of_its_neighbours(shares, share, seed):
     shares = tuple(sorted(shares, reverse=True))
     vectors = torch.randn(len(shares), 4, generator=torch.Generator().manual_seed(seed))
     found = FinalMean(shares, vectors).at(share)
@@ -74,36 +55,24 @@ def test_it_never_leaves_the_range_of_its_neighbours(shares, share, seed):
     assert (found <= torch.maximum(above, below) + 1e-5).all()
 
 
-# ---- in a network --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", SHIFTED)
-def test_hook_and_extracted_bias_agree(name):
-    net = make_net(name, stratified=True)
-    assert net.final_mean is not None
-    for spec in (cut_of(net), net.spec(macs=0.6), net.spec(macs=0.95), dict.fromkeys(cut_of(net), 0)):
-        with torch.no_grad():
-            assert relative_error(net.extract(spec=spec)(IMAGES), net(IMAGES, spec)) <= 1e-5
-            assert relative_error(net(IMAGES, spec), without(net)(IMAGES, spec)) > 1e-3
-
-
-@given(data=st.data())
-def test_extracted_equals_elastic_at_any_spec(family, data):
-    net, spec = make_net(family, stratified=True), data.draw(spec_strategy(family))
-    with torch.no_grad():
-        assert relative_error(net.extract(spec=spec)(IMAGES), net(IMAGES, spec)) <= 1e-5
-
-
 @pytest.mark.parametrize("name", SHIFTED)
 def test_what_the_head_reads_is_shifted_by_the_interpolated_vector_alone(name):
+    """In the super-network by a hook, in a small model by the bias of its last norm, which has no hook."""
     net = make_net(name, stratified=True)
-    spec = net.spec(macs=0.6)
-    expected = net.final_mean.at(net.macs(spec) / net.macs())
-    with torch.no_grad():
-        found = read_by_head(net.extract(spec=spec), IMAGES) - read_by_head(without(net).extract(spec=spec), IMAGES)
-    torch.testing.assert_close(found, expected.expand_as(found), rtol=1e-4, atol=1e-5)
-    norms = [last_norm(n.extract(spec=spec)).bias.detach() for n in (net, without(net))]
-    torch.testing.assert_close(norms[0] - norms[1], expected, rtol=1e-4, atol=1e-6)
+    bare = without(net)
+    states = net.provenance["stratify"]["states"]
+    assert net.final_mean.shares == tuple(net.macs(widths) / net.macs() for _, widths in states)
+    for spec in (net.spec(macs=0.6), net.spec(macs=0.95), dict.fromkeys(cut_of(net), 0)):
+        expected = net.final_mean.at(net.macs(spec) / net.macs())
+        small, other = net.extract(spec=spec), bare.extract(spec=spec)
+        with torch.no_grad():
+            found = read_by_head(small, IMAGES) - read_by_head(other, IMAGES)
+            assert relative_error(net(IMAGES, spec), small(IMAGES)) <= 1e-5
+            assert relative_error(net(IMAGES, spec), bare(IMAGES, spec)) > 1e-3
+        torch.testing.assert_close(found, expected.expand_as(found), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(last_norm(small).bias - last_norm(other).bias, expected, rtol=1e-4, atol=1e-6)
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in small.modules())
+    assert last_norm(small) is (small.fc_norm if name == "avg_pool" else small.norm)
 
 
 @pytest.mark.parametrize("name", SHIFTED)
@@ -125,14 +94,8 @@ def test_measured_vectors_bring_the_mean_back_to_the_dense_models(name):
         assert (shifted - dense).norm() <= 1e-3 * (plain - dense).norm()
 
 
-def test_knots_are_the_shares_that_were_got():
-    net = make_net("plain", stratified=True)
-    states = net.provenance["stratify"]["states"]
-    assert net.final_mean.shares == tuple(net.macs(widths) / net.macs() for _, widths in states)
-
-
-def test_full_width_is_untouched_also_after_a_cut(family):
-    net = copy.deepcopy(make_net(family, stratified=True))
+def test_full_width_and_state_dict_stay_as_they_are_also_after_a_cut(family):
+    net, source = copy.deepcopy(make_net(family, stratified=True)), make_model(family)
     with torch.no_grad():
         expected = without(net)(IMAGES)
         net(IMAGES, cut_of(net))
@@ -141,25 +104,9 @@ def test_full_width_is_untouched_also_after_a_cut(family):
         with net.at(cut_of(net)) as model:
             assert not torch.equal(model(IMAGES), expected)
         assert torch.equal(net.model(IMAGES), expected)
-
-
-def test_state_dict_stays_the_stock_one(family):
-    net = copy.deepcopy(make_net(family, stratified=True))
-    with torch.no_grad():
-        net(IMAGES, cut_of(net))
-    source = make_model(family)
-    assert list(net.model.state_dict()) == list(source.state_dict())
-    for name, norm in (("norm", source.norm), ("fc_norm", source.fc_norm)):
-        for leaf, tensor in norm.state_dict().items():
-            assert torch.equal(net.model.state_dict()[f"{name}.{leaf}"], tensor)
-
-
-def test_average_pooling_shifts_the_norm_behind_the_pooling():
-    net = make_net("avg_pool", stratified=True)
-    small = net.extract(spec=cut_of(net))
-    assert last_norm(small) is small.fc_norm
-    assert not torch.equal(small.fc_norm.bias, net.model.fc_norm.bias)
-    assert isinstance(small.norm, torch.nn.Identity)
+    found, stock = net.model.state_dict(), source.state_dict()
+    assert list(found) == list(stock)
+    assert all(torch.equal(found[key], stock[key]) for key in found if key.startswith(("norm", "fc_norm")))
 
 
 def test_two_heads_and_norms_without_bias_have_none():
@@ -169,11 +116,15 @@ def test_two_heads_and_norms_without_bias_have_none():
     assert last_norm(model) is None
 
 
-@pytest.mark.parametrize("compensation", ["mean", "none"])
-def test_it_goes_with_full_compensation_only(family, compensation):
-    net = copy.deepcopy(make_net(family, stratified=True))
-    net.compensation = compensation
+@pytest.mark.parametrize("change", ["mean", "none", "a new list"])
+def test_it_goes_with_the_default_list_and_full_compensation_only(change):
+    net = copy.deepcopy(make_net("plain", stratified=True))
     spec = cut_of(net)
+    if change == "a new list":
+        net.stratify(make_batches(), method="paper")
+        assert net.final_mean is None
+    else:
+        net.compensation = change
     assert net.final_shift(net.resolve(spec)) is None
     with torch.no_grad():
         assert torch.equal(net(IMAGES, spec), without(net)(IMAGES, spec))
@@ -187,55 +138,23 @@ def test_a_copy_of_a_network_has_a_shift_of_its_own():
         expected = net(IMAGES, spec)
         with net.at(spec):
             assert torch.equal(net.model(IMAGES), expected)
-            assert torch.equal(other.model(IMAGES), other(IMAGES))  # what the first runs at is not said to the copy
+            assert torch.equal(other.model(IMAGES), other(IMAGES))  # the copy does not see what the first runs at
         assert torch.equal(other(IMAGES, spec), expected)
         other.final_mean = replace(other.final_mean, vectors=other.final_mean.vectors * 3)
         assert not torch.allclose(other(IMAGES, spec), expected)
         assert torch.equal(net(IMAGES, spec), expected)
 
 
-def test_a_new_list_or_another_method_takes_it_away():
-    net = copy.deepcopy(make_net("plain", stratified=True))
-    spec = cut_of(net)
-    net.stratify(make_batches(), method="paper")
-    assert net.final_mean is None
-    with torch.no_grad():
-        assert torch.equal(net(IMAGES, spec), without(net)(IMAGES, spec))
-
-
-def test_extracted_models_carry_no_hook(family):
-    small = make_net(family, stratified=True).extract(macs=0.6, verbose=False)
-    for module in small.modules():
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
-
-
 def test_hooks_on_the_norm_of_a_small_model_do_not_reach_the_network():
+    """Gradients reach the norm of both."""
     net = copy.deepcopy(make_net("plain", stratified=True))
     small, called = net.extract(macs=0.6, verbose=False), []
     small.norm.register_forward_hook(lambda *_: called.append("after"))
     small.norm.register_forward_pre_hook(lambda *_: called.append("before"))
     small.norm.register_full_backward_hook(lambda *_: called.append("backward"))
-    net(IMAGES).sum().backward()
-    assert called == []
-    small(IMAGES).sum().backward()
-    assert called == ["before", "after", "backward"]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_type_of_the_weights_is_kept(dtype):
-    net = copy.deepcopy(make_net("plain", stratified=True)).to(dtype)
-    spec = cut_of(net)
-    with torch.no_grad():
-        logits, small = net(IMAGES.to(dtype), spec), net.extract(spec=spec)
-        assert logits.dtype == small.norm.bias.dtype == dtype
-        assert relative_error(small(IMAGES.to(dtype)).double(), logits.double()) <= (
-            0.05 if dtype.itemsize == 2 else 1e-12
-        )
-
-
-def test_gradients_reach_the_norm_through_the_shift():
-    net = copy.deepcopy(make_net("plain", stratified=True))
     net(IMAGES, cut_of(net)).square().sum().backward()
     assert net.model.norm.weight.grad.all()
     assert net.model.norm.bias.grad.all()
+    assert called == []
+    small(IMAGES).sum().backward()
+    assert called == ["before", "after", "backward"]

@@ -1,6 +1,5 @@
-"""Heads that were put there by hand are what they are, whatever ``num_classes`` says; frozen weights stay frozen."""
+"""Heads that their owner has replaced are what they are, whatever ``num_classes`` says; frozen weights stay frozen."""
 
-import copy
 import json
 
 import architectures
@@ -12,11 +11,12 @@ from torch import nn
 
 import stratavit
 from stratavit import ArtifactError, StrataViTError, SuperNet, UnsupportedModelError
+from stratavit.models.cost import linear_macs
 from stratavit.models.freezing import frozen_names
 from stratavit.utils.model import classes_of
 
-PLAIN = ("vit_tiny_patch16_224", "eva02_tiny_patch14_224", "beit_base_patch16_224", "vit_base_patch16_clip_224")
-SWINS = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256")
+VIT, SWIN = "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"
+IMAGES = make_images(2)
 HEADS = {  # what is put there -> classes, dropout
     "Linear of 5": (lambda dim: nn.Linear(dim, 5), 5, 0.0),
     "Linear of as many": (lambda dim: nn.Linear(dim, 7), 7, 0.0),
@@ -42,10 +42,8 @@ OTHERS = {
 
 def put(model, head):
     """At the place where the model has its head."""
-    if isinstance(model.head, ClassifierHead):
-        model.head.fc = head(model.num_features)
-    else:
-        model.head = head(model.num_features)
+    owner, leaf = (model.head, "fc") if isinstance(model.head, ClassifierHead) else (model, "head")
+    setattr(owner, leaf, head(model.num_features))
     return model.eval()
 
 
@@ -54,56 +52,55 @@ def dropout_of(model):
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("name", [*PLAIN, *SWINS])
+@pytest.mark.parametrize("name", [VIT, "vit_base_patch16_clip_224", "eva02_tiny_patch14_224", SWIN])
 def test_the_layer_tells_the_classes(name, head, tmp_path):
     layer, classes, rate = HEADS[head]
     model = put(architectures.make(name), layer)
-    before, images = copy.deepcopy(model.head), make_images(2)
-    assert classes_of(model) == classes
+    before = str(model.head)
     net = SuperNet(model).eval()
+    assert classes_of(model) == classes
     assert (net.model.num_classes, dropout_of(net.model)) == (classes, rate)
     assert net.params() == sum(p.numel() for p in model.parameters())
-    assert net.macs() == stratavit.models.cost.linear_macs(model, (3, 32, 32))
+    assert net.macs() == linear_macs(model, (3, 32, 32))
+    small = put(net.extract(spec={net.sites[0].name: 8}, verbose=False), layer)
     net.save(tmp_path / "net")
     stratavit.save(model, tmp_path / "dense")
-    small = put(net.extract(spec={net.sites[0].name: 8}, verbose=False), layer)
     stratavit.save(small, tmp_path / "small")
-    assert str(model.head) == str(before)  # the source's is left alone
+    assert str(model.head) == before  # the source's does not change
     with torch.no_grad():
         for found in (net, SuperNet.load(tmp_path / "net").eval(), stratavit.load(tmp_path / "dense")):
-            assert relative_error(found(images), model(images)) < 1e-5
+            assert relative_error(found(IMAGES), model(IMAGES)) < 1e-5
             assert classes_of(found) == classes
-        assert relative_error(stratavit.load(tmp_path / "small")(images), small(images)) < 1e-5
+        assert relative_error(stratavit.load(tmp_path / "small")(IMAGES), small(IMAGES)) < 1e-5
 
 
 @pytest.mark.parametrize("head", OTHERS)
-@pytest.mark.parametrize("name", [PLAIN[0], SWINS[0]])
+@pytest.mark.parametrize("name", [VIT, SWIN])
 def test_other_heads_are_refused_with_a_way_out(name, head, tmp_path):
-    model = architectures.make(name)
-    small = SuperNet(model).extract(spec={}, verbose=False)
-    for take, taken in ((SuperNet, model), (lambda m: stratavit.save(m, tmp_path / "x"), small)):
+    model = put(architectures.make(name), OTHERS[head])
+    for use in (SuperNet, lambda model: stratavit.save(model, tmp_path / "x")):
         with pytest.raises(StrataViTError, match="reset_classifier"):
-            take(put(taken, OTHERS[head]))
+            use(model)
     assert not (tmp_path / "x").exists()
 
 
 def test_a_swin_without_its_pooling_is_refused():
-    model = architectures.make(SWINS[0])
+    model = architectures.make(SWIN)
     model.head = nn.Linear(model.num_features, 5)
     with pytest.raises(UnsupportedModelError, match=r"head\.fc"):
         SuperNet(model)
 
 
 def test_two_heads():
-    model, images = make_model("distilled"), make_images(2)
+    model = make_model("distilled")
     model.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(32, 4))
     with pytest.raises(UnsupportedModelError, match="head_dist"):
         SuperNet(model)
     model.head_dist = nn.Sequential(nn.Dropout(0.1), nn.Linear(32, 4))
     net = SuperNet(model.eval()).eval()
-    assert (net.model.num_classes, round(net.model.head_drop.p, 6)) == (4, 0.1)
+    assert (net.model.num_classes, net.model.head_drop.p) == (4, pytest.approx(0.1))
     with torch.no_grad():
-        assert relative_error(net(images), model(images)) < 1e-5
+        assert relative_error(net(IMAGES), model(IMAGES)) < 1e-5
 
 
 def test_dropout_comes_on_top_of_the_models_own():
@@ -113,27 +110,52 @@ def test_dropout_comes_on_top_of_the_models_own():
 
 
 def test_measuring_goes_by_the_layer():
-    model = put(make_model("plain"), HEADS["Identity"][0])
     with pytest.raises(StrataViTError, match="features"):
-        stratavit.evaluate(model, make_batches())
+        stratavit.evaluate(put(make_model("plain"), HEADS["Identity"][0]), make_batches())
     bare = make_model("plain")
     bare.reset_classifier(0)
     assert stratavit.evaluate(put(bare, lambda dim: nn.Linear(dim, 7)), make_batches()).n == 12
-    assert classes_of(put(make_model("plain"), OTHERS["MLP"])) == 7  # does not tell
-    assert classes_of(nn.Linear(2, 3)) == 2  # nor does it have any of timm's attributes
+    assert classes_of(put(make_model("plain"), OTHERS["MLP"])) == 7  # as `num_classes` says
+    assert classes_of(nn.Linear(2, 3)) == 2  # it has none of timm's attributes
+
+
+def test_a_single_output_is_a_feature():
+    """One output has no cross-entropy to differentiate; channels are sorted by its square all the same."""
+    model = architectures.make(VIT, num_classes=1)
+    assert classes_of(model) == 0
+    net = SuperNet(model).contract([IMAGES]).eval()
+    before, after = model.blocks[0].attn.qkv.weight, net.model.blocks[0].attn.qkv.weight
+    assert relative_error(after.abs().sort().values, before.abs().sort().values) > 1e-3
+    with torch.no_grad():
+        assert relative_error(net(IMAGES), model(IMAGES)) < 2e-5
 
 
 def test_a_classifier_of_transformers():
     model = architectures.make("ViTForImageClassification")
     model.classifier = nn.Linear(32, 4)
-    small = SuperNet(model).extract(spec={"blocks.0.attn": 8}, verbose=False)
-    assert small.config.num_labels == 4
-    assert small(make_images(1)).logits.shape == (1, 4)
+    assert SuperNet(model).extract(spec={"blocks.0.attn": 8}, verbose=False).config.num_labels == 4
 
 
-# ---- frozen -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("head", HEADS)
+def test_a_classifier_of_torchvision(head):
+    model = architectures.make(architectures.TORCHVISION)
+    model.heads = HEADS[head][0](32)
+    with torch.no_grad():
+        assert relative_error(stratavit.as_timm(model.eval())(IMAGES), model(IMAGES)) < 1e-5
 
-FROZEN = ("vit_tiny_patch16_224", "eva02_tiny_patch14_224", "beit_base_patch16_224", "vit_small_patch16_dinov3", *SWINS)
+
+@pytest.mark.parametrize("part", ["heads", "activation"])
+def test_what_timm_has_no_counterpart_of_is_refused(part):
+    model = architectures.make(architectures.TORCHVISION)
+    if part == "heads":
+        model.heads = OTHERS["MLP"](32)
+    else:
+        model.encoder.layers[0].mlp[1] = nn.ReLU()
+    with pytest.raises(StrataViTError):
+        stratavit.as_timm(model)
+
+
+# ---- frozen weights -------------------------------------------------------------------------------------------------
 
 
 def part_frozen(model):
@@ -148,7 +170,7 @@ def part_frozen(model):
 
 
 @pytest.mark.parametrize("width", [8, 0])
-@pytest.mark.parametrize("name", FROZEN)
+@pytest.mark.parametrize("name", [name for name in architectures.KINDS if "siglip" not in name])
 def test_frozen_weights_stay_frozen(name, width, tmp_path):
     model = part_frozen(architectures.make(name))
     net = SuperNet(model).contract([torch.randn(4, 3, 32, 32)])
@@ -156,14 +178,12 @@ def test_frozen_weights_stay_frozen(name, width, tmp_path):
     first, last = (next(s.name for s in order if s.kind == "attention") for order in (net.sites, net.sites[::-1]))
     mlp = next(s.name for s in reversed(net.sites) if s.kind == "mlp")
     small = net.extract(spec={first: width, last: width, mlp: width}, verbose=False)
-    flags = {key: p.requires_grad for key, p in small.named_parameters()}
-    for key, learns in flags.items():
-        where = key.rpartition(".")[0]
-        head_or_mlp = key.startswith("head") or key.startswith(mlp)
-        inner = where.startswith(first) and not where.endswith("proj") and where != first
-        biases = where == first and key.rpartition(".")[2] in ("q_bias", "v_bias", "relative_position_bias_table")
-        kept = where == first and "logit_scale" in key
-        assert learns == (head_or_mlp or inner or biases or kept), key
+    uncut = ("q_bias", "v_bias", "relative_position_bias_table", "logit_scale")
+    for key, parameter in small.named_parameters():
+        where, _, leaf = key.rpartition(".")
+        head_or_mlp = key.startswith(("head", mlp))
+        inner = where.startswith(f"{first}.") and not where.endswith("proj")
+        assert parameter.requires_grad == (head_or_mlp or inner or (where == first and leaf in uncut)), key
     net.save(tmp_path / "net")
     stratavit.save(small, tmp_path / "small")
     assert frozen_names(SuperNet.load(tmp_path / "net").model) == frozen_names(model)
@@ -198,8 +218,5 @@ def test_frozen_weights_of_other_libraries(name):
         parameter.requires_grad_(number % 2 == 0)
     net = SuperNet(model)
     assert 0 < len(frozen_names(net.model)) < len(list(net.model.parameters()))
-    back = net.extract(spec={}, verbose=False)
-    if name == architectures.TORCHVISION:
-        assert frozen_names(back) == frozen_names(net.model)
-    again = SuperNet(back)
+    again = SuperNet(net.extract(spec={}, verbose=False))
     assert frozen_names(again.model) == frozen_names(net.model)

@@ -6,7 +6,7 @@ model is the stock one, so what the changed arguments build must have the same t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -34,13 +34,10 @@ def description_now(old: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """The description of a super-network's model as it is now; its sites stay as they were.
 
     Raises:
-        StrataViTError: It was changed in a way that timm's arguments cannot express.
+        ArtifactError: It was changed in a way that timm's arguments cannot express.
     """
     description = {**old, "args": {**old["args"], **family_of(model).arguments(model)}}
-    try:
-        _check_tensors(model, architecture.build(description, "meta", computed=False))
-    except ArtifactError as error:
-        raise StrataViTError(str(error)) from error
+    _check_tensors(model, architecture.build(description, "meta", computed=False))
     return description
 
 
@@ -55,35 +52,21 @@ def _check_tensors(model: nn.Module, built: nn.Module) -> None:
         ) from error
 
 
-def check_followed(net: nn.Module, model: nn.Module, description: Mapping[str, Any], size: Sequence[int]) -> None:
+def check_followed(net: Any) -> None:
     """Whether what loading builds of a super-network has its tensors and computes the same, at full size.
-
-    Args:
-        net: The super-network.
-        model: Its elastic model.
-        description: Of which loading builds.
-        size: Of its images, ``[C, H, W]``.
 
     Raises:
         ArtifactError: It does not.
     """
-    built = architecture.build(description)
-    _check_tensors(model, built)
-    built = architecture.filled(built, model)
-    check_equal("save", ArtifactError, Subject(model, net), [Subject(built, built)], size)
+    built = architecture.build(net.description)
+    _check_tensors(net.model, built)
+    built = architecture.filled(built, net.model)
+    size = net.data_config["input_size"]
+    check_equal("save", ArtifactError, Subject(net.model, net), [Subject(built, built)], size)
 
 
-def check_small(
-    net: nn.Module, model: nn.Module, small: nn.Module, widths: Mapping[str, int], size: Sequence[int]
-) -> None:
+def check_small(net: Any, small: nn.Module, widths: Mapping[str, int]) -> None:
     """Whether a small model computes what its super-network does; run only if hooks or methods were added later.
-
-    Args:
-        net: The super-network.
-        model: Its elastic model.
-        small: What was cut out of it.
-        widths: At which.
-        size: Of its images, ``[C, H, W]``.
 
     Raises:
         StrataViTError: It does not.
@@ -91,5 +74,5 @@ def check_small(
     modules = list(net.modules())
     hooks = [hook for one in modules for hook in (*one._forward_hooks.values(), *one._forward_pre_hooks.values())]
     if any(not isinstance(hook, Shift) for hook in hooks) or any(map(own_routines, modules)):
-        prefix = Subject(model, lambda images: net(images, widths))
+        prefix, size = Subject(net.model, lambda images: net(images, widths)), net.data_config["input_size"]
         check_equal("extract from", StrataViTError, prefix, [Subject(small, small)], size)

@@ -62,10 +62,7 @@ def _foreign(module: Any) -> str | None:
     if root == "peft" or any(part.startswith("lora_") for part in parts):
         return f"is a {kind} with adapters (LoRA): merge them first (peft: model.merge_and_unload())"
     if "parametrizations" in parts:
-        return (
-            "has a parametrization (weight norm and others): make it permanent by "
-            "torch.nn.utils.parametrize.remove_parametrizations(module, name)"
-        )
+        return "has a parametrization: make it permanent by torch.nn.utils.parametrize.remove_parametrizations"
     if parts & {"weight_mask", "bias_mask"}:
         return "has a pruning mask: make it permanent by torch.nn.utils.prune.remove(module, name)"
     if {"weight_g", "weight_v"} <= parts or "weight_u" in parts:
@@ -106,25 +103,14 @@ def check_weights(model: nn.Module) -> None:
 def _check_storage(name: str, tensor: torch.Tensor) -> None:
     fault = None
     if tensor.is_meta:
-        fault = (
-            "has no storage (device meta, or offloaded by accelerate); load the weights into memory, without "
-            "device_map, first"
-        )
+        fault = "has no storage (device meta, or offloaded); load the weights into memory, without device_map, first"
     elif tensor.is_inference() and not torch.is_inference_mode_enabled():
-        fault = (
-            "was made inside torch.inference_mode() and cannot have a gradient; make the model, or load its weights, "
-            "outside of it"
-        )
+        fault = "was made inside torch.inference_mode() and cannot have a gradient; load the weights outside of it"
     elif type(tensor) not in (nn.Parameter, torch.Tensor):
-        fault = (
-            f"is a {_class(tensor)}, expected a plain tensor; give the model as it was before it was quantised or "
-            "distributed"
-        )
+        fault = f"is a {_class(tensor)}, expected a plain tensor; undo quantisation or distribution first"
     elif isinstance(tensor, nn.Parameter) and (tensor.dtype not in FLOATS or tensor.layout is not torch.strided):
-        fault = (
-            f"is of type {tensor.dtype} ({tensor.layout}), expected dense floating numbers; give the model as it was "
-            "before it was quantised or made sparse"
-        )
+        kind = f"{tensor.dtype} ({tensor.layout})"
+        fault = f"is of type {kind}, expected dense floating numbers; give the model as it was before it was quantised"
     if fault is not None:
         raise UnsupportedModelError(f"weights: {name} {fault}")
 

@@ -83,9 +83,11 @@ class Family:
 
     def layer_scale(self, model: Any, site: str) -> Tensor | None:
         """Factors ``[C]`` of what a site adds to the tokens, or None."""
-        block, _, leaf = site.rpartition(".")
-        gamma: Tensor | None = getattr(model.get_submodule(block), "gamma_1" if leaf == "attn" else "gamma_2", None)
-        return gamma
+        name, _, leaf = site.rpartition(".")
+        block, number = model.get_submodule(name), 1 if leaf == "attn" else 2
+        scale = getattr(block, f"ls{number}", None)
+        factors: Tensor | None = getattr(block, f"gamma_{number}", getattr(scale, "gamma", None))
+        return factors
 
     def arguments(self, model: Any) -> dict[str, Any]:
         """Arguments of `timm.create_model` that build the same model, but for the widths of its sites."""
@@ -122,13 +124,9 @@ def heads_of(blocks: Iterable[Any]) -> int | None:
 
 def head_stages(model: Any, stem: Any, blocks: Any) -> Stages:
     """Stages of a model whose output is ``forward_head(norm(tokens))``."""
-
-    def tail(tokens: Tensor) -> Tensor:
-        logits: Tensor = model.forward_head(model.norm(tokens))
-        return logits
-
-    def pool(tokens: Tensor) -> Tensor:
-        pooled: Tensor = model.forward_head(model.norm(tokens), pre_logits=True)
-        return pooled
-
-    return Stages(stem, tuple(blocks), tail, pool)
+    return Stages(
+        stem=stem,
+        blocks=tuple(blocks),
+        tail=lambda tokens: model.forward_head(model.norm(tokens)),
+        pool=lambda tokens: model.forward_head(model.norm(tokens), pre_logits=True),
+    )

@@ -32,11 +32,10 @@ class BeitFamily(Family):
             positioned: Tensor = model.pos_drop(tokens if model.pos_embed is None else tokens + model.pos_embed)
             return positioned
 
-        def run(module: nn.Module, tokens: Tensor) -> Tensor:
-            out: Tensor = module(tokens, shared_rel_pos_bias=shared[0])
-            return out
+        def run(block: Callable[..., Tensor], tokens: Tensor) -> Tensor:
+            return block(tokens, shared_rel_pos_bias=shared[0])
 
-        return head_stages(model, stem, [(name, partial(run, module)) for name, module in self.blocks(model)])
+        return head_stages(model, stem, [(name, partial(run, block)) for name, block in self.blocks(model)])
 
     def arguments(self, model: Any) -> dict[str, Any]:
         """Sizes; all else is the architecture's own."""
@@ -62,10 +61,10 @@ class EvaFamily(BeitFamily):
             normed: Tensor = model.norm_pre(tokens)
             return normed
 
-        def block(number: int, module: nn.Module) -> Callable[[Tensor], Tensor]:
-            return lambda tokens: module(tokens, rope=ropes[number])
+        def run(number: int, block: Callable[..., Tensor], tokens: Tensor) -> Tensor:
+            return block(tokens, rope=ropes[number])
 
-        blocks = [(name, block(number, module)) for number, (name, module) in enumerate(self.blocks(model))]
+        blocks = [(name, partial(run, number, block)) for number, (name, block) in enumerate(self.blocks(model))]
         return head_stages(model, stem, blocks)
 
     def last_norm(self, model: Any) -> nn.Module | None:

@@ -46,12 +46,6 @@ class Vit(Family):
         none = isinstance(model, VisionTransformerDistilled) or model.attn_pool is not None
         return None if none else super().last_norm(model)
 
-    def layer_scale(self, model: VisionTransformer, site: str) -> Tensor | None:
-        """`ls1` or `ls2`."""
-        block, _, leaf = site.rpartition(".")
-        scale = getattr(model.get_submodule(block), "ls1" if leaf == "attn" else "ls2", None)
-        return getattr(scale, "gamma", None)
-
     def arguments(self, model: VisionTransformer) -> dict[str, Any]:
         """Read off the built model, which may be a small one."""
         block = model.blocks[0]
