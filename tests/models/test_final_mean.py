@@ -6,8 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import FAMILIES, PLAN, make_batches, make_images, make_model, make_net, relative_error
-from hypothesis import given
-from hypothesis import strategies as st
 
 from stratavit.data.pixels import folds_of, keys_of
 from stratavit.dropout_list import marginal_effects, walk
@@ -41,18 +39,6 @@ def read_by_head(model, images):
 @pytest.mark.parametrize("share", AT)
 def test_the_shift_at_a_share(share):
     torch.testing.assert_close(MEAN.at(share), torch.tensor(AT[share], dtype=torch.float32))
-
-
-@given(st.lists(st.floats(0.01, 0.99), min_size=1, max_size=5, unique=True), st.floats(0, 1), st.integers(0, 99))
-def test_it_stays_in_the_range_of_its_neighbours(shares, share, seed):
-    shares = tuple(sorted(shares, reverse=True))
-    vectors = torch.randn(len(shares), 4, generator=torch.Generator().manual_seed(seed))
-    found = FinalMean(shares, vectors).at(share)
-    knots, all_vectors = [1.0, *shares], torch.cat([torch.zeros(1, 4), vectors])
-    above = all_vectors[max(i for i, knot in enumerate(knots) if knot >= share)]
-    below = all_vectors[min((i for i, knot in enumerate(knots) if knot <= share), default=len(shares))]
-    assert (found >= torch.minimum(above, below) - 1e-5).all()
-    assert (found <= torch.maximum(above, below) + 1e-5).all()
 
 
 @pytest.mark.parametrize("name", SHIFTED)
