@@ -49,7 +49,7 @@ def check_layers(model: nn.Module) -> None:
             ]
     for name, fault in faults:
         if fault is not None:
-            raise UnsupportedModelError(f"cannot cut this {type(model).__name__}: {name or 'the model'} {fault}")
+            raise UnsupportedModelError(f"cannot use this {type(model).__name__}: {name or 'the model'} {fault}")
 
 
 def _foreign(module: Any) -> str | None:
