@@ -186,7 +186,7 @@ def test_other_types_go_through_files(name, dtype, tmp_path):
     small = net.extract(spec={net.sites[0].name: net.sites[0].width // 2})
     net.save(tmp_path / "net")
     stratavit.save(small, tmp_path / "small")
-    images, exact = IMAGES.to(dtype), dtype.itemsize == 2  # sums in float64 depend on where in memory the weights are
+    images, exact = IMAGES.to(dtype), dtype.itemsize == 2  # float64 sums depend on alignment
     with torch.no_grad():
         for back, model in ((SuperNet.load(tmp_path / "net").eval(), net), (stratavit.load(tmp_path / "small"), small)):
             assert relative_error(back(images), model(images)) <= (0 if exact else 1e-12)
