@@ -52,7 +52,7 @@ FAST = (  # of `make test-fast`: what must always hold, on small random models; 
     "dropout_list/test_allocation.py",
     "budgets/test_budget.py",
     "dropout_list/test_effects.py",
-    "calibration/test_moments.py",
+    "calibration/test_accumulators.py",
     "calibration/test_output_aware.py",
     "budgets/test_prices.py",
     "tasks/test_progressive.py",

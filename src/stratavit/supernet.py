@@ -18,9 +18,8 @@ from stratavit.artifacts import moments as moments_file
 from stratavit.budgets.amounts import Budget
 from stratavit.budgets.constraints import BudgetArgs, find_sub_network
 from stratavit.budgets.latency_cost import priced
-from stratavit.calibration.contract import TOKEN_WEIGHT, resolve_method, sort_channels
+from stratavit.calibration.contraction import TOKEN_WEIGHT, Method, known_method, resolve_method, sort_channels
 from stratavit.calibration.dense_outputs import DenseOutputs
-from stratavit.calibration.method import Method, known_method
 from stratavit.calibration.objectives import Objective
 from stratavit.calibration.wpac import Criterion
 from stratavit.data.pixels import Seen

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from stratavit.calibration.output_aware import BALANCE_FLOOR, FLOOR, elimination_order, output_axes
@@ -21,7 +21,7 @@ def problem(seed, dim=6, outputs=10):
 
 
 def lost(weight, covariance, keep):
-    """Output variance that no linear map of the first coordinates can predict: the Schur complement, by hand."""
+    """Output variance that no linear map of the first coordinates can predict: the Schur complement."""
     k, d = slice(None, keep), slice(keep, None)
     rest = covariance[d, d] - covariance[d, k] @ torch.linalg.pinv(covariance[k, k], hermitian=True) @ covariance[k, d]
     return float((weight[:, d] @ rest @ weight[:, d].T).trace())
@@ -33,11 +33,18 @@ def root(covariance):
 
 
 @given(SHAPES)
-def test_the_transform_is_undone_by_its_inverse(shape):
-    forward, backward = output_axes(*problem(*shape))
+def test_axes_have_an_inverse_and_leave_kept_and_cut_coordinates_uncorrelated(shape):
+    weight, covariance = problem(*shape)
+    forward, backward = output_axes(weight, covariance)
+    identity = torch.eye(shape[1], dtype=torch.float64)
     assert forward.dtype == backward.dtype == torch.float64
     for product in (forward @ backward, backward @ forward):
-        torch.testing.assert_close(product, torch.eye(shape[1], dtype=torch.float64), rtol=0, atol=1e-8)
+        torch.testing.assert_close(product, identity, rtol=0, atol=1e-8)
+    values = torch.linalg.eigvalsh(covariance)
+    assume(values[0] > FLOOR * values[-1])  # a floored direction keeps a correlation
+    turned = forward @ covariance @ forward.T
+    scale = turned.diagonal().sqrt()
+    torch.testing.assert_close(turned / torch.outer(scale, scale), identity, rtol=0, atol=1e-3)
 
 
 @given(SHAPES)
@@ -51,28 +58,6 @@ def test_a_cut_loses_the_smallest_singular_values(shape):
         assert found == pytest.approx(float(sigma[keep:].square().sum()), abs=1e-4 * float(sigma.square().sum()))
 
 
-@given(SHAPES)
-def test_no_other_basis_loses_less(shape):
-    weight, covariance = problem(*shape)
-    forward, backward = output_axes(weight, covariance)
-    generator = torch.Generator().manual_seed(shape[0])
-    total = float((weight @ covariance @ weight.T).trace())
-    for _ in range(20):
-        basis, _ = torch.linalg.qr(torch.randn(shape[1], shape[1], generator=generator, dtype=torch.float64))
-        for keep in range(1, shape[1]):
-            ours = lost(weight @ backward, forward @ covariance @ forward.T, keep)
-            assert ours <= lost(weight @ basis, basis.T @ covariance @ basis, keep) + 1e-5 * total
-
-
-@given(SHAPES)
-def test_kept_coordinates_are_uncorrelated_with_cut_ones(shape):
-    forward, _ = output_axes(*problem(*shape))
-    covariance = forward @ problem(*shape)[1] @ forward.T
-    scale = covariance.diagonal().sqrt()
-    correlation = covariance / torch.outer(scale, scale)
-    torch.testing.assert_close(correlation, torch.eye(shape[1], dtype=torch.float64), rtol=0, atol=1e-3)
-
-
 def test_scale_is_shared_between_both_sides():
     """A coordinate's variance and the squared norm of its column are alike, and fall."""
     weight, covariance = problem(3)
@@ -81,9 +66,7 @@ def test_scale_is_shared_between_both_sides():
     norms = (weight @ backward).square().sum(dim=0)
     torch.testing.assert_close(variances, norms, rtol=1e-6, atol=0)
     assert (variances[:-1] >= variances[1:]).all()
-    assert (forward @ covariance @ forward.T).diagonal()[0] == pytest.approx(
-        float(torch.linalg.svdvals(weight @ root(covariance))[0]), rel=1e-6
-    )
+    assert float(variances[0]) == pytest.approx(float(torch.linalg.svdvals(weight @ root(covariance))[0]), rel=1e-6)
 
 
 @given(st.integers(0, 99), st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
@@ -111,30 +94,22 @@ DEGENERATE = {
 
 @pytest.mark.parametrize("case", DEGENERATE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_degenerate_input_gives_a_finite_transform_that_can_be_undone(case, dtype):
+def test_degenerate_input_has_a_finite_transform_that_can_be_undone_and_an_order(case, dtype):
     weight, covariance = DEGENERATE[case](*problem(2))
     forward, backward = output_axes(weight.to(dtype), covariance)
     assert forward.isfinite().all()
     assert backward.isfinite().all()
     torch.testing.assert_close(forward @ backward, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-6)
-    condition = float(torch.linalg.cond(forward))
-    assert condition <= 1.01 * (BALANCE_FLOOR * FLOOR) ** -0.5
-
-
-def test_inputs_of_axes_are_left_as_they_were_and_signs_are_fixed():
-    weight, covariance = problem(4)
-    before = weight.clone(), covariance.clone()
-    forward, _ = output_axes(weight, covariance)
-    assert torch.equal(weight, before[0])
-    assert torch.equal(covariance, before[1])
-    assert torch.equal(output_axes(-weight, covariance)[0], forward)
+    assert float(torch.linalg.cond(forward)) <= 1.01 * (BALANCE_FLOOR * FLOOR) ** -0.5
+    for block in (1, 64):
+        assert sorted(elimination_order(weight.to(dtype), covariance, block).tolist()) == list(range(6))
 
 
 # ---- elimination ---------------------------------------------------------------------------------------------------
 
 
 def slow_order(weight, covariance):
-    """Backward elimination that solves the whole regression anew for every candidate."""
+    """Backward elimination that solves the full regression again for every candidate."""
     matrix = covariance + RIDGE * covariance.trace() / len(covariance) * torch.eye(len(covariance)).double()
     kept, leaving = list(range(len(matrix))), []
     while kept:
@@ -160,20 +135,20 @@ def test_order_equals_elimination_by_full_regressions(block, seed):
     assert elimination_order(weight, covariance, block).tolist() == slow_order(weight, covariance)
 
 
-@given(seed=st.integers(0, 999), m=st.integers(1, 40), outputs=st.integers(1, 9), block=st.sampled_from([1, 3, 64]))
-def test_order_is_a_permutation_whatever_the_block(seed, m, outputs, block):
+@given(seed=st.integers(0, 999), m=st.integers(1, 40), outputs=st.integers(2, 9))
+def test_order_is_a_permutation_whatever_the_block(seed, m, outputs):
     weight, covariance = problem(seed, m, outputs)
-    order = elimination_order(weight, covariance, block)
-    assert sorted(order.tolist()) == list(range(m))
-    if outputs > 1:  # with one output alone all is lost or nothing, and ties are many
-        assert torch.equal(order, elimination_order(weight, covariance, 7))
+    orders = [elimination_order(weight, covariance, block).tolist() for block in (1, 7, 64)]
+    assert sorted(orders[0]) == list(range(m))
+    assert orders[0] == orders[1] == orders[2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_inputs_are_left_as_they_were(dtype):
+def test_inputs_are_left_as_they_were_and_signs_are_fixed(dtype):
     weight, covariance = (t.to(dtype) for t in problem(1, 20))
     before = weight.clone(), covariance.clone()
     elimination_order(weight, covariance, 4)
+    assert torch.equal(output_axes(weight, covariance)[0], output_axes(-weight, covariance)[0])
     assert torch.equal(weight, before[0])
     assert torch.equal(covariance, before[1])
 
@@ -196,10 +171,3 @@ def test_channels_that_nothing_reads_or_that_never_change_go_first():
     weight[:, 4] = 0
     order = elimination_order(weight, torch.diag((torch.arange(10) != 6).double())).tolist()
     assert set(order[-2:]) == {4, 6}
-
-
-@pytest.mark.parametrize("case", DEGENERATE)
-@pytest.mark.parametrize("block", [1, 64])
-def test_degenerate_input_gives_an_order(case, block):
-    order = elimination_order(*DEGENERATE[case](*problem(2)), block)
-    assert sorted(order.tolist()) == list(range(6))

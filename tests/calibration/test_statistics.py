@@ -1,5 +1,6 @@
 """The calibration pass equals a direct computation by autograd on the stock timm model."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -96,13 +97,28 @@ def run(model, loader, **options):
     return collect(SuperNet(model).model, loader, **options)
 
 
+def joined(batches):
+    return [torch.cat(parts) for parts in zip(*batches, strict=True)]
+
+
+def assert_same(found, expected, tolerance):
+    """Everything that one pass found is what another one found."""
+    assert found.keys() == expected.keys()
+    for name, result in found.items():
+        for key, value in vars(result).items():
+            other = getattr(expected[name], key)
+            if isinstance(value, Tensor) and value.numel():
+                assert_close(value, other, f"{name}.{key}", tolerance)
+        for pair, others in zip(result.crossed, expected[name].crossed, strict=True):
+            for value, other in zip(pair, others, strict=True):
+                assert_close(value, other, f"{name}.crossed", tolerance)
+
+
 @pytest.mark.parametrize("objective", [*OBJECTIVES, "feature"])
 def test_equals_autograd_on_the_stock_model(family, objective):
-    model = make_model(family, dtype=torch.float64)
-    batches = make_batches(dtype=torch.float64)
+    model, batches = make_model(family, dtype=torch.float64), make_batches(dtype=torch.float64)
     found = run(model, batches, objective=objective)
-    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    expected = by_autograd(model, images, labels, objective)
+    expected = by_autograd(model, *joined(batches), objective)
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         for key in ("taylor", "hessian", "channel_mean"):
@@ -114,24 +130,12 @@ def test_equals_autograd_on_the_stock_model(family, objective):
         assert found[name].images == 12
 
 
-def test_without_a_head_the_features_are_the_objective():
-    model = make_model("plain")
-    model.reset_classifier(0)
-    auto, feature = (run(model, make_batches(), objective=name) for name in ("auto", "feature"))
-    assert torch.equal(auto["blocks.0.mlp"].taylor, feature["blocks.0.mlp"].taylor)
-    for name in ("label", "cross_entropy", "prediction", "sampled"):
-        with pytest.raises(StrataViTError, match=f"objective '{name}' needs a head"):
-            run(model, make_batches(), objective=name)
-
-
 def test_scatter_of_the_unweighted_and_of_no_kind():
-    batches = make_batches(dtype=torch.float64)
-    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    expected = by_autograd(make_model("plain", dtype=torch.float64), images, labels, "label")
-    plain = run(make_model("plain", dtype=torch.float64), batches, scatter="plain")
+    model, batches = make_model("plain", dtype=torch.float64), make_batches(dtype=torch.float64)
+    expected = by_autograd(copy.deepcopy(model), *joined(batches), "label")
+    plain = run(model, batches, scatter="plain")
     assert_close(plain["blocks.1.attn"].scatter, expected["blocks.1.attn"]["plain"], "plain")
-    none = run(make_model("plain", dtype=torch.float64), batches, scatter="none")
-    assert all(result.scatter is None for result in none.values())
+    assert all(result.scatter is None for result in run(model, batches, scatter="none").values())
 
 
 def mixed_moments(read, weight, share):
@@ -146,11 +150,9 @@ def mixed_moments(read, weight, share):
 @pytest.mark.parametrize("objective", ["cross_entropy", "feature"])
 def test_covariances_equal_autograd_on_the_stock_model(family, objective, share):
     """Tokens weighted by the gradient norm at the module's output, over all batches at once."""
-    model = make_model(family, dtype=torch.float64)
-    batches = make_batches(dtype=torch.float64)
+    model, batches = make_model(family, dtype=torch.float64), make_batches(dtype=torch.float64)
     found = run(model, batches, objective=objective, token_weight=share)
-    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    expected = by_autograd(model, images, labels, objective)
+    expected = by_autograd(model, *joined(batches), objective)
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         mean, covariance = mixed_moments(values["read"], values["weight"], share)
@@ -164,42 +166,48 @@ def test_covariances_equal_autograd_on_the_stock_model(family, objective, share)
             assert found[name].scatter is None
 
 
+@pytest.mark.parametrize("token_weight", [None, 0.5])
 @pytest.mark.parametrize("sizes", [(12,), (7, 5), (1,) * 12])
-def test_covariances_do_not_depend_on_the_batch_size(sizes):
-    expected = run(make_model("odd_widths"), make_batches(), token_weight=0.5)
-    for name, result in run(make_model("odd_widths"), make_batches(sizes), token_weight=0.5).items():
-        for key in ("channel_mean", "covariance", "scatter"):
-            if getattr(result, key) is not None:
-                assert_close(getattr(result, key), getattr(expected[name], key), f"{name}.{key}", 5e-5)
+def test_the_result_does_not_depend_on_the_batch_size(sizes, token_weight):
+    found, expected = (
+        run(make_model("odd_widths"), make_batches(split), token_weight=token_weight) for split in (sizes, (5, 4, 3))
+    )
+    assert_same(found, expected, 5e-5)
 
 
-def test_covariances_at_cut_widths_are_those_of_the_kept_channels():
+@pytest.mark.parametrize("token_weight", [None, 0.5])
+def test_float32_agrees_with_float64(token_weight):
+    found, exact = (
+        run(make_model("plain", dtype=dtype), make_batches(dtype=dtype), token_weight=token_weight)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert_same(found, exact, 1e-4)
+
+
+@pytest.mark.parametrize("token_weight", [None, 0.5])
+def test_widths_in_use_are_observed_and_skipped_modules_left_out(token_weight):
     net = SuperNet(make_model("plain"))
     with net.at({"blocks.0.attn": 8, "blocks.0.mlp": 0, "blocks.1.mlp": 40}):
-        found = collect(net.model, make_batches(), token_weight=0.5)
+        found = collect(net.model, make_batches(), token_weight=token_weight)
     assert found.keys() == {"blocks.0.attn", "blocks.1.attn", "blocks.1.mlp"}
-    assert found["blocks.0.attn"].covariance.shape == (16, 16)
-    assert found["blocks.0.attn"].scatter.shape == (2, 2, 8, 8)
-    assert found["blocks.1.mlp"].covariance.shape == (40, 40)
-
-
-def drawn_labels(model, images, seed):
-    """One class an image, drawn from the model's own prediction."""
-    with torch.no_grad():
-        return drawn_classes(model(images), keys_of(images), seed)
+    attention, mlp = found["blocks.0.attn"], found["blocks.1.mlp"]
+    assert attention.scatter.shape[-2:] == (8, 8)
+    assert attention.channel_mean.shape == (2, 8)
+    if token_weight is None:
+        assert mlp.taylor.shape == (1, 1, 40)
+    else:
+        assert (attention.covariance.shape, mlp.covariance.shape) == ((16, 16), (40, 40))
 
 
 @pytest.mark.parametrize("seed", [0, 7])
 def test_sampled_is_the_cross_entropy_of_classes_drawn_from_the_prediction(family, seed):
-    """Labels of the loader are not looked at."""
-    model = make_model(family)
-    batches = make_batches()
-    labelled = [(images, drawn_labels(model, images, seed)) for images, _ in batches]
+    """Labels of the loader are not looked at, and the global generator is left alone."""
+    model, batches, before = make_model(family), make_batches(), torch.get_rng_state()
+    with torch.no_grad():
+        labelled = [(images, drawn_classes(model(images), keys_of(images), seed)) for images, _ in batches]
     found = run(model, batches, objective="sampled", token_weight=0.5, seed=seed)
-    expected = run(model, labelled, objective="cross_entropy", token_weight=0.5)
-    for name, result in found.items():
-        assert_close(result.covariance, expected[name].covariance, name)
-        assert_close(result.channel_mean, expected[name].channel_mean, name)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_same(found, run(model, labelled, objective="cross_entropy", token_weight=0.5), 1e-5)
 
 
 def test_classes_are_drawn_as_often_as_the_prediction_says():
@@ -221,92 +229,70 @@ def test_a_draw_depends_on_image_and_seed_alone():
 @pytest.mark.parametrize("objective", ["cross_entropy", "sampled"])
 def test_the_order_of_the_images_changes_rounding_only(family, objective):
     model, batches = make_model(family, dtype=torch.float64), make_batches(dtype=torch.float64)
-    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    images, labels = joined(batches)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
     shuffled = list(zip(images[order].split(5), labels[order].split(5), strict=True))
-    expected = run(model, batches, objective=objective, token_weight=0.5)
-    for name, found in run(model, shuffled, objective=objective, token_weight=0.5).items():
-        pairs = [(found.covariance, expected[name].covariance)]
-        for ours, theirs in zip(found.crossed, expected[name].crossed, strict=True):
-            pairs += list(zip(ours, theirs, strict=True))
-        for ours, theirs in pairs:
-            assert_close(ours, theirs, name, 1e-9)
+    found, expected = (run(model, loader, objective=objective, token_weight=0.5) for loader in (shuffled, batches))
+    assert_same(found, expected, 1e-9)
 
 
 def test_folds_keep_their_moments_apart():
     """Those without fold 0 are the moments of the images of fold 1 alone."""
     model, batches = make_model("plain", dtype=torch.float64), make_batches(dtype=torch.float64)
-    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    images, labels = joined(batches)
     folds = folds_of(keys_of(images))
-    assert set(folds.tolist()) == {0, 1}
-    crossed = {name: found.crossed for name, found in run(model, batches, token_weight=0.0).items()}
+    found = run(model, batches, token_weight=0.0)
     for fold in (0, 1):
         kept = folds != fold
-        alone = run(model, [(images[kept], labels[kept])], token_weight=0.0)
-        for name, pairs in crossed.items():
-            assert_close(pairs[fold][0], alone[name].channel_mean, name, 1e-9)
-            assert_close(pairs[fold][1], alone[name].covariance, name, 1e-9)
+        assert kept.any()
+        for name, alone in run(model, [(images[kept], labels[kept])], token_weight=0.0).items():
+            mean, covariance = found[name].crossed[fold]
+            assert_close(mean, alone.channel_mean, name, 1e-9)
+            assert_close(covariance, alone.covariance, name, 1e-9)
 
 
-def test_sampled_is_fixed_by_the_seed():
-    first, again, other = (
-        run(make_model("plain"), make_batches(), objective="sampled", token_weight=1.0, seed=seed) for seed in (1, 1, 2)
-    )
-    for name, result in first.items():
-        assert torch.equal(result.covariance, again[name].covariance)
-        assert not torch.allclose(result.covariance, other[name].covariance, rtol=1e-4)
+BARE = [images for images, _ in make_batches()]
 
 
-def test_drawing_classes_leaves_the_global_generator_alone():
-    net, before = SuperNet(make_model("plain")), torch.get_rng_state()
-    collect(net.model, make_batches(), objective="sampled", token_weight=1.0)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_auto_of_covariances_is_a_likelihood():
-    """Of the labels where they are there, else of classes drawn from the prediction."""
-    model, labelled = make_model("plain"), make_batches()
-    bare = [images for images, _ in labelled]
-    for loader, objective in ((labelled, "cross_entropy"), (bare, "sampled")):
-        found = run(model, loader, token_weight=1.0)["blocks.0.mlp"]
-        expected = run(model, labelled, objective=objective, token_weight=1.0)["blocks.0.mlp"]
-        assert torch.equal(found.covariance, expected.covariance)
-
-
-def test_feature_needs_no_head():
+@pytest.mark.parametrize(
+    ("loader", "token_weight", "objective"),
+    [
+        (make_batches(), None, "label"),
+        (BARE, None, "prediction"),
+        ([(images,) for images in BARE], None, "prediction"),
+        (make_batches(), 1.0, "cross_entropy"),
+        (BARE, 1.0, "sampled"),
+    ],
+)
+def test_auto_suits_the_method_and_the_labels(loader, token_weight, objective):
     model = make_model("plain")
-    with_head = run(model, make_batches(), objective="feature", token_weight=0.5)
+    found = run(model, loader, token_weight=token_weight)
+    assert_same(found, run(model, make_batches(), objective=objective, token_weight=token_weight), 0)
+
+
+@pytest.mark.parametrize("token_weight", [None, 0.5])
+def test_without_a_head_the_features_are_the_objective(token_weight):
+    model = make_model("plain")
+    with_head = run(model, make_batches(), objective="feature", token_weight=token_weight)
     model.reset_classifier(0)
-    bare = run(model, [images for images, _ in make_batches()], objective="feature", token_weight=0.5)
-    assert torch.equal(bare["blocks.0.attn"].covariance, with_head["blocks.0.attn"].covariance)
+    assert_same(run(model, BARE, token_weight=token_weight), with_head, 0)
+    for name in OBJECTIVES:
+        with pytest.raises(StrataViTError, match=f"'{name}'"):
+            run(model, make_batches(), objective=name)
 
 
-def test_float32_agrees_with_float64():
-    exact = run(make_model("plain", dtype=torch.float64), make_batches(dtype=torch.float64))
-    for name, result in run(make_model("plain"), make_batches()).items():
-        for key in ("taylor", "hessian", "channel_mean"):
-            assert_close(getattr(result, key), getattr(exact[name], key), f"{name}.{key}", 1e-4)
-
-
-@pytest.mark.parametrize("sizes", [(12,), (7, 5), (1,) * 12])
-def test_result_does_not_depend_on_the_batch_size(sizes):
-    expected = run(make_model("odd_widths"), make_batches())
-    for name, result in run(make_model("odd_widths"), make_batches(sizes)).items():
-        for key in ("taylor", "hessian", "channel_mean", "scatter"):
-            if getattr(result, key) is not None:
-                assert_close(getattr(result, key), getattr(expected[name], key), f"{name}.{key}", 2e-5)
-
-
-def numbers_held(thing, visited=None) -> int:
+def numbers_held(thing, visited):
     """Tensor elements reachable from an object's attributes."""
-    visited = set() if visited is None else visited
     if id(thing) in visited:
         return 0
     visited.add(id(thing))
     if isinstance(thing, Tensor):
         return thing.numel()
-    parts = list(thing) if isinstance(thing, list | tuple) else list(getattr(thing, "__dict__", {}).values())
-    return sum(numbers_held(part, visited) for part in parts)
+    parts = thing if isinstance(thing, list | tuple) else (thing if isinstance(thing, dict) else vars(thing)).values()
+    return sum(numbers_held(part, visited) for part in parts if hasattr(part, "__dict__") or isinstance(part, HOLDERS))
+
+
+HOLDERS = (Tensor, list, tuple, dict)
 
 
 @pytest.mark.parametrize("token_weight", [None, 0.5])
@@ -320,29 +306,12 @@ def test_accumulators_do_not_grow_with_the_number_of_images(monkeypatch, token_w
 
     monkeypatch.setattr(statistics, "SiteObserver", Recorded)
     held = []
-    for batches in (1, 8):
+    for batches in (2, 8):
         made.clear()
-        run(make_model("plain"), make_batches((3,) * batches), token_weight=token_weight)
-        held.append([numbers_held(observer) for observer in made])
+        run(make_model("plain"), make_batches((6,) * batches), token_weight=token_weight)
+        held.append([numbers_held(observer, set()) for observer in made])
     assert held[0] == held[1]
-    assert min(held[0]) > 0
-
-
-def test_auto_uses_labels_when_they_are_there():
-    labelled, model = make_batches(), make_model("plain")
-    bare = [images for images, _ in labelled]
-    for loader, objective in ((labelled, "label"), (bare, "prediction"), ([(x,) for x in bare], "prediction")):
-        found, expected = run(model, loader), run(model, labelled, objective=objective)
-        assert torch.equal(found["blocks.0.mlp"].taylor, expected["blocks.0.mlp"].taylor)
-
-
-def test_widths_in_use_are_observed_and_skipped_modules_left_out():
-    net = SuperNet(make_model("plain"))
-    with net.at({"blocks.0.attn": 8, "blocks.0.mlp": 0, "blocks.1.mlp": 40}):
-        found = collect(net.model, make_batches())
-    assert found.keys() == {"blocks.0.attn", "blocks.1.attn", "blocks.1.mlp"}
-    assert found["blocks.0.attn"].scatter.shape == (3, 2, 8, 8)
-    assert found["blocks.1.mlp"].taylor.shape == (1, 1, 40)
+    assert min(held[0]) > 32
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -363,25 +332,20 @@ def test_model_is_left_as_it_was(training):
 
 
 def test_works_where_gradients_are_switched_off():
+    expected = run(make_model("plain"), make_batches())
     with torch.no_grad():
-        found = run(make_model("plain"), make_batches())
-    assert torch.equal(found["blocks.0.attn"].taylor, run(make_model("plain"), make_batches())["blocks.0.attn"].taylor)
+        assert_same(run(make_model("plain"), make_batches()), expected, 0)
 
 
 IMAGES = make_images(2)
 BAD = {
     "no images": ([], {}, "no images"),
-    "labels needed": ([IMAGES], {"objective": "label"}, "needs labels.*'sampled'"),
-    "labels needed by cross-entropy": ([IMAGES], {"objective": "cross_entropy"}, "needs labels"),
-    "label too high": ([(IMAGES, torch.tensor([0, CLASSES]))], {}, f"found {CLASSES}.*{CLASSES} classes"),
-    "negative label": ([(IMAGES, torch.tensor([-1, 0]))], {}, "found -1"),
-    "one label for two images": ([(IMAGES, torch.tensor([1]))], {}, "shapes"),
-    "not images": ([torch.zeros(2, 5)], {}, "images \\[B, 3, H, W\\]"),
-    "no images by name": ([{"pixels": IMAGES}], {}, "got a mapping of pixels"),
-    "not tensors": ([{"image": IMAGES.tolist()}], {}, "loader: expected batches"),
-    "three parts": ([(IMAGES, IMAGES, IMAGES)], {}, "loader: expected batches"),
-    "unknown objective": ([IMAGES], {"objective": "loss"}, "objective: expected one of auto, label"),
-    "NaN image": ([torch.full_like(IMAGES, float("nan"))], {}, "NaN or infinite"),
+    "labels needed": ([IMAGES], {"objective": "label"}, "'label' needs labels"),
+    "labels needed by cross-entropy": ([IMAGES], {"objective": "cross_entropy"}, "'cross_entropy' needs labels"),
+    "label too high": ([(IMAGES, torch.tensor([0, CLASSES]))], {}, f"labels: .*{CLASSES}"),
+    "negative label": ([(IMAGES, torch.tensor([-1, 0]))], {}, "labels: .*-1"),
+    "unknown objective": ([IMAGES], {"objective": "loss"}, "objective: .*'loss'"),
+    "NaN image": ([torch.full_like(IMAGES, float("nan"))], {}, "blocks.0.attn .*NaN"),
 }
 
 

@@ -1,14 +1,13 @@
-"""The maths of WPAC on cases solved by hand, and its invariants."""
+"""The maths of WPAC on cases solved on paper, and its invariants."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stratavit.calibration import wpac
-from stratavit.calibration.moments import RunningScatter
+from stratavit.calibration.accumulators import RunningScatter
 from stratavit.calibration.statistics import SiteStatistics
-from stratavit.calibration.wpac import attention_transform, mlp_order, principal_axes, scatter_needed
+from stratavit.calibration.wpac import CRITERIA, attention_transform, mlp_order, principal_axes, scatter_needed
 from stratavit.elastic.base import fold_heads
 
 GENERATOR = torch.Generator()
@@ -24,24 +23,22 @@ def statistics_of(taylor=None, hessian=None, scatter=None):
     return SiteStatistics(taylor, hessian, torch.zeros(1, 1), scatter)
 
 
-def test_axes_of_points_on_a_line_solved_by_hand():
-    """Points at +-(3, 4) k: the first axis is (0.6, 0.8), the second is orthogonal to it."""
-    points = torch.tensor([[3.0, 4.0], [-3.0, -4.0], [6.0, 8.0], [-6.0, -8.0]], dtype=torch.float64)
+LINE = [[3.0, 4.0], [-3.0, -4.0], [6.0, 8.0], [-6.0, -8.0]]  # points at +-(3, 4) k
+CROSS = [[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]]  # +-2 along x, +-1 along y
+
+
+@pytest.mark.parametrize(
+    ("points", "weight", "expected"),
+    [
+        (LINE, [1.0, 1, 1, 1], [[0.6, 0.8], [0.8, -0.6]]),
+        (CROSS, [1.0, 1, 1, 1], [[1.0, 0.0], [0.0, 1.0]]),  # alike, x leads
+        (CROSS, [1.0, 1, 9, 9], [[0.0, 1.0], [1.0, 0.0]]),  # with y's tokens weighted 9 times, y leads
+    ],
+)
+def test_axes_solved_on_paper(points, weight, expected):
     running = RunningScatter()
-    running.update(points[None] + 100)
-    axes = principal_axes(running.scatter)[0]
-    torch.testing.assert_close(axes[:, 0], torch.tensor([0.6, 0.8], dtype=torch.float64))
-    torch.testing.assert_close(axes[:, 1], torch.tensor([0.8, -0.6], dtype=torch.float64))
-
-
-def test_weights_turn_the_axes_as_solved_by_hand():
-    """A cross: +-2 along x, +-1 along y. Alike, x leads; with y's tokens weighted 9 times, y leads."""
-    points = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]], dtype=torch.float64)[None]
-    for weight, leader in (([1.0, 1, 1, 1], [1.0, 0.0]), ([1.0, 1, 9, 9], [0.0, 1.0])):
-        running = RunningScatter()
-        running.update(points, torch.tensor([weight], dtype=torch.float64))
-        axes = principal_axes(running.scatter)[0]
-        torch.testing.assert_close(axes[:, 0], torch.tensor(leader, dtype=torch.float64))
+    running.update(torch.tensor(points).double()[None] + 100, torch.tensor([weight]).double())
+    torch.testing.assert_close(principal_axes(running.scatter)[0].T, torch.tensor(expected).double())
 
 
 @given(st.integers(0, 50), st.integers(1, 9))
@@ -53,29 +50,11 @@ def test_axes_are_orthonormal_and_diagonalise_in_falling_order(seed, dim):
     values = turned.diagonal(dim1=1, dim2=2)
     torch.testing.assert_close(turned, torch.diag_embed(values), rtol=0, atol=1e-9 * float(values.max()))
     assert (values[:, :-1] >= values[:, 1:] - 1e-9 * values.max()).all()
+    assert (axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)) > 0).all()  # signs, whatever the library's
+    assert principal_axes(scatter.float()).dtype == torch.float64
 
 
-def test_signs_do_not_depend_on_the_library(monkeypatch):
-    scatter, expected = scatters(), principal_axes(scatters())
-    eigh = torch.linalg.eigh
-
-    def flipped(matrix):
-        values, vectors = eigh(matrix)
-        signs = torch.ones(vectors.shape[-1], dtype=torch.float64)
-        signs[::2] = -1
-        return torch.return_types.linalg_eigh((values, vectors * signs))
-
-    monkeypatch.setattr(torch.linalg, "eigh", flipped)
-    assert torch.equal(principal_axes(scatter), expected)
-    peaks = expected.gather(1, expected.abs().argmax(dim=1, keepdim=True))
-    assert (peaks > 0).all()
-
-
-def test_scatters_are_decomposed_in_float64():
-    assert principal_axes(scatters().float()).dtype == torch.float64
-
-
-@pytest.mark.parametrize("criterion", [criterion for criterion in wpac.CRITERIA if criterion != "output"])
+@pytest.mark.parametrize("criterion", [criterion for criterion in CRITERIA if criterion != "output"])
 def test_transform_leaves_products_of_q_and_k_and_of_v_and_o(criterion):
     norms, scatter = torch.rand(3, 2, 6, dtype=torch.float64), scatters(6, 6).view(3, 2, 6, 6)
     found = attention_transform(statistics_of(norms.flip(-1), norms.square(), scatter), criterion, norms, GENERATOR)
@@ -96,30 +75,25 @@ def test_wpac_and_pca_use_the_sum_of_both_scatters_for_q_and_k():
 
 @pytest.mark.parametrize("criterion", ["taylor", "hessian", "magnitude"])
 def test_rankings_sort_by_their_own_scores(criterion):
-    """Head 0: v scores 1, 3, 2 and q + k scores 4, 5, 9; the other criteria would order otherwise."""
+    """Head 0: v scores 1, 3, 2 and q + k scores 4, 5, 9; the other criteria would order differently."""
     scores = torch.tensor([[[3.0, 0.0, 5.0]], [[1.0, 5.0, 4.0]], [[1.0, 3.0, 2.0]]], dtype=torch.float64)
     inputs = dict.fromkeys(("taylor", "hessian", "magnitude"), -scores) | {criterion: scores}
     statistics = statistics_of(inputs["taylor"], inputs["hessian"])
     found = attention_transform(statistics, criterion, inputs["magnitude"], GENERATOR)
     coordinates = torch.tensor([10.0, 20.0, 30.0], dtype=torch.float64)
     assert (found.v[0] @ coordinates).tolist() == [20, 30, 10]
-    assert (found.q[0] @ coordinates).tolist() == [30, 20, 10]
-    assert (found.k[0] @ coordinates).tolist() == [30, 20, 10]
+    assert (found.q[0] @ coordinates).tolist() == (found.k[0] @ coordinates).tolist() == [30, 20, 10]
 
 
-def test_mlp_orders():
+@pytest.mark.parametrize(
+    ("criterion", "order"),
+    [("taylor", [2, 1, 0]), ("hessian", [1, 0, 2]), ("wpac", [1, 0, 2]), ("pca", [1, 0, 2]), ("magnitude", [0, 2, 1])],
+)
+def test_mlp_orders(criterion, order):
     taylor, hessian = torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[[2.0, 3.0, 1.0]]])
-    norms = torch.tensor([[[3.0, 1.0, 2.0]]])
-    expected = {
-        "taylor": [2, 1, 0], "hessian": [1, 0, 2], "wpac": [1, 0, 2], "pca": [1, 0, 2], "magnitude": [0, 2, 1]
-    }  # fmt: skip
-    for criterion, order in expected.items():
-        assert mlp_order(statistics_of(taylor, hessian), criterion, norms, GENERATOR).tolist() == order, criterion
-
-
-def test_equal_scores_keep_their_order():
-    same = torch.ones(1, 1, 40)
-    assert mlp_order(statistics_of(same, same), "taylor", same, GENERATOR).tolist() == list(range(40))
+    norms, same = torch.tensor([[[3.0, 1.0, 2.0]]]), torch.ones(1, 1, 40)
+    assert mlp_order(statistics_of(taylor, hessian), criterion, norms, GENERATOR).tolist() == order
+    assert mlp_order(statistics_of(same, same), criterion, same, GENERATOR).tolist() == list(range(40))  # ties stay
 
 
 def test_random_is_a_permutation_fixed_by_the_seed():

@@ -8,18 +8,19 @@ import torch.nn.functional as F
 from helpers import make_batches, make_images, make_model, make_net, relative_error
 
 from stratavit import SuperNet
+from stratavit.calibration.dense_outputs import DenseOutputs
+from stratavit.calibration.objectives import distance
 from stratavit.dropout_list import marginal_effects
 from stratavit.elastic.attention import ElasticAttention
 from stratavit.elastic.mlp import ElasticMlp
 from stratavit.models.cost import site_macs
+from stratavit.utils.model import temporarily
 
 IMAGES = make_images(3, seed=9)
 
 
-def measured(net, cut, batches, differentiate=True):
-    """Distance, drift and effects at a cut network."""
-    reference = marginal_effects.Reference(net.model, net.sites, batches)
-    return reference.effects(net.cost, cut) if differentiate else reference.forward(cut)
+def reference_of(net, batches):
+    return marginal_effects.Reference(net.model, net.sites, batches, DenseOutputs())
 
 
 def wide_net(family="plain"):
@@ -80,7 +81,7 @@ def directional(net, site, cut, other, images, eps=1e-4):
     with net.at(cut):
         setattr(net.model.get_submodule(block), leaf, moving)
         for moving.eps in (eps, -eps):
-            values.append(float(marginal_effects.distance(net.model(images).double(), dense, net.model.num_classes)))
+            values.append(float(marginal_effects.distance(net.model(images), dense, net.model.num_classes)))
     setattr(net.model.get_submodule(block), leaf, module)
     return (values[0] - values[1]) / (2 * eps)
 
@@ -95,7 +96,7 @@ def test_effects_equal_finite_differences(family_name, cut, monkeypatch):
     monkeypatch.setattr(marginal_effects, "distance", wide_distance)
     net = wide_net(family_name)
     images = IMAGES.double()
-    found = measured(net, cut, [images[:2], images[2:]]).effects
+    found = reference_of(net, [images[:2], images[2:]]).effects(net.cost, cut)
     for site in net.sites:
         width, falls = cut[site.name], []
         for other in marginal_effects.neighbours(site, width, net.cost):
@@ -105,44 +106,37 @@ def test_effects_equal_finite_differences(family_name, cut, monkeypatch):
         assert found[site.name] == pytest.approx(sum(falls) / len(falls) / len(images), rel=1e-4)
 
 
-def test_effects_do_not_depend_on_the_batch_size():
-    net = wide_net()
-    images = IMAGES.double()
-    whole, parts = (measured(net, CUT, batches) for batches in ([images], images.split(1)))
-    assert whole.effects == pytest.approx(parts.effects, rel=1e-3)  # the distance is taken in float32
-    assert whole.distance == pytest.approx(parts.distance, rel=1e-5)
-    torch.testing.assert_close(whole.drift, parts.drift)
+def test_effects_and_drift_do_not_depend_on_the_batch_size():
+    net, images = wide_net(), IMAGES.double()
+    all_at_once, one_by_one = (reference_of(net, batches) for batches in ([images], images.split(1)))
+    expected = all_at_once.effects(net.cost, CUT)
+    assert one_by_one.effects(net.cost, CUT) == pytest.approx(expected, rel=1e-3)  # the distance is in float32
+    torch.testing.assert_close(one_by_one.drift(CUT), all_at_once.drift(CUT))
 
 
-def test_a_probe_at_its_own_width_gives_exactly_the_networks_answer(family):
-    """However far it is padded."""
+def probing(net, probes):
+    return temporarily("probe", {net.elastic[name]: probe for name, probe in probes.items()})
+
+
+@pytest.mark.parametrize("share", [0.5, 1])
+def test_a_probe_computes_what_the_network_does_however_far_it_is_padded(family, share):
     net = copy.deepcopy(make_net(family))
-    cut = {site.name: site.steps[len(site.steps) // 2] for site in net.sites}
+    cut = {site.name: site.steps[int((len(site.steps) - 1) * share)] for site in net.sites}
     with torch.no_grad():
         expected = net(IMAGES, cut)
         for stretch in (0, 1, 100):
             probes = {}
             for site in net.sites:
                 index = min(site.steps.index(cut[site.name]) + stretch, len(site.steps) - 1)
-                probes[site.name] = marginal_effects.make_probe(
-                    net.elastic[site.name], cut[site.name], site.steps[index]
-                )
-            with marginal_effects.probing(net.elastic, probes):
+                padded = site.steps[index]
+                probes[site.name] = marginal_effects.make_probe(net.elastic[site.name], cut[site.name], padded)
+            with probing(net, probes):
                 assert relative_error(net.model(IMAGES), expected) <= 1e-5
-
-
-def test_a_probe_at_full_width_gives_the_dense_answer(family):
-    net = copy.deepcopy(make_net(family))
-    probes = {name: marginal_effects.make_probe(m, m.full_width, m.full_width) for name, m in net.elastic.items()}
-    with torch.no_grad():
-        expected = net(IMAGES)
-        with marginal_effects.probing(net.elastic, probes):
-            assert relative_error(net.model(IMAGES), expected) <= 1e-6
 
 
 def test_neighbours_are_steps_that_cost_alike_and_stay_within_one_unit_and_full_width(family):
     net = make_net(family)
-    dearest = max(site_macs(site, site.steps[1], 1) for site in net.sites)
+    largest = max(site_macs(site, site.steps[1], 1) for site in net.sites)
     for site in net.sites:
         for width in site.steps[1:]:
             below, above = marginal_effects.neighbours(site, width, net.cost)
@@ -151,33 +145,25 @@ def test_neighbours_are_steps_that_cost_alike_and_stay_within_one_unit_and_full_
             assert above > width or width == site.width
             if site.steps[1] < below and above < site.width:
                 for step in (width - below, above - width):
-                    assert site_macs(site, step, 1) == pytest.approx(dearest, rel=0.55)
+                    assert site_macs(site, step, 1) == pytest.approx(largest, rel=0.55)
 
 
 def test_distance_of_logits_and_of_features():
     small, dense = torch.randn(2, 4, 7)
     p, q = dense.softmax(-1), small.softmax(-1)
-    assert float(marginal_effects.distance(small, dense, 7)) == pytest.approx(
-        float((p * (p / q).log()).sum()), rel=1e-4
-    )
+    assert float(distance(small, dense, 7)) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-4)
     expected = ((small - dense).norm(dim=-1) / dense.norm(dim=-1)).square().sum()
-    assert float(marginal_effects.distance(small, dense, 0)) == pytest.approx(float(expected), rel=1e-4)
+    assert float(distance(small, dense, 0)) == pytest.approx(float(expected), rel=1e-4)
     for classes in (0, 7):
-        assert float(marginal_effects.distance(dense, dense, classes)) == pytest.approx(0, abs=1e-6)
-        assert marginal_effects.distance(small.half(), dense.half(), classes).dtype == torch.float32
+        assert float(distance(dense, dense, classes)) == pytest.approx(0, abs=1e-6)
+        assert distance(small.half(), dense.half(), classes).dtype == torch.float32
 
 
-def test_an_exception_inside_a_probed_pass_takes_the_probes_away():
-    net = copy.deepcopy(make_net("plain"))
+def test_an_exception_inside_takes_the_probes_away():
+    net = make_net("plain")
     probes = {name: marginal_effects.make_probe(m, 8, 16) for name, m in net.elastic.items()}
-
-    def run():
-        with marginal_effects.probing(net.elastic, probes):
-            assert all(module.probe is not None for module in net.elastic.values())
-            net.model(torch.zeros(1, 2, 32, 32))
-
-    with pytest.raises(RuntimeError):
-        run()
+    with pytest.raises(RuntimeError), probing(net, probes):
+        net.model(torch.zeros(1, 2, 32, 32))
     assert all(module.probe is None for module in net.elastic.values())
 
 
@@ -186,7 +172,7 @@ def test_gradients_of_a_probe_stay_in_the_probe(module):
     net = copy.deepcopy(make_net("plain")).requires_grad_(False)
     sites = {name: m for name, m in net.elastic.items() if isinstance(m, module)}
     probes = {name: marginal_effects.make_probe(m, 8, 16) for name, m in sites.items()}
-    with marginal_effects.probing(sites, probes):
+    with probing(net, probes):
         net.model(IMAGES).square().sum().backward()
     assert all(p.grad is None for p in net.parameters())
     for probe in probes.values():
@@ -208,7 +194,7 @@ def test_drift_is_the_difference_of_what_the_heads_of_extracted_models_read(fami
             model.forward_head(model.forward_features(IMAGES), pre_logits=True).double().mean(dim=0)
             for model in (dense, small)
         ]
-    found = measured(net, cut, IMAGES.split([1, 2]), differentiate=False).drift
+    found = reference_of(net, IMAGES.split([1, 2])).drift(cut)
     assert found.dtype == torch.float64
     assert relative_error(found, means[0] - means[1]) <= 1e-4
     assert all(module.width == module.full_width for module in net.elastic.values())

@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CLASSES, make_batches, make_images, make_model
+from helpers import CLASSES, make_batches, make_images, make_model, make_net
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from stratavit import StrataViTError, SuperNet
-from stratavit.dropout_list.sensitivity import COST_FLOOR, Tally, _above_chance, bypass_sensitivity
+from stratavit.dropout_list.sensitivity import COST_FLOOR, bypass_sensitivity, unit_importance
 
 
 class Zero(nn.Module):
@@ -18,7 +20,7 @@ class Zero(nn.Module):
 
 
 def slow_reference(source, loader):
-    """Correct answers and cost of the model and of every bypass: ``(number, sum)`` under '' and each site."""
+    """Correct predictions and cost of the model and of every bypass: ``(number, sum)`` under '' and each site."""
     found = {}
     names = [f"blocks.{i}.{part}" for i in range(len(source.blocks)) for part in ("attn", "mlp")]
     for name in ["", *names]:
@@ -36,8 +38,8 @@ def slow_reference(source, loader):
     return found
 
 
-def answers(source, loader, wrong=0):
-    """The same images labelled with the model's own answers, the first `wrong` of each batch changed."""
+def predicted(source, loader, wrong=0):
+    """The same images labelled with the model's own predictions, the first `wrong` of each batch changed."""
     labelled = []
     for images, _ in loader:
         with torch.no_grad():
@@ -62,38 +64,31 @@ def measure(source, loader, measure):
     return bypass_sensitivity(net.model, net.sites, loader, measure)
 
 
-def test_top1_equals_the_slow_reference(source, batches):
-    loader = answers(source, batches, wrong=1)
-    expected = top1_sensitivity(slow_reference(source, loader))
+def test_top1_and_cost_equal_the_slow_reference(source, batches):
+    loader = predicted(source, batches, wrong=1)
+    reference = slow_reference(source, loader)
+    expected = top1_sensitivity(reference)
     assert measure(source, loader, "top1") == pytest.approx(expected)
     assert max(expected.values()) > 0.1  # the reference has something to say
-
-
-def test_cost_equals_the_slow_reference(source, batches):
-    loader = answers(source, batches, wrong=1)
-    expected = cost_sensitivity(slow_reference(source, loader))
+    expected = cost_sensitivity(reference)
     assert measure(source, loader, "cost") == pytest.approx(expected, rel=1e-4)
     assert len(set(expected.values())) > 1
 
 
-def test_without_labels_the_models_own_answers_take_their_place(source, batches):
+def test_without_labels_the_models_predictions_take_their_place(source, batches):
     bare = [images for images, _ in batches]
-    reference = slow_reference(source, answers(source, batches))
+    reference = slow_reference(source, predicted(source, batches))
     assert measure(source, bare, "top1") == pytest.approx(top1_sensitivity(reference))
     assert measure(source, bare, "cost") == pytest.approx(cost_sensitivity(reference), rel=1e-4)
 
 
-def test_auto_takes_top1_above_chance_and_cost_at_chance(batches):
+@pytest.mark.parametrize(("right", "taken", "other"), [(12, "top1", "cost"), (6, "top1", "cost"), (5, "cost", "top1")])
+def test_auto_is_top1_beyond_three_standard_errors_of_chance(right, taken, other):
+    """12 images, 7 classes: chance is 1.7 correct, and the limit lies at 1.7 + 3 * 1.3 = 5.6."""
     source = make_model("plain")
-    good, bad = answers(source, batches), answers(source, batches, wrong=9)
-    assert measure(source, good, "auto") == measure(source, good, "top1") != measure(source, good, "cost")
-    assert measure(source, bad, "auto") == measure(source, bad, "cost") != measure(source, bad, "top1")
-
-
-def test_chance_is_left_by_three_standard_errors():
-    """900 images, 9 classes: chance is 100 correct, and the limit lies at 100 + 3 * 10."""
-    assert not _above_chance(Tally(images=900, classes=9, correct=130))
-    assert _above_chance(Tally(images=900, classes=9, correct=131))
+    loader = predicted(source, make_batches((12,)), wrong=12 - right)
+    found = measure(source, loader, "auto")
+    assert found == measure(source, loader, taken) != measure(source, loader, other)
 
 
 def test_a_module_that_does_not_help_gets_the_floor(batches):
@@ -102,7 +97,7 @@ def test_a_module_that_does_not_help_gets_the_floor(batches):
     with torch.no_grad():
         for parameter in source.blocks[0].mlp.fc2.parameters():
             parameter.zero_()
-    assert measure(source, answers(source, batches), "top1")["blocks.0.mlp"] == pytest.approx(0.5 / 12)
+    assert measure(source, predicted(source, batches), "top1")["blocks.0.mlp"] == pytest.approx(0.5 / 12)
     assert measure(source, batches, "cost")["blocks.0.mlp"] == COST_FLOOR
 
 
@@ -128,10 +123,27 @@ def test_model_is_left_as_it_was_also_after_an_error(training, batches):
     assert not any(module.bypassed for module in net.elastic.values())
 
 
-def test_bad_input_is_one_clear_sentence():
+def test_bad_input_is_refused():
     net = SuperNet(make_model("plain"))
-    with pytest.raises(StrataViTError, match="measure: expected 'auto', 'top1' or 'cost', got 'loss'"):
+    with pytest.raises(StrataViTError, match="measure"):
         bypass_sensitivity(net.model, net.sites, make_batches(), "loss")
-    used_up = iter(())
     with pytest.raises(StrataViTError, match=r"no images.*generator"):
-        bypass_sensitivity(net.model, net.sites, used_up)
+        bypass_sensitivity(net.model, net.sites, iter(()))
+
+
+# ---- importance of units -------------------------------------------------------------------------------------------
+
+
+def test_importance_of_units_solved_on_paper():
+    """16 coordinates in 2 units: 1/4 of the importance lies in the first."""
+    site, alpha = make_net("plain").sites[0], [1.0] * 8 + [3.0] * 8
+    assert unit_importance(site, alpha, gamma=2.0) == pytest.approx([0.5, 1.5])
+    assert unit_importance(site, alpha[:8], gamma=2.0) == pytest.approx([2.0])  # only one unit is left
+    assert unit_importance(site, [0.0] * 16, gamma=2.0) == [0.0, 0.0]
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=64, max_size=64), st.floats(0.01, 3))
+def test_importance_of_a_module_sums_to_its_sensitivity(alpha, gamma):
+    found = unit_importance(make_net("plain").sites[1], alpha, gamma)
+    assert len(found) == 32
+    assert sum(found) == pytest.approx(gamma)

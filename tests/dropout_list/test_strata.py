@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stratavit import ArtifactError
-from stratavit.dropout_list.strata import Entry, Strata, removal_order, tail_candidates, unit_importance
+from stratavit.dropout_list.strata import Entry, Strata, removal_order, tail_candidates
 from stratavit.elastic.site import Site, attention_steps, mlp_steps
 from stratavit.models.cost import site_macs
 
@@ -27,39 +27,23 @@ def price_of(tokens):
     return lambda site, width: site_macs(site, width, tokens)
 
 
-def test_importance_of_units_solved_by_hand():
-    """16 coordinates in 2 units: 1/4 of the importance lies in the first."""
-    alpha = [1.0] * 8 + [3.0] * 8
-    assert unit_importance(ATTENTION, alpha, gamma=2.0) == pytest.approx([0.5, 1.5])
-    assert unit_importance(ATTENTION, alpha[:8], gamma=2.0) == pytest.approx([2.0])  # only one unit is left
-    assert unit_importance(ATTENTION, [0.0] * 16, gamma=2.0) == [0.0, 0.0]
+@pytest.mark.parametrize(
+    ("importance", "macs", "expected"),
+    [
+        # equal costs; tails of 4, 1, 2, 3 have the densities 10/4, 6/3, 5/2, 3: only the first two fall
+        ([4, 1, 2, 3], [1, 1, 1, 1], [(0, 2.5), (1, 2.0)]),
+        ([4, 3, 2, 1], [1, 1, 1, 1], [(0, 2.5), (1, 2.0), (2, 1.5), (3, 1.0)]),
+        ([1, 2, 3], [1, 1, 1], [(0, 2.0)]),
+        ([1, 1], [1, 1], [(0, 1.0), (1, 1.0)]),  # equal densities are candidates
+        ([2, 2], [1, 3], [(0, 1.0), (1, 2 / 3)]),  # expensive units are dropped sooner
+        ([2, 2], [3, 1], [(0, 1.0)]),
+    ],
+)
+def test_tail_merging_solved_on_paper(importance, macs, expected):
+    assert tail_candidates(importance, macs) == expected
 
 
-@given(st.lists(st.floats(0.01, 10), min_size=50, max_size=50), st.floats(0.01, 3))
-def test_importance_of_a_module_sums_to_its_sensitivity(alpha, gamma):
-    found = unit_importance(MLP, alpha, gamma)
-    assert len(found) == 32
-    assert sum(found) == pytest.approx(gamma)
-
-
-def test_tail_merging_solved_by_hand():
-    """Equal costs. Tails of 4, 1, 2, 3: densities 10/4, 6/3, 5/2, 3. Only the first two fall."""
-    assert tail_candidates([4, 1, 2, 3], [1, 1, 1, 1]) == [(0, 2.5), (1, 2.0)]
-    assert tail_candidates([4, 3, 2, 1], [1, 1, 1, 1]) == [(0, 2.5), (1, 2.0), (2, 1.5), (3, 1.0)]
-    assert tail_candidates([1, 2, 3], [1, 1, 1]) == [(0, 2.0)]
-
-
-def test_density_counts_cost():
-    """4 / 4 falls to 2 / 3 though the last unit holds more than the first; dear units are dropped sooner."""
-    assert tail_candidates([2, 2], [1, 3]) == [(0, 1.0), (1, 2 / 3)]
-    assert tail_candidates([2, 2], [3, 1]) == [(0, 1.0)]
-
-
-def test_equal_densities_are_candidates():
-    assert [first for first, _ in tail_candidates([1, 1, 1], [1, 1, 1])] == [0, 1, 2]
-
-
-def test_what_is_dear_leaves_first():
+def test_what_is_expensive_is_dropped_first():
     """Alike but for their price: the unit that costs twice as much goes before the other."""
     x, y = (Site(name, "mlp", 20, 1, 1, 0, False, steps=(0, 10, 20), maps=1) for name in "xy")
     prices = {"x": (0.0, 10.0, 30.0), "y": (0.0, 10.0, 20.0)}
@@ -68,7 +52,7 @@ def test_what_is_dear_leaves_first():
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.integers(1, 9)), min_size=1, max_size=12))
-def test_candidates_fall_and_the_whole_module_is_one(units):
+def test_candidates_fall_and_the_full_module_is_one(units):
     found = tail_candidates([i for i, _ in units], [m for _, m in units])
     densities = [density for _, density in found]
     assert found[0][0] == 0
@@ -76,10 +60,10 @@ def test_candidates_fall_and_the_whole_module_is_one(units):
     assert [first for first, _ in found] == sorted({first for first, _ in found})
 
 
-def test_order_of_two_modules_solved_by_hand():
+def test_order_of_two_modules_solved_on_paper():
     """Costs: a unit of "x" 2 * 1 * 1 * 10 = 20 MACs, alike in "y". Densities x: 9/40, 1/20; y: 6/40 alone.
 
-    x's last unit (1/20) goes first; y goes whole (6/40), its last unit first; then the rest of x (9/40).
+    x's last unit (1/20) goes first; all of y goes (6/40), its last unit first; then the rest of x (9/40).
     """
     x, y = (Site(name, "mlp", 20, 1, 1, 0, False, steps=(0, 10, 20), maps=1) for name in "xy")
     found = removal_order((x, y), {"x": [8.0, 1.0], "y": [2.0, 4.0]}, price_of(1), first_group=5)
@@ -91,55 +75,27 @@ def test_order_of_two_modules_solved_by_hand():
 
 
 @given(IMPORTANCE)
-def test_every_unit_leaves_exactly_once_tail_first(importance):
-    entries = removal_order(SITES, importance, price_of(TOKENS))
-    for site in SITES:
-        widths = [entry.width for entry in entries if entry.site == site.name]
-        assert widths == list(reversed(site.steps[:-1]))
-    assert len(entries) == sum(COUNTS.values())
-
-
-@given(IMPORTANCE)
-def test_densities_of_the_groups_ascend(importance):
-    """Each group leaves at the density of its whole tail, computed here from the widths alone."""
-    entries = removal_order(SITES, importance, price_of(TOKENS))
-    by_name = {site.name: site for site in SITES}
-    densities = []
-    for end in Strata(SITES, entries).group_ends()[1:]:
-        site = by_name[entries[end - 1].site]
-        first = site.steps.index(entries[end - 1].width)
+def test_groups_are_runs_of_one_site_in_ascending_density_down_to_nothing(importance):
+    """Every unit is dropped once, tail first; a group's density is that of its full tail, computed from the widths."""
+    strata = Strata(SITES, removal_order(SITES, importance, price_of(TOKENS)))
+    ends, by_name, seen, densities = strata.group_ends(), {site.name: site for site in SITES}, set(), []
+    assert (ends[0], ends[-1]) == (0, len(strata))
+    for start, end in pairwise(ends):
+        ((name, group),) = {(entry.site, entry.group) for entry in strata.entries[start:end]}
+        assert group not in seen
+        seen.add(group)
+        site = by_name[name]
+        first = site.steps.index(strata.entries[end - 1].width)
         macs = site_macs(site, site.width, TOKENS) - site_macs(site, site.steps[first], TOKENS)
-        densities.append(sum(importance[site.name][first:]) / macs)
+        densities.append(sum(importance[name][first:]) / macs)
     assert all(a <= b + 1e-12 for a, b in pairwise(densities))
-
-
-@given(IMPORTANCE)
-def test_a_group_is_one_run_of_one_site(importance):
-    strata = Strata(SITES, removal_order(SITES, importance, price_of(TOKENS)))
-    ends = strata.group_ends()
-    assert ends[0] == 0
-    assert ends[-1] == len(strata)
-    groups = [{(entry.site, entry.group) for entry in strata.entries[a:b]} for a, b in pairwise(ends)]
-    assert all(len(group) == 1 for group in groups)
-    assert len(set.union(*groups)) == len(groups)
-
-
-@given(IMPORTANCE)
-def test_prefixes_nest_down_to_nothing(importance):
-    strata = Strata(SITES, removal_order(SITES, importance, price_of(TOKENS)))
+    for site in SITES:
+        widths = [entry.width for entry in strata.entries if entry.site == site.name]
+        assert widths == list(reversed(site.steps[:-1]))
     specs = [strata.spec(position) for position in range(len(strata) + 1)]
-    assert specs[0] == {"a": 16, "m": 50}
-    assert specs[-1] == {"a": 0, "m": 0}
-    for larger, smaller in pairwise(specs):
-        assert smaller <= larger
-        assert not larger <= smaller
-
-
-@given(IMPORTANCE)
-def test_json_round_trip(importance):
-    strata = Strata(SITES, removal_order(SITES, importance, price_of(TOKENS)))
-    read = Strata.from_json(SITES, json.loads(json.dumps(strata.to_json())))
-    assert read.entries == strata.entries
+    assert (specs[0], specs[-1], strata.smallest()) == ({"a": 16, "m": 50}, {"a": 0, "m": 0}, {"a": 0, "m": 0})
+    assert all(smaller <= larger and not larger <= smaller for larger, smaller in pairwise(specs))
+    assert Strata.from_json(SITES, json.loads(json.dumps(strata.to_json()))).entries == strata.entries
 
 
 def test_a_list_that_is_cut_short_is_allowed():

@@ -1,6 +1,7 @@
-"""The list's measurement as a whole: nested states within their shares, and nothing left behind."""
+"""The measurement of the list: nested states within their shares, and nothing left behind."""
 
 import copy
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 
 from stratavit import StrataViTError, SuperNet
+from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.dropout_list import marginal_effects, walk
 from stratavit.dropout_list.walk import Walk
 
@@ -25,7 +27,7 @@ def walked(family, plan=PLAN, loader=BATCHES):
 
 def test_states_nest_within_their_shares(family):
     plan = Walk(states=((0.85, 1), (0.75, 2), (0.65, 1)), images=6)
-    net, states, ratios, drifts = walked(family, plan)
+    net, states, ratios, mean = walked(family, plan)
     assert [state.share for state in states] == [0.85, 0.75, 0.65]
     assert ratios.keys() == {site.name for site in net.sites}
     assert sum(ratios.values()) == pytest.approx(0, abs=1e-9)
@@ -34,7 +36,8 @@ def test_states_nest_within_their_shares(family):
         assert all(state.widths[site.name] in site.steps[1:] for site in net.sites)
     for larger, smaller in pairwise(states):
         assert all(smaller.widths[name] <= larger.widths[name] for name in ratios)
-    assert len(drifts) == (0 if family == "distilled" else 3)
+    assert (mean is None) == (family == "distilled")
+    assert mean is None or (len(mean.shares) == 3 and mean.vectors.shape == (3, net.model.embed_dim))
 
 
 @given(st.dictionaries(st.text(min_size=1), st.tuples(st.floats(-2, 2), st.floats(-1, 9)), min_size=1, max_size=6))
@@ -66,7 +69,7 @@ def test_ratios_move_along_the_effects_by_no_more_than_the_rate(values):
     ],
 )
 def test_plans_that_cannot_be_walked_are_refused(options):
-    with pytest.raises(StrataViTError, match="plan: expected"):
+    with pytest.raises(StrataViTError, match="plan"):
         Walk(**options)
 
 
@@ -76,34 +79,28 @@ def test_sites_of_a_single_unit_are_neither_measured_nor_judged():
         img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, mlp_ratio=2.0, num_classes=7
     )
     net = SuperNet(enliven(model)).contract(make_batches())
-    found = marginal_effects.Reference(net.model, net.sites, BATCHES).effects(
-        net.cost, {site.name: site.steps[-1] if site.kind == "attention" else site.steps[8] for site in net.sites}
-    )
-    assert found.effects.keys() == {"blocks.0.mlp", "blocks.1.mlp"}
+    cut = {site.name: site.steps[-1] if site.kind == "attention" else site.steps[8] for site in net.sites}
+    found = marginal_effects.Reference(net.model, net.sites, BATCHES, DenseOutputs()).effects(net.cost, cut)
+    assert found.keys() == {"blocks.0.mlp", "blocks.1.mlp"}
     _, ratios, _ = walk.walk(net.model, net.sites, net.cost, BATCHES, PLAN)
     assert ratios["blocks.0.attn"] == pytest.approx(ratios["blocks.1.attn"])
     assert net.stratify(BATCHES, plan=PLAN).strata is not None
 
 
 def test_a_network_that_was_moved_between_contract_and_stratify_follows():
-    net = SuperNet(make_model("plain")).contract(make_batches()).double().stratify(make_batches(), plan=PLAN)
-    assert net.strata is not None
-    for module in net.elastic.values():
-        assert all(mean.dtype == torch.float64 for mean, _ in module.crossed)
+    net = copy.deepcopy(make_net("plain"))
+    expected = copy.deepcopy(net).stratify(BATCHES, plan=PLAN)
+    net.double().stratify([images.double() for images in BATCHES], plan=PLAN)
+    assert net.strata.entries == expected.strata.entries
+    assert torch.allclose(net.final_mean.vectors, expected.final_mean.vectors, atol=1e-4)
 
 
-def test_whether_it_was_cross_fitted_is_told(tmp_path):
+def test_whether_it_was_cross_fitted_is_reported(tmp_path):
     net = copy.deepcopy(make_net("plain")).stratify(BATCHES, plan=PLAN)
     assert net.provenance["stratify"]["cross_fitted"]
     net.save(tmp_path / "run")
     again = SuperNet.load(tmp_path / "run").stratify(BATCHES, plan=PLAN)
     assert not again.provenance["stratify"]["cross_fitted"]
-
-
-def test_a_chosen_compensation_outlives_stratify():
-    net = copy.deepcopy(make_net("plain"))
-    net.compensation = "mean"
-    assert net.stratify(BATCHES, plan=PLAN).compensation == "mean"
 
 
 def test_inference_mode_is_refused_in_words():
@@ -115,70 +112,55 @@ def test_inference_mode_is_refused_in_words():
 
 
 def test_shares_out_of_reach_are_left_out():
-    net, states, _, drifts = walked("plain", Walk(states=((0.6, 1), (0.1, 2)), images=4))
+    net, states, _, mean = walked("plain", Walk(states=((0.6, 1), (0.1, 2)), images=4))
     assert [state.share for state in states] == [0.6]
-    assert len(drifts) == 1
-    states, ratios, drifts = walk.walk(net.model, net.sites, net.cost, BATCHES, Walk(states=((0.1, 1),)))
-    assert (states, drifts) == ([], [])
+    assert len(mean.shares) == 1
+    states, ratios, mean = walk.walk(net.model, net.sites, net.cost, BATCHES, Walk(states=((0.1, 1),)))
+    assert (states, mean) == ([], None)
     assert not any(ratios.values())
 
 
-def test_the_walk_is_deterministic():
-    (_, *first), (_, *again) = walked("plain"), walked("plain")
-    assert first[:2] == again[:2]
-    assert all(torch.equal(a, b) for a, b in zip(first[2], again[2], strict=True))
+def test_the_walk_is_deterministic_also_where_gradients_are_switched_off():
+    _, states, ratios, mean = walked("plain")
+    with torch.no_grad():
+        _, *again = walked("plain")
+    assert (states, ratios, mean.shares) == (*again[:2], again[2].shares)
+    assert torch.equal(mean.vectors, again[2].vectors)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_cut_networks_whose_output_is_not_finite_are_refused(value):
+    net = copy.deepcopy(make_net("plain"))
+    net.model.head.weight.data[0, 0] = value
+    with pytest.raises(StrataViTError, match="NaN or infinite"):
+        net.stratify(BATCHES, plan=PLAN)
+    assert net.strata is None
 
 
 def state_of(net):
     return (
         {name: (p.clone(), p.requires_grad, p.grad) for name, p in net.model.named_parameters()},
         [module.training for module in net.model.modules()],
-        [(m.width, m.probe, m.observer, m.bypassed, m.gain, m.moments) for m in net.elastic.values()],
+        [(m.width, m.probe, m.observer, m.bypassed, m.gain, m.moments, m.compensation) for m in net.elastic.values()],
     )
 
 
-def assert_same(before, after):
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("broken", [[], [torch.zeros(3)], ["broken"], [torch.zeros(2, 4, 32, 32)]])
+def test_stratify_leaves_nothing_behind_also_when_it_fails(training, broken):
+    net = copy.deepcopy(make_net("plain")).train(training)
+    net.compensation = "mean"
+    net.model.cls_token.requires_grad_(False)
+    net.model.blocks[0].eval()
+    before = state_of(net)
+    with pytest.raises(StrataViTError) if broken else nullcontext():
+        net.stratify([BATCHES[0], *broken], plan=PLAN)
+    after = state_of(net)
     for name, (value, required, gradient) in before[0].items():
         assert torch.equal(value, after[0][name][0])
         assert required == after[0][name][1], name
         assert gradient is after[0][name][2]
     assert before[1:] == after[1:]
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_walk_leaves_nothing_behind(training):
-    net = copy.deepcopy(make_net("plain")).train(training)
-    net.model.cls_token.requires_grad_(False)
-    net.model.blocks[0].eval()
-    before = state_of(net)
-    walk.walk(net.model, net.sites, net.cost, BATCHES, PLAN)
-    assert_same(before, state_of(net))
-
-
-@pytest.mark.parametrize("batch", [torch.zeros(3), "broken", torch.zeros(2, 4, 32, 32)])
-def test_after_an_exception_weights_ask_for_gradients_and_no_probe_is_left(batch):
-    net = copy.deepcopy(make_net("plain"))
-    before = state_of(net)
-    with pytest.raises(StrataViTError):
-        walk.walk(net.model, net.sites, net.cost, [BATCHES[0], batch], PLAN)
-    after = state_of(net)
-    assert_same((before[0], before[1], []), (after[0], after[1], []))
-    assert all(module.probe is None for module in net.elastic.values())
-
-
-def test_a_failed_stratify_runs_at_full_width_afterwards():
-    net = copy.deepcopy(make_net("plain"))
-    with torch.no_grad():
-        expected = net(IMAGES)
-        with pytest.raises(StrataViTError):
-            net.stratify([BATCHES[0], torch.zeros(2, 4, 32, 32)], plan=PLAN)
-        assert torch.equal(net(IMAGES), expected)
-
-
-def test_works_where_gradients_are_switched_off():
-    with torch.no_grad():
-        _, states, ratios, _ = walked("plain")
-    assert (states, ratios) == walked("plain")[1:3]
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "distilled"])  # its two heads stay
@@ -232,7 +214,7 @@ def test_the_list_does_not_depend_on_the_loaders_order(family, objective):
             assert torch.allclose(found.final_mean.vectors, expected.final_mean.vectors, atol=1e-5)
 
 
-@pytest.mark.parametrize("count", range(1, 9))
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_few_images_whatever_their_folds(count):
     loader = make_batches((count,))
     net = SuperNet(make_model("plain")).contract(loader).stratify(loader, plan=PLAN)
@@ -251,30 +233,30 @@ class Augmented:
         return iter([(x + 0.1 * torch.randn(x.shape, generator=self.generator), y) for x, y in make_batches()])
 
 
-def said_by(net, loader, capsys):
+def warned_by(net, loader, capsys):
     capsys.readouterr()
     net.stratify(loader, plan=Walk(states=((0.75, 2), (0.5, 2)), images=6))
     return capsys.readouterr().err.splitlines()
 
 
-def test_images_that_contract_did_not_see_are_told_of_once(capsys):
+def test_images_that_contract_did_not_see_are_reported_once(capsys):
     for loader, other in ((Augmented(), None), (make_batches(), [make_images(12, seed=5)])):
         net = SuperNet(make_model("plain")).contract(loader)
-        (line,) = said_by(net, other or loader, capsys)
+        (line,) = warned_by(net, other or loader, capsys)
         assert "contract" in line
         assert "augmentation" in line
-        assert said_by(net, other or loader, capsys) == [line]  # a second list is no better
+        assert warned_by(net, other or loader, capsys) == [line]  # a second list is no better
 
 
-def test_nothing_is_said_where_images_are_those_of_contract(capsys, tmp_path):
+def test_no_warning_where_images_are_those_of_contract(capsys, tmp_path):
     net = SuperNet(make_model("plain")).contract(make_batches())
-    assert said_by(net, make_batches((2, 10)), capsys) == []
-    assert said_by(net.double(), make_batches((2, 10)), capsys) == []
+    assert warned_by(net, make_batches((2, 10)), capsys) == []
+    assert warned_by(net.double(), make_batches((2, 10)), capsys) == []
     more = [*make_batches(), make_images(12, seed=5)]  # a third of a step's images may be known by chance
     net = SuperNet(make_model("plain")).contract(more)
-    assert said_by(net, make_batches(), capsys) == []
+    assert warned_by(net, make_batches(), capsys) == []
     net.save(tmp_path / "run")
-    assert said_by(SuperNet.load(tmp_path / "run"), [make_images(12, seed=5)], capsys) == []  # not known
+    assert warned_by(SuperNet.load(tmp_path / "run"), [make_images(12, seed=5)], capsys) == []  # not known
     net = SuperNet(make_model("plain")).contract(make_batches(), method="paper")
     net.stratify([make_images(12, seed=5)])
     assert capsys.readouterr().err == ""

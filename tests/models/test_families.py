@@ -14,7 +14,7 @@ from helpers import PLAN, enliven, make_images, relative_error
 
 import stratavit
 from stratavit import StrataViTError, SuperNet
-from stratavit.calibration.distance import distance
+from stratavit.calibration.objectives import distance
 from stratavit.interop.equivalence import tensor_of
 from stratavit.models.architecture import describe
 from stratavit.models.cost import linear_macs

@@ -66,15 +66,15 @@ def test_measured_vectors_bring_the_mean_back_to_the_dense_models(name):
     """On the images and with the moments it was measured with: the last step of each state has fold 1, then 0."""
     net = copy.deepcopy(make_net(name))
     images = torch.cat([images for images, _ in make_batches()])
-    states, _, vectors = walk.walk(net.model, net.sites, net.cost, make_batches(), PLAN)
-    for fold, state, vector in zip((1, 0)[: len(states)], states, vectors, strict=True):
+    states, _, mean = walk.walk(net.model, net.sites, net.cost, make_batches(), PLAN)
+    for fold, state, vector in zip((1, 0)[: len(states)], states, mean.vectors, strict=True):
         assert net.cost.macs(state.widths) <= state.share * net.macs()
         seen = images[folds_of(keys_of(images)) == fold]
         with torch.no_grad(), marginal_effects.crossed(net.model, fold):
             dense = read_by_head(net.extract(spec={}), seen).mean(dim=0)
             plain = read_by_head(net.extract(spec=state.widths), seen).mean(dim=0)
             assert relative_error(vector, dense - plain) <= 1e-3
-            net.final_mean = FinalMean((net.macs(state.widths) / net.macs(),), vector[None].float())
+            net.final_mean = FinalMean((net.macs(state.widths) / net.macs(),), vector[None])
             shifted = read_by_head(net.extract(spec=state.widths), seen).mean(dim=0)
             net.final_mean = None
         assert (shifted - dense).norm() <= 1e-3 * (plain - dense).norm()

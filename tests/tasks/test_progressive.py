@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stratavit import StrataViTError
-from stratavit.dropout_list import strata
+from stratavit.dropout_list import sensitivity, strata
 from stratavit.dropout_list.growth import Growth
 from stratavit.dropout_list.strata import Strata
 from stratavit.tasks import progressive_list
@@ -84,8 +84,8 @@ def test_importance_is_measured_at_the_smallest_network(net, monkeypatch):
 
         return wrapped
 
-    monkeypatch.setattr(progressive_list, "collect", remember(progressive_list.collect))
-    monkeypatch.setattr(progressive_list, "bypass_sensitivity", remember(progressive_list.bypass_sensitivity))
+    for name in ("collect", "bypass_sensitivity"):
+        monkeypatch.setattr(sensitivity, name, remember(getattr(sensitivity, name)))
     grow(net, make_batches(), entries, 1, FAST)
     assert seen == [dict(smallest)] * 2
     assert all(module.width == module.full_width for module in net.elastic.values())

@@ -1,109 +1,162 @@
-"""Folds a change of coordinates into the weights of elastic modules. The function stays the same."""
+"""The first step of a conversion: channels are sorted inside every module, the function is kept. No training."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from stratavit.calibration.dense_outputs import DenseOutputs
+from stratavit.calibration.objectives import Objective
 from stratavit.calibration.output_aware import elimination_order, output_axes
-from stratavit.calibration.statistics import SiteStatistics
-from stratavit.calibration.wpac import Criterion, attention_transform, mlp_order, principal_axes
-from stratavit.elastic.base import AttentionTransform, ElasticSite
+from stratavit.calibration.statistics import SiteStatistics, collect
+from stratavit.calibration.wpac import (
+    CRITERIA,
+    Criterion,
+    attention_transform,
+    mlp_order,
+    principal_axes,
+    scatter_needed,
+)
+from stratavit.elastic.base import AttentionTransform, ElasticSite, site_of
 from stratavit.elastic.compensation import Moments, factorise
+from stratavit.errors import StrataViTError, described
 from stratavit.models.families import layer_scale
 from stratavit.utils.progress import track
 
+Method = Literal["default", "paper"]
+TOKEN_WEIGHT = 0.5
 
-@torch.no_grad()
-def apply(model: nn.Module, statistics: Mapping[str, SiteStatistics], criterion: Criterion, seed: int) -> None:
-    """Re-parameterises every site of a model in place.
+
+def known_method(method: Method) -> Method:
+    """The method, if it is one.
+
+    Raises:
+        StrataViTError: It is not.
+    """
+    if method not in get_args(Method):
+        raise StrataViTError(f"method: expected 'default' or 'paper', got {described(method)}")
+    return method
+
+
+def resolve_method(method: Method | None, criterion: Criterion | None) -> tuple[Method, Criterion]:
+    """The method and the criterion that go together, where one or both are left out.
+
+    Raises:
+        StrataViTError: One is unknown, or they belong to different methods.
+    """
+    if criterion is not None and criterion not in CRITERIA:
+        raise StrataViTError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion!r}")
+    implied: Method = "default" if criterion in (None, "output") else "paper"
+    method = implied if method is None else known_method(method)
+    if criterion is not None and method != implied:
+        raise StrataViTError(f"criterion {criterion!r} belongs to method={implied!r}, got method={method!r}")
+    return method, criterion or ("output" if method == "default" else "wpac")
+
+
+def sort_channels(
+    model: nn.Module, loader: Iterable[Any], criterion: Criterion, objective: Objective, seed: int, token_weight: float
+) -> tuple[dict[str, Any], DenseOutputs | None]:
+    """Sorts the channels of every site in place, from one pass over the calibration images.
 
     Args:
-        model: Its sites are elastic modules.
-        statistics: Of each site, from one calibration pass; with covariances for ``output``.
+        model, loader, objective: See `statistics.collect`.
         criterion: What channels are sorted by.
-        seed: For the ``random`` criterion.
+        seed: For ``random`` and for the objective ``sampled``.
+        token_weight: For ``output``: share of a token's weight that follows the gradient norm at the module's output.
+
+    Returns:
+        Facts for the provenance; with ``output`` the dense model's outputs, which the pass computes anyway.
+
+    Raises:
+        StrataViTError: Bad images, labels or options.
     """
+    if not 0 <= token_weight <= 1:
+        raise StrataViTError(f"token_weight: expected a share from 0 to 1, got {token_weight!r}")
+    share = token_weight if criterion == "output" else None
+    dense_outputs = None if share is None else DenseOutputs()
+    statistics = collect(model, loader, objective, scatter_needed(criterion), "contract", share, seed, dense_outputs)
     generator = torch.Generator().manual_seed(seed)
     for name, found in track(statistics.items(), "sort channels"):
-        module = model.get_submodule(name)
-        assert isinstance(module, ElasticSite)
-        module.moments, module.crossed = None, ()
-        module.forget_last()
-        if criterion == "output":
-            _sort_by_output(module, found, layer_scale(model, name))
-        elif module.attention:
-            transform = attention_transform(found, criterion, module.norms(), generator)
-            module.fold(transform)
-            set_mean(module, _turned_mean(found.channel_mean, transform.v.to(found.channel_mean)))
-        else:
-            order = mlp_order(found, criterion, module.norms(), generator)
-            module.permute(order)
-            set_mean(module, found.channel_mean[:, order.to(found.channel_mean.device)])  # [1, m]
+        _sort_site(site_of(model, name), found, criterion, layer_scale(model, name), generator)
+    images = next(iter(statistics.values())).images
+    facts = {"criterion": criterion, "objective": objective, "images": images, "seed": seed, "token_weight": share}
+    return facts, dense_outputs
 
 
-def _sort_by_output(module: ElasticSite, found: SiteStatistics, scale: Tensor | None) -> None:
-    """Output-aware coordinates of one site, and the moments of its channels in these coordinates."""
-    assert found.covariance is not None
-    assert found.crossed is not None
-    covariance, mean = found.covariance, found.channel_mean
-    scale = None if scale is None else scale.to(covariance)
-    if module.attention:
-        qk = None if found.scatter is None else principal_axes(found.scatter.sum(dim=0)).transpose(-1, -2)
-        parts = module.out_by_head().to(covariance)  # [C, H, d]
-        parts = parts if scale is None else parts * scale[:, None, None]
-        blocks = covariance.unflatten(0, mean.shape).unflatten(2, mean.shape)  # [H, d, H, d]
-        axes = [output_axes(parts[:, h], blocks[h, :, h]) for h in range(module.heads)]
-        v, o = (torch.stack(side).to(mean) for side in zip(*axes, strict=True))
-        module.fold(AttentionTransform(qk, qk, v, o))
-        change = partial(_turned, matrix=v)
+@torch.no_grad()
+def _sort_site(
+    module: ElasticSite, found: SiteStatistics, criterion: Criterion, scale: Tensor | None, generator: torch.Generator
+) -> None:
+    """Folds new coordinates into the weights, and keeps means and moments in these coordinates."""
+    module.moments, module.crossed = None, ()
+    module.forget_last()
+    mean, new = found.channel_mean, _new_coordinates(module, found, criterion, scale, generator)
+    change_mean: Callable[[Tensor], Tensor]
+    change_covariance: Callable[[Tensor], Tensor]
+    if isinstance(new, AttentionTransform):
+        module.fold(new)
+        v = new.v.to(mean)
+        change_mean, change_covariance = partial(_turned_mean, v), partial(_turned_covariance, v)
     else:
-        weight = module.out.weight.to(covariance)
-        order = elimination_order(weight if scale is None else weight * scale[:, None], covariance)
-        module.permute(order)
-        change = partial(_sorted, order=order)
-    weight = module.out_by_coordinate()
-    channels = []
-    for pair in ((mean, covariance), *found.crossed):
-        new_mean, new_covariance = change(*pair)
-        moments = factorise(new_covariance, weight).to(module.out.weight.device)
-        channels.append((new_mean.to(module.out.weight), moments))
-    (module.channel_mean, module.moments), *crossed = channels
-    module.crossed = tuple(crossed)
+        module.permute(new)
+        order = new.to(mean.device)
+        change_mean, change_covariance = lambda x: x[:, order], lambda x: x[order][:, order]  # [1, m], [m, m]
+    set_mean(module, change_mean(mean))
+    if found.covariance is not None:
+        module.moments = _moments(module, change_covariance(found.covariance))
+        module.crossed = tuple(
+            (change_mean(m).to(module.out.weight), _moments(module, change_covariance(c))) for m, c in found.crossed
+        )
 
 
-def moments_of(module: ElasticSite, found: SiteStatistics) -> tuple[Tensor, Moments]:
-    """Mean ``[H, d]`` and moments of a site's channels as they are, nothing turned or sorted.
-
-    Args:
-        module: The site.
-        found: Its statistics, with a covariance.
-    """
-    assert found.covariance is not None
-    shape = found.channel_mean.shape
-    covariance = found.covariance.unflatten(0, shape).unflatten(2, shape).permute(1, 0, 3, 2)  # [d, H, d, H]
-    moments = factorise(covariance.flatten(2).flatten(0, 1), module.out_by_coordinate().detach())
-    return found.channel_mean, moments.to(module.out.weight.device)
-
-
-def _turned(mean: Tensor, covariance: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Moments after ``[H, d, d]`` turned each head: mean ``[H, d]``, covariance coordinate-major ``[d*H, d*H]``."""
+def _new_coordinates(
+    module: ElasticSite, found: SiteStatistics, criterion: Criterion, scale: Tensor | None, generator: torch.Generator
+) -> AttentionTransform | Tensor:
+    """The transform of an attention module, or the order ``[m]`` of an MLP's channels; `scale` is the LayerScale."""
+    if criterion != "output":
+        choose = attention_transform if module.attention else mlp_order
+        return choose(found, criterion, module.norms(), generator)
+    mean, covariance = found.channel_mean, found.covariance
+    assert covariance is not None
+    weight = module.out_by_head().to(covariance)  # [C, H, d]
+    weight = weight if scale is None else weight * scale.to(covariance)[:, None, None]
+    if not module.attention:
+        return elimination_order(weight.flatten(1), covariance)
+    qk = None if found.scatter is None else principal_axes(found.scatter.sum(dim=0)).transpose(-1, -2)
     blocks = covariance.unflatten(0, mean.shape).unflatten(2, mean.shape)  # [H, d, H, d]
-    turned = torch.einsum("hij,hjgk,glk->ihlg", matrix, blocks, matrix)  # [d, H, d, H]
-    return _turned_mean(mean, matrix), turned.flatten(2).flatten(0, 1)
+    axes = [output_axes(weight[:, h], blocks[h, :, h]) for h in range(module.heads)]
+    v, o = (torch.stack(side).to(mean) for side in zip(*axes, strict=True))
+    return AttentionTransform(qk, qk, v, o)
 
 
-def _turned_mean(mean: Tensor, matrix: Tensor) -> Tensor:
-    """Mean ``[H, d]`` after ``[H, d, d]`` turned each head."""
+def _turned_mean(matrix: Tensor, mean: Tensor) -> Tensor:
+    """Mean ``[H, d]`` after `matrix` ``[H, d, d]`` turned each head."""
     return (matrix @ mean.unsqueeze(-1)).squeeze(-1)
 
 
-def _sorted(mean: Tensor, covariance: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Moments of permuted channels: mean ``[1, m]``, covariance ``[m, m]``."""
-    return mean[:, order], covariance[order][:, order]
+def _turned_covariance(matrix: Tensor, covariance: Tensor) -> Tensor:
+    """Covariance ``[H*d, H*d]`` after `matrix` ``[H, d, d]`` turned each head."""
+    shape = matrix.shape[:2]
+    blocks = covariance.unflatten(0, shape).unflatten(2, shape)  # [H, d, H, d]
+    return torch.einsum("hij,hjgk,glk->higl", matrix, blocks, matrix).flatten(2).flatten(0, 1)
+
+
+def moments_of(module: ElasticSite, found: SiteStatistics) -> tuple[Tensor, Moments]:
+    """Mean ``[H, d]`` and moments of a site's channels in their coordinates, from statistics with a covariance."""
+    assert found.covariance is not None
+    return found.channel_mean, _moments(module, found.covariance)
+
+
+def _moments(module: ElasticSite, covariance: Tensor) -> Moments:
+    """Moments, coordinate-major, of channels whose covariance ``[H*d, H*d]`` is head-major."""
+    shape = (module.heads, -1)
+    blocks = covariance.unflatten(0, shape).unflatten(2, shape).permute(1, 0, 3, 2)  # [d, H, d, H]
+    moments = factorise(blocks.flatten(2).flatten(0, 1), module.out_by_coordinate().detach())
+    return moments.to(module.out.weight.device)
 
 
 def set_mean(module: ElasticSite, mean: Tensor) -> None:

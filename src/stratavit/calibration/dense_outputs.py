@@ -1,4 +1,4 @@
-"""The dense model's answers to images, remembered: the same images come again and again while a list is measured."""
+"""The dense model's outputs for images, remembered: the same images come again and again while a list is measured."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from stratavit.utils.digest import digest_of
 
 LIMIT_BYTES = 64 * 2**20  # memory does not grow with the number of images beyond it
 
-ForwardPass = Callable[[Tensor], tuple[Tensor, Tensor]]
-
 
 class DenseOutputs:
-    """Logits and pooled features of images that were seen, found by their pixels, in whatever order they come.
+    """Logits and pooled features of images, found by their pixels, in whatever order the images come.
 
     Valid as long as the weights of the model stay as they were.
 
@@ -25,7 +23,7 @@ class DenseOutputs:
         limit: Bytes to hold at most; what comes after that is computed each time.
 
     Attributes:
-        seen: All images that were added, also those whose answers found no room.
+        seen: All images that were added, also those whose outputs found no room.
     """
 
     def __init__(self, limit: int = LIMIT_BYTES) -> None:
@@ -34,49 +32,42 @@ class DenseOutputs:
         self._room = limit
         self._weights: bytes | None = None
 
-    def __len__(self) -> int:
-        return len(self._known)
-
     def seal(self, model: nn.Module) -> None:
-        """Takes a model's weights as those that the answers belong to."""
-        self._weights = weights_digest(model)
+        """Remembers a model's weights as those that the outputs belong to."""
+        self._weights = _weights_digest(model)
 
     def belong_to(self, model: nn.Module) -> bool:
         """Whether the weights are still those of `seal`."""
-        return self._weights == weights_digest(model)
+        return self._weights == _weights_digest(model)
 
     def add(self, keys: Sequence[bytes], logits: Tensor, features: Tensor) -> None:
-        """Remembers answers to images: their keys (`keys_of`), logits ``[B, classes]``, features ``[B, C]``."""
+        """Remembers outputs for images: their keys (`keys_of`), logits ``[B, classes]``, features ``[B, C]``."""
         self.seen.add(keys)
-        for key, row in zip(keys, _rows(logits, features), strict=True):
-            self._remember(key, row)
+        self._remember(keys, logits, features)
 
-    def of(self, images: Tensor, compute: ForwardPass) -> tuple[Tensor, Tensor]:
-        """Logits ``[B, classes]`` and features ``[B, C]`` of images; `compute` is asked for those not known."""
+    def of(self, images: Tensor, compute: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Logits ``[B, classes]`` and features ``[B, C]`` of images; `compute` runs on those not known."""
         keys = keys_of(images)
-        unknown = [number for number, key in enumerate(keys) if key not in self._known]
-        fresh: dict[bytes, tuple[Tensor, Tensor]] = {}
+        rows = {key: self._known[key] for key in keys if key in self._known}
+        unknown = [number for number, key in enumerate(keys) if key not in rows]
         if unknown:
-            found = compute(images[unknown])
-            for number, row in zip(unknown, _rows(*found), strict=True):
-                fresh[keys[number]] = row
-                self._remember(keys[number], row)
-        rows = [fresh[key] if key in fresh else self._known[key] for key in keys]
-        logits, features = (torch.stack(side).to(images.device) for side in zip(*rows, strict=True))
+            rows |= self._remember([keys[number] for number in unknown], *compute(images[unknown]))
+        found = zip(*(rows[key] for key in keys), strict=True)
+        logits, features = (torch.stack(side).to(images.device) for side in found)
         return logits, features
 
-    def _remember(self, key: bytes, row: tuple[Tensor, Tensor]) -> None:
-        size = sum(part.nbytes for part in row)
-        if key not in self._known and size <= self._room:
-            self._known[key] = row
-            self._room -= size
+    def _remember(self, keys: Sequence[bytes], *sides: Tensor) -> dict[bytes, tuple[Tensor, Tensor]]:
+        """All of the outputs by key; those that find room are kept."""
+        logits, features = (side.detach().float().cpu().clone() for side in sides)
+        rows = dict(zip(keys, zip(logits, features, strict=True), strict=True))
+        for key, row in rows.items():
+            size = sum(part.nbytes for part in row)
+            if key not in self._known and size <= self._room:
+                self._known[key] = row
+                self._room -= size
+        return rows
 
 
-def weights_digest(model: nn.Module) -> bytes:
+def _weights_digest(model: nn.Module) -> bytes:
     """A hash of all parameters and buffers of a model, however they were changed."""
     return digest_of(chain(model.named_parameters(), model.named_buffers()))
-
-
-def _rows(logits: Tensor, features: Tensor) -> list[tuple[Tensor, Tensor]]:
-    sides = (side.detach().float().cpu().clone() for side in (logits, features))
-    return list(zip(*sides, strict=True))

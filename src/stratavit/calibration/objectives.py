@@ -1,10 +1,10 @@
-"""The scalar that a calibration pass differentiates."""
+"""The scalars that are differentiated: of a calibration pass, and the distance of a small network from a large one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,18 +16,18 @@ from stratavit.errors import StrataViTError
 from stratavit.models.families.base import Stages
 
 Objective = Literal["auto", "label", "cross_entropy", "prediction", "sampled", "feature"]
-OBJECTIVES: tuple[Objective, ...] = ("auto", "label", "cross_entropy", "prediction", "sampled", "feature")
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 
 
-@dataclass
+@dataclass(frozen=True)
 class CalibrationObjective:
-    """The scalar that is differentiated.
+    """The scalar that a calibration pass differentiates.
 
     Attributes:
-        objective: See `collect`.
+        objective: See `statistics.collect`.
         likelihood: Whether ``auto`` means a log-likelihood rather than a logit.
         seed: Of the classes of ``sampled``.
-        headless: The model's answer is the feature; else it is what the head reads.
+        headless: The model's output is the feature; else the feature is what the head reads.
     """
 
     objective: Objective
@@ -36,28 +36,39 @@ class CalibrationObjective:
     headless: bool = False
 
     def __call__(self, parts: Stages, tokens: Tensor, labels: Tensor | None, keys: Sequence[bytes]) -> Tensor:
-        """Summed over the images.
+        """The scalar, summed over the images.
 
         Args:
             parts: Of the model.
             tokens: ``[B, N, C]``, as they leave the last block.
             labels: ``[B]``.
             keys: Of the images, see `pixels.keys_of`.
+
+        Returns:
+            The scalar, in float32 or wider.
+
+        Raises:
+            StrataViTError: The objective needs labels and there are none, or they are out of range.
         """
         objective = self.objective
-        if objective == "auto":
-            choices: tuple[Objective, Objective] = ("label", "prediction")
-            choices = ("cross_entropy", "sampled") if self.likelihood else choices
-            objective = choices[labels is None]
+        if objective == "auto" and self.likelihood:
+            objective = "sampled" if labels is None else "cross_entropy"
+        elif objective == "auto":
+            objective = "prediction" if labels is None else "label"
         if objective == "feature":
             return (parts.tail if self.headless else parts.pool)(tokens).float().square().sum() / 2
         logits = parts.tail(tokens).float()
-        if labels is not None:
-            labels = labels.to(logits.device)
+        if objective == "prediction":
+            return logits.amax(dim=-1).sum()
         if objective == "sampled":
-            labels = drawn_classes(logits, keys, self.seed).to(logits.device)
-            objective = "cross_entropy"
-        return objective_value(logits, labels, objective)
+            labels = drawn_classes(logits, keys, self.seed)
+        if labels is None:
+            raise StrataViTError(f"objective {objective!r} needs labels, but the loader gives none; use 'sampled'")
+        labels = labels.to(logits.device)
+        check_labels(labels, logits.shape[-1])
+        if objective == "label":
+            return logits.gather(1, labels[:, None]).sum()
+        return F.cross_entropy(logits, labels, reduction="sum")
 
 
 def drawn_classes(logits: Tensor, keys: Sequence[bytes], seed: int) -> Tensor:
@@ -67,17 +78,9 @@ def drawn_classes(logits: Tensor, keys: Sequence[bytes], seed: int) -> Tensor:
     return drawn.squeeze(1).clamp_max(logits.shape[-1] - 1)
 
 
-def objective_value(logits: Tensor, labels: Tensor | None, objective: Objective) -> Tensor:
-    """``label``, ``cross_entropy`` or ``prediction`` of logits ``[B, classes]``, summed over the images.
-
-    Raises:
-        StrataViTError: The objective needs labels and there are none, or they are out of range.
-    """
-    if objective == "prediction":
-        return logits.amax(dim=-1).sum()
-    if labels is None:
-        raise StrataViTError(f"objective {objective!r} needs labels, but the loader gives none; use 'sampled'")
-    check_labels(labels, logits.shape[-1])
-    if objective == "cross_entropy":
-        return F.cross_entropy(logits, labels, reduction="sum")
-    return logits.gather(1, labels[:, None]).sum()
+def distance(small: Tensor, dense: Tensor, classes: int) -> Tensor:
+    """KL(dense || small) of logits ``[B, classes]``, summed; without a head the relative squared distance."""
+    small, dense = small.float(), dense.float()
+    if classes:
+        return F.kl_div(small.log_softmax(dim=-1), dense.log_softmax(dim=-1), reduction="sum", log_target=True)
+    return ((small - dense).square().sum(dim=-1) / dense.square().sum(dim=-1).clamp_min(1e-12)).sum()

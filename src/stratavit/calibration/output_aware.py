@@ -6,6 +6,7 @@ Pure maths in float64. Shape legend: C outputs, d coordinates of one head, m hid
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stratavit.elastic.compensation import cholesky
@@ -17,10 +18,10 @@ BALANCE_FLOOR = 1e-4  # of the largest singular value, where the two sides are b
 def output_axes(weight: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
     """The coordinates of a head's values whose first w carry most of what the head writes, for every w.
 
-    With S the covariance of the head's output and W its part of `proj`, ``W S^(1/2) = P Sigma Q^T``:
-    dropping the last coordinates of ``T = D Q^T S^(-1/2)`` loses the smallest singular values and the
-    kept ones are uncorrelated with the dropped. ``D = Sigma^(1/2)`` shares the scale between both sides, so that
-    neither leaves the range of half precision. Eigenvalues are floored, T stays invertible: the function is preserved.
+    With S the covariance of the head's output and W its part of `proj`, ``W S^(1/2) = P Sigma Q^T``: dropping the
+    last coordinates of ``T = D Q^T S^(-1/2)`` loses the smallest singular values, and the kept ones are uncorrelated
+    with the dropped. ``D = Sigma^(1/2)`` shares the scale between both sides, so that neither leaves the range of half
+    precision. Eigenvalues are floored, so that T stays invertible and the function is preserved.
 
     Args:
         weight: ``[C, d]``.
@@ -33,13 +34,13 @@ def output_axes(weight: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
     values = values.clamp_min(FLOOR * max(float(values[-1]), torch.finfo(torch.float32).tiny))
     root, inverse = (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
     _, sigma, axes = torch.linalg.svd(weight.double().cpu() @ root, full_matrices=True)
-    spread = sigma.new_zeros(len(values))
-    spread[: len(sigma)] = sigma  # fewer outputs than coordinates leave zeros
+    spread = F.pad(sigma, (0, len(values) - len(sigma)))  # fewer outputs than coordinates leave zeros
     largest = float(spread[0])
-    balance = (spread / largest if largest > 0 else torch.ones_like(spread)).clamp_min(BALANCE_FLOOR).sqrt()
-    balance = balance * (largest**0.5 if largest > 0 else 1.0)
-    signs = torch.where(axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)) < 0, -1.0, 1.0)  # [d, 1]
-    axes = axes * signs
+    if largest > 0:
+        balance = (spread / largest).clamp_min(BALANCE_FLOOR).sqrt() * largest**0.5
+    else:
+        balance = torch.ones_like(spread)
+    axes = axes * torch.where(axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)) < 0, -1.0, 1.0)
     forward, backward = (balance[:, None] * axes) @ inverse, root @ (axes.T / balance)
     return forward.to(weight.device), backward.to(weight.device)
 
@@ -47,10 +48,9 @@ def output_axes(weight: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
 def elimination_order(weight: Tensor, covariance: Tensor, block: int = 64) -> Tensor:
     """Hidden channels by greedy backward elimination, most important first, ``[m]``.
 
-    Again and again the channel goes whose loss is least *after* the others make up for it,
-    ``|w_j|^2 / (P)_jj`` with P the inverse of the covariance of what is left and w_j its column of the
-    corrected map; map and inverse are updated as in the optimal brain surgeon. Updates of rank one
-    are gathered and applied in blocks.
+    Each step removes the channel whose loss is least *after* the others make up for it: ``|w_j|^2 / P_jj``, with P the
+    inverse of the covariance of what is left and w_j the channel's column of the corrected map. Map and inverse are
+    updated as in the optimal brain surgeon; updates of rank one are gathered and applied in blocks.
 
     Args:
         weight: ``fc2``, ``[C, m]``, scaled by LayerScale if there is one.

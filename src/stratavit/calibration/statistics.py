@@ -1,4 +1,4 @@
-"""The calibration pass: one forward and one backward pass that gathers what the method needs, streaming.
+"""The calibration pass: one forward and one backward pass over the images, of which each site keeps running sums.
 
 Shape legend: B images, N tokens, H heads, w head_dim (at the width in use), m MLP hidden width.
 """
@@ -12,15 +12,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from stratavit.calibration.accumulators import RunningCovariance, RunningScatter, Sums
 from stratavit.calibration.dense_outputs import DenseOutputs
-from stratavit.calibration.moments import RunningCovariance, RunningMean, RunningScatter
 from stratavit.calibration.objectives import OBJECTIVES, CalibrationObjective, Objective
 from stratavit.data.batches import batches_of
 from stratavit.data.pixels import folds_of, keys_of
-from stratavit.elastic.base import ElasticSite
+from stratavit.elastic.base import ElasticSite, sites_in
 from stratavit.errors import StrataViTError
 from stratavit.models.families import stages
-from stratavit.utils.model import classes_of, eval_mode, frozen, model_device, model_dtype, takes_gradients
+from stratavit.utils.model import (
+    classes_of,
+    eval_mode,
+    frozen,
+    model_device,
+    model_dtype,
+    takes_gradients,
+    temporarily,
+)
 from stratavit.utils.progress import track
 
 Scatter = Literal["weighted", "plain", "none"]
@@ -28,18 +36,16 @@ Scatter = Literal["weighted", "plain", "none"]
 
 @dataclass
 class SiteStatistics:
-    """What a calibration pass leaves of one site, float64, means over all tokens of all images.
+    """What a calibration pass finds out about one site, float64, means over all tokens of all images.
 
     Attributes:
-        taylor: First-order Taylor importance ``mean |g*h|``: attention ``[3, H, w]`` (q, k, v; where q and k stay
-            whole v alone, ``[1, H, w]``), MLP ``[1, 1, m]`` of the post-activation. Empty if covariances were asked
-            for.
+        taylor: First-order Taylor importance ``mean |g*h|``: attention ``[3, H, w]`` of q, k, v (``[1, H, w]`` of v,
+            where q and k stay uncut), MLP ``[1, 1, m]`` of the post-activation. Empty where there is a covariance.
         hessian: Second-order term ``mean 1/2 (g*h)^2``, same shape.
-        channel_mean: Mean of what `proj` / `fc2` reads, ``[H, w]`` or ``[1, m]``, under the token weights of
-            `covariance` if there is one.
-        scatter: Attention only: ``[3, H, w, w]``, scatter of q, k, v around their unweighted means,
-            every token weighted by its importance (method section 1) or by 1. Of q and k alone, ``[2, H, w, w]``,
-            if covariances were asked for; of v alone, ``[1, H, w, w]``, where q and k stay whole.
+        channel_mean: Mean of what `proj` / `fc2` reads, ``[H, w]`` or ``[1, m]``, tokens weighted as in `covariance`.
+        scatter: Of q, k, v, ``[3, H, w, w]``, around their unweighted means, every token weighted by its importance
+            (method section 1) or by 1. Of q and k, ``[2, H, w, w]``, where there is a covariance; of v,
+            ``[1, H, w, w]``, where q and k stay uncut; None for an MLP.
         covariance: Of what `proj` / `fc2` reads, heads jointly and head after head, ``[H*w, H*w]`` or ``[m, m]``.
         crossed: `channel_mean` and `covariance` without the images of fold 0, and without those of fold 1.
         images: Number of calibration images.
@@ -50,18 +56,18 @@ class SiteStatistics:
     channel_mean: Tensor
     scatter: Tensor | None = None
     covariance: Tensor | None = None
-    crossed: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    crossed: tuple[tuple[Tensor, Tensor], ...] = ()
     images: int = 0
 
 
 class SiteObserver:
-    """Turns the features of one site, and their gradients, into running moments.
+    """Adds up the features of one site, and their gradients.
 
     Args:
         site: The module.
         scatter: Weighting of the q, k, v scatter.
-        token_weight: Gather covariances of what `proj` / `fc2` reads, this share of every token's weight
-            in proportion to the gradient norm at the module's output; None: gather Taylor terms instead.
+        token_weight: Gather covariances, this share of every token's weight in proportion to the gradient norm at the
+            module's output; None: gather Taylor terms instead.
 
     Attributes:
         folds: Of the images of the batch that runs, ``[B]``; windows of an image lie one after the other.
@@ -73,13 +79,11 @@ class SiteObserver:
         turned = site.tied or (site.attention and token_weight is None)  # v turns by its covariance where there is one
         self._scatter = RunningScatter() if turned and scatter != "none" else None
         self._covariance = None if token_weight is None else RunningCovariance(token_weight)
-        self._taylor, self._hessian, self._mean = RunningMean(), RunningMean(), RunningMean()
+        self._taylor, self._mean = Sums(), Sums()
         self._held: list[Tensor] = []
 
     def features(self, features: Tensor) -> None:
         """qkv ``[B, N, 3, H, w]``, or v alone: waits for the gradient."""
-        if not features.requires_grad:
-            return
         if self._covariance is None:
             self._await_gradient(features, self._taylor_terms)
         elif self._scatter is not None:
@@ -92,8 +96,8 @@ class SiteObserver:
             self._held = [x]
             return
         sums = x.unflatten(-1, (self.heads, -1)).sum(dim=(0, 1), dtype=torch.float32)  # [H, w]
-        self._mean.update(sums, x.shape[0] * x.shape[1])
-        if not self.attention and features.requires_grad:
+        self._mean.add(x.shape[0] * x.shape[1], sums)
+        if not self.attention:
             self._await_gradient(features, lambda x, g: self._taylor_terms(x[:, :, None, None], g[:, :, None, None]))
 
     def outputs(self, outputs: Tensor) -> None:
@@ -104,17 +108,17 @@ class SiteObserver:
             outputs.register_hook(lambda gradient: self._covariance_of(x, gradient, folds.to(x.device)))
 
     def _await_gradient(self, features: Tensor, then: Callable[[Tensor, Tensor], None]) -> None:
-        """Calls `then` with features and gradient once that is there, then lets go of them."""
-        held = [features.detach()]
-        features.register_hook(lambda gradient: then(held.pop(), gradient))
+        """Calls `then` with features and gradient once that is there, and lets go of them."""
+        if features.requires_grad:
+            held = [features.detach()]
+            features.register_hook(lambda gradient: then(held.pop(), gradient))
 
     def _taylor_terms(self, features: Tensor, gradient: Tensor) -> None:
         """`features` ``[B, N, G, H, w]`` (G = 3 for qkv, 1 for an MLP) with the gradient of the objective."""
         product = (gradient * features).flatten(0, 1)  # [T, G, H, w]
-        tokens = product.shape[0]
-        self._hessian.update(product.square().sum(dim=0) / 2, tokens)
+        hessian = product.square().sum(dim=0) / 2
         importance = product.abs_()
-        self._taylor.update(importance.sum(dim=0), tokens)
+        self._taylor.add(len(product), importance.sum(dim=0), hessian)
         if self._scatter is not None:
             self._scatter_of(features, importance)
 
@@ -142,12 +146,14 @@ class SiteObserver:
         """The moments over everything seen."""
         scatter = None if self._scatter is None else self._scatter.scatter.unflatten(0, (-1, self.heads))
         if self._covariance is None:
-            return SiteStatistics(self._taylor.mean, self._hessian.mean, self._mean.mean, scatter)
-        mean, covariance = self._covariance.result()
-        empty, shape = mean.new_empty(0), (self.heads, -1)
-        (m1, c1), (m0, c0) = self._covariance.result(folds=(1,)), self._covariance.result(folds=(0,))
-        crossed = (m1.unflatten(0, shape), c1), (m0.unflatten(0, shape), c0)
-        return SiteStatistics(empty, empty, mean.unflatten(0, shape), scatter, covariance, crossed)
+            (taylor, hessian), (mean,) = self._taylor.means, self._mean.means
+            return SiteStatistics(taylor, hessian, mean, scatter)
+        (mean, covariance), *crossed = (
+            (mean.unflatten(0, (self.heads, -1)), covariance)
+            for mean, covariance in map(self._covariance.result, ((0, 1), (1,), (0,)))
+        )
+        empty = mean.new_empty(0)
+        return SiteStatistics(empty, empty, mean, scatter, covariance, tuple(crossed))
 
 
 def collect(
@@ -162,24 +168,22 @@ def collect(
 ) -> dict[str, SiteStatistics]:
     """Runs every batch forward and backward in eval mode and gathers each elastic site's statistics.
 
-    Only activations are differentiated, not weights, so a pass costs less than a training step. The
-    widths the sites are set to are the ones that are observed; skipped modules are left out.
+    Only activations are differentiated, not weights, so a pass costs less than a training step. Sites are observed at
+    the widths they are set to; skipped modules are left out.
 
     Args:
-        model: A model whose sites are elastic modules.
-        loader: Yields images ``[B, 3, H, W]``, ``(images,)``, ``(images, labels [B])`` or mappings of these, see
-            `batches.unpack`; their order does not matter.
+        model: Its sites are elastic modules.
+        loader: Yields what `batches.unpack` reads: images ``[B, 3, H, W]``, with or without labels, in any order.
         objective: What is differentiated, summed over images: ``label`` the logit of the true class (the
             reference implementation), ``cross_entropy``, and without labels: ``prediction`` the logit of the
             predicted class, ``sampled`` the cross-entropy of a class drawn from the prediction, ``feature`` half
-            the squared norm of the pooled features. ``auto`` is ``label`` where labels are there, else
-            ``prediction``; with `token_weight` ``cross_entropy``, else ``sampled``; for a model without a head
-            ``feature``.
+            the squared norm of the pooled features. ``auto`` is ``label``, or ``prediction`` without labels; with
+            `token_weight` ``cross_entropy``, or ``sampled`` without; for a model without a head ``feature``.
         scatter: Weighting of the q, k, v scatter; ``none`` leaves it out.
         description: Title of the progress bar.
         token_weight: Gather covariances in place of Taylor terms, see `SiteObserver`.
         seed: For ``sampled``.
-        dense_outputs: Takes the model's answers, which the pass has anyway.
+        dense_outputs: Remembers the model's outputs, which the pass computes anyway.
 
     Returns:
         Site name -> statistics.
@@ -189,33 +193,22 @@ def collect(
     """
     if objective not in OBJECTIVES:
         raise StrataViTError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
-    sites = {name: module for name, module in model.named_modules() if isinstance(module, ElasticSite)}
     if not takes_gradients(model):
         raise StrataViTError("calibration needs gradients: make the network and call it outside torch.inference_mode()")
     headless = not classes_of(model)
     if headless and objective not in ("auto", "feature"):
         raise StrataViTError(f"objective {objective!r} needs a head, but the model has none; use 'feature' or 'auto'")
-    if headless:
-        objective = "feature"
-    score = CalibrationObjective(objective, token_weight is not None, seed, headless)
-    active = {
-        name: SiteObserver(site, scatter, token_weight)
-        for name, site in sites.items()
-        if site.width and not site.bypassed
-    }
-    try:
-        for name, observer in active.items():
-            sites[name].observer = observer
-        with eval_mode(model), frozen(model):
-            images_seen = _run(model, loader, score, description, active.values(), dense_outputs)
-    finally:
-        for site in sites.values():
-            site.observer = None
+    score = CalibrationObjective("feature" if headless else objective, token_weight is not None, seed, headless)
+    sites = {name: site for name, site in sites_in(model).items() if site.width and not site.bypassed}
+    observers = {name: SiteObserver(site, scatter, token_weight) for name, site in sites.items()}
+    watching = temporarily("observer", {site: observers[name] for name, site in sites.items()})
+    with watching, eval_mode(model), frozen(model):
+        images_seen = _run(model, track(loader, description), score, observers.values(), dense_outputs)
     if images_seen == 0:
         raise StrataViTError("calibration: the loader gave no images; check the data folder or the loader")
     results = {}
-    for name in list(active):
-        results[name] = result = active.pop(name).result()  # popped, so that no site's sums outlive its result
+    for name in sites:
+        results[name] = result = observers.pop(name).result()  # popped, so that no site's sums outlive its result
         result.images = images_seen
         if not all(t.isfinite().all() for t in vars(result).values() if isinstance(t, Tensor)):
             raise StrataViTError(
@@ -228,15 +221,14 @@ def _run(
     model: nn.Module,
     loader: Iterable[Any],
     score: CalibrationObjective,
-    description: str,
     observers: Iterable[SiteObserver],
-    dense_outputs: DenseOutputs | None = None,
+    dense_outputs: DenseOutputs | None,
 ) -> int:
     """Forward and backward over the loader with observers in place; returns the number of images."""
     parts = stages(model)
     device, dtype = model_device(model), model_dtype(model)
     images_seen = 0
-    for images, labels in batches_of(track(loader, description), model):
+    for images, labels in batches_of(loader, model):
         keys = keys_of(images)
         folds = folds_of(keys)
         for observer in observers:

@@ -1,7 +1,7 @@
 """How many channels each site keeps at a size: keep ratios that meet a share of the MACs, and the list between sizes.
 
 Pure functions on numbers. A *state* is a size at which ratios were measured; states nest, and between two of them
-units leave in an interpolated order, so that every prefix of the list is a sensible network.
+units are dropped in an interpolated order, so that every prefix of the list is a sensible network.
 """
 
 from __future__ import annotations
@@ -33,40 +33,63 @@ class State:
 def allocate(cost: CostModel, ratios: Mapping[str, float], share: float, caps: Mapping[str, int]) -> dict[str, int]:
     """Widths whose keep ratios are ``exp(ratios + t)``, with t such that the share of the MACs is met, never passed.
 
-    Widths are rounded down to units' ends, at least one unit; then the units with the largest fraction cut off
-    come back as long as they fit.
+    Widths are rounded down to units' ends, at least one unit; then units come back as long as they fit, the one with
+    the largest fraction cut off first.
 
     Args:
         cost: Of the model.
         ratios: Logarithm of each site's keep ratio, up to a common constant.
-        share: Of the dense MACs.
+        share: Of the dense MACs; passed only where one unit of each site is more.
         caps: Largest width of each site: that of the state before, so that states nest.
+
+    Returns:
+        Site name -> width.
     """
-    budget = share * cost.macs()
+    budget, sites = share * cost.macs(), cost.sites
+    start = cost.fixed_macs + sum(cost.site_macs(site, 1) - cost.each(site) for site in sites)
 
     def exact(t: float) -> dict[str, float]:
         return {
-            site.name: min(caps[site.name], site.width * math.exp(min(0.0, ratios[site.name] + t)))
-            for site in cost.sites
+            site.name: min(caps[site.name], site.width * math.exp(min(0.0, ratios[site.name] + t))) for site in sites
         }
 
     low, high = min(-ratio for ratio in ratios.values()) - 12.0, max(-ratio for ratio in ratios.values()) + 1e-9
     for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _macs(cost, exact(middle)) <= budget else (low, middle)
+        middle, wanted = (low + high) / 2, exact((low + high) / 2)
+        fits = start + sum(cost.each(site) * wanted[site.name] for site in sites) <= budget
+        low, high = (middle, high) if fits else (low, middle)
     wanted = exact(low)
-    widths = {site.name: _floor(site, wanted[site.name]) for site in cost.sites}
-    over = {
-        site.name: (wanted[site.name] - widths[site.name]) / _unit_above(site, widths[site.name]) for site in cost.sites
-    }
-    order = sorted(cost.sites, key=lambda site: -over[site.name])
-    return _fill(cost, _within(cost, widths, budget), budget, caps, order)
+    widths = {site.name: _rounded_down(site, wanted[site.name]) for site in sites}
+    over = {site.name: (wanted[site.name] - widths[site.name]) / _unit_above(site, widths[site.name]) for site in sites}
+    widths = _within(cost, widths, budget)
+    return _fill(cost, widths, budget, caps, sorted(sites, key=lambda site: -over[site.name]))
+
+
+def _rounded_down(site: Site, width: float) -> int:
+    return site.steps[max(1, bisect_right(site.steps, width + 1e-9) - 1)]
+
+
+def _unit_above(site: Site, width: int) -> int:
+    """Size of the unit that begins at a width; of the last unit at the full width."""
+    index = min(site.steps.index(width), len(site.steps) - 2)
+    return site.steps[index + 1] - site.steps[index]
+
+
+def _within(cost: CostModel, widths: dict[str, int], budget: float) -> dict[str, int]:
+    """Drops units of the sites that keep most, should rounding up to one unit each have passed the budget."""
+    while cost.macs(widths) > budget:
+        sites = [site for site in cost.sites if widths[site.name] > site.steps[1]]
+        if not sites:
+            break
+        site = max(sites, key=lambda site: widths[site.name] / site.width)
+        widths[site.name] = site.steps[site.steps.index(widths[site.name]) - 1]
+    return widths
 
 
 def _fill(
     cost: CostModel, widths: dict[str, int], budget: float, caps: Mapping[str, int], order: Sequence[Site]
 ) -> dict[str, int]:
-    """Gives units back in turn, as long as one fits."""
+    """Restores units in turn, as long as one fits."""
     filled = True
     while filled:
         filled = False
@@ -77,47 +100,24 @@ def _fill(
     return widths
 
 
-def _within(cost: CostModel, widths: dict[str, int], budget: float) -> dict[str, int]:
-    """Takes units off the sites that keep most, should the floor of one unit each have passed the budget."""
-    while cost.macs(widths) > budget:
-        sites = [site for site in cost.sites if widths[site.name] > site.steps[1]]
-        if not sites:
-            break
-        site = max(sites, key=lambda site: widths[site.name] / site.width)
-        widths[site.name] = site.steps[site.steps.index(widths[site.name]) - 1]
-    return widths
-
-
-def _macs(cost: CostModel, widths: Mapping[str, float]) -> float:
-    """MACs at widths between whole ones."""
-    start = cost.fixed_macs + sum(cost.site_macs(site, 1) - cost.each(site) for site in cost.sites)
-    return start + sum(cost.each(site) * widths[site.name] for site in cost.sites)
-
-
-def _floor(site: Site, width: float) -> int:
-    return site.steps[max(1, bisect_right(site.steps, width + 1e-9) - 1)]
-
-
-def _unit_above(site: Site, width: int) -> int:
-    index = min(site.steps.index(width), len(site.steps) - 2)
-    return site.steps[index + 1] - site.steps[index]
-
-
 def ordered_list(sites: Sequence[Site], states: Sequence[State], ratios: Mapping[str, float]) -> list[Entry]:
-    """The whole dropout list through the states, from full to nothing, one unit an entry.
+    """The full dropout list through the states, from full to nothing, one unit an entry.
 
-    Between two states a unit's place is the share of its site's way, in the logarithm of the width, at
-    which it leaves. Below the last state all sites shrink in proportion to one unit each; those leave
-    last, the site with the smallest ratio first.
+    Between two states a unit's place is the share of its site's way, in the logarithm of the width, at which it is
+    dropped. Below the last state all sites shrink in proportion to one unit each; those are dropped last, the site with
+    the smallest ratio first.
 
     Args:
         sites: The sites of the model.
         states: Nested, largest first.
         ratios: Of the last state, see `allocate`.
+
+    Returns:
+        The entries, each a group of its own.
     """
     full = State(1.0, {site.name: site.width for site in sites})
     floor = State(0.0, {site.name: site.steps[1] for site in sites})
-    entries: list[Entry] = []
+    dropped: list[tuple[str, int]] = []
     for before, after in pairwise([full, *states, floor]):
         leaving = []
         for number, site in enumerate(sites):
@@ -125,6 +125,6 @@ def ordered_list(sites: Sequence[Site], states: Sequence[State], ratios: Mapping
             for low, high in pairwise(step for step in site.steps if narrow <= step <= wide):
                 place = math.log(2 * wide / (low + high)) / math.log(wide / narrow)
                 leaving.append((place, number, -low))
-        entries += [Entry(sites[number].name, -low, 0) for _, number, low in sorted(leaving)]
-    entries += [Entry(site.name, 0, 0) for site in sorted(sites, key=lambda site: ratios[site.name])]
-    return [Entry(entry.site, entry.width, group) for group, entry in enumerate(entries)]
+        dropped += [(sites[number].name, -low) for _, number, low in sorted(leaving)]
+    dropped += [(site.name, 0) for site in sorted(sites, key=lambda site: ratios[site.name])]
+    return [Entry(name, width, group) for group, (name, width) in enumerate(dropped)]

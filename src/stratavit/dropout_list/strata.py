@@ -1,12 +1,12 @@
 """The dropout list: every unit of every site, in order of removal. A prefix of it is a `Spec`.
 
-Source: method section 2 (arXiv 2511.11683, unit importance and tail merging). Pure functions on numbers.
+Source: method section 2 (arXiv 2511.11683, tail merging). Pure functions on numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -17,10 +17,10 @@ from stratavit.spec import Spec
 
 @dataclass(frozen=True)
 class Entry:
-    """One unit leaves.
+    """One unit is dropped.
 
     Attributes:
-        site: The module it leaves.
+        site: Its module.
         width: Width of the module afterwards.
         group: Units with the same number were merged: the paper drops them together.
     """
@@ -35,7 +35,7 @@ class Strata:
 
     Args:
         sites: The sites of the model.
-        entries: In order of removal; each takes one or more whole units off its site's tail.
+        entries: In order of removal; each drops one or more units off its site's tail.
 
     Raises:
         ArtifactError: An entry does not fit the sites, or does not shrink its site.
@@ -51,7 +51,7 @@ class Strata:
                 raise ArtifactError(
                     f"dropout list: entry {number} names {described(entry.site)}, which the model does not have"
                 )
-            if not 0 <= entry.width < widths[entry.site] or entry.width not in steps[entry.site]:
+            if entry.width not in steps[entry.site] or entry.width >= widths[entry.site]:
                 raise ArtifactError(
                     f"dropout list: entry {number} sets {entry.site} to width {described(entry.width)}, "
                     f"expected a unit's end below {widths[entry.site]}"
@@ -64,24 +64,20 @@ class Strata:
     def spec(self, position: int) -> Spec:
         """Widths of every site after the first `position` entries."""
         assert 0 <= position <= len(self.entries)
-        widths = dict(self._full)
-        for entry in self.entries[:position]:
-            widths[entry.site] = entry.width
-        return Spec(widths)
+        return Spec(self._full | {entry.site: entry.width for entry in self.entries[:position]})
 
     def smallest(self) -> Spec:
-        """Widths of every site once all entries have left."""
+        """Widths of every site once all entries are dropped."""
         return self.spec(len(self))
 
     def group_ends(self) -> list[int]:
         """Positions at which no merged tail is cut in two: where ``method="paper"`` may stop."""
-        groups = [entry.group for entry in self.entries]
-        inner = [p for p in range(1, len(groups)) if groups[p - 1] != groups[p]]
-        return sorted({0, *inner, len(groups)})
+        inner = [p for p, (a, b) in enumerate(pairwise(self.entries), 1) if a.group != b.group]
+        return sorted({0, *inner, len(self)})
 
     def to_json(self) -> list[list[Any]]:
         """Rows ``[site, width, group]``."""
-        return [[entry.site, entry.width, entry.group] for entry in self.entries]
+        return [list(astuple(entry)) for entry in self.entries]
 
     @classmethod
     def from_json(cls, sites: Sequence[Site], rows: Any) -> Strata:
@@ -90,36 +86,18 @@ class Strata:
         Raises:
             ArtifactError: The rows are not of that form or do not fit the sites.
         """
-        entries = []
         for number, row in enumerate(rows if isinstance(rows, list) else [None]):
-            types = [type(cell) for cell in row] if isinstance(row, list) else []
-            if types != [str, int, int]:
+            if not isinstance(row, list) or [type(cell) for cell in row] != [str, int, int]:
                 raise ArtifactError(f"dropout list: entry {number} must be [site, width, group], got {described(row)}")
-            entries.append(Entry(*row))
-        return cls(sites, entries)
-
-
-def unit_importance(site: Site, alpha: Sequence[float], gamma: float) -> list[float]:
-    """Importance of each unit, ``gamma * sum of alpha over the unit``, alpha normalised to sum 1 (paper, I_u).
-
-    The division by MACs happens where densities are compared (`tail_candidates`).
-
-    Args:
-        site: The site.
-        alpha: Importance of each coordinate, ``[w]``, w a unit's end.
-        gamma: Sensitivity of the module.
-    """
-    total = sum(alpha) or 1.0
-    ends = [step for step in site.steps if step <= len(alpha)]
-    return [gamma * sum(alpha[a:b]) / total for a, b in pairwise(ends)]
+        return cls(sites, [Entry(*row) for row in rows])
 
 
 def tail_candidates(importance: Sequence[float], macs: Sequence[float]) -> list[tuple[int, float]]:
     """Tails of one module that may be dropped, as (first unit, density), largest tail first.
 
-    Walking from the head of the module, a tail is a candidate only if its density (importance of the
-    whole tail / its MACs) does not exceed that of the last candidate, so densities fall towards the end
-    and units between two candidates drop together.
+    From the head of the module on, a tail is a candidate only if its density (importance of the tail / its MACs) does
+    not exceed that of the last candidate, so densities fall towards the end, and units between two candidates drop
+    together.
     """
     candidates: list[tuple[int, float]] = []
     for first in range(len(importance)):
@@ -137,25 +115,28 @@ def removal_order(
 ) -> list[Entry]:
     """The units that are left, least important first.
 
-    All tail candidates of all modules are sorted by density; each adds the units not yet listed, as
+    All tail candidates of all modules are sorted by density; each adds its units that are not yet listed, as
     consecutive entries, last unit first, sharing a group number.
 
     Args:
         sites: The sites of the model.
-        importance: Site name -> importance of each unit that is left (`unit_importance`).
+        importance: Site name -> importance of each unit that is left (`sensitivity.unit_importance`).
         price: Cost of a site at a width (`CostModel.price`).
         first_group: Number of the first group.
+
+    Returns:
+        The entries.
     """
     by_name = {site.name: site for site in sites}
     candidates = []
     for name, values in importance.items():
-        steps = by_name[name].steps
-        costs = [price(by_name[name], b) - price(by_name[name], a) for a, b in pairwise(steps)][: len(values)]
+        prices = [price(by_name[name], step) for step in by_name[name].steps[: len(values) + 1]]
+        costs = [b - a for a, b in pairwise(prices)]
         candidates += [(density, -first, name) for first, density in tail_candidates(values, costs)]
     left = {name: len(values) for name, values in importance.items()}
     entries: list[Entry] = []
-    for number, (_, negative_first, name) in enumerate(sorted(candidates)):
-        for unit in range(left[name] - 1, -negative_first - 1, -1):
-            entries.append(Entry(name, by_name[name].steps[unit], first_group + number))
+    for group, (_, negative_first, name) in enumerate(sorted(candidates), first_group):
+        units = range(-negative_first, left[name])
+        entries += [Entry(name, by_name[name].steps[unit], group) for unit in reversed(units)]
         left[name] = min(left[name], -negative_first)
     return entries

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stratavit.calibration.dense_outputs import DenseOutputs
@@ -19,6 +20,7 @@ from stratavit.elastic.site import Site
 from stratavit.errors import StrataViTError
 from stratavit.models.cost import CostModel
 from stratavit.models.families import last_norm
+from stratavit.models.final_mean import FinalMean
 from stratavit.utils.model import eval_mode, frozen, takes_gradients
 from stratavit.utils.progress import track
 
@@ -42,14 +44,11 @@ class Walk:
     def __post_init__(self) -> None:
         shares = [share for share, _ in self.states]
         falling = shares == sorted(set(shares), reverse=True) and all(0 < share < 1 for share in shares)
-        if not shares or not falling or any(steps < 1 for _, steps in self.states):
+        stepping = shares and all(steps >= 1 for _, steps in self.states)
+        if not (falling and stepping and self.images >= 1 and self.rate > 0):
             raise StrataViTError(
-                f"plan: expected states (share, steps) with falling shares between 0 and 1 and at least 1 step each, "
-                f"got {self.states!r}"
-            )
-        if self.images < 1 or not self.rate > 0:
-            raise StrataViTError(
-                f"plan: expected at least 1 image and a rate above 0, got {self.images!r} and {self.rate!r}"
+                "plan: expected states (share, steps) with falling shares between 0 and 1 and at least 1 step each, at "
+                f"least 1 image and a rate above 0, got {self}"
             )
 
 
@@ -61,21 +60,22 @@ def walk(
     plan: Walk,
     dense_outputs: DenseOutputs | None = None,
     seen: Seen | None = None,
-) -> tuple[list[State], dict[str, float], list[Tensor]]:
+) -> tuple[list[State], dict[str, float], FinalMean | None]:
     """Measures keep ratios at one size after the other.
 
     Args:
-        model: Its sites are elastic modules, calibrated.
-        sites: Its sites.
-        cost: Of the model.
+        model, sites, cost: The sites are elastic modules, calibrated.
         loader: See `statistics.collect`; labels are not used.
-        plan: How.
+        plan: Sizes, steps and images.
         dense_outputs: Of the dense model, as far as they are known.
         seen: The images that the moments of the sites were computed from, if that is known.
 
     Returns:
-        The states; the logarithm of the keep ratios at the last one; at each state by how much the mean of what
-        the head reads has moved from the dense model's, ``[C]``, dense minus small (empty if no norm can take it).
+        The states; the logarithm of the keep ratios at the last one; by how much the mean of what the head reads has
+        moved at the states from the dense model's, dense minus small (None if no norm can take it up).
+
+    Raises:
+        StrataViTError: Bad images, inference mode, or a cut network whose output is not finite.
     """
     if not takes_gradients(model):
         raise StrataViTError("stratify needs gradients: make the network and call it outside torch.inference_mode()")
@@ -86,28 +86,30 @@ def walk(
     floor = cost.macs({site.name: site.steps[1] for site in sites}) / cost.macs()
     steps = [(share, left) for share, count in plan.states if share > floor for left in reversed(range(count))]
     states: list[State] = []
-    drifts: list[Tensor] = []
+    drifts: dict[float, Tensor] = {}  # by the share that was reached, not the one asked for
     with eval_mode(model), frozen(model):
         for share, left in track(steps, "measure the list"):
             fold = 1 - fold
             batches = feed.take(plan.images, fold)
             if seen is not None:
-                tell_of_strangers(batches, seen)
+                _warn_of_other_images(batches, seen)
                 seen = None
             with crossed(model, fold):
                 reference = Reference(model, sites, batches, dense_outputs)
-                found = reference.effects(cost, allocate(cost, ratios, share, caps))
-                ratios = moved(ratios, found.effects, plan.rate)
+                ratios = moved(ratios, reference.effects(cost, allocate(cost, ratios, share, caps)), plan.rate)
                 if left == 0:
                     caps = allocate(cost, ratios, share, caps)
                     states.append(State(share, caps))
-                    if last_norm(model) is not None:
-                        drifts.append(reference.forward(caps).drift)
-    return states, ratios, drifts
+                    if last_norm(model) is not None and cost.macs(caps) < cost.macs():
+                        drifts[cost.macs(caps) / cost.macs()] = reference.drift(caps)
+    mean = FinalMean(tuple(drifts), torch.stack(list(drifts.values())).float()) if drifts else None
+    if not all(map(math.isfinite, ratios.values())) or (mean is not None and not mean.vectors.isfinite().all()):
+        raise StrataViTError("stratify: the output of a cut network is NaN or infinite; check the images and weights")
+    return states, ratios, mean
 
 
-def tell_of_strangers(batches: Iterable[Tensor], seen: Seen) -> None:
-    """Says so if hardly any of the images is one that was seen: folds are told by pixels."""
+def _warn_of_other_images(batches: Iterable[Tensor], seen: Seen) -> None:
+    """Warns if hardly any of the images was seen: an image's fold is found by its pixels."""
     if seen.share([key for images in batches for key in keys_of(images)]) < FAMILIAR:
         print(
             "stratify: cross-fitting cannot work, because the loader gives other pixels than contract's did (random "

@@ -314,6 +314,11 @@ def site_of(model: nn.Module, name: str) -> ElasticSite:
     return module
 
 
+def sites_in(model: nn.Module) -> dict[str, ElasticSite]:
+    """Name -> elastic module, of all that a model has."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ElasticSite)}
+
+
 @contextmanager
 def run_at(elastic: Mapping[str, ElasticSite], widths: Mapping[str, int] | None, fixed: bool = False) -> Iterator[None]:
     """The sites run at these widths inside, in this thread or task alone.

@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 from stratavit.artifacts.folder_format import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
 from stratavit.artifacts.timm_config import FILE as TIMM_FILE
 from stratavit.calibration import contraction
-from stratavit.calibration.contract import TOKEN_WEIGHT
+from stratavit.calibration.contraction import TOKEN_WEIGHT
 from stratavit.calibration.objectives import Objective
 from stratavit.calibration.statistics import collect
 from stratavit.dropout_list.strata import Entry, Strata

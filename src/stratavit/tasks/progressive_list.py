@@ -9,10 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from stratavit.calibration.statistics import collect
 from stratavit.dropout_list import strata
 from stratavit.dropout_list.growth import Growth
-from stratavit.dropout_list.sensitivity import bypass_sensitivity
+from stratavit.dropout_list.sensitivity import measure_importance
 from stratavit.dropout_list.strata import Entry, Strata
 from stratavit.models.cost import CostModel
 
@@ -52,17 +51,14 @@ def importance_at(
         growth: Objective and measure.
 
     Returns:
-        Site name -> importance of each unit left (`strata.unit_importance`).
+        Site name -> importance of each unit left (`sensitivity.unit_importance`).
 
     Raises:
         StrataViTError: Bad images or labels, or a non-finite result.
     """
     left = [site for site in net.sites if widths[site.name] > 0]
     with net.at(widths):
-        gamma = bypass_sensitivity(net.model, left, loader, growth.measure)
-        statistics = collect(net.model, loader, growth.objective, "none", "importance")
-    alpha = {site.name: statistics[site.name].taylor.sum(dim=0).mean(dim=0) for site in left}  # [G, H, w] -> [w]
-    return {site.name: strata.unit_importance(site, alpha[site.name].tolist(), gamma[site.name]) for site in left}
+        return measure_importance(net.model, left, loader, growth.objective, growth.measure)[0]
 
 
 def grow(

@@ -15,7 +15,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from stratavit.calibration.distance import distance
+from stratavit.calibration.objectives import distance
 from stratavit.data.image_folder import ImageFolder
 from stratavit.errors import StrataViTError
 from stratavit.models.families import family_of

@@ -108,3 +108,16 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def temporarily(name: str, values: Mapping[Any, Any]) -> Iterator[None]:
+    """The keys of `values`, modules for example, have these values of an attribute inside."""
+    before = {owner: getattr(owner, name) for owner in values}
+    try:
+        for owner, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, value in before.items():
+            setattr(owner, name, value)

@@ -1,0 +1,143 @@
+"""Outputs of the dense model are computed once per image, found by pixels, and dropped when the weights change."""
+
+import copy
+
+import pytest
+import torch
+from helpers import PLAN, make_batches, make_images, make_model, make_net
+
+from stratavit.calibration.dense_outputs import DenseOutputs
+from stratavit.data.pixels import Seen, keys_of
+from stratavit.dropout_list.walk import Walk
+
+IMAGES = make_images(6)
+
+
+class Counted:
+    """Outputs for an image: its sum and its first pixels; counts the images that it ran on."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def __call__(self, images):
+        self.asked += len(images)
+        return images.sum(dim=(1, 2, 3))[:, None].repeat(1, 7), images[:, 0, 0, :4]
+
+
+def assert_outputs(dense_outputs, images, compute):
+    for found, expected in zip(dense_outputs.of(images, compute), Counted()(images), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_an_image_is_computed_once_in_whatever_order_it_comes():
+    dense_outputs, compute = DenseOutputs(), Counted()
+    dense_outputs.add(keys_of(IMAGES[:2]), *Counted()(IMAGES[:2]))
+    assert_outputs(dense_outputs, IMAGES[:4], compute)
+    assert_outputs(dense_outputs, IMAGES[[5, 2, 2, 0]], compute)
+    assert compute.asked == 3
+
+
+def test_memory_is_bounded_and_what_does_not_fit_is_right():
+    row = 4 * (7 + 4)
+    dense_outputs, compute = DenseOutputs(limit=2 * row + 1), Counted()
+    for _ in range(2):
+        assert_outputs(dense_outputs, IMAGES, compute)
+    assert compute.asked == 6 + 4
+
+
+def through_data(model):
+    model.blocks[1].mlp.fc2.weight.data.mul_(1.01)
+
+
+def through_numpy(model):
+    model.head.bias.detach().numpy()[0] += 1
+
+
+def one_bit(model):
+    value = model.cls_token.data
+    value[0, 0, 0] = torch.nextafter(value[0, 0, 0], torch.tensor(9.0))
+
+
+def another_tensor(model):
+    model.norm.weight = torch.nn.Parameter(model.norm.weight * 2)
+
+
+def a_buffer(model):
+    model.register_buffer("more", torch.zeros(1))
+
+
+def two_exchanged(model):
+    first, second = (block.norm1.weight.data for block in model.blocks)
+    kept = first.clone()
+    first.copy_(second)
+    second.copy_(kept)
+
+
+CHANGES = (through_data, through_numpy, one_bit, another_tensor, a_buffer, two_exchanged, torch.nn.Module.double)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_of_weights_is_noticed(change):
+    model, dense_outputs = make_model("plain"), DenseOutputs()
+    dense_outputs.seal(model)
+    model.load_state_dict(copy.deepcopy(model.state_dict()))  # the same numbers elsewhere
+    assert dense_outputs.belong_to(copy.deepcopy(model))
+    change(model)
+    assert not dense_outputs.belong_to(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_any_type_are_told_apart(dtype):
+    dense_outputs = DenseOutputs()
+    dense_outputs.seal(make_model("plain", dtype=dtype))
+    assert dense_outputs.belong_to(make_model("plain", dtype=dtype))
+    assert not dense_outputs.belong_to(make_model("plain", seed=1, dtype=dtype))
+
+
+def computed(monkeypatch, net, plan=PLAN):
+    """Images that the dense model runs on while the list is made."""
+    asked, original = [], DenseOutputs.of
+
+    def watched(self, images, compute):
+        return original(self, images, lambda unknown: (asked.append(len(unknown)), compute(unknown))[1])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DenseOutputs, "of", watched)
+        net.stratify(make_batches(), plan=plan)
+    return sum(asked)
+
+
+def test_stratify_uses_the_outputs_of_contract(monkeypatch):
+    net = copy.deepcopy(make_net("plain"))
+    forgetful = copy.deepcopy(net)
+    forgetful._dense_outputs = None
+    assert computed(monkeypatch, net) == 0
+    assert computed(monkeypatch, forgetful) == 12
+    assert net.strata.entries == forgetful.strata.entries
+    assert torch.allclose(net.final_mean.vectors, forgetful.final_mean.vectors, atol=1e-5)
+    assert net._dense_outputs is None
+
+
+def test_a_change_between_contract_and_stratify_is_measured(monkeypatch):
+    """As if the outputs of contract were not there."""
+    net = copy.deepcopy(make_net("plain"))
+    net.model.head.weight.data.mul_(-3)
+    forgetful = copy.deepcopy(net)
+    forgetful._dense_outputs = None
+    assert computed(monkeypatch, net) == computed(monkeypatch, forgetful) == 12
+    assert net.strata.entries == forgetful.strata.entries
+    assert torch.equal(net.final_mean.vectors, forgetful.final_mean.vectors)
+
+
+def test_each_image_is_computed_once_however_often_it_comes(monkeypatch):
+    net = copy.deepcopy(make_net("plain"))
+    net._dense_outputs = None
+    assert computed(monkeypatch, net, Walk(states=((0.7, 3), (0.5, 3)), images=6)) == 12
+
+
+def test_which_images_were_seen():
+    seen, keys = Seen(), keys_of(IMAGES)
+    assert seen.share(keys) == 0
+    for part in (keys[:2], [], keys[2:3]):
+        seen.add(part)
+    assert [seen.share(part) for part in (keys, keys[:3], keys[3:], keys[2:4], [])] == [0.5, 1, 0, 0.5, 0]
