@@ -79,8 +79,7 @@ def trainer(tmp_path, recipe=TINY, method="default", data=None, net=None):
     accelerator = distributed.accelerator(recipe, tmp_path, cpu=True)
     data = data or Images()
     places = order.make_order(data, recipe, 1)
-    decay = recipe.decay(places.steps * recipe.epochs)
-    task = PiadTask(net or fresh(method), recipe, decay, make_batches(), accelerator)
+    task = PiadTask(net or fresh(method), make_batches(), recipe, places.steps * recipe.epochs, accelerator)
     return Trainer(task, data, places, recipe, tmp_path, None, accelerator, StopRequest())
 
 
@@ -114,7 +113,7 @@ def alike(out):
     off = {"drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0, "batch_size": batch}
     before, Trainer.draw = (
         Trainer.draw,
-        lambda self, number: [self.task.prefixes[(7 * self.step + (50, 0)[number]) % len(self.task.prefixes.macs)]],
+        lambda self, number: [self.task.prefixes[(7 * self.step + (50, 0)[number]) % len(self.task.prefixes)]],
     )
     try:
         return run(out, recipe=dataclasses.replace(TINY, **off))

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -27,11 +26,11 @@ from stratavit.models import architecture
 from stratavit.models.architecture import resolve_data_config
 from stratavit.models.cost import linear_macs
 from stratavit.spec import Spec
-from stratavit.training.launch import Config, batches, folder_of, recipe_for, train
+from stratavit.training.launch import Config, recipe_for, train
 from stratavit.training.recipe import FINETUNING, Recipe
-from stratavit.training.run_files import publish, put_weights, weights_of
-from stratavit.training.task import SampledNetwork
-from stratavit.training.teacher import Teacher
+from stratavit.training.run_files import publish
+from stratavit.training.task import SampledNetwork, TrainingTask
+from stratavit.training.unused_keys import SMALL
 from stratavit.utils.model import is_super_network
 
 SMALL_FILES = (folder_format.WEIGHTS_FILE, TIMM_FILE, folder_format.JSON_FILE)
@@ -57,13 +56,13 @@ def finetune(
     Args:
         model: What `SuperNet.extract` returned. For another data set give it a new head first
             (``model.reset_classifier(classes)``).
-        train_data: Of known length, gives ``(image [C, H, W], label)``, augmented by itself if at all.
+        train_data: Of known length, returns ``(image [C, H, W], label)``, augmented by itself if at all.
         val_data: Labelled images to evaluate on: a data set, or a loader.
         config: A `Recipe`; or some of its keys, or a recipe's file, the other keys as in the interrupted run, or as
-            `recipe.FINETUNING` has them. Keys of the dropout list have no effect, which is told; `mode` is ``plain``.
+            `recipe.FINETUNING` has them. Keys of the dropout list have no effect, as is reported; `mode` is ``plain``.
         out: Folder of the run; must be empty or absent, unless `resume`. None keeps nothing but `model`.
         resume, overwrite, cpu: See `train_piad`.
-        teacher: A model with the same classes whose answers are ``config.distil`` of every target.
+        teacher: A model with the same classes whose outputs are ``config.distil`` of every target.
 
     Returns:
         `model`, in eval mode, with the weights that `Recipe.keep` names; of transformers a new model of its class.
@@ -75,20 +74,25 @@ def finetune(
     """
     if is_super_network(model):
         raise StrataViTError("finetune: this is a super-network: train it with train_piad, or extract a model first")
-    recipe = recipe_for(config, out, resume, FINETUNING, {"mode": "plain"})
+    recipe = recipe_for(config, out, resume, base=FINETUNING, fixed={"mode": "plain"})
     foreign, model = is_transformers(model), as_timm(model)
     architecture.describe(model)  # refused before any work if it could not be saved
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise StrataViTError("finetune: all weights are frozen; call model.requires_grad_(True) first")
     data_config = resolve_data_config(model)
-
-    def make_task(steps: int, accelerator: Any) -> FinetuneTask:
-        return FinetuneTask(model, data_config, recipe, recipe.decay(steps), accelerator)
-
-    evaluation = None if val_data is None else batches(val_data, recipe.batch_size)
-    taught = None if teacher is None else Teacher.of(teacher, data_config)
-    with folder_of(out) as folder:
-        train(make_task, model, train_data, recipe, folder, evaluation, resume, overwrite, cpu, taught)
+    train(
+        partial(FinetuneTask, model, data_config, recipe),
+        model,
+        data_config,
+        train_data,
+        val_data,
+        recipe,
+        out,
+        resume=resume,
+        overwrite=overwrite,
+        cpu=cpu,
+        teacher=teacher,
+    )
     return as_source(model) if foreign else model
 
 
@@ -105,64 +109,34 @@ class Plain(nn.Module):
         return logits
 
 
-class FinetuneTask:
-    """One small model in training, see `task.TrainingTask`."""
+class FinetuneTask(TrainingTask):
+    """One small model in training."""
 
-    kind = "small model"
+    kind = SMALL
 
     def __init__(
-        self, model: nn.Module, data_config: Mapping[str, Any], recipe: Recipe, decay: float, accelerator: Any
+        self, model: nn.Module, data_config: Mapping[str, Any], recipe: Recipe, steps: int, accelerator: Any
     ) -> None:
-        self.net = Plain(model.float().to(accelerator.device))
-        self.recipe, self.accelerator = recipe, accelerator
-        self.full_macs = linear_macs(model, data_config["input_size"])
-        self.ema = ModelEmaV3(self.net, decay) if decay else None
-
-    @property
-    def eval_model(self) -> nn.Module:
-        """The model that is evaluated and kept: averaged or raw weights."""
-        net = self.net if self.ema is None or self.recipe.keep == "raw" else self.ema.module
-        eval_model: nn.Module = net.model
-        return eval_model
-
-    def begin_stage(self, stage: int) -> None:
-        """Nothing is measured."""
+        super().__init__(Plain(model), linear_macs(model, data_config["input_size"]), recipe, steps, accelerator)
 
     def draw(self, generator: random.Random) -> list[SampledNetwork]:
         """The model as it is."""
         return [SampledNetwork(Spec({}), self.full_macs)]
 
-    def facts(self) -> dict[str, Any]:
-        """Nothing to log beyond the loss."""
-        return {}
-
     def evaluate(self, loader: Iterable[Any]) -> list[curve_points.Point]:
         """Its accuracy, one point."""
         params = sum(p.numel() for p in self.net.model.parameters())
-        metrics = evaluate(self.eval_model, loader).to_dict()
+        metrics = evaluate(self.eval_net.model, loader).to_dict()
         return [curve_points.Point("12/12", 1.0, self.full_macs, params, **metrics)]  # type: ignore[arg-type]
 
     def graduate(self, facts: dict[str, Any]) -> None:
         """Gives the model the weights to keep; eval mode. `facts` go into its provenance."""
         model = self.net.model
-        if self.eval_model is not model:
-            with torch.no_grad():
-                model.load_state_dict(self.eval_model.state_dict())
-        model.provenance = {**getattr(model, "provenance", {}), "finetune": facts}  # type: ignore[assignment]
+        if self.eval_net is not self.net:
+            model.load_state_dict(self.eval_net.model.state_dict())
+        model.provenance = {**getattr(model, "provenance", {}), "finetune": facts}
         model.eval()
 
     def publish(self, folder: Path, points: list[curve_points.Point]) -> None:
         """Writes the model into the run's folder."""
         publish(lambda path: sub_network.save(self.net.model, path, overwrite=True), SMALL_FILES, folder)
-
-    def state(self) -> dict[str, Any]:
-        """Weights and averaged weights."""
-        return weights_of(self.net.model, None if self.ema is None else self.ema.module.model)
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Takes what `state` gave.
-
-        Raises:
-            StrataViTError: It is another model's.
-        """
-        put_weights(state, self.net.model, None if self.ema is None else self.ema.module.model)

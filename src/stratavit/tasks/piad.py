@@ -6,15 +6,16 @@ Source: method section 2 (arXiv 2511.11683).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from stratavit.tasks.piad_task import PiadTask
-from stratavit.training.launch import Config, batches, folder_of, recipe_for, spread, train
-from stratavit.training.teacher import Teacher
+from stratavit.training.launch import Config, batches, recipe_for, train
+from stratavit.training.order import length_of
 from stratavit.utils.model import classes_of
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def train_piad(
 
     Args:
         net: A super-network, best contracted (`SuperNet.contract`).
-        train_data: Of known length, gives ``(image [C, H, W], label)``, augmented by itself if at all.
+        train_data: Of known length, returns ``(image [C, H, W], label)``, augmented by itself if at all.
         val_data: To evaluate the ladder of budgets on: a data set of ``(image, label)``, or a loader of such batches.
             Networks without a head are measured by the nearest neighbours among the proxy images (`features.knn`).
         config: A `Recipe`; or some of its keys, or a recipe's file, the other keys as in the interrupted run, or the
@@ -53,14 +54,14 @@ def train_piad(
             Units are the recipe's, not those of `SuperNet.set_units`.
         out: Folder of the run; must be empty or absent, unless `resume`. None keeps nothing but `net`.
         proxy: Batches that importance and means are measured on, best in the evaluation transform; run through several
-            times per epoch while the list grows. None takes ``config.proxy_images`` of `train_data`, evenly spread, as
-            it gives them.
+            times per epoch while the list grows. None: ``config.proxy_images`` of `train_data`, evenly spread, as
+            it returns them.
         resume: Go on with the interrupted run in `out`; on the CPU the result is bit-identical to that of a run that
             was not interrupted.
         overwrite: Empty `out` first, if there is something in it.
         cpu: Train on the CPU even where there is an accelerator.
-        teacher: A model with the same classes whose answers are ``config.distil`` of every target. Without one the full
-            network teaches smaller prefixes. A network that answers with features learns those of the teacher alone,
+        teacher: A model with the same classes whose outputs are ``config.distil`` of every target. Without one the full
+            network teaches smaller prefixes. A network that returns features learns those of the teacher alone,
             whatever `distil` is; its teacher is the network as it came, unless another is given.
 
     Returns:
@@ -71,17 +72,24 @@ def train_piad(
         ArtifactError: `out` is not free, holds no state to resume, or cannot be written.
         KeyboardInterrupt: Stopped on request; the state is saved.
     """
-    recipe = recipe_for(config, out, resume, {})
+    recipe = recipe_for(config, out, resume, base={}, fixed={})
     if proxy is None:
-        proxy = batches(spread(train_data, recipe.proxy_images), recipe.batch_size)
-
-    def make_task(steps: int, accelerator: Any) -> PiadTask:
-        return PiadTask(net, recipe, recipe.decay(steps), proxy, accelerator)
-
-    evaluation = None if val_data is None else batches(val_data, recipe.batch_size)
+        size = length_of(train_data)
+        count = min(recipe.proxy_images, size)
+        proxy = batches(Subset(train_data, [index * size // count for index in range(count)]), recipe.batch_size)
     if teacher is None and not classes_of(net):
         teacher = net.source_copy()
-    taught = None if teacher is None else Teacher.of(teacher, net.data_config)
-    with folder_of(out) as folder:
-        train(make_task, net.model, train_data, recipe, folder, evaluation, resume, overwrite, cpu, taught)
+    train(
+        partial(PiadTask, net, proxy, recipe),
+        net.model,
+        net.data_config,
+        train_data,
+        val_data,
+        recipe,
+        out,
+        resume=resume,
+        overwrite=overwrite,
+        cpu=cpu,
+        teacher=teacher,
+    )
     return net

@@ -1,4 +1,4 @@
-"""The network in training: its raw and averaged weights, its growing list, and what is measured of it."""
+"""A super-network in training: its raw and averaged weights, its growing list, and what is measured of it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from timm.utils import ModelEmaV3
 
 from stratavit.artifacts.folder_format import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
 from stratavit.artifacts.timm_config import FILE as TIMM_FILE
@@ -22,17 +20,11 @@ from stratavit.evaluation import curve_points
 from stratavit.reports import curve, plots
 from stratavit.spec import Spec
 from stratavit.tasks import progressive_list
-from stratavit.tasks.sampling import Prefixes, draw, random_widths, without_layers
+from stratavit.tasks.sampling import draw, prefixes_of, random_widths, without_layers
 from stratavit.training import distributed
 from stratavit.training.recipe import Recipe
-from stratavit.training.run_files import (
-    LOG_FILE,
-    Journal,
-    publish,
-    put_weights,
-    weights_of,
-)
-from stratavit.training.task import SampledNetwork
+from stratavit.training.run_files import LOG_FILE, Journal, publish
+from stratavit.training.task import SampledNetwork, TrainingTask
 
 if TYPE_CHECKING:
     from stratavit.supernet import SuperNet
@@ -42,61 +34,48 @@ CURVE_FILE, PLOT_FILE, HISTORY_FILE = "curve.csv", "curve.png", "history.png"
 SUPER_FILES = (WEIGHTS_FILE, MOMENTS_FILE, TIMM_FILE, CURVE_FILE, PLOT_FILE, HISTORY_FILE, JSON_FILE)
 
 
-class PiadTask:
+class PiadTask(TrainingTask):
     """A super-network in training.
 
     Args:
-        net: It is moved to the accelerator's device, in float32, and loses what training makes stale: moments and the
-            final mean.
-        recipe: Averaging, the list, and which weights are kept.
-        decay: EMA decay per step; 0 is no average.
+        net: It loses what training makes stale: moments and the final mean.
         proxy: Images that importance and means are measured on.
+        recipe: Averaging, the list, and which weights are kept.
+        steps: Of the run.
         accelerator: Of the run.
 
     Attributes:
         kind: The method, so that a state of one is not resumed with the other.
-        ema: The averaged copy, or None.
-        full_macs: MACs per image of the full network.
         given: The list that the network came with, if the recipe goes by it; else empty.
         entries: The dropout list so far.
         prefixes: Its prefixes.
     """
 
-    def __init__(self, net: SuperNet, recipe: Recipe, decay: float, proxy: Iterable[Any], accelerator: Any) -> None:
-        self.net, self.recipe, self.proxy, self.accelerator = net, recipe, proxy, accelerator
-        self.kind: str = net.method
-        self.full_macs = net.macs()
-        forget_moments(net, recipe)
-        net.set_units(recipe.head_dim_unit, recipe.mlp_units)
-        self.given = given_list(net, recipe)
-        net.float().to(accelerator.device)
-        self.ema = ModelEmaV3(net, decay) if decay else None
-        self.set_list([])
+    net: SuperNet
+    proxy: Iterable[Any]
 
-    @property
-    def eval_model(self) -> SuperNet:
-        """The network that is evaluated and kept: averaged or raw weights."""
-        return self.net if self.ema is None or self.recipe.keep == "raw" else self.ema.module
+    def __init__(self, net: SuperNet, proxy: Iterable[Any], recipe: Recipe, steps: int, accelerator: Any) -> None:
+        self.kind, self.proxy = net.method, proxy
+        _drop_stale(net, recipe)
+        net.set_units(recipe.head_dim_unit, recipe.mlp_units)
+        self.given = _given_list(net, recipe)
+        super().__init__(net, net.macs(), recipe, steps, accelerator)
+        self.set_list([])
 
     @property
     def strata(self) -> Strata:
         """The list so far."""
         return Strata(self.net.sites, self.entries)
 
-    @property
-    def smallest(self) -> float:
-        """Share of the dense MACs that the smallest sub-network of the list costs."""
-        return self.net.macs(self.strata.smallest()) / self.net.macs()
-
     def facts(self) -> dict[str, Any]:
-        """Length of the list and its smallest network, for the log."""
-        return {"entries": len(self.entries), "smallest": self.smallest}
+        """Length of the list, and the share of the dense MACs that its smallest network costs, for the log."""
+        return {"entries": len(self.entries), "smallest": self.net.macs(self.strata.smallest()) / self.full_macs}
 
     def set_list(self, entries: list[Entry]) -> None:
-        """Takes a list, the first process's where there are several."""
-        rows = distributed.broadcast(self.accelerator, Strata(self.net.sites, entries).to_json())
+        """Sets the list, to the first process's where there are several."""
+        rows = distributed.broadcast(Strata(self.net.sites, entries).to_json())
         self.entries = [Entry(*row) for row in rows]
-        self.prefixes = Prefixes.of(self.strata, self.net.cost, whole_groups=self.net.method == "paper")
+        self.prefixes = prefixes_of(self.strata, self.net.cost, whole_groups=self.net.method == "paper")
 
     def begin_stage(self, stage: int) -> None:
         """Measures means and importance on the raw weights as they are, and lets the list grow."""
@@ -108,7 +87,9 @@ class PiadTask:
 
     def grown(self, net: SuperNet, entries: list[Entry], stage: int) -> list[Entry]:
         """The list for a stage: on along the given one, and measured at `net` where that does not suffice."""
-        growth = self.recipe.growth
+        recipe = self.recipe
+        stages = recipe.list_epochs * recipe.growths if recipe.mode == "piad" else 1
+        growth = progressive_list.Growth(recipe.reduction, stages, recipe.objective, recipe.measure)
         target = growth.target(self.full_macs, stage)
         entries = progressive_list.extend(entries, self.given[len(entries) :], net.cost, target)
         return progressive_list.grow(net, self.proxy, entries, stage, growth)
@@ -117,20 +98,20 @@ class PiadTask:
         """Sub-networks that one batch runs, as the recipe's mode has it."""
         mode, sites = self.recipe.mode, self.net.sites
         if mode == "plain":
-            return [self._make_sample(self.net.resolve(None))]
+            return [self._sample(self.net.resolve(None))]
         if mode == "channel":
-            return [self._make_sample(random_widths(sites, generator))]
-        found = [self.prefixes[index] for index in draw(self.recipe.sampling, self.prefixes.macs, generator)]
+            return [self._sample(random_widths(sites, generator))]
+        found = draw(self.recipe.sampling, self.prefixes, generator)
         if mode == "piad":
             return found
         rate = self.recipe.layer_drop if mode == "layerdrop" else 0.0
-        return [self._make_sample(without_layers(one.spec, sites, rate, generator)) for one in found]
+        return [self._sample(without_layers(one.spec, sites, rate, generator)) for one in found]
 
-    def _make_sample(self, spec: Spec) -> SampledNetwork:
+    def _sample(self, spec: Spec) -> SampledNetwork:
         return SampledNetwork(spec, self.net.macs(spec))
 
     def refresh_means(self, net: SuperNet) -> None:
-        """Measures anew what takes the place of cut channels: the mean of every channel, and moments if they serve."""
+        """Measures what takes the place of cut channels: the mean of every channel, and moments if they serve."""
         if net.compensation == "none":
             return
         full = net.compensation == "full"
@@ -141,35 +122,35 @@ class PiadTask:
             mean = statistics[name].channel_mean
             if full:
                 mean, moments = contraction.moments_of(module, statistics[name])
-                module.moments = broadcast_moments(self.accelerator, moments)
-            mean = distributed.broadcast_tensor(self.accelerator, mean.to(module.out.weight))
-            contraction.set_mean(module, mean)
+                scalars = distributed.broadcast((moments.ridge, moments.energy))
+                module.moments = Moments(distributed.broadcast_tensor(moments.factor), *scalars)
+            contraction.set_mean(module, distributed.broadcast_tensor(mean.to(module.out.weight)))
 
     def settle(self) -> SuperNet:
         """Gives the evaluated network its list and its own means; ``plain`` and ``channel`` make their list here."""
-        eval_model = self.eval_model
-        self.refresh_means(eval_model)
+        net: SuperNet = self.eval_net
+        self.refresh_means(net)
         if self.recipe.mode in ("plain", "channel"):
-            self.set_list(self.grown(eval_model, [], 0))
-        eval_model.strata = self.strata
-        return eval_model
+            self.set_list(self.grown(net, [], 0))
+        net.strata = self.strata
+        return net
 
     def evaluate(self, loader: Iterable[Any]) -> list[curve_points.Point]:
         """The ladder of budgets, largest first, its rungs shared out among the processes."""
         rungs = curve_points.LADDER[self.accelerator.process_index :: self.accelerator.num_processes]
         judge = curve.judge_of(self.net, bank=self.proxy)
-        points = distributed.gather(self.accelerator, curve.curve(self.settle(), loader, rungs, judge))
+        points = distributed.gather(curve.curve(self.settle(), loader, rungs, judge))
         return sorted(points, key=lambda point: -point.macs)
 
     def graduate(self, facts: dict[str, Any]) -> None:
         """Gives `net` the weights to keep, their means and the list; eval mode. `facts` go into its provenance."""
-        eval_model, net = self.settle(), self.net
-        if eval_model is not net:
-            net.model.load_state_dict(eval_model.model.state_dict())
+        kept, net = self.settle(), self.net
+        if kept is not net:
+            net.model.load_state_dict(kept.model.state_dict())
             for name, module in net.elastic.items():
-                contraction.set_mean(module, eval_model.elastic[name].channel_mean)
-                module.moments = eval_model.elastic[name].moments
-        net.strata = eval_model.strata
+                contraction.set_mean(module, kept.elastic[name].channel_mean)
+                module.moments = kept.elastic[name].moments
+        net.strata = kept.strata
         net.eval()
         net.provenance.pop("stratify", None)
         net.provenance["train"] = facts
@@ -188,22 +169,19 @@ class PiadTask:
         publish(write, SUPER_FILES, folder)
 
     def state(self) -> dict[str, Any]:
-        """Weights, averaged weights, means and list."""
+        """Weights, averaged weights, means, moments and list."""
+        modules = self.net.elastic
         return {
             "strata": self.strata.to_json(),
             "given": Strata(self.net.sites, self.given).to_json(),
-            **weights_of(self.net.model, None if self.ema is None else self.ema.module.model),
-            "means": {name: module.channel_mean for name, module in self.net.elastic.items()},
-            "moments": {name: None if m.moments is None else vars(m.moments) for name, m in self.net.elastic.items()},
+            **super().state(),
+            "means": {name: module.channel_mean for name, module in modules.items()},
+            "moments": {name: None if m.moments is None else vars(m.moments) for name, m in modules.items()},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes what `state` gave.
-
-        Raises:
-            StrataViTError: It is another model's.
-        """
-        put_weights(state, self.net.model, None if self.ema is None else self.ema.module.model)
+        """Goes back to what `state` returned; that of another model is refused."""
+        super().restore(state)
         for name, module in self.net.elastic.items():
             contraction.set_mean(module, state["means"][name])
             moments = state["moments"][name]
@@ -212,13 +190,14 @@ class PiadTask:
         self.set_list(list(Strata.from_json(self.net.sites, state["strata"]).entries))
 
 
-def forget_moments(net: SuperNet, recipe: Recipe) -> None:
-    """Drops what training makes stale, and sets what takes the place of cut channels.
+def evaluations(folder: Path) -> list[tuple[int, list[curve_points.Point]]]:
+    """The ladders of budgets that a run has logged, with the epochs after which they were measured."""
+    found = curve_points.curves(Journal(folder / LOG_FILE).rows())
+    return [(epoch, points) for epoch, points in found if points]
 
-    Raises:
-        StrataViTError: The recipe compensates in full, and the network was contracted as in the paper; or its weights
-            are frozen.
-    """
+
+def _drop_stale(net: SuperNet, recipe: Recipe) -> None:
+    """Drops what training makes stale, and sets what takes the place of cut channels."""
     if net.method == "paper" and recipe.compensation == "full":
         raise StrataViTError("train: compensation 'full' needs a network contracted by the default method, not 'paper'")
     if not any(parameter.requires_grad for parameter in net.parameters()):
@@ -228,18 +207,8 @@ def forget_moments(net: SuperNet, recipe: Recipe) -> None:
     net.compensation = "none" if net.method == "paper" else recipe.compensation
 
 
-def evaluations(folder: Path) -> list[tuple[int, list[curve_points.Point]]]:
-    """The ladders of budgets that a run has logged, with the epochs after which they were measured."""
-    found = curve_points.curves(Journal(folder / LOG_FILE).rows())
-    return [(epoch, points) for epoch, points in found if points]
-
-
-def given_list(net: SuperNet, recipe: Recipe) -> list[Entry]:
-    """The list that a network came with, if the recipe goes by it.
-
-    Raises:
-        StrataViTError: It has none in the recipe's units.
-    """
+def _given_list(net: SuperNet, recipe: Recipe) -> list[Entry]:
+    """The list that a network came with in the recipe's units, if the recipe goes by it."""
     if recipe.list_source == "progressive":
         return []
     if net.strata is None:
@@ -248,9 +217,3 @@ def given_list(net: SuperNet, recipe: Recipe) -> list[Entry]:
             f"{recipe.head_dim_unit} (head_dim_unit) and 1/{recipe.mlp_units} (mlp_units); call stratify first"
         )
     return list(net.strata.entries)
-
-
-def broadcast_moments(accelerator: Any, moments: Moments) -> Moments:
-    """The first process's moments on all of them."""
-    scalars = distributed.broadcast(accelerator, (moments.ridge, moments.energy))
-    return Moments(distributed.broadcast_tensor(accelerator, moments.factor), *scalars)

@@ -6,11 +6,13 @@ Source: method section 2 (arXiv 2511.11683, progressive list). What is listed ne
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from stratavit.calibration.objectives import Objective
 from stratavit.dropout_list import strata
-from stratavit.dropout_list.growth import Growth
+from stratavit.dropout_list.growth import Measure
 from stratavit.dropout_list.sensitivity import measure_importance
 from stratavit.dropout_list.strata import Entry, Strata
 from stratavit.models.cost import CostModel
@@ -19,11 +21,32 @@ if TYPE_CHECKING:
     from stratavit.supernet import SuperNet
 
 
+@dataclass(frozen=True)
+class Growth:
+    """How the list grows.
+
+    Attributes:
+        reduction: r, share of the dense MACs that the finished list drops (paper: 0.875).
+        stages: P_e, times that it grows until it is finished (paper: 50, once per epoch).
+        objective: What the Taylor importance differentiates, see `statistics.collect`.
+        measure: What a bypass costs, see `sensitivity.bypass_sensitivity` (paper: ``top1``).
+    """
+
+    reduction: float = 0.875
+    stages: int = 50
+    objective: Objective = "auto"
+    measure: Measure = "auto"
+
+    def target(self, dense: int, stage: int) -> float:
+        """MACs that the list must drop from stage `stage` (0 is the first) on: ``r * dense * (stage + 1) / P_e``."""
+        return self.reduction * dense * min(stage + 1, self.stages) / self.stages
+
+
 def extend(entries: Sequence[Entry], order: Sequence[Entry], cost: CostModel, target: float) -> list[Entry]:
-    """Appends merged tails of `order`, each as a whole, until the list drops `target` MACs; pure.
+    """The list with merged tails of `order`, never cut, appended until it drops `target` MACs.
 
     Args:
-        entries: The list so far; returned unchanged in front.
+        entries: The list so far; stays in front.
         order: What is left, least important first (`strata.removal_order`).
         cost: Of the model.
         target: MACs to drop; missed only where nothing is left, exceeded by less than one merged tail.
@@ -33,20 +56,20 @@ def extend(entries: Sequence[Entry], order: Sequence[Entry], cost: CostModel, ta
     for _, tail in groupby(order, key=lambda entry: entry.group):
         if cost.macs() - cost.macs(widths) >= target:
             break
-        for entry in tail:
-            grown.append(entry)
-            widths[entry.site] = entry.width
+        units = list(tail)
+        grown += units
+        widths |= {entry.site: entry.width for entry in units}
     return grown
 
 
 def importance_at(
     net: SuperNet, widths: Mapping[str, int], loader: Iterable[Any], growth: Growth
 ) -> dict[str, list[float]]:
-    """Importance of the units that a sub-network still has, measured at that sub-network.
+    """Site name -> importance of the units that a sub-network still has (`strata.unit_importance`), measured at it.
 
     Args:
         net: Measured on its own weights in eval mode.
-        widths: Width of every site; sites at 0 have nothing left and are left out.
+        widths: Width of every site; sites at 0 are left out.
         loader: The proxy images; run through twice.
         growth: Objective and measure.
 
@@ -61,25 +84,19 @@ def importance_at(
         return measure_importance(net.model, left, loader, growth.objective, growth.measure)[0]
 
 
-def grow(
-    net: SuperNet, loader: Iterable[Any], entries: Sequence[Entry], stage: int, growth: Growth | None = None
-) -> list[Entry]:
-    """The list for a stage: importance is measured anew at the smallest sub-network so far, then units are appended.
+def grow(net: SuperNet, loader: Iterable[Any], entries: Sequence[Entry], stage: int, growth: Growth) -> list[Entry]:
+    """The list for a stage: importance is measured at the smallest sub-network so far, then units are appended.
 
     Args:
         net: The super-network as it is being trained.
         loader: The proxy images, in the evaluation transform; run through twice.
-        entries: The list of the stage before.
+        entries: The list of the stage before; stays in front.
         stage: 0 is the first; from `Growth.stages` on the list stays as it is.
-        growth: How the list grows; the paper's if None.
-
-    Returns:
-        The entries, the given ones in front.
+        growth: How the list grows.
 
     Raises:
         StrataViTError: Bad images or labels, or a non-finite result.
     """
-    growth = growth or Growth()
     widths = Strata(net.sites, entries).spec(len(entries))
     target = growth.target(net.macs(), stage)
     reached = net.macs() - net.macs(widths) >= target

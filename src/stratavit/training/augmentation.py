@@ -1,4 +1,4 @@
-"""Augmentation and regularisation of the DeiT recipe, all of it timm's: transforms, mixup, drop-path."""
+"""Augmentation and regularisation of the DeiT recipe, by timm: transforms, mixup, drop-path."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from stratavit.calibration.objectives import distance
 from stratavit.data.image_folder import ImageFolder
 from stratavit.errors import StrataViTError
 from stratavit.models.families import family_of
@@ -51,12 +50,7 @@ def _posterize(image: Any, bits: int, **options: Any) -> Any:
 
 
 class TrainingFolder(Dataset[tuple[Tensor, int]]):
-    """Images of a folder in the training transform; an unreadable one is told and replaced by the next.
-
-    Args:
-        folder: Its transform is replaced.
-        transform: See `training_transform`.
-    """
+    """Images of a folder, whose transform is replaced; an unreadable one is reported and replaced by the next."""
 
     def __init__(self, folder: ImageFolder, transform: Any) -> None:
         folder.transform = transform
@@ -75,35 +69,31 @@ class TrainingFolder(Dataset[tuple[Tensor, int]]):
 
 
 class Features:
-    """Trains a model that answers with features, by those of the teacher; nothing is mixed, labels are not used."""
+    """Trains a model that returns features by those of the teacher; nothing is mixed, labels are not used."""
 
     def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Both as they are."""
         return images, labels
 
-    def taught(self, target: Tensor, answer: Tensor, share: float) -> Tensor:
+    def taught(self, target: Tensor, output: Tensor, share: float) -> Tensor:
         """The teacher's features ``[B, D]``, whatever the share."""
-        return answer
+        return output
 
     def loss(self, features: Tensor, target: Tensor) -> Tensor:
         """Mean of the squared distance over the squared length of the target, in float32."""
-        return distance(features, target, 0) / len(features)
+        features, target = features.float(), target.float()
+        distances = (features - target).square().sum(dim=-1) / target.square().sum(dim=-1).clamp_min(1e-12)
+        return distances.sum() / len(features)
 
 
 class Target:
-    """Mixes images by mixup and cutmix and computes the loss against what they became.
-
-    Args:
-        recipe: Alphas and label smoothing.
-        classes: Of the head.
-    """
+    """Mixes images by mixup and cutmix and computes the loss against what they became, for a head of some classes."""
 
     def __init__(self, recipe: Recipe, classes: int) -> None:
         self.smoothing, self.classes = recipe.smoothing, classes
         mixes = recipe.mixup or recipe.cutmix
-        self.mixup = (
-            Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes) if mixes else None
-        )
+        options = {"label_smoothing": recipe.smoothing, "num_classes": classes}
+        self.mixup = Mixup(recipe.mixup, recipe.cutmix, **options) if mixes else None
 
     def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Images ``[B, C, H, W]`` and labels ``[B]`` to images and soft targets ``[B, classes]``, or unchanged."""
@@ -112,11 +102,11 @@ class Target:
         mixed, soft = self.mixup(images, labels)
         return mixed, soft
 
-    def taught(self, target: Tensor, answer: Tensor, share: float) -> Tensor:
-        """The target of a smaller prefix: `share` of it the full network's answer, logits ``[B, classes]``."""
+    def taught(self, target: Tensor, output: Tensor, share: float) -> Tensor:
+        """The target of a taught network: `share` of it the teacher's output, logits ``[B, classes]``."""
         if self.mixup is None:
             target = F.one_hot(target, self.classes).float() * (1 - self.smoothing) + self.smoothing / self.classes
-        return (1 - share) * target + share * answer.float().softmax(dim=-1)
+        return (1 - share) * target + share * output.float().softmax(dim=-1)
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Mean cross-entropy against soft targets (smoothed already) or labels, in float32."""
@@ -128,15 +118,12 @@ class Target:
 def drop_path(model: nn.Module, rate: float) -> Iterator[None]:
     """Runs the body with drop-path rates rising linearly over the blocks to `rate`; puts the model's own back."""
     blocks = [block for _, block in family_of(model).blocks(model)]
-    rates = torch.linspace(0, rate, len(blocks)).tolist()
-    before: list[tuple[Any, Any]] = [(block.drop_path1, block.drop_path2) for block in blocks]
+    own = [(block, name, getattr(block, name)) for block in blocks for name in ("drop_path1", "drop_path2")]
+    rates = torch.linspace(0, rate, len(blocks)).repeat_interleave(2).tolist()
     try:
-        for block, share in zip(blocks, rates, strict=True):
-            block.drop_path1 = DropPath(share) if share else nn.Identity()
-            block.drop_path2 = DropPath(share) if share else nn.Identity()
+        for (block, name, _), share in zip(own, rates, strict=True):
+            setattr(block, name, DropPath(share) if share else nn.Identity())
         yield
     finally:
-        for block, (first, second) in zip(blocks, before, strict=True):
-            block.drop_path1, block.drop_path2 = first, second
-            first.train(block.training)
-            second.train(block.training)
+        for block, name, module in own:
+            setattr(block, name, module.train(block.training))

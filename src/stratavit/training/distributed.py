@@ -34,7 +34,7 @@ def accelerator(recipe: Recipe, out: Path, cpu: bool) -> Any:
         cpu: Train on the CPU even where there is an accelerator.
 
     Raises:
-        StrataViTError: Accelerate or the tracker is not installed, or the precision cannot be had here.
+        StrataViTError: Accelerate or the tracker is not installed, or the precision is not available here.
     """
     try:
         from accelerate import Accelerator
@@ -42,23 +42,14 @@ def accelerator(recipe: Recipe, out: Path, cpu: bool) -> Any:
         from accelerate.utils import DistributedDataParallelKwargs
     except ImportError as error:
         raise StrataViTError("training needs Hugging Face Accelerate: pip install 'stratavit[train]'") from error
-    if recipe.tracker == "tensorboard":
-        try:
-            import tensorboard  # noqa: F401
-        except ImportError as error:
-            raise StrataViTError(
-                "the tracker needs TensorBoard: pip install 'stratavit[train]', or set tracker to 'none'"
-            ) from error
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched > 1 and not torch.cuda.is_available():
-        cpu = True  # Accelerate joins processes on CPUs only when told
+    fresh = not getattr(AcceleratorState, "_shared_state", None)
     # a prefix skips modules, so not every weight has a gradient; buffers are kept equal by `broadcast`
     parallel = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-    fresh = not getattr(AcceleratorState, "_shared_state", None)
     try:
         found = Accelerator(
             mixed_precision=None if recipe.precision == "auto" else recipe.precision,
-            cpu=cpu,
+            cpu=cpu or (launched > 1 and not torch.cuda.is_available()),  # it joins processes on CPUs only if asked to
             log_with=None if recipe.tracker == "none" else recipe.tracker,
             project_dir=str(out),
             kwargs_handlers=[parallel],
@@ -73,14 +64,17 @@ def accelerator(recipe: Recipe, out: Path, cpu: bool) -> Any:
     found.is_ours = fresh and found.num_processes == 1
     if recipe.tracker != "none" and not found.log_with:
         reset_accelerator(found)
-        raise StrataViTError(f"train: the tracker {recipe.tracker!r} is not installed; install it, or set it to 'none'")
+        raise StrataViTError(
+            f"train: the tracker {recipe.tracker!r} is not installed; install it (TensorBoard: pip install "
+            "'stratavit[train]'), or set tracker to 'none'"
+        )
     if found.num_processes > 1:
         atexit.register(leave_process_group)
     return found
 
 
 def reset_accelerator(accelerator: Any) -> None:
-    """Lets the next run in this process choose its precision and device anew, unless others use Accelerate's state."""
+    """Lets the next run in this process choose its own precision and device, unless others use Accelerate's state."""
     if accelerator.is_ours:
         from accelerate.state import AcceleratorState
 
@@ -94,7 +88,7 @@ def leave_process_group() -> None:
 
 
 def prepare(accelerator: Any, *parts: Any) -> Any:
-    """Accelerate's `prepare`, without its warning on an argument that newer versions of torch call otherwise."""
+    """Accelerate's `prepare`, without its warning on an argument that newer versions of torch have renamed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         return accelerator.prepare(*parts)
@@ -117,64 +111,55 @@ def unwrap(accelerator: Any, model: Any) -> None:
         vars(plain).pop(name, None)
 
 
-def broadcast(accelerator: Any, value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """The first process's value of a plain object, on all of them."""
-    if accelerator.num_processes == 1:
-        return value
     from accelerate.utils import broadcast_object_list
 
-    holder = [value]
-    broadcast_object_list(holder)
-    return holder[0]
+    return broadcast_object_list([value])[0]
 
 
-def broadcast_tensor(accelerator: Any, tensor: Tensor) -> Tensor:
-    """The first process's tensor on all of them; each gives one of the same shape."""
-    if accelerator.num_processes == 1:
-        return tensor
+def broadcast_tensor(tensor: Tensor) -> Tensor:
+    """The first process's tensor on all of them; each has one of the same shape."""
     from accelerate.utils import broadcast as broadcast_parts
 
     received: Tensor = broadcast_parts(tensor.contiguous())
     return received
 
 
-def gather(accelerator: Any, items: list[T]) -> list[T]:
+def gather(items: list[T]) -> list[T]:
     """The items of all processes, one process after another, on all of them."""
-    if accelerator.num_processes == 1:
-        return items
     from accelerate.utils import gather_object
 
     return list(gather_object(items))
 
 
 def on_main(accelerator: Any, work: Callable[[], None]) -> None:
-    """Runs `work` on the first process; where it fails for a reason of the user's, all processes say so.
-
-    Raises:
-        StrataViTError: As `work` raised it.
-    """
+    """Runs `work` on the first process; if it raises a `StrataViTError`, all processes do."""
     failure: StrataViTError | None = None
     if accelerator.is_main_process:
         try:
             work()
         except StrataViTError as error:
             failure = error
-    message = broadcast(accelerator, None if failure is None else str(failure))
-    if failure is not None:
-        raise failure
+    message = broadcast(None if failure is None else str(failure))
     if message is not None:
-        raise StrataViTError(message)
+        raise failure or StrataViTError(message)
 
 
 @contextmanager
-def raise_on_all_ranks(accelerator: Any, out: Path) -> Iterator[None]:
-    """Says when another process of the training is gone, which torch tells wherever one waits for it.
+def explained_ends(accelerator: Any, out: Path) -> Iterator[None]:
+    """Says what a second Ctrl-C, or the end of another process of the training, leaves behind.
 
     Raises:
-        StrataViTError: It is.
+        StrataViTError: Another process has gone; torch reports that wherever one waits for it.
+        KeyboardInterrupt: Interrupted at once.
     """
     try:
         yield
+    except KeyboardInterrupt as stop:
+        if str(stop):
+            raise
+        raise type(stop)(f"interrupted at once; {resume_hint(out)}") from stop
     except RuntimeError as error:
         lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
         if accelerator.num_processes == 1 or not lost:
@@ -186,16 +171,10 @@ def raise_on_all_ranks(accelerator: Any, out: Path) -> Iterator[None]:
 
 
 class StopRequest:
-    """Whether the run was asked to stop.
+    """Whether this process was asked to stop, and what its caller raises then."""
 
-    Attributes:
-        asked: Whether this process was.
-        by: What its caller raises then.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.by: type[KeyboardInterrupt] = KeyboardInterrupt
+    asked = False
+    by: type[KeyboardInterrupt] = KeyboardInterrupt
 
     def agreed(self, accelerator: Any, step: int, at_once: bool = False) -> bool:
         """Whether any process was asked; several look every few steps only, all at the same ones, or `at_once`."""

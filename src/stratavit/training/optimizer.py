@@ -1,4 +1,4 @@
-"""AdamW with a cosine schedule, both timm's, and the watch over the loss."""
+"""AdamW with a cosine schedule, both by timm, and the watch over the loss."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from stratavit.training.task import SampledNetwork
 def optimiser_and_schedule(model: nn.Module, recipe: Recipe, images: int, epoch_steps: int) -> tuple[Any, Any]:
     """AdamW and its schedule per step, a function of the step's number alone.
 
-    Weights of a module that a step skips as a whole have no gradient, so the step leaves them untouched, decay
-    included. Weights cut from a module that runs have gradient 0: they decay, and follow their momentum.
+    The weights of a module that a step skips have no gradient, so the step does not touch them, decay included.
+    Weights cut from a module that runs have gradient 0: they decay, and follow their momentum.
 
     Args:
         model: The timm model; its norms, biases and tokens are spared from decay.
         recipe: Rates.
-        images: Of the global batch; the rate is proportional to it. Where that falls below `Recipe.min_lr`, it stays.
+        images: Of the global batch; the rate is proportional to it. If it falls below `Recipe.min_lr`, it is constant.
         epoch_steps: Steps per epoch.
     """
     rate = recipe.lr * images / 512
@@ -43,7 +43,7 @@ def optimiser_and_schedule(model: nn.Module, recipe: Recipe, images: int, epoch_
 
 
 class Losses:
-    """Losses of the passes since the last look, left on the device, and the mean of the epoch."""
+    """Losses of the passes since the last look, kept on the device, and the mean of the epoch."""
 
     def __init__(self) -> None:
         self.sum = self.count = 0.0
@@ -53,7 +53,7 @@ class Losses:
         """Remembers one pass: number of the step, what ran, loss."""
         self._pending.append((step, drawn, loss.detach()))
 
-    def look(self, accelerator: Any) -> tuple[int, SampledNetwork, float] | None:
+    def look(self) -> tuple[int, SampledNetwork, float] | None:
         """Adds what is pending, of all processes, to the mean; waits for the device.
 
         Returns:
@@ -63,14 +63,14 @@ class Losses:
         if not self._pending:
             return None
         losses = torch.stack([loss for _, _, loss in self._pending]).tolist()
-        everywhere = distributed.gather(accelerator, losses)
+        everywhere = distributed.gather(losses)
         for loss in everywhere:  # one by one: the mean does not depend on when one looked
             self.sum += loss
         self.count += len(everywhere)
-        bad = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
-        step, drawn, _ = self._pending[bad[0] if bad else -1]
+        bad = next((number for number, loss in enumerate(losses) if not math.isfinite(loss)), -1)
+        step, drawn, _ = self._pending[bad]
         self._pending.clear()
-        return None if math.isfinite(sum(everywhere)) else (step, drawn, losses[bad[0] if bad else -1])
+        return None if math.isfinite(sum(everywhere)) else (step, drawn, losses[bad])
 
     def take_mean(self) -> float:
         """Mean over the epoch; starts a new one."""

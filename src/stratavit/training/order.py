@@ -29,19 +29,10 @@ Key = tuple[int, int, int]  # epoch, place in the epoch, index of the image
 
 @dataclass(frozen=True)
 class Order:
-    """The order of images.
+    """The order of `count` images; processes use the places of an epoch in turn.
 
-    Attributes:
-        count: Images in the data set.
-        batch_size: Images per batch of one process.
-        processes: Number of training processes; they take places in turn.
-        accumulate: Batches per step of the optimiser.
-        repeats: Copies of an image per epoch, each augmented anew; an epoch then holds `count` / `repeats` different
-            images (repeated augmentation, as in the DeiT recipe).
-        seed: Of the run.
-
-    Raises:
-        StrataViTError: There are fewer images than one step takes.
+    With `repeats`, an epoch holds `count` / `repeats` different images, each with several augmentations (repeated
+    augmentation, as in the DeiT recipe).
     """
 
     count: int
@@ -51,17 +42,15 @@ class Order:
     repeats: int
     seed: int
 
-    def __post_init__(self) -> None:
-        if self.steps == 0:
-            step = self.batch_size * self.processes * self.accumulate
-            raise StrataViTError(
-                f"train: {self.count} images are fewer than the {step} of one step; lower batch_size or accumulate"
-            )
+    @property
+    def step_images(self) -> int:
+        """Images per step of the optimiser, of all processes."""
+        return self.batch_size * self.processes * self.accumulate
 
     @property
     def steps(self) -> int:
-        """Steps of the optimiser per epoch; images that fill no whole step are left out."""
-        return self.count // (self.batch_size * self.processes * self.accumulate)
+        """Steps of the optimiser per epoch; images that do not fill a step are left out."""
+        return self.count // self.step_images
 
     def indices(self, epoch: int) -> Tensor:
         """Index of the image at every place of an epoch, ``[count]``."""
@@ -71,33 +60,31 @@ class Order:
 
     def batches(self, epoch: int, process: int, first_step: int = 0) -> list[list[Key]]:
         """Keys of one process's batches in an epoch, from a step on."""
-        order = self.indices(epoch).tolist()
-        found = []
-        for batch in range(first_step * self.accumulate, self.steps * self.accumulate):
-            start = batch * self.batch_size * self.processes + process
-            places = range(start, start + self.batch_size * self.processes, self.processes)
-            found.append([(epoch, place, order[place]) for place in places])
-        return found
+        order, width = self.indices(epoch).tolist(), self.batch_size * self.processes
+        return [
+            [(epoch, place, order[place]) for place in range(start, start + width, self.processes)]
+            for start in range(first_step * self.step_images + process, self.steps * self.step_images + process, width)
+        ]
 
 
 def make_order(data: Dataset[Any], recipe: Recipe, processes: int) -> Order:
-    """The order that a recipe gives the images of a data set of known length.
-
-    Raises:
-        StrataViTError: There are fewer images than one step takes, or see `length_of`.
-    """
-    return Order(length_of(data), recipe.batch_size, processes, recipe.accumulate, recipe.repeats, recipe.seed)
+    """The order that a recipe prescribes for the images of a data set; one too small for it is refused."""
+    order = Order(length_of(data), recipe.batch_size, processes, recipe.accumulate, recipe.repeats, recipe.seed)
+    if order.steps == 0:
+        raise StrataViTError(
+            f"train: {order.count} images are fewer than the {order.step_images} of one step; lower batch_size or "
+            "accumulate"
+        )
+    if recipe.growths > order.steps:
+        raise StrataViTError(f"train: growths ({recipe.growths}) must not exceed the {order.steps} steps of an epoch")
+    return order
 
 
 def length_of(data: Any) -> int:
-    """Number of images of a data set.
-
-    Raises:
-        StrataViTError: It is something else, such as a loader, or gives its images in turn only.
-    """
+    """Number of images of a data set; a loader, or what cannot be indexed, is refused."""
     if isinstance(data, IterableDataset) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise StrataViTError(
-            "train: expected a data set of known length that gives every image by its number, got "
+            "train: expected a data set of known length that returns every image by its number, got "
             f"{type(data).__name__}" + ("; give its dataset" if isinstance(data, DataLoader) else "")
         )
     return len(data)
@@ -119,11 +106,12 @@ def loader(
     dataset: Dataset[Any], order: Order, epoch: int, process: int, first_step: int, workers: int, pin: bool
 ) -> DataLoader[Any]:
     """Batches of one process in an epoch, from a step on; at most one worker per core."""
-    workers = min(workers, os.cpu_count() or 1)
-    keys = order.batches(epoch, process, first_step)
-    seeded = Seeded(dataset, order.seed)
     return DataLoader(
-        seeded, batch_sampler=keys, num_workers=workers, pin_memory=pin, worker_init_fn=_leave_signals_to_the_parent
+        Seeded(dataset, order.seed),
+        batch_sampler=order.batches(epoch, process, first_step),
+        num_workers=min(workers, os.cpu_count() or 1),
+        pin_memory=pin,
+        worker_init_fn=_leave_signals_to_the_parent,
     )
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from stratavit.calibration.objectives import Objective
-from stratavit.dropout_list.growth import Growth, Measure
+from stratavit.dropout_list.growth import Measure
 from stratavit.errors import StrataViTError, described, one_line
 from stratavit.files.folders import read_small
 
@@ -24,6 +24,14 @@ Keep = Literal["ema", "raw"]
 Sampling = Literal["uniform", "sandwich", "budget"]
 ListSource = Literal["progressive", "given"]
 Precision = Literal["auto", "no", "fp16", "bf16"]
+_NOT_NEGATIVE: tuple[str, Callable[[float], bool]] = ("at least 0", lambda value: value >= 0)
+_POSITIVE: tuple[str, Callable[[float], bool]] = ("at least 1", lambda value: value >= 1)
+Whole = Annotated[int, _NOT_NEGATIVE]
+Count = Annotated[int, _POSITIVE]
+Amount = Annotated[float, _NOT_NEGATIVE]
+Rate = Annotated[float, ("at least 0 and below 1", lambda value: 0 <= value < 1)]
+Share = Annotated[float, ("above 0 and at most 1", lambda value: 0 < value <= 1)]
+Probability = Annotated[float, ("from 0 to 1", lambda value: 0 <= value <= 1)]
 
 
 @dataclass(frozen=True)
@@ -36,13 +44,13 @@ class Recipe:
     Attributes:
         mode: ``piad`` (P), or an arm to compare it with, in our reading of the paper's ablation: ``plain``
             runs the full network only; ``channel`` keeps a uniformly drawn number of units at every site; ``weighted``
-            draws from a list that is made once, before training, and leaves every site a unit; ``layerdrop`` is
-            ``weighted`` with whole sites skipped at random. ``plain`` and ``channel`` make their list at the end.
+            draws from a list that is made once, before training, and keeps a unit of every site; ``layerdrop`` is
+            ``weighted`` with sites skipped at random. ``plain`` and ``channel`` make their list at the end.
         layer_drop: Probability that ``layerdrop`` skips a site (S: 0.2, as LayerDrop, arXiv 1909.11556).
         compensation: What takes the place of cut channels while training, where the method is not the paper's: their
             ``mean``, or ``full``, what the kept ones predict (S). ``full`` starts from the one-shot networks, and keeps
             second moments.
-        distil: Share of the target that is the teacher's answer to the same batch, one forward pass more; without a
+        distil: Share of the target that is the teacher's output for the same batch, one forward pass more; without a
             teacher of its own the full network teaches smaller prefixes; 0 is none (P: none).
         epochs: Passes over the training images; 150 for DeiT-B (P).
         batch_size: Images per process and pass; times `accumulate` times processes it is the global batch (D: 1,024).
@@ -86,46 +94,46 @@ class Recipe:
     """
 
     mode: Mode = "piad"
-    layer_drop: float = 0.2
+    layer_drop: Rate = 0.2
     compensation: Literal["mean", "full"] = "mean"
-    distil: float = 0.0
-    epochs: int = 300
-    batch_size: int = 128
-    accumulate: int = 1
-    lr: float = 5e-4
-    min_lr: float = 1e-5
-    warmup_epochs: int = 0
-    weight_decay: float = 0.05
-    clip: float = 0.0
-    drop_path: float = 0.1
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    smoothing: float = 0.1
+    distil: Probability = 0.0
+    epochs: Count = 300
+    batch_size: Count = 128
+    accumulate: Count = 1
+    lr: Amount = 5e-4
+    min_lr: Amount = 1e-5
+    warmup_epochs: Whole = 0
+    weight_decay: Amount = 0.05
+    clip: Amount = 0.0
+    drop_path: Rate = 0.1
+    mixup: Amount = 0.8
+    cutmix: Amount = 1.0
+    smoothing: Rate = 0.1
     randaugment: str = "rand-m9-mstd0.5-inc1"
-    crop: float = 0.08
-    flip: float = 0.5
-    erasing: float = 0.25
-    repeats: int = 3
-    ema_decay: float = 0.99996
-    ema_horizon: float = 0.0
+    crop: Share = 0.08
+    flip: Probability = 0.5
+    erasing: Rate = 0.25
+    repeats: Count = 3
+    ema_decay: Rate = 0.99996
+    ema_horizon: Amount = 0.0
     keep: Keep = "ema"
-    reduction: float = 0.875
+    reduction: Share = 0.875
     list_source: ListSource = "progressive"
-    list_epochs: int = 50
-    growths: int = 1
-    head_dim_unit: int = 8
-    mlp_units: int = 32
+    list_epochs: Count = 50
+    growths: Count = 1
+    head_dim_unit: Count = 8
+    mlp_units: Count = 32
     objective: Objective = "auto"
     measure: Measure = "auto"
     sampling: Sampling = "uniform"
-    proxy_images: int = 1024
+    proxy_images: Count = 1024
     precision: Precision = "auto"
-    seed: int = 0
-    workers: int = 4
-    eval_every: int = 10
-    save_every: int = 1
-    save_steps: int = 0
-    log_steps: int = 50
+    seed: Whole = 0
+    workers: Whole = 4
+    eval_every: Count = 10
+    save_every: Count = 1
+    save_steps: Whole = 0
+    log_steps: Count = 50
     tracker: str = "tensorboard"
 
     def __post_init__(self) -> None:
@@ -133,16 +141,9 @@ class Recipe:
             _check_type(name, getattr(self, name), kind)
             if kind is float:
                 object.__setattr__(self, name, float(getattr(self, name)))
-        for name in _AT_LEAST_ONE:
-            _check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in _NOT_NEGATIVE:
-            _check(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        for name in _SHARES:
-            _check(0 <= getattr(self, name) < 1, f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
-        for name in ("reduction", "crop"):
-            _check(0 < getattr(self, name) <= 1, f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
-        for name in ("flip", "distil"):
-            _check(0 <= getattr(self, name) <= 1, f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        for name, kind in get_type_hints(Recipe, include_extras=True).items():
+            for words, sound in getattr(kind, "__metadata__", ()):
+                _check(sound(getattr(self, name)), f"{name} must be {words}, got {getattr(self, name)}")
         _check(
             self.mode != "piad" or self.list_epochs <= self.epochs,
             f"list_epochs ({self.list_epochs}) must not exceed epochs ({self.epochs}), or the list stays unfinished",
@@ -153,35 +154,29 @@ class Recipe:
             f"batch_size must be even for mixup and cutmix, got {self.batch_size}",
         )
 
-    @property
-    def growth(self) -> Growth:
-        """How the list grows: over `list_epochs`, or in one go except for ``piad``."""
-        stages = self.list_epochs * self.growths if self.mode == "piad" else 1
-        return Growth(self.reduction, stages, self.objective, self.measure)
-
-    def resumed(self, asked: Recipe | None, source: str) -> Recipe:
-        """The recipe of a run that was begun with this one and goes on.
-
-        Args:
-            asked: May differ in what has no effect on the weights; None is this one.
-            source: Where this one is from, for the message.
+    def resumed(self, asked: Recipe, source: str) -> Recipe:
+        """The recipe of a run that was begun with this one and goes on with another.
 
         Raises:
-            StrataViTError: It differs in something else.
+            StrataViTError: They differ in something that has an effect on the weights; `source` is named.
         """
-        for key, value in (asked or self).to_dict().items():
+        for key, value in asked.to_dict().items():
             if key not in _WITHOUT_EFFECT and value != getattr(self, key):
                 raise StrataViTError(
                     f"{source} was trained with {key} = {described(getattr(self, key))}; a resumed run "
                     f"cannot make it {described(value)}"
                 )
-        return asked or self
+        return asked
 
     def decay(self, steps: int) -> float:
         """EMA decay per step for a run of so many steps; 0 is no average."""
         if not self.ema_horizon:
             return self.ema_decay
         return max(1 - 1 / (self.ema_horizon * steps), 0.0)
+
+    def due(self, epoch: int, every: int) -> bool:
+        """Whether something is done after so many epochs: every few of them, and after the last."""
+        return epoch == self.epochs or epoch % every == 0
 
     def to_dict(self) -> dict[str, Any]:
         """Every key with its value."""
@@ -215,14 +210,14 @@ class Recipe:
         Args:
             path: Of the file.
             overrides: Win over the file.
-            base: Take the place of the defaults.
+            base: In place of the defaults.
 
         Raises:
             StrataViTError: The file cannot be read, or see `from_dict`.
         """
         values = {} if path is None else read_toml(Path(path))
         source = "recipe" if path is None else str(path)
-        return cls.from_dict(dict(base or {}) | values | dict(overrides or {}), source)
+        return cls.from_dict({**(base or {}), **values, **(overrides or {})}, source)
 
 
 # of one small model: the paper's 30 epochs (P); keys of the dropout list have no effect
@@ -232,16 +227,7 @@ LIST_KEYS = (
     *("objective", "measure", "sampling", "proxy_images", "list_source"),
 )
 _WITHOUT_EFFECT = ("workers", "eval_every", "save_every", "save_steps", "log_steps", "tracker")
-_AT_LEAST_ONE = (
-    *("epochs", "batch_size", "accumulate", "repeats", "list_epochs"),
-    *("proxy_images", "eval_every", "save_every", "log_steps", "growths", "head_dim_unit", "mlp_units"),
-)
-_NOT_NEGATIVE = (
-    *("lr", "min_lr", "warmup_epochs", "weight_decay", "clip", "mixup", "cutmix"),
-    *("ema_horizon", "workers", "save_steps", "seed"),
-)
 _LARGEST = 2**32  # of any number: seeds go as far
-_SHARES = ("drop_path", "smoothing", "erasing", "ema_decay", "layer_drop")
 
 
 def field_types() -> dict[str, Any]:
@@ -250,11 +236,7 @@ def field_types() -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The keys of a TOML file.
-
-    Raises:
-        StrataViTError: It cannot be read, or is not TOML.
-    """
+    """The keys of a TOML file; a `StrataViTError` says why it cannot be read."""
     try:
         return tomllib.loads(read_small(path).decode())
     except OSError as error:
@@ -270,16 +252,10 @@ def _check(sound: bool, message: str) -> None:
 
 def _check_type(name: str, value: Any, kind: Any) -> None:
     if get_origin(kind) is Literal:
-        choices = ", ".join(get_args(kind))
-        _check(
-            isinstance(value, str) and value in get_args(kind),
-            f"{name} must be one of {choices}, got {described(value)}",
-        )
-        return
-    accepted = (int, float) if kind is float else (kind,)
-    words = {int: "a whole number", float: "a number", str: "a text"}
-    sound = isinstance(value, accepted) and not isinstance(value, bool)
-    _check(sound, f"{name} must be {words[kind]}, got {described(value)}")
-    _check(kind is not float or abs(value) < float("inf"), f"{name} must be finite, got {described(value)}")
-    small = kind is str or abs(value) <= _LARGEST
-    _check(small, f"{name} must be at most {_LARGEST:,}, got {described(value)}")
+        sound, words = isinstance(value, str) and value in get_args(kind), f"one of {', '.join(get_args(kind))}"
+    else:
+        sound = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+        words = {int: "a whole number", float: "a number", str: "a text"}[kind]
+    _check(sound, f"{name} must be {words}, got {described(value)}")
+    if kind in (int, float):
+        _check(abs(value) <= _LARGEST, f"{name} must be finite and at most {_LARGEST:,}, got {described(value)}")

@@ -1,4 +1,4 @@
-"""An external teacher: a frozen model whose answers become part of the targets."""
+"""An external teacher: a frozen model whose outputs become part of the targets."""
 
 from __future__ import annotations
 
@@ -16,51 +16,31 @@ from stratavit.utils.model import classes_of, model_dtype
 
 
 class Teacher:
-    """Answers images that were prepared for a student.
+    """Logits for images that were prepared for a student.
+
+    The teacher's own normalisation and input size are read off a timm model; of others they are the student's.
 
     Args:
         model: Any model from images to logits; it is not copied, and put into eval mode.
-        name: Told when a resumed run has another teacher.
-        size: Height and width that it expects; None: as the student.
-        own, theirs: Mean and std that the teacher's and the student's images are normalised by.
+        student: The student's data configuration.
+
+    Attributes:
+        name: Reported when a resumed run has another teacher.
+        size: Height and width that images are resized to; None: they stay as they are.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        name: str,
-        size: tuple[int, int] | None,
-        own: tuple[Tensor, Tensor],
-        theirs: tuple[Tensor, Tensor],
-    ) -> None:
-        self.model, self.name, self.size = model.eval(), name, size
-        (mean, std), (mean_s, std_s) = own, theirs
+    def __init__(self, model: nn.Module, student: Mapping[str, Any]) -> None:
+        cfg = getattr(model, "pretrained_cfg", None) or {}
+        own = getattr(model, "data_config", None) or (resolve_model_data_config(model) if cfg else student)
+        height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or own["input_size"][1:]
+        self.model = model.eval()
+        self.name = f"{cfg.get('architecture') or type(model).__name__} {_digest(model)}"
+        self.size = None if (height, width) == tuple(student["input_size"][1:]) else (height, width)
+        (mean, std), (mean_s, std_s) = _normal(own), _normal(student)
         self.factor, self.shift = std_s / std, (mean_s - mean) / std  # [C, 1, 1]
 
-    @classmethod
-    def of(cls, model: nn.Module, student: Mapping[str, Any]) -> Teacher:
-        """A teacher whose own normalisation and input size are read off a timm model, else taken to be the student's.
-
-        Args:
-            model: The teacher.
-            student: The student's data configuration.
-        """
-        own = getattr(model, "data_config", None)
-        if own is None:
-            own = resolve_model_data_config(model) if getattr(model, "pretrained_cfg", None) else student
-        fixed = getattr(getattr(model, "patch_embed", None), "img_size", None)
-        size = tuple(own["input_size"][1:] if fixed is None else fixed)
-        same = size == tuple(student["input_size"][1:])
-        cfg = getattr(model, "pretrained_cfg", None) or {}
-        name = f"{cfg.get('architecture') or type(model).__name__} {_digest(model)}"
-        return cls(model, name, None if same else (size[0], size[1]), _normal(own), _normal(student))
-
     def to(self, device: torch.device, classes: int) -> Teacher:
-        """Moved to a device, and checked against the number of classes.
-
-        Raises:
-            StrataViTError: The teacher has another number of classes.
-        """
+        """Moved to a device; one with another number of classes than the student is refused."""
         own = classes_of(self.model) if hasattr(self.model, "num_classes") else classes
         if own != classes:
             raise StrataViTError(

@@ -1,4 +1,4 @@
-"""The training loop, shared by PIAD and fine-tuning: steps, epochs, evaluation, and a state that survives any kill.
+"""The training loop: steps, epochs, evaluation, and a state that survives any kill.
 
 Distribution, precision and trackers are Hugging Face Accelerate's; optimiser, schedule, mixup and weight averaging are
 timm's.
@@ -60,20 +60,13 @@ class Trainer:
         self.task, self.net = task, task.net
         self.data, self.order, self.recipe, self.out = data, places, recipe, out
         self.evaluation, self.accelerator, self.stop = evaluation, accelerator, stop
-        if recipe.growths > places.steps:
-            raise StrataViTError(
-                f"train: growths ({recipe.growths}) must not exceed the {places.steps} steps of an epoch"
-            )
         self.rank = accelerator.process_index
-        self.total = self.order.steps * recipe.epochs
         self.step = self.begun = self.ended = 0
-        self.losses = Losses()
-        self.journal = Journal(out / run_files.LOG_FILE)
+        self.losses, self.journal = Losses(), Journal(out / run_files.LOG_FILE)
         self.classes = classes_of(self.net.model)  # a wrapper around one model says nothing of them
         self.target = Target(recipe, self.classes) if self.classes else Features()
         self.teacher = None if teacher is None else teacher.to(accelerator.device, self.classes)
-        images = recipe.batch_size * recipe.accumulate * accelerator.num_processes
-        optimiser, self.schedule = optimiser_and_schedule(self.net.model, recipe, images, self.order.steps)
+        optimiser, self.schedule = optimiser_and_schedule(self.net.model, recipe, places.step_images, places.steps)
         self.model, self.optimiser = distributed.prepare(accelerator, self.net, optimiser)
         if recipe.tracker != "none":
             with self.tracking():
@@ -93,18 +86,8 @@ class Trainer:
             self.end_epoch()
         self.finish()
 
-    def begin_stage(self) -> None:
-        """Where a stage begins, measures means and importance on the weights as they are, and lets the list grow."""
-        stage = self.step * self.recipe.growths // self.order.steps
-        if self.begun > stage:
-            return
-        order.seed_all(self.recipe.seed, "stage", stage)  # proxy images may be augmented
-        self.task.begin_stage(stage)
-        self.rest()
-        self.begun = stage + 1
-
     def train_epoch(self, epoch: int) -> None:
-        """Takes the steps of an epoch that are left."""
+        """Runs the steps of an epoch that are left."""
         started, first = time.perf_counter(), self.step - epoch * self.order.steps
         pin = self.accelerator.device.type == "cuda"
         batches = iter(order.loader(self.data, self.order, epoch, self.rank, first, self.recipe.workers, pin))
@@ -123,15 +106,22 @@ class Trainer:
         self.look()
         self.seconds = time.perf_counter() - started
 
-    def pause(self, at_once: bool = False) -> None:
-        """Saves and stops if that was asked for; several processes look together, every few steps or `at_once`.
+    def begin_stage(self) -> None:
+        """Where a stage begins, measures means and importance on the weights as they are, and lets the list grow."""
+        stage = self.step * self.recipe.growths // self.order.steps
+        if self.begun > stage:
+            return
+        order.seed_all(self.recipe.seed, "stage", stage)  # proxy images may be augmented
+        self.task.begin_stage(stage)
+        rest(self.evaluation, self.task.proxy)
+        self.begun = stage + 1
 
-        Raises:
-            KeyboardInterrupt: It was.
-        """
+    def pause(self, at_once: bool = False) -> None:
+        """Saves and stops if that was asked for; several processes look together, every few steps or `at_once`."""
         if self.stop.agreed(self.accelerator, self.step, at_once):
             self.save()
-            raise self.stop.by(f"stopped after step {self.step} of {self.total}; resume {self.out} to go on")
+            total = self.order.steps * self.recipe.epochs
+            raise self.stop.by(f"stopped after step {self.step} of {total}; resume {self.out} to go on")
 
     def update(self, batches: list[Any]) -> None:
         """One step of the optimiser: every batch draws its own prefixes, gradients are averaged."""
@@ -140,14 +130,11 @@ class Trainer:
             order.seed_all(self.recipe.seed, "step", self.step, number, self.rank)
             images, target = self.prepare(batch)
             drawn = self.draw(number)
-            taught = [self.teacher is not None or one.macs < self.task.full_macs for one in drawn]
-            answer = self.answer(images) if any(taught) else None
-            for turn, (one, learns) in enumerate(zip(drawn, taught, strict=True), start=1):
+            learners = self.learners(drawn)
+            soft = self.target.taught(target, self.answer(images), self.recipe.distil) if any(learners) else target
+            for turn, (one, learns) in enumerate(zip(drawn, learners, strict=True), start=1):
                 last = number + 1 == len(batches) and turn == len(drawn)
-                soft = target
-                if answer is not None and learns:
-                    soft = self.target.taught(target, answer, self.recipe.distil)
-                self.learn(images, soft, one, 1 / (len(drawn) * len(batches)), last)
+                self.learn(images, soft if learns else target, one, 1 / (len(drawn) * len(batches)), last)
         if self.recipe.clip:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.optimiser.step()
@@ -158,11 +145,32 @@ class Trainer:
         if self.step % self.recipe.log_steps == 0:
             self.look()
 
-    @torch.no_grad()
-    def answer(self, images: Tensor) -> Tensor | None:
-        """Logits of the teacher, or of the full network, which then teaches smaller ones; None if nothing does."""
+    def prepare(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """A batch on the device, mixed."""
+        images, labels = unpack(batch, "train")
+        check_images(self.net.model, images, "train")
+        if not self.classes:
+            labels = torch.zeros(len(images), dtype=torch.long)
+        elif labels is None:
+            raise StrataViTError("train: the training data has no labels; it must return (image, label)")
+        else:
+            check_labels(labels, self.classes)
+        device = self.accelerator.device
+        return self.target.mix(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+
+    def draw(self, number: int) -> list[SampledNetwork]:
+        """Sub-networks that batch `number` of this step runs on this process."""
+        return self.task.draw(stream(self.recipe.seed, "draw", self.step, number, self.rank))
+
+    def learners(self, drawn: list[SampledNetwork]) -> list[bool]:
+        """Which of the networks learn from the teacher, or from the full network, which teaches smaller ones only."""
         if self.classes and not self.recipe.distil:
-            return None
+            return [False] * len(drawn)
+        return [self.teacher is not None or one.macs < self.task.full_macs for one in drawn]
+
+    @torch.no_grad()
+    def answer(self, images: Tensor) -> Tensor:
+        """Logits or features of the teacher, or of the full network."""
         if self.teacher is None:
             logits: Tensor = self.net(images)
             return logits
@@ -176,50 +184,24 @@ class Trainer:
             self.accelerator.backward(loss * share)
         self.losses.add(self.step, drawn, loss)
 
-    def draw(self, number: int) -> list[SampledNetwork]:
-        """Sub-networks that batch `number` of this step runs on this process."""
-        return self.task.draw(stream(self.recipe.seed, "draw", self.step, number, self.rank))
-
-    def prepare(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """A batch on the device, mixed."""
-        images, labels = unpack(batch, "train")
-        check_images(self.net.model, images, "train")
-        if not self.classes:
-            labels = torch.zeros(len(images), dtype=torch.long)
-        if labels is None:
-            raise StrataViTError("train: the training data gives no labels; it must give (image, label)")
-        if self.classes:
-            check_labels(labels, self.classes)
-        device = self.accelerator.device
-        return self.target.mix(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
-
-    def rest(self) -> None:
-        """Ends the processes that read images to measure on, while those that read images to train on work."""
-        rest(self.evaluation, getattr(self.task, "proxy", None))
+    # ---- evaluation and log -----------------------------------------------------------------------
 
     def to_evaluate(self) -> bool:
         """Whether the ladder of budgets is evaluated at the end of this epoch."""
-        epoch = self.ended + 1
-        due = epoch == self.recipe.epochs or epoch % self.recipe.eval_every == 0
-        return self.evaluation is not None and due
+        return self.evaluation is not None and self.recipe.due(self.ended + 1, self.recipe.eval_every)
 
     def end_epoch(self) -> None:
         """Evaluates if it is time, writes the log and the state."""
         evaluates, self.ended = self.to_evaluate(), self.ended + 1
-        row = {
-            "loss": self.losses.take_mean(),
-            "lr": self.rate,
-            **self.task.facts(),
-            "seconds": round(self.seconds, 3),
-        }
+        row = {"loss": self.losses.take_mean(), "lr": self.rate, **self.task.facts(), "seconds": round(self.seconds, 3)}
         self.log("epoch", row, row)
         if evaluates:
             order.seed_all(self.recipe.seed, "evaluation", self.ended)
             assert self.evaluation is not None
             points = self.task.evaluate(self.evaluation)
-            self.rest()
+            rest(self.evaluation, self.task.proxy)
             self.log("eval", {"points": [asdict(p) for p in points]}, {f"top1 at {p.asked}": p.top1 for p in points})
-        if self.ended == self.recipe.epochs or self.ended % self.recipe.save_every == 0:
+        if self.recipe.due(self.ended, self.recipe.save_every):
             self.save()
 
     def log(self, kind: str, row: dict[str, Any], values: dict[str, float]) -> None:
@@ -236,9 +218,8 @@ class Trainer:
 
     def tracking(self) -> AbstractContextManager[None]:
         """Around what a tracker writes."""
-        return readable_errors(
-            self.out, f"the tracker ({self.recipe.tracker}) failed; {run_files.resume_hint(self.out)}"
-        )
+        hint = run_files.resume_hint(self.out)
+        return readable_errors(self.out, f"the tracker ({self.recipe.tracker}) failed; {hint}")
 
     @property
     def rate(self) -> float:
@@ -246,12 +227,8 @@ class Trainer:
         return float(self.schedule.optimizer.param_groups[0]["lr"])
 
     def look(self) -> None:
-        """Looks at the losses since the last look.
-
-        Raises:
-            StrataViTError: One is not finite; names step, prefix and learning rate.
-        """
-        bad = self.losses.look(self.accelerator)
+        """Looks at the losses since the last look; one that is not finite is an error."""
+        bad = self.losses.look()
         if bad is None:
             return
         step, drawn, loss = bad
@@ -260,7 +237,7 @@ class Trainer:
         raise StrataViTError(
             f"train: the loss is {loss:g} at step {step} ({name}, {drawn.macs / self.task.full_macs:.0%} of MACs, "
             f"learning rate {self.rate:.3g}) or not finite on another process; "
-            f"{run_files.resume_hint(self.out, '')}: train anew with a lower lr or with clip"
+            f"{run_files.resume_hint(self.out, '')}: train again with a lower lr or with clip"
         )
 
     # ---- what is kept and written ---------------------------------------------------------
@@ -292,11 +269,7 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes back to a state.
-
-        Raises:
-            StrataViTError: It belongs to another model, data set, method, teacher or number of processes.
-        """
+        """Goes back to a state; one of another model, data set, method, teacher or number of processes is refused."""
         with run_files.checkpoint_errors(self.out):
             for key, value in self.identity().items():
                 if state[key] != value:
@@ -315,5 +288,5 @@ class Trainer:
         facts = {"recipe": self.recipe.to_dict(), "steps": self.step, **self.identity()}
         self.task.graduate(facts)
         points = curve_points.last_curve(self.journal.rows())
-        distributed.unwrap(self.accelerator, self.model)  # what is saved must answer as what is loaded
+        distributed.unwrap(self.accelerator, self.model)  # what is saved must compute the same as what is loaded
         distributed.on_main(self.accelerator, lambda: self.task.publish(self.out, points))

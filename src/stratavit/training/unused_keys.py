@@ -1,4 +1,4 @@
-"""Keys of a recipe that a run has no use for: told, so that nobody takes them for the cause of its result."""
+"""Keys of a recipe that have no effect in a run: reported, so that nobody takes them for the cause of its result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 from stratavit.training.recipe import FINETUNING, LIST_KEYS, Recipe
 
 SMALL = "small model"  # `TrainingTask.kind` of one
-_OF_LABELS = ("distil", "mixup", "cutmix", "smoothing")
 
 
 def idle_keys(recipe: Recipe, kind: str, classes: int) -> list[str]:
@@ -18,25 +17,24 @@ def idle_keys(recipe: Recipe, kind: str, classes: int) -> list[str]:
         kind: See `TrainingTask`.
         classes: Of the head; 0 where features are learnt.
     """
-    mode = recipe.mode
-    idle = set() if classes else set(_OF_LABELS)
-    if kind == SMALL:
-        idle |= set(LIST_KEYS)
-    else:
-        idle |= {"layer_drop"} if mode != "layerdrop" else set()
-        idle |= {"list_epochs"} if mode != "piad" else set()
-        idle |= {"sampling"} if mode in ("plain", "channel") else set()
-        idle |= {"growths"} if mode == "plain" else set()
-    if recipe.ema_horizon or recipe.keep == "raw":
-        idle |= {"ema_decay"}
-    if recipe.keep == "raw":
-        idle |= {"ema_horizon"}
-    usual = Recipe.from_dict(FINETUNING if kind == SMALL else {}).to_dict()
-    return [key for key, value in recipe.to_dict().items() if key in idle and value != usual[key]]
+    mode, small, raw = recipe.mode, kind == SMALL, recipe.keep == "raw"
+    idle = {
+        **dict.fromkeys(LIST_KEYS, small),
+        **dict.fromkeys(("distil", "mixup", "cutmix", "smoothing"), not classes),
+        "ema_decay": bool(recipe.ema_horizon) or raw,
+        "ema_horizon": raw,
+    }
+    if not small:
+        idle["layer_drop"] = mode != "layerdrop"
+        idle["list_epochs"] = mode != "piad"
+        idle["sampling"] = mode in ("plain", "channel")
+        idle["growths"] = mode == "plain"
+    usual = Recipe.from_dict(FINETUNING if small else {}).to_dict()
+    return [key for key, value in recipe.to_dict().items() if idle.get(key) and value != usual[key]]
 
 
-def tell(recipe: Recipe, kind: str, classes: int, processes: int) -> None:
-    """Says on standard error which keys of a recipe have no effect in a run, or not the one they say."""
+def report_unused(recipe: Recipe, kind: str, classes: int, processes: int) -> None:
+    """Says on standard error which keys of a recipe have no effect in a run, or another one than they say."""
     found = idle_keys(recipe, kind, classes)
     if found:
         what = f"a {SMALL}" if kind == SMALL else f"mode {recipe.mode}"
