@@ -7,10 +7,13 @@ import random
 import signal
 
 import numpy as np
+import pytest
 import torch
-from helpers import CLASSES, make_batches, make_images, make_net
+from helpers import CLASSES, make_batches, make_images, make_model, make_net
+from PIL import Image
 from torch.utils.data import Dataset
 
+import stratavit
 from stratavit.tasks.piad import train_piad
 from stratavit.tasks.piad_task import PiadTask
 from stratavit.training import distributed, order, run_files
@@ -32,6 +35,8 @@ TINY = Recipe(
     eval_every=2,
     tracker="none",
 )
+CALM = {"drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0}
+ONE = dataclasses.replace(TINY, epochs=1, list_epochs=1, eval_every=1)
 
 
 class Images(Dataset):
@@ -75,6 +80,13 @@ def run(out, method="default", data=None, recipe=TINY, resume=False, evaluation=
     return train_piad(net, data or Images(), held_out, recipe, out, proxy=make_batches(), resume=resume, cpu=True)
 
 
+def interrupted(train, at=38, happens=terminate):
+    """A run, `train(data, resume)`, that is stopped at the nth read of an image, and resumed."""
+    with pytest.raises((KeyboardInterrupt, CrashError)) as stop:
+        train(Images(at, happens), False)
+    return train(Images(), True), str(stop.value)
+
+
 def trainer(tmp_path, recipe=TINY, method="default", data=None, net=None):
     accelerator = distributed.accelerator(recipe, tmp_path, cpu=True)
     data = data or Images()
@@ -83,11 +95,23 @@ def trainer(tmp_path, recipe=TINY, method="default", data=None, net=None):
     return Trainer(task, data, places, recipe, tmp_path, None, accelerator, StopRequest())
 
 
+def rows(folder):
+    """The log without times."""
+    found = run_files.Journal(folder / "log.jsonl").rows()
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in found]
+
+
 def outcome(folder):
     """All that a run leaves, without times."""
-    state = run_files.read_state(folder)
-    log = [{k: v for k, v in row.items() if k != "seconds"} for row in run_files.Journal(folder / "log.jsonl").rows()]
-    return state, log, (folder / "model.safetensors").read_bytes(), (folder / "moments.safetensors").read_bytes()
+    return (
+        run_files.read_state(folder),
+        rows(folder),
+        *[path.read_bytes() for path in sorted(folder.glob("*.safetensors"))],
+    )
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
 
 
 def assert_same(found, expected):
@@ -107,15 +131,46 @@ def assert_same(found, expected):
         assert found == expected
 
 
+def write_images(folder, classes=CLASSES, each=4):
+    """A folder of images, a folder per class."""
+    for label in range(classes):
+        (folder / str(label)).mkdir(parents=True)
+        for number in range(each):
+            Image.new("RGB", (40, 36), (30 * label, 60 * number, 200)).save(folder / str(label) / f"{number}.png")
+    return folder
+
+
 def alike(out):
     """A run that processes share without a trace: 4 images per batch, prefixes that depend on the batch alone."""
     batch = 4 // int(os.environ.get("WORLD_SIZE", "1"))
-    off = {"drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0, "batch_size": batch}
-    before, Trainer.draw = (
-        Trainer.draw,
-        lambda self, number: [self.task.prefixes[(7 * self.step + (50, 0)[number]) % len(self.task.prefixes)]],
-    )
-    try:
-        return run(out, recipe=dataclasses.replace(TINY, **off))
-    finally:
-        Trainer.draw = before
+
+    def draw(self, number):
+        return [self.task.prefixes[(7 * self.step + (50, 0)[number]) % len(self.task.prefixes)]]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "draw", draw)
+        return run(out, recipe=dataclasses.replace(TINY, **CALM, batch_size=batch))
+
+
+# ---- commands -----------------------------------------------------------------------------------
+
+
+def make_work(folder):
+    """Images of seven classes, a super-network, a small and a dense model."""
+    write_images(folder / "data")
+    net = fresh(stratified=True)
+    net.save(folder / "run")
+    stratavit.save(net.extract(macs=0.5, verbose=False), folder / "small")
+    stratavit.save(make_model("plain"), folder / "dense")
+    return folder
+
+
+def argv(work, command, out):
+    """The command line of ``convert``, ``train`` or ``finetune`` on what `make_work` made."""
+    data = ["--data", str(work / "data"), "--out", str(out)]
+    if command == "convert":
+        return ["convert", str(work / "dense"), *data, "--workers", "0", "--overwrite"]
+    options = {"epochs": 2, "batch-size": 8, "lr": 0.02, "repeats": 1, "workers": 0, "tracker": "none"}
+    options |= {"list-epochs": 1} if command == "train" else {}
+    flags = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    return [command, str(work / {"train": "run", "finetune": "small"}[command]), *data, "--device", "cpu", *flags]

@@ -38,15 +38,15 @@ def normalised(seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_teacher_with_batch_norm(dtype):
-    one, same, other = (Teacher.of(normalised(seed).to(dtype), STUDENT).name for seed in (0, 0, 1))
+    one, same, other = (Teacher(normalised(seed).to(dtype), STUDENT).name for seed in (0, 0, 1))
     assert one == same != other
 
 
 def test_a_teacher_that_has_seen_another_number_of_batches():
     model = normalised(0)
-    before = Teacher.of(model, STUDENT).name
+    before = Teacher(model, STUDENT).name
     model[1].num_batches_tracked += 1
-    assert Teacher.of(model, STUDENT).name != before
+    assert Teacher(model, STUDENT).name != before
 
 
 @pytest.mark.parametrize("name", ["regnety_002", "resnet10t", "test_vit"])
@@ -65,7 +65,7 @@ def test_the_name_of_other_teachers_is_as_it_was():
     model, digest = make_model("plain"), hashlib.blake2b(digest_size=4)
     for name, tensor in model.state_dict().items():
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    assert Teacher.of(model, STUDENT).name.endswith(digest.hexdigest())
+    assert Teacher(model, STUDENT).name.endswith(digest.hexdigest())
 
 
 # ---- rates ------------------------------------------------------------------------------------------------------

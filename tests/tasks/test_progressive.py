@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stratavit import StrataViTError
-from stratavit.dropout_list import sensitivity, strata
-from stratavit.dropout_list.growth import Growth
-from stratavit.dropout_list.strata import Strata
+from stratavit.dropout_list import sensitivity
+from stratavit.dropout_list.strata import Entry, Strata
 from stratavit.tasks import progressive_list
-from stratavit.tasks.progressive_list import extend, grow
+from stratavit.tasks.progressive_list import Growth, extend, grow
 
 FAST = Growth(reduction=0.7, stages=4)
+NAMES = ["blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"]
 
 
 @pytest.fixture(scope="module")
@@ -39,25 +39,26 @@ def lists(net):
 
 
 def dropped(net, entries):
-    return net.macs() - net.macs(Strata(net.sites, entries).spec(len(entries)))
+    return net.macs() - net.macs(Strata(net.sites, entries).smallest())
 
 
-def test_listed_entries_never_move(lists):
+def without_last_group(entries):
+    return [entry for entry in entries if entry.group != entries[-1].group]
+
+
+def test_later_epochs_only_append_groups_of_their_own(net, lists):
     for before, after in pairwise(lists):
         assert after[: len(before)] == before
-
-
-def test_prefixes_nest(net, lists):
+        assert {e.group for e in before}.isdisjoint(e.group for e in after[len(before) :])
+    groups = [entry.group for entry in lists[-1]]
+    assert groups == sorted(groups)
     found = Strata(net.sites, lists[-1])
-    specs = [found.spec(position) for position in range(len(found) + 1)]
-    assert all(small <= large for large, small in pairwise(specs))
+    assert all(small <= large for large, small in pairwise(found.spec(place) for place in range(len(found) + 1)))
 
 
 def test_targets_are_met_by_less_than_one_group(net, lists):
     for epoch, entries in enumerate(lists):
-        target = FAST.target(net.macs(), epoch)
-        last = [entry for entry in entries if entry.group != entries[-1].group]
-        assert dropped(net, last) < target <= dropped(net, entries)
+        assert dropped(net, without_last_group(entries)) < FAST.target(net.macs(), epoch) <= dropped(net, entries)
 
 
 def test_nothing_is_added_after_the_last_growing_epoch(lists):
@@ -65,17 +66,11 @@ def test_nothing_is_added_after_the_last_growing_epoch(lists):
     assert lists[3] == lists[4] == lists[5]
 
 
-def test_groups_of_later_epochs_are_new_and_whole(lists):
-    groups = [entry.group for entry in lists[-1]]
-    assert groups == sorted(groups)
-    for before, after in pairwise(lists[:4]):
-        assert {e.group for e in before}.isdisjoint(e.group for e in after[len(before) :])
-
-
 def test_importance_is_measured_at_the_smallest_network(net, monkeypatch):
+    """And the network is afterwards as it was."""
+    before = copy.deepcopy(net.state_dict())
     entries = grow(net, make_batches(), [], 0, FAST)
-    smallest = Strata(net.sites, entries).spec(len(entries))
-    seen = []
+    smallest, seen = dict(Strata(net.sites, entries).smallest()), []
 
     def remember(function):
         def wrapped(model, *args, **kwargs):
@@ -87,15 +82,16 @@ def test_importance_is_measured_at_the_smallest_network(net, monkeypatch):
     for name in ("collect", "bypass_sensitivity"):
         monkeypatch.setattr(sensitivity, name, remember(getattr(sensitivity, name)))
     grow(net, make_batches(), entries, 1, FAST)
-    assert seen == [dict(smallest)] * 2
+    assert seen == [smallest] * 2
     assert all(module.width == module.full_width for module in net.elastic.values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in net.parameters())
 
 
 def test_sites_at_width_zero_are_skipped(net):
-    entries = [strata.Entry("blocks.0.attn", width, 0) for width in (8, 0)]
-    widths = Strata(net.sites, entries).spec(2)
-    importance = progressive_list.importance_at(net, widths, make_batches(), FAST)
-    assert list(importance) == ["blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"]
+    entries = [Entry("blocks.0.attn", width, 0) for width in (8, 0)]
+    widths = Strata(net.sites, entries).smallest()
+    assert list(progressive_list.importance_at(net, widths, make_batches(), FAST)) == NAMES[1:]
     grown = grow(net, make_batches(), entries, 3, FAST)
     assert grown[:2] == entries
     assert all(entry.site != "blocks.0.attn" for entry in grown[2:])
@@ -108,17 +104,11 @@ def test_one_epoch_is_the_one_shot_list(net):
     assert tuple(entries) == one_shot.entries[: len(entries)]
 
 
-def test_an_unreachable_target_takes_all_there_is(net):
-    entries = grow(net, make_batches(), [], 0, Growth(reduction=1.0, stages=1))
-    assert set(Strata(net.sites, entries).spec(len(entries)).values()) == {0}
-    assert grow(net, make_batches(), entries, 0, Growth(reduction=1.0, stages=1)) == entries
-
-
-def test_weights_and_flags_are_left_alone(net):
-    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    grow(net, make_batches(), [], 0, FAST)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in net.parameters())
+def test_an_unreachable_target_lists_all_there_is(net):
+    everything = Growth(reduction=1.0, stages=1)
+    entries = grow(net, make_batches(), [], 0, everything)
+    assert set(Strata(net.sites, entries).smallest().values()) == {0}
+    assert grow(net, make_batches(), entries, 0, everything) == entries
 
 
 def test_no_images_is_an_error(net):
@@ -126,20 +116,17 @@ def test_no_images_is_an_error(net):
         grow(net, [], [], 0, FAST)
 
 
-@given(
-    st.lists(st.sampled_from(["blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"]), max_size=8), st.data()
-)
+@given(st.lists(st.sampled_from(NAMES), max_size=8), st.data())
 def test_extend_stops_at_the_first_group_that_reaches_the_target(names, data):
     net = make_net("plain", "paper")
     left = {site.name: list(site.steps[:-1]) for site in net.sites}
     order = []
     for group, name in enumerate(names):
         count = data.draw(st.integers(0, len(left[name])))
-        order += [strata.Entry(name, left[name].pop(), group) for _ in range(count)]
+        order += [Entry(name, left[name].pop(), group) for _ in range(count)]
     target = data.draw(st.floats(0, net.macs()))
     grown = extend([], order, net.cost, target)
     assert grown == order[: len(grown)]
     assert len(grown) in Strata(net.sites, order).group_ends()
     assert dropped(net, grown) >= target or grown == order
-    whole = [entry for entry in grown if entry.group != grown[-1].group] if grown else []
-    assert not grown or dropped(net, whole) < target
+    assert not grown or dropped(net, without_last_group(grown)) < target

@@ -9,20 +9,17 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from children import ENVIRONMENT, child, content, done
+from children import child, content, done, started
 from helpers import CLASSES, make_model
-from PIL import Image
 from safetensors.torch import save_file
-from training_runs import TINY, CrashError, Images, assert_same, crash, fresh, outcome, run
+from training_runs import TINY, CrashError, Images, assert_same, crash, fresh, names, outcome, run, write_images
 
 import stratavit
 from stratavit import ArtifactError, StrataViTError, SuperNet
@@ -34,6 +31,9 @@ from stratavit.files.lock import Lock
 from stratavit.training import run_files
 from stratavit.training.augmentation import TrainingFolder, training_transform
 from stratavit.utils.progress import track
+
+WORKER = dataclasses.replace(TINY, workers=1)
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="files and memory are limited by Linux's means")
 
 
 @pytest.fixture(scope="module")
@@ -67,49 +67,32 @@ def rewrite(folder, edit):
     torch.save(state, folder / "state.pt")
 
 
-@pytest.mark.parametrize(
-    "key", ["given", "strata", "weights", "ema", "means", "moments", "optimiser", "scaler", "step"]
-)
-def test_a_state_of_a_release_that_did_not_know_a_key(folder, key):
-    rewrite(folder, lambda state: [state.pop(key), state.update(release="0.0.9")])
+@pytest.mark.parametrize("key", ["given", "weights", "moments", "scaler", "step"])
+@pytest.mark.parametrize("release", ["0.0.9", None])
+def test_a_state_of_a_release_that_did_not_know_a_key(folder, key, release):
+    def edit(state):
+        del state[key], state["release"]
+        if release is not None:
+            state["release"] = release
+
+    rewrite(folder, edit)
     message = refused(folder, resume=True)
-    assert f"lacks '{key}'" in message
-    assert "written by StrataViT 0.0.9; resume with that release" in message
+    assert f"'{key}'" in message
+    assert (release or "before states named theirs") in message
 
 
-def test_a_state_that_does_not_name_its_release(folder):
-    rewrite(folder, lambda state: [state.pop("given"), state.pop("release")])
-    assert "written by an older StrataViT, before states named theirs" in refused(folder, resume=True)
+JUNK = {"recipe": None, "kind": 5, "given": "x", "strata": {}, "weights": [], "means": {}, "loss": None, "step": "x"}
 
 
-SOUND = {("recipe", "[]"), ("recipe", "{}"), ("given", "[]"), ("strata", "[]"), ("step", "5")}
-
-
-@pytest.mark.parametrize("junk", [None, 5, "x", [], {}, torch.zeros(3)])
-@pytest.mark.parametrize("key", ["recipe", "kind", "given", "strata", "weights", "means", "optimiser", "step", "loss"])
-def test_a_state_with_something_else_in_it(folder, key, junk):
-    before = sorted(path.name for path in folder.iterdir())
-    rewrite(folder, lambda state: state.update({key: junk}))
-    if (key, str(junk)) in SOUND:
-        return
+@pytest.mark.parametrize("key", [*JUNK, "optimiser"])
+def test_a_state_with_something_else_in_it(folder, key):
+    before = names(folder)
+    rewrite(folder, lambda state: state.update({key: JUNK.get(key, torch.zeros(3))}))
     refused(folder, resume=True)
-    assert sorted(path.name for path in folder.iterdir()) == before
+    assert names(folder) == before
 
 
 # ---- two processes in one folder -------------------------------------------------------------------------------
-
-
-@contextmanager
-def held(folder, content=None):
-    """The folder is held by this process; `content`: what the file says in the place of that."""
-    mine = Lock(folder)
-    mine.take()
-    if content is not None:
-        mine.path.write_bytes(content)
-    try:
-        yield
-    finally:
-        mine.release()
 
 
 def lies(**changes):
@@ -130,30 +113,30 @@ HOLDERS = {
 }
 
 
-@pytest.mark.parametrize("resume", [True, False])
 @pytest.mark.parametrize("who", HOLDERS)
-def test_a_folder_that_is_in_use(folder, who, resume):
+def test_a_folder_that_is_in_use(folder, who, monkeypatch):
+    monkeypatch.setattr(lock, "PAUSE", 0)
     said, named = HOLDERS[who]
-    state = (folder / "state.pt").read_bytes()
-    with held(folder, said):
-        content = (folder / lock.FILE).read_bytes()
-        with pytest.raises(ArtifactError, match=rf"is written to by {named}.*wait for it, or give another folder"):
+    mine = Lock(folder)
+    mine.take()
+    if said is not None:
+        mine.path.write_bytes(said)
+    before = content(folder)
+    for resume in (True, False):
+        with pytest.raises(ArtifactError, match=named):
             stratavit.train_piad(fresh(), Images(), None, TINY, folder, resume=resume, overwrite=not resume, cpu=True)
-        assert (folder / lock.FILE).read_bytes() == content
-    assert (folder / "state.pt").read_bytes() == state
+    assert content(folder) == before
+    mine.release()
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"x", b"[]", b"\xff", lies(), lies(host="elsewhere"), lies(pid=1)],
-    ids=["empty", "text", "list", "bytes", "this process", "elsewhere", "the first process"],
-)
-def test_a_file_that_nobody_holds_is_no_lock(folder, content):
+@pytest.mark.parametrize("said", [b"", b"x", b"[]", b"\xff", lies(), lies(host="elsewhere"), lies(pid=1)])
+def test_a_file_that_nobody_holds_is_not_a_lock(tmp_path, said):
     """Of a run that was killed, here or in another container, even if its number is that of a process that runs."""
-    (folder / lock.FILE).write_bytes(content)
-    Lock(folder).check()
-    run(folder, resume=True)
-    assert not (folder / lock.FILE).exists()
+    (tmp_path / lock.FILE).write_bytes(said)
+    mine = Lock(tmp_path)
+    mine.take()
+    mine.release()
+    assert names(tmp_path) == set()
 
 
 PLACES = {
@@ -172,40 +155,27 @@ def test_something_else_under_the_name_of_the_lock(folder, place):
     assert (folder / "elsewhere").read_bytes() == b"kept"
 
 
-def test_a_lock_is_given_back_and_only_by_its_holder(tmp_path):
+def test_a_lock_is_given_back_only_by_its_holder(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "PAUSE", 0)
     one, other = Lock(tmp_path), Lock(tmp_path)
     one.take()
-    with pytest.raises(ArtifactError, match="is written to by process"):
+    with pytest.raises(ArtifactError, match=f"process {os.getpid()}"):
         other.take()
     other.release()
     assert one.path.exists()
-    with pytest.raises(ArtifactError, match="is written to by process"):
-        other.check()
-    one.release()
-    assert not one.path.exists()
-    one.release()
-    other.check()
-    other.take()
-    other.release()
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_lock_of_another_is_not_removed(tmp_path):
-    """Somebody removed the file by hand, and another run began."""
-    one, other = Lock(tmp_path), Lock(tmp_path)
-    one.take()
-    one.path.unlink()
+    one.path.unlink()  # as somebody may; then another run begins
     other.take()
     one.release()
     assert other.path.exists()
     other.release()
+    other.release()
+    assert names(tmp_path) == set()
 
 
-def test_a_file_that_its_holder_takes_away_is_opened_anew(tmp_path, monkeypatch):
+def test_a_file_that_its_holder_removes_is_opened_again(tmp_path, monkeypatch):
     """Locked the moment after: the file that was opened is in no folder any more."""
-    path, take = tmp_path / lock.FILE, lock._lock
+    path, take, opened = tmp_path / lock.FILE, lock._lock, []
     path.touch()
-    opened = []
 
     def late(handle):
         if not opened:
@@ -227,8 +197,7 @@ def test_a_disk_that_cannot_lock(folder, monkeypatch, number):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(lock, "_lock", unable)
-    message = refused(folder, resume=True)
-    assert f"cannot lock {folder / lock.FILE}: {os.strerror(number)}; give a folder" in message
+    assert f"{folder / lock.FILE}: {os.strerror(number)}" in refused(folder, resume=True)
 
 
 def test_children_do_not_hold_what_their_maker_held(tmp_path):
@@ -253,27 +222,23 @@ def test_children_do_not_hold_what_their_maker_held(tmp_path):
         os.close(handle)
 
 
+def waiting(out):
+    def wait():
+        (out.parent / "waiting").touch()
+        time.sleep(300)
+
+    run(out, data=Images(40, wait))
+
+
 def test_killed_outright_and_resumed(tmp_path):
     """While it runs a second process is refused; after SIGKILL it goes on."""
-    script = (
-        "import time, training_runs as t, pathlib, sys\n"
-        "out = pathlib.Path(sys.argv[1])\n"
-        "def wait():\n"
-        "    (out / 'waiting').touch(); time.sleep(60)\n"
-        "t.run(out, data=t.Images(40, wait))\n"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / "run")]
-    running = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "run" / "waiting").exists() and time.monotonic() < deadline:
+    with started(waiting, tmp_path / "run") as running:
+        deadline = time.monotonic() + 300
+        while not (tmp_path / "waiting").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert f"is written to by process {running.pid}" in refused(tmp_path / "run", resume=True)
-    finally:
-        running.send_signal(signal.SIGKILL)
-        running.wait()
+        assert f"process {running.pid}" in refused(tmp_path / "run", resume=True)
     run(tmp_path / "run", resume=True)
-    assert not (tmp_path / "run" / lock.FILE).exists()
+    assert lock.FILE not in names(tmp_path / "run")
 
 
 # ---- disks, images, workers -------------------------------------------------------------------------------------
@@ -282,33 +247,24 @@ def test_killed_outright_and_resumed(tmp_path):
 @pytest.mark.parametrize("place", ["/proc/none/run", "file/run"])
 def test_a_folder_that_cannot_be_made(tmp_path, place):
     (tmp_path / "file").touch()
-    message = refused(Path(place) if place.startswith("/") else tmp_path / place)
-    assert "cannot write" in message
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert f"cannot write {tmp_path / place}" in refused(tmp_path / place)  # an absolute place is itself
+    assert names(tmp_path) == {"file"}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="file sizes are limited by Linux's means")
+def trained_on_half_a_disk(folder):
+    """Nothing larger than half a state can be written."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before, half = (folder / "state.pt").read_bytes(), (folder / "state.pt").stat().st_size // 2
+    resource.setrlimit(resource.RLIMIT_FSIZE, (half, half))
+    message = refused(folder, resume=True)
+    assert "state.pt" in message
+    assert f"the last state in {folder} is sound, resume it to go on" in message
+    assert (folder / "state.pt").read_bytes() == before
+
+
+@ON_LINUX
 def test_a_disk_that_fills_while_the_state_is_written(folder):
-    """RLIMIT_FSIZE stands for the disk: nothing larger than half a state can be written."""
-    before = {name: (folder / name).read_bytes() for name in ("state.pt", "log.jsonl")}
-    script = (
-        "import resource, signal, sys, training_runs as t\n"
-        "from stratavit import StrataViTError\n"
-        "from pathlib import Path\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "half = (Path(sys.argv[1]) / 'state.pt').stat().st_size // 2\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (half, half))\n"
-        "try:\n"
-        "    t.run(Path(sys.argv[1]), resume=True)\n"
-        "except StrataViTError as error:\n"
-        "    print('refused:', error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, env=ENVIRONMENT)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("refused:")]
-    assert len(lines) == 1, done.stdout + done.stderr
-    assert "state.pt" in lines[0]
-    assert f"the last state in {folder} is sound, resume it to go on" in lines[0]
-    assert (folder / "state.pt").read_bytes() == before["state.pt"]
+    done(trained_on_half_a_disk, folder)
     run(folder, resume=True)
 
 
@@ -316,77 +272,55 @@ def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_a_worker_that_is_killed(folder):
-    recipe = dataclasses.replace(TINY, workers=1)
-    state = (folder / "state.pt").read_bytes()
-    message = refused(folder, data=Images(3, kill), recipe=recipe, resume=True)
-    assert "a process that reads images was ended from outside" in message
-    assert f"the last state in {folder} is sound" in message
-    assert (folder / "state.pt").read_bytes() == state
-    assert not (folder / lock.FILE).exists()
-    run(folder, recipe=recipe, resume=True)
-
-
-def image_set(path, damaged):
-    """24 images of 7 classes, of which some are no images."""
-    for number in range(24):
-        label = path / str(number % CLASSES)
-        label.mkdir(parents=True, exist_ok=True)
-        if number in damaged:
-            (label / f"{number}.png").write_bytes(b"no image")
-        else:
-            Image.new("RGB", (40, 40), (9 * number, 90, 200)).save(label / f"{number}.png")
-    config = fresh().data_config
-    return TrainingFolder(image_loader(path, config, "train", None).dataset, training_transform(config, TINY))
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_unreadable_images_in_the_midst_of_an_epoch(tmp_path, workers, capfd):
-    """A few are passed over; if there are many in a row, it is told, and the last state is sound."""
-    recipe = dataclasses.replace(TINY, workers=workers, epochs=2)
-    net = run(tmp_path / "run", data=image_set(tmp_path / "few", {3, 4}), recipe=recipe)
-    assert all(parameter.isfinite().all() for parameter in net.parameters())
-    assert "is unreadable; the next image takes its place" in capfd.readouterr().err
-    message = refused(tmp_path / "all", data=image_set(tmp_path / "none", set(range(24))), recipe=recipe)
-    assert "images in a row are unreadable" in message
-    assert run_files.read_state(tmp_path / "all")["step"] == 0
-    assert not (tmp_path / "all" / lock.FILE).exists()
-
-
-# ---- memory -----------------------------------------------------------------------------------------------------
-
-
 def exhaust():
     raise MemoryError
 
 
+FAULTS = [(kill, "was ended from outside"), (exhaust, "memory ran out in a process that reads images")]
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_a_worker_without_memory(folder):
-    recipe = dataclasses.replace(TINY, workers=1)
-    state = (folder / "state.pt").read_bytes()
-    message = refused(folder, data=Images(3, exhaust), recipe=recipe, resume=True)
-    assert message == (
-        "train: memory ran out in a process that reads images; try again with fewer workers (--workers) or smaller "
-        f"batches (--batch-size); the last state in {folder} is sound, resume it to go on"
-    )
-    assert (folder / "state.pt").read_bytes() == state
-    run(folder, recipe=recipe, resume=True)
+@pytest.mark.parametrize(("fault", "said"), FAULTS)
+def test_a_worker_that_is_killed_or_without_memory(folder, fault, said):
+    before = content(folder)
+    message = refused(folder, data=Images(3, fault), recipe=WORKER, resume=True)
+    assert said in message
+    assert "fewer workers (--workers)" in message
+    assert f"the last state in {folder} is sound, resume it to go on" in message
+    assert content(folder) == before
+    run(folder, recipe=WORKER, resume=True)
 
 
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        (kill, "images: a process that reads images was ended from outside"),
-        (exhaust, "images: memory ran out in a process that reads images; try again with"),
-    ],
-)
-def test_a_worker_of_an_evaluation_that_fails(tmp_path, monkeypatch, fault, message):
-    image_set(tmp_path, set())
-    loader = image_loader(tmp_path, fresh().data_config, "val", None, workers=1)
+@pytest.mark.parametrize(("fault", "said"), FAULTS)
+def test_a_worker_of_an_evaluation_that_fails(tmp_path, monkeypatch, fault, said):
+    loader = image_loader(write_images(tmp_path / "data"), fresh().data_config, "val", None, workers=1)
     monkeypatch.setattr(ImageFolder, "__getitem__", lambda self, index: fault())
-    with pytest.raises(StrataViTError, match=message):
+    with pytest.raises(StrataViTError, match=said):
         list(loader)
+
+
+def damaged(path, labels):
+    """Training images, unreadable but for the first of some classes."""
+    write_images(path)
+    for label in labels:
+        for number in range(1, 4):
+            (path / str(label) / f"{number}.png").write_bytes(b"not an image")
+    config = fresh().data_config
+    return TrainingFolder(image_loader(path, config, "train", None).dataset, training_transform(config, TINY))
+
+
+def test_unreadable_images_in_the_midst_of_an_epoch(tmp_path, capfd, monkeypatch):
+    """A few are passed over; many in a row are an error, and the last state is sound."""
+    net = run(tmp_path / "run", data=damaged(tmp_path / "few", [2]), recipe=dataclasses.replace(WORKER, epochs=2))
+    assert all(parameter.isfinite().all() for parameter in net.parameters())
+    assert "is unreadable" in capfd.readouterr().err
+    monkeypatch.setattr("stratavit.training.augmentation.TRIES", 3)
+    assert "3 images in a row" in refused(tmp_path / "all", data=damaged(tmp_path / "none", range(CLASSES)))
+    assert run_files.read_state(tmp_path / "all")["step"] == 0
+    assert names(tmp_path / "all") == {"state.pt"}
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------
 
 
 def limited(more=64 << 20):
@@ -397,47 +331,39 @@ def limited(more=64 << 20):
 
 def greedy(what):
     limited()
-    {"torch": torch.zeros, "python": bytearray, "numpy": np.zeros}[what](1 << 28)
+    {"torch": torch.zeros, "numpy": np.zeros}[what](1 << 28)
 
 
 def trained_without_memory(folder, what):
-    state = (folder / "state.pt").read_bytes()
+    before = content(folder)
     message = refused(folder, data=Images(20, lambda: greedy(what)), resume=True)
-    assert message == (
-        "train: memory ran out on the device or here; try again with fewer workers (--workers) or smaller batches "
-        f"(--batch-size); the last state in {folder} is sound, resume it to go on"
-    ), message
-    assert (folder / "state.pt").read_bytes() == state
-    assert sorted(path.name for path in folder.iterdir()) == ["log.jsonl", "state.pt"]
-
-
-ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="memory is limited by Linux's means")
+    assert "memory ran out on the device or here" in message
+    assert f"the last state in {folder} is sound, resume it to go on" in message
+    assert content(folder) == before
 
 
 @ON_LINUX
-@pytest.mark.parametrize("what", ["torch", "python", "numpy"])
+@pytest.mark.parametrize("what", ["torch", "numpy"])
 def test_training_without_memory(folder, what):
     done(trained_without_memory, folder, what)
     run(folder, resume=True)
 
 
-def converted_without_memory(tmp_path, what):
-    SuperNet.stratify = lambda *args, **kwargs: greedy(what)
+def converted_without_memory(tmp_path):
+    SuperNet.stratify = lambda *args, **kwargs: greedy("torch")
     command = ["convert", str(tmp_path / "dense"), "--data", str(tmp_path / "images"), "--workers", "0"]
     return main([*command, "--out", str(tmp_path / "out"), "--overwrite"])
 
 
 @ON_LINUX
-@pytest.mark.parametrize("what", ["torch", "python"])
-def test_a_conversion_without_memory(tmp_path, what):
-    image_set(tmp_path / "images", set())
-    stratavit.save(make_model("plain"), tmp_path / "dense")
-    stratavit.save(make_model("plain"), tmp_path / "out")
+def test_a_conversion_without_memory(tmp_path):
+    write_images(tmp_path / "images")
+    for name in ("dense", "out"):
+        stratavit.save(make_model("plain"), tmp_path / name)
     before = content(tmp_path)
-    ended = child(converted_without_memory, tmp_path, what)
-    advice = "try again with fewer workers (--workers) or smaller batches (--batch-size)"
+    ended = child(converted_without_memory, tmp_path)
     assert ended.code == 2
-    assert ended.lines == [f"stratavit convert: memory ran out on the device or here; {advice}"]
+    assert re.fullmatch(r"stratavit convert: memory ran out .* fewer workers .*", "\n".join(ended.lines))
     assert content(tmp_path) == before
 
 
@@ -460,56 +386,34 @@ def test_files_larger_than_memory(tmp_path):
 
 # ---- clocks -----------------------------------------------------------------------------------------------------
 
-DAY = 86400.0
-
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def uncut(tmp_path_factory):
     """The folder of an uninterrupted run."""
-    run(folder := tmp_path_factory.mktemp("whole") / "run")
+    run(folder := tmp_path_factory.mktemp("uncut") / "run")
     return folder
 
 
-def jumping(monkeypatch, step):
-    """The clock on the wall jumps at every look at it."""
-    real, jumps = {name: getattr(time, name) for name in ("time", "time_ns", "strftime")}, []
+@pytest.mark.parametrize(("day", "tracker"), [(86400, "none"), (-86400, "tensorboard")])
+def test_a_clock_that_jumps(folder, uncut, monkeypatch, day, tracker):
+    """A day ahead or back at every look: runs, trackers, locks, progress and timings go by the other clock."""
+    real, jumps = {name: getattr(time, name) for name in ("time", "strftime")}, []
 
     def shifted():
-        jumps.append(step)
-        return real["time"]() + step * len(jumps)
+        jumps.append(day)
+        return real["time"]() + sum(jumps)
 
     monkeypatch.setattr(time, "time", shifted)
     monkeypatch.setattr(time, "time_ns", lambda: int(shifted() * 1e9))
     monkeypatch.setattr(time, "strftime", lambda form, *at: real["strftime"](form, *(at or (time.gmtime(shifted()),))))
-    return jumps
-
-
-@pytest.mark.parametrize("step", [DAY, -DAY])
-def test_a_clock_that_jumps(begun, whole, tmp_path, monkeypatch, step):
-    """Runs, resumption, take-over of a lock, progress and timings go by the clock that only runs forward."""
-    recipe, folder = dataclasses.replace(TINY, tracker="tensorboard"), tmp_path / "run"
-    shutil.copytree(begun, folder)
-    jumps = jumping(monkeypatch, step)
-    (folder / lock.FILE).write_bytes(lies(begun=time.strftime("%Y-%m-%d %H:%M:%S")))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    run(folder, recipe=recipe, resume=True)
-    assert len(jumps) > 5
-    assert_same(outcome(folder)[1:], outcome(whole)[1:])
+    (folder / lock.FILE).write_bytes(lies(begun=time.strftime("%Y-%m-%d %H:%M:%S")))
+    run(folder, recipe=dataclasses.replace(TINY, tracker=tracker), resume=True)
+    assert bool(list(folder.rglob("events.out.tfevents*"))) == (tracker == "tensorboard")
     seconds = [row["seconds"] for row in run_files.Journal(folder / "log.jsonl").rows() if row["kind"] == "epoch"]
-    assert all(0 < second < 60 for second in seconds), seconds
+    assert all(0 < second < 600 for second in seconds), seconds
     timing = time_model(make_model("plain"), (3, 32, 32), Setting(seconds=0.02))
     assert 0 < timing.median_ms <= timing.p90_ms < 10_000
     assert list(track(range(3), "three")) == [0, 1, 2]
-
-
-def test_no_elapsed_time_is_read_off_the_wall():
-    """`time.time` and what else goes by that clock is for people to read, never to subtract."""
-    source = Path(stratavit.__file__).parent
-    found = {
-        f"{path.name}: {match}"
-        for path in source.rglob("*.py")
-        for match in re.findall(
-            r"time\.(?:time|time_ns|ctime|localtime|gmtime|strftime)\b|datetime|st_[mc]time", path.read_text()
-        )
-    }
-    assert found == {"lock.py: time.strftime"}
+    assert jumps
+    assert_same(outcome(folder)[1:], outcome(uncut)[1:])

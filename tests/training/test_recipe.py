@@ -6,16 +6,18 @@ from pathlib import Path
 import pytest
 
 from stratavit import StrataViTError
-from stratavit.training.recipe import Recipe, field_types
+from stratavit.training.recipe import FINETUNING, Recipe, field_types
 
 
 def test_defaults_are_the_papers():
-    recipe = Recipe()
-    assert (recipe.lr, recipe.min_lr, recipe.weight_decay, recipe.warmup_epochs) == (5e-4, 1e-5, 0.05, 0)
-    assert (recipe.drop_path, recipe.mixup, recipe.cutmix, recipe.smoothing) == (0.1, 0.8, 1.0, 0.1)
-    assert (recipe.erasing, recipe.ema_decay, recipe.epochs) == (0.25, 0.99996, 300)
-    assert recipe.randaugment == "rand-m9-mstd0.5-inc1"
-    assert (recipe.reduction, recipe.list_epochs, recipe.sampling, recipe.proxy_images) == (0.875, 50, "uniform", 1024)
+    papers = {
+        **{"lr": 5e-4, "min_lr": 1e-5, "weight_decay": 0.05, "warmup_epochs": 0, "epochs": 300, "ema_decay": 0.99996},
+        **{"drop_path": 0.1, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "erasing": 0.25},
+        **{"randaugment": "rand-m9-mstd0.5-inc1", "reduction": 0.875, "list_epochs": 50, "sampling": "uniform"},
+        "proxy_images": 1024,
+    }
+    assert Recipe().to_dict().items() >= papers.items()
+    assert Recipe.from_dict(FINETUNING) == Recipe(mode="plain", epochs=30, lr=5e-5, min_lr=1e-6)
 
 
 def test_every_key_is_documented():
@@ -27,39 +29,47 @@ def test_every_key_is_documented():
 def test_a_file_and_overrides(tmp_path):
     file = tmp_path / "recipe.toml"
     file.write_text('epochs = 60\nlr = 1\nsampling = "sandwich"  # a comment\n')
-    recipe = Recipe.read(file, {"epochs": 70})
-    assert recipe == dataclasses.replace(Recipe(), epochs=70, lr=1.0, sampling="sandwich")
+    recipe = Recipe.read(file, {"epochs": 70}, {"lr": 2, "seed": 1})
+    assert recipe == Recipe(epochs=70, lr=1.0, sampling="sandwich", seed=1)
     assert isinstance(recipe.lr, float)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "named"),
     [
-        ("epoch = 3", "unknown key 'epoch'; the keys are mode, "),
-        ("epochs = 3.5", "epochs must be a whole number, got 3.5"),
-        ("epochs = true", "epochs must be a whole number, got True"),
-        ('lr = "fast"', "lr must be a number, got 'fast'"),
-        ("lr = nan", "lr must be finite"),
-        ("lr = -1.0", "lr must not be negative"),
-        ("epochs = 0", "epochs must be at least 1"),
-        ("reduction = 1.5", "reduction must be above 0 and at most 1"),
-        ("drop_path = 1.0", "drop_path must be at least 0 and below 1"),
-        ('sampling = "always"', "sampling must be one of uniform, sandwich, budget, got 'always'"),
-        ("sampling = 3", "sampling must be one of"),
-        ("epochs = 10", r"list_epochs \(50\) must not exceed epochs \(10\)"),
-        ("batch_size = 3", "batch_size must be even"),
-        ("tracker = 1", "tracker must be a text"),
-        ("epochs = ", "not valid TOML"),
-        ("[train]\nepochs = 3", "unknown key 'train'"),
+        ("epoch = 3", "'epoch'; .* mode, "),
+        ("epochs = 3.5", r"epochs .* 3\.5"),
+        ("epochs = true", "epochs .* True"),
+        ('lr = "fast"', "lr .* 'fast'"),
+        ("lr = nan", "lr .* nan"),
+        ("lr = -1.0", "lr .* at least 0"),
+        ("epochs = 0", "epochs .* at least 1"),
+        ("seed = 5000000000", "seed .* 4,294,967,296"),
+        ("reduction = 1.5", "reduction .* above 0 and at most 1"),
+        ("drop_path = 1.0", "drop_path .* below 1"),
+        ("flip = 1.5", "flip .* from 0 to 1"),
+        ('sampling = "always"', "sampling .* uniform, sandwich, budget, got 'always'"),
+        ("sampling = 3", "sampling .* 3"),
+        ("epochs = 10", r"list_epochs \(50\) .* epochs \(10\)"),
+        ("warmup_epochs = 300", "warmup_epochs"),
+        ("batch_size = 3", "batch_size .* even"),
+        ("tracker = 1", "tracker .* 1"),
+        ("epochs = ", "TOML"),
+        ("[train]\nepochs = 3", "'train'"),
     ],
 )
-def test_mistakes_are_named(tmp_path, text, message):
+def test_mistakes_are_named(tmp_path, text, named):
     file = tmp_path / "recipe.toml"
     file.write_text(text)
-    with pytest.raises(StrataViTError, match=message) as caught:
+    with pytest.raises(StrataViTError, match=named) as caught:
         Recipe.read(file)
     assert str(file) in str(caught.value)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(StrataViTError, match=r"none\.toml"):
+        Recipe.read(tmp_path / "none.toml")
 
 
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "recipes").glob("*.toml")), ids=lambda f: f.stem)
@@ -67,18 +77,12 @@ def test_committed_recipes_read(file):
     recipe = Recipe.read(file)
     assert file.read_text().startswith("# PIAD of" if recipe.mode == "piad" else "# Dense ")
     if "imagenet" in file.stem:
-        papers = Recipe(epochs=150 if "base" in file.stem else 300, objective="label", measure="top1")
-        assert recipe == papers
+        assert recipe == Recipe(epochs=150 if "base" in file.stem else 300, objective="label", measure="top1")
         assert "Published, not reproduced here" in file.read_text()
-
-
-def test_a_missing_file(tmp_path):
-    with pytest.raises(StrataViTError, match="cannot be read"):
-        Recipe.read(tmp_path / "none.toml")
 
 
 def test_the_average_of_a_short_run_follows_its_length():
     recipe = Recipe(ema_horizon=0.1)
     assert recipe.decay(1000) == pytest.approx(1 - 1 / 100)
     assert recipe.decay(5) == 0
-    assert Recipe().decay(5) == 0.99996
+    assert dataclasses.replace(recipe, ema_horizon=0.0).decay(5) == 0.99996

@@ -1,6 +1,7 @@
 """Killed, terminated or interrupted at any moment: the old or the new is there, and a run goes on as if nothing was."""
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -10,10 +11,9 @@ from functools import partial
 
 import pytest
 import torch
-from children import ENVIRONMENT, child, content, done  # noqa: F401
-from helpers import CLASSES, make_model, make_net
-from PIL import Image
-from training_runs import TINY, assert_same, fresh, outcome, run
+from children import child, content, done
+from helpers import make_model, make_net
+from training_runs import ONE, TINY, argv, assert_same, fresh, make_work, names, outcome, run
 
 import stratavit
 from stratavit import SuperNet
@@ -21,14 +21,16 @@ from stratavit.artifacts import folder_format, sub_network
 from stratavit.cli.parser import main
 from stratavit.data import image_folder
 from stratavit.files import atomic, folders
-from stratavit.training import augmentation
+from stratavit.training import augmentation, run_files
+from stratavit.training.trainer import Trainer
 from stratavit.utils import signals
 
 CALLS = ("rename", "replace", "link", "fsync", "mkdir", "rmdir", "unlink", "ftruncate", "chmod")
+INT, TERM, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
 
 
 @contextlib.contextmanager
-def struck(number, kill=signal.SIGKILL):
+def struck(number, kill=KILL):
     """Sends this process a signal before the nth call that changes something on the disk."""
     calls, before = [], {name: getattr(os, name) for name in CALLS}
 
@@ -39,17 +41,12 @@ def struck(number, kill=signal.SIGKILL):
         return None if name == "fsync" else before[name](*args, **kwargs)  # no power fails here
 
     places = [os, *filter(None, [getattr(pathlib, "_normal_accessor", None)])]  # Python 3.10 keeps some of its own
-    for name in CALLS:
-        for place in places:
-            if hasattr(place, name):
-                setattr(place, name, partial(called, name))
-    try:
-        yield calls
-    finally:
-        for name, function in before.items():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in CALLS:
             for place in places:
                 if hasattr(place, name):
-                    setattr(place, name, function)
+                    patch.setattr(place, name, partial(called, name))
+        yield calls
 
 
 def forked(work, number, kill):
@@ -83,7 +80,7 @@ def files():
 
 
 def exports():
-    """Without torch's exporter, which takes its time."""
+    """Without torch's exporter, which is slow."""
     module, models = sys.modules["stratavit.interop.export"], [make_model("plain", seed) for seed in (0, 1)]
     module._to_program = lambda model, example, path: torch.save(model.state_dict(), path)
 
@@ -101,102 +98,94 @@ def tree(path):
     return content(path) if path.is_dir() else path.read_bytes() if path.exists() else None
 
 
-def listed(folder):
-    return [path.name for path in folder.iterdir()] if folder.exists() else []
-
-
-def struck_everywhere(tmp_path, what, kill, swaps):
+def struck_everywhere(tmp_path, what, kill, swaps, stride):
     """Moment after moment, until the writing ends before its signal comes."""
     write_old, write_new = WRITERS[what]()
     write_old(tmp_path / "old")
     write_new(tmp_path / "new")
     old, new, out = tree(tmp_path / "old"), tree(tmp_path / "new"), tmp_path / "below" / "out"
+    out.parent.mkdir()
     if not swaps:
         atomic._exchanged = lambda *args: False
-    os.fsync, seen, number, code = lambda handle: None, [], 0, None
+    os.fsync, seen, number, code = lambda handle: None, [], 1, None
     while code != 0:
-        number += 1
         if tree(out) != old:
             write_old(out)
         code = forked(partial(write_new, out), number, kill)
         assert code in {0, -kill, 2}, code
-        left = [name for name in listed(out.parent) if name != "out"]
+        left = names(out.parent) - {"out"}
         assert len(left) <= 1, left
         seen.append(tree(out))
+        assert seen[-1] in (old, new, None)
         if seen[-1] is None:
             assert not swaps
-            assert tree(out.parent / left[0] / "old") == old
-        assert seen[-1] in (old, new, None)
+            assert tree(out.parent / left.pop() / "old") == old
+            left = {"old"}
         if left:
             write_new(out)
             assert tree(out) == new
-            assert listed(out.parent) == ["out"], (number, listed(out.parent))
+            assert names(out.parent) == {"out"}, (number, names(out.parent))
+        number += stride
     assert old in seen
     assert new in seen
-    assert (None in seen) == (not swaps and kill == signal.SIGKILL and (tmp_path / "old").is_dir())
-    print(f"{what}: {number - 1} moments")
+    assert (None in seen) == (not swaps and kill == KILL and (tmp_path / "old").is_dir())
+    print(f"{what}: {len(seen) - 1} moments")
 
 
 @pytest.mark.parametrize(
-    ("what", "swaps"), [("super-network", True), ("small model", False), ("file", True), ("export", True)]
+    ("what", "kill", "swaps", "stride"),
+    [
+        ("super-network", KILL, True, 2),
+        ("small model", KILL, False, 1),
+        ("file", KILL, True, 1),
+        ("export", KILL, True, 1),
+        ("small model", INT, False, 2),
+        ("file", TERM, True, 1),
+    ],
 )
-def test_killed_while_something_is_written(tmp_path, what, swaps):
-    """The next write takes away what was left, and puts back what was moved where folders cannot change places."""
-    done(struck_everywhere, tmp_path, what, signal.SIGKILL, swaps)
+def test_struck_while_something_is_written(tmp_path, what, kill, swaps, stride):
+    """The next write removes what was left, and puts back what was moved where folders cannot change places."""
+    done(struck_everywhere, tmp_path, what, kill, swaps, stride)
 
 
-@pytest.mark.parametrize(
-    ("what", "kill", "swaps"), [("small model", signal.SIGINT, False), ("file", signal.SIGTERM, True)]
-)
-def test_interrupted_while_something_is_written(tmp_path, what, kill, swaps):
-    done(struck_everywhere, tmp_path, what, kill, swaps)
-
-
-def struck_anew(tmp_path):
-    """Where nothing was, there is nothing or all."""
+def struck_where_nothing_was(tmp_path):
     _, write = small_models()
     write(tmp_path / "new")
     out, number, code = tmp_path / "below" / "out", 0, None
     while code != 0:
         number += 1
         shutil.rmtree(out.parent, ignore_errors=True)
-        code = forked(partial(write, out), number, signal.SIGKILL)
+        code = forked(partial(write, out), number, KILL)
         assert tree(out) in (None, tree(tmp_path / "new"))
     assert tree(out) is not None
 
 
 def test_killed_while_something_new_is_written(tmp_path):
-    done(struck_anew, tmp_path)
+    """There is nothing, or all of it."""
+    done(struck_where_nothing_was, tmp_path)
 
 
 # ---- training ---------------------------------------------------------------------------------------------------
 
-ONE = {**TINY.to_dict(), "epochs": 1, "list_epochs": 1, "eval_every": 1}
-
-
-def train(out, resume=False):
-    run(out, recipe=stratavit.Recipe(**ONE), resume=resume)
-
 
 def killed_while_training(tmp_path):
-    """At the first of every kind of call, and at all of the last part."""
+    """At the first of every kind of call, and at some of the last part."""
     with struck(0) as calls:
-        train(tmp_path / "whole")
-    expected, total = outcome(tmp_path / "whole"), len(calls)
-    chosen = {calls.index(name) + 1 for name in calls} | set(range(total - 14, total, 2))
+        run(tmp_path / "uncut", recipe=ONE)
+    expected, total = outcome(tmp_path / "uncut"), len(calls)
+    chosen = {calls.index(name) + 1 for name in calls} | set(range(total - 12, total, 4))
     resumed = 0
     for number in sorted(chosen):
         out = tmp_path / str(number)
-        assert forked(lambda: train(out), number, signal.SIGKILL) == -signal.SIGKILL  # noqa: B023
-        if (out / "state.pt").exists():
-            resumed += 1
-            train(out, resume=True)
-        else:
+        assert forked(lambda: run(out, recipe=ONE), number, KILL) == -KILL  # noqa: B023
+        resume = (out / "state.pt").exists()
+        resumed += resume
+        if not resume:
             shutil.rmtree(out, ignore_errors=True)
-            train(out)
+        run(out, recipe=ONE, resume=resume)
         assert_same(outcome(out), expected)
-        assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
-    assert resumed > 6
+        assert names(out) == names(tmp_path / "uncut")
+    assert resumed > 4
     print(f"{len(chosen)} of {total} moments")
 
 
@@ -204,30 +193,37 @@ def test_killed_while_training_touches_the_disk(tmp_path):
     done(killed_while_training, tmp_path)
 
 
+def signalled_with_its_workers(out):
+    os.setpgrp()
+    update = Trainer.update
+
+    def signalled(self, batches):
+        if self.step == 3:
+            os.killpg(0, TERM)
+        update(self, batches)
+
+    Trainer.update = signalled
+    run(out, recipe=dataclasses.replace(TINY, workers=2, accumulate=1))
+
+
+def test_terminated_with_all_its_workers(tmp_path):
+    """A scheduler signals the whole group: the workers must not die before the state is saved."""
+    assert "stopped after step 4 of 18" in child(signalled_with_its_workers, tmp_path / "run").said
+    assert run_files.read_state(tmp_path / "run")["step"] == 4
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Images of seven classes, a super-network, a small and a dense model."""
-    folder = tmp_path_factory.mktemp("work")
-    for name in range(CLASSES):
-        (folder / "data" / str(name)).mkdir(parents=True)
-        for number in range(4):
-            picture = Image.new("RGB", (40, 36), (30 * name, 60 * number, 200))
-            picture.save(folder / "data" / str(name) / f"{number}.png")
-    net = make_net("plain", stratified=True)
-    net.save(folder / "run")
-    stratavit.save(net.extract(macs=0.5, verbose=False), folder / "small")
-    stratavit.save(make_model("plain"), folder / "dense")
-    return folder
+    return make_work(tmp_path_factory.mktemp("work"))
 
 
-def argv(work, command, out):
-    data = ["--data", str(work / "data"), "--out", str(out)]
-    if command == "convert":
-        return ["convert", str(work / "dense"), *data, "--workers", "0", "--overwrite"]
-    options = {"epochs": 2, "batch-size": 8, "lr": 0.02, "repeats": 1, "workers": 0, "tracker": "none"}
-    options |= {"list-epochs": 1} if command == "train" else {}
-    flags = [text for key, value in options.items() for text in (f"--{key}", str(value))]
-    return [command, str(work / {"train": "run", "finetune": "small"}[command]), *data, "--device", "cpu", *flags]
+@pytest.fixture(scope="module")
+def uncut(work):
+    """Command -> folder of an uninterrupted run."""
+    found = {command: work / f"uncut-{command}" for command in ("train", "finetune")}
+    for command, out in found.items():
+        assert main(argv(work, command, out)) == 0
+    return found
 
 
 def stopped(work, command, out, kills, at):
@@ -245,39 +241,22 @@ def stopped(work, command, out, kills, at):
     return main(argv(work, command, out))
 
 
-def resumed(work, command, out):
-    assert main([*argv(work, command, out), "--resume"]) == 0
-
-
-@pytest.fixture(scope="module")
-def wholes(work):
-    """Command -> folder of an uninterrupted run."""
-    found = {command: work / f"whole-{command}" for command in ("train", "finetune")}
-    for command, out in found.items():
-        assert main(argv(work, command, out)) == 0
-    return found
-
-
-INT, TERM = signal.SIGINT, signal.SIGTERM
-
-
 @pytest.mark.parametrize(
-    ("command", "kills"),
-    [("train", (TERM,)), ("train", (INT, INT)), ("finetune", (INT,)), ("finetune", (TERM, TERM)), ("train", (INT,))],
+    ("command", "kills"), [("train", (TERM,)), ("train", (INT, INT)), ("finetune", (INT,)), ("finetune", (TERM, TERM))]
 )
-def test_a_training_that_is_stopped(work, wholes, tmp_path, command, kills):
+def test_a_training_that_is_stopped(work, uncut, tmp_path, command, kills):
     out = tmp_path / "run"
     ended = child(stopped, work, command, out, kills, 30)
     assert ended.code == 128 + kills[0], ended.said
-    told = [line for line in ended.lines if line.startswith(f"stratavit {command}: ")]
     at_once = f"interrupted at once; the last state in {out} is sound, resume it to go on"
     words = at_once if kills == (INT, INT) else f"stopped after step 4 of 6; resume {out} to go on"
-    assert told == [f"stratavit {command}: {words}"], ended.said
+    said = [line for line in ended.lines if line.startswith(f"stratavit {command}: ")]
+    assert said == [f"stratavit {command}: {words}"], ended.said
     assert "Traceback" not in ended.said
-    assert {path.name for path in out.iterdir()} == {"state.pt", "log.jsonl"}
-    done(resumed, work, command, out)
-    assert {path.name for path in out.iterdir()} == {path.name for path in wholes[command].iterdir()}
-    assert (out / "model.safetensors").read_bytes() == (wholes[command] / "model.safetensors").read_bytes()
+    assert names(out) == {"state.pt", "log.jsonl"}
+    assert main([*argv(work, command, out), "--resume"]) == 0
+    assert names(out) == names(uncut[command])
+    assert (out / "model.safetensors").read_bytes() == (uncut[command] / "model.safetensors").read_bytes()
 
 
 # ---- conversion -------------------------------------------------------------------------------------------------
@@ -288,6 +267,7 @@ PLACES = {
     "description": (folder_format, "write_json"),
     "exchange": (atomic, "_exchanged"),
 }
+SAID = {TERM: "terminated", INT: "interrupted"}
 
 
 def stopped_conversion(work, out, place, kill):
@@ -302,17 +282,14 @@ def stopped_conversion(work, out, place, kill):
     return main(argv(work, "convert", out))
 
 
-@pytest.mark.parametrize("kill", [TERM, INT])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("place", "kill"), list(zip(PLACES, (TERM, INT, TERM, INT), strict=True)))
 def test_a_conversion_that_is_stopped(work, tmp_path, place, kill):
     shutil.copytree(work / "run", tmp_path / "out")
     before = content(tmp_path)
     ended = child(stopped_conversion, work, tmp_path / "out", place, kill)
     assert ended.code == 128 + kill
-    said = {TERM: "terminated", INT: "interrupted"}[kill]
-    assert ended.lines == [f"stratavit convert: {said}; nothing half-written was left"]
+    assert ended.lines == [f"stratavit convert: {SAID[kill]}; nothing half-written was left"]
     assert content(tmp_path) == before
-    assert SuperNet.load(tmp_path / "out")
 
 
 def stopped_with_its_workers(work, out, kill):
@@ -333,6 +310,5 @@ def test_a_conversion_that_is_stopped_with_all_its_workers(work, tmp_path, kill)
     """As by a scheduler, or by Ctrl-C at a terminal."""
     ended = child(stopped_with_its_workers, work, tmp_path / "out", kill)
     assert ended.code == 128 + kill, ended.said
-    said = {TERM: "terminated", INT: "interrupted"}[kill]
-    assert ended.lines == [f"stratavit convert: {said}; nothing half-written was left"]
-    assert list(tmp_path.iterdir()) == []
+    assert ended.lines == [f"stratavit convert: {SAID[kill]}; nothing half-written was left"]
+    assert names(tmp_path) == set()
