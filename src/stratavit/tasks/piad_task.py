@@ -111,7 +111,7 @@ class PiadTask(TrainingTask):
         return SampledNetwork(spec, self.net.macs(spec))
 
     def refresh_means(self, net: SuperNet) -> None:
-        """Measures what takes the place of cut channels: the mean of every channel, and moments if they serve."""
+        """Measures what replaces cut channels: the mean of every channel, and moments if they serve."""
         if net.compensation == "none":
             return
         full = net.compensation == "full"
@@ -197,7 +197,7 @@ def evaluations(folder: Path) -> list[tuple[int, list[curve_points.Point]]]:
 
 
 def _drop_stale(net: SuperNet, recipe: Recipe) -> None:
-    """Drops what training makes stale, and sets what takes the place of cut channels."""
+    """Drops what training makes stale, and sets what replaces cut channels."""
     if net.method == "paper" and recipe.compensation == "full":
         raise StrataViTError("train: compensation 'full' needs a network contracted by the default method, not 'paper'")
     if not any(parameter.requires_grad for parameter in net.parameters()):

@@ -95,7 +95,7 @@ def prepare(accelerator: Any, *parts: Any) -> Any:
 
 
 def release(accelerator: Any, model: Any) -> None:
-    """Closes trackers and takes Accelerate's wrappers off the model; the processes stay joined for what comes next."""
+    """Closes trackers and removes Accelerate's wrappers from the model; the processes stay joined for the next run."""
     unwrap(accelerator, model)
     for tracker in accelerator.trackers:
         try:

@@ -47,7 +47,7 @@ class Recipe:
             draws from a list that is made once, before training, and keeps a unit of every site; ``layerdrop`` is
             ``weighted`` with sites skipped at random. ``plain`` and ``channel`` make their list at the end.
         layer_drop: Probability that ``layerdrop`` skips a site (S: 0.2, as LayerDrop, arXiv 1909.11556).
-        compensation: What takes the place of cut channels while training, where the method is not the paper's: their
+        compensation: What replaces cut channels while training, where the method is not the paper's: their
             ``mean``, or ``full``, what the kept ones predict (S). ``full`` starts from the one-shot networks, and keeps
             second moments.
         distil: Share of the target that is the teacher's output for the same batch, one forward pass more; without a
@@ -73,7 +73,7 @@ class Recipe:
             short runs, which 0.99996 would leave near their start (S).
         keep: Which weights are evaluated and saved: ``ema``, or ``raw`` (S).
         reduction: r, share of the dense MACs that the finished list drops (P).
-        list_source: ``progressive`` measures what to append whenever the list grows (P); ``given`` takes it from the
+        list_source: ``progressive`` measures what to append whenever the list grows (P); ``given`` follows the
             list that the network came with, and measures only what that list lacks (S).
         list_epochs: P_e, epochs in which the list grows (P).
         growths: Times per epoch that the list grows and means are measured (P: 1); more for runs of few epochs (S).
@@ -83,7 +83,7 @@ class Recipe:
         measure: Of sensitivity, see `sensitivity.bypass_sensitivity`; ``auto`` is top-1 (P) except near chance.
         sampling: See `sampling.draw`; ``uniform`` (P).
         proxy_images: Images that importance and means are measured on (P: 1,024).
-        precision: ``no``, ``fp16``, ``bf16``, or ``auto``, what `accelerate launch` was told (S).
+        precision: ``no``, ``fp16``, ``bf16``, or ``auto``, the setting of `accelerate launch` (S).
         seed: Of order, augmentation, draws and drop-path (S).
         workers: Image-loading processes per training process (S).
         eval_every: Epochs between evaluations of the ladder of budgets; the last epoch is always evaluated (S).

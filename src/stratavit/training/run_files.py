@@ -1,4 +1,4 @@
-"""What a training run leaves on disk: its state in one file, its log, and the super-network at the end."""
+"""What a training run writes to disk: its state in one file, its log, and the super-network at the end."""
 
 from __future__ import annotations
 

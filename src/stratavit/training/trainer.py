@@ -80,7 +80,7 @@ class Trainer:
             self.save()
         while self.ended < self.recipe.epochs:
             self.train_epoch(self.ended)
-            if self.to_evaluate():  # which takes long
+            if self.to_evaluate():  # which may last long
                 self.save()
                 self.pause(at_once=True)
             self.end_epoch()
@@ -131,7 +131,9 @@ class Trainer:
             images, target = self.prepare(batch)
             drawn = self.draw(number)
             learners = self.learners(drawn)
-            soft = self.target.taught(target, self.answer(images), self.recipe.distil) if any(learners) else target
+            soft = target
+            if any(learners):
+                soft = self.target.taught(target, self.teacher_output(images), self.recipe.distil)
             for turn, (one, learns) in enumerate(zip(drawn, learners, strict=True), start=1):
                 last = number + 1 == len(batches) and turn == len(drawn)
                 self.learn(images, soft if learns else target, one, 1 / (len(drawn) * len(batches)), last)
@@ -169,7 +171,7 @@ class Trainer:
         return [self.teacher is not None or one.macs < self.task.full_macs for one in drawn]
 
     @torch.no_grad()
-    def answer(self, images: Tensor) -> Tensor:
+    def teacher_output(self, images: Tensor) -> Tensor:
         """Logits or features of the teacher, or of the full network."""
         if self.teacher is None:
             logits: Tensor = self.net(images)
