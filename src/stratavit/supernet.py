@@ -20,11 +20,10 @@ from stratavit.budgets.constraints import BudgetArgs, find_sub_network
 from stratavit.budgets.latency_cost import priced
 from stratavit.calibration.contraction import TOKEN_WEIGHT, Method, known_method, resolve_method, sort_channels
 from stratavit.calibration.dense_outputs import DenseOutputs
-from stratavit.calibration.objectives import Objective
+from stratavit.calibration.objectives import Measure, Objective
 from stratavit.calibration.wpac import Criterion
 from stratavit.data.pixels import Seen
 from stratavit.dropout_list import build, strata
-from stratavit.dropout_list.growth import Measure
 from stratavit.dropout_list.walk import Walk
 from stratavit.elastic.base import Compensation, ElasticSite, run_at, site_of
 from stratavit.elastic.memory import Memory, memory_of

@@ -17,6 +17,7 @@ from stratavit.models.families.base import Stages
 
 Objective = Literal["auto", "label", "cross_entropy", "prediction", "sampled", "feature"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+Measure = Literal["auto", "top1", "cost"]  # of what a bypass costs, see `sensitivity.bypass_sensitivity`
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,10 @@ from torch import nn
 
 from stratavit.calibration.contraction import Method, set_mean
 from stratavit.calibration.dense_outputs import DenseOutputs
-from stratavit.calibration.objectives import Objective
+from stratavit.calibration.objectives import Measure, Objective
 from stratavit.calibration.statistics import SiteStatistics, collect
 from stratavit.data.pixels import Seen
 from stratavit.dropout_list.allocation import ordered_list
-from stratavit.dropout_list.growth import Measure
 from stratavit.dropout_list.sensitivity import measure_importance
 from stratavit.dropout_list.strata import Entry, removal_order
 from stratavit.dropout_list.walk import Walk, walk

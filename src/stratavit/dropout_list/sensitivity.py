@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stratavit.calibration.objectives import Objective, distance
+from stratavit.calibration.objectives import Measure, Objective, distance
 from stratavit.calibration.statistics import SiteStatistics, collect
 from stratavit.data.batches import batches_of, check_labels
-from stratavit.dropout_list.growth import Measure
 from stratavit.elastic.base import site_of
 from stratavit.elastic.site import Site
 from stratavit.errors import StrataViTError

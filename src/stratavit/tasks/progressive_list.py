@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from stratavit.calibration.objectives import Objective
+from stratavit.calibration.objectives import Measure, Objective
 from stratavit.dropout_list import strata
-from stratavit.dropout_list.growth import Measure
 from stratavit.dropout_list.sensitivity import measure_importance
 from stratavit.dropout_list.strata import Entry, Strata
 from stratavit.models.cost import CostModel

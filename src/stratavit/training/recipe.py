@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from stratavit.calibration.objectives import Objective
-from stratavit.dropout_list.growth import Measure
+from stratavit.calibration.objectives import Measure, Objective
 from stratavit.errors import StrataViTError, described, one_line
 from stratavit.files.folders import read_small
 
