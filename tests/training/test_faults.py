@@ -129,7 +129,7 @@ def test_a_folder_that_is_in_use(folder, who, monkeypatch):
     mine.release()
 
 
-@pytest.mark.parametrize("said", [b"", b"x", b"[]", b"\xff", lies(), lies(host="elsewhere"), lies(pid=1)])
+@pytest.mark.parametrize("said", [b"", b"x", b"[]", b"\xff", lies(), lies(host="elsewhere"), lies(pid=1)], ids=range(7))
 def test_a_file_that_nobody_holds_is_not_a_lock(tmp_path, said):
     """Of a run that was killed, here or in another container, even if its number is that of a process that runs."""
     (tmp_path / lock.FILE).write_bytes(said)
