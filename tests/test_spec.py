@@ -1,6 +1,8 @@
 """`Spec`: a mapping of widths that is checked, immutable, hashable and JSON."""
 
+import copy
 import json
+import pickle
 
 import pytest
 from helpers import make_net
@@ -62,3 +64,43 @@ def test_resolve_names_every_site_and_refuses_what_does_not_fit():
         net.resolve({"blocks.7.mlp": 1})
     with pytest.raises(StrataViTError, match=r"blocks\.0\.attn.*at most 16.*17"):
         net.resolve({"blocks.0.attn": 17})
+
+
+SPECS = [{}, {"a": 1}, {"a": {"qk": 8, "v": 4}, "b": 3}, {"b": {"qk": 0, "v": 0}}]
+
+
+CHANGES = [
+    lambda spec: spec.qk.update(a=5),
+    lambda spec: setattr(spec, "qk", {"a": 5}),
+    lambda spec: setattr(spec, "_widths", {"a": 5}),
+    lambda spec: setattr(spec, "new", 5),
+    lambda spec: delattr(spec, "_widths"),
+    lambda spec: spec.__setitem__("a", 5),
+    lambda spec: spec.update(a=5),
+]
+
+
+@pytest.mark.parametrize("widths", SPECS)
+@pytest.mark.parametrize("number", range(len(CHANGES)))
+def test_a_spec_cannot_be_changed(widths, number):
+    spec = Spec(widths)
+    before, qk = dict(spec), dict(spec.qk)
+    with pytest.raises((AttributeError, TypeError)):
+        CHANGES[number](spec)
+    assert (dict(spec), dict(spec.qk)) == (before, qk)
+
+
+@pytest.mark.parametrize("widths", SPECS)
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy, *(lambda spec, p=p: pickle.loads(pickle.dumps(spec, p)) for p in range(2, 6))],
+)
+def test_copies_of_a_spec_are_specs(widths, copied):
+    spec = Spec(widths)
+    other = copied(spec)
+    assert type(other) is Spec
+    assert other == spec
+    assert hash(other) == hash(spec)
+    assert dict(other.qk) == dict(spec.qk)
+    with pytest.raises(AttributeError):
+        other.qk = {}

@@ -6,7 +6,7 @@ import json
 import pytest
 import timm
 import torch
-from helpers import FAMILIES, PLAN, make_batches, make_images, make_model, make_net
+from helpers import PLAN, make_batches, make_model, make_net
 
 import stratavit
 from stratavit import StrataViTError, SuperNet
@@ -14,21 +14,12 @@ from stratavit import StrataViTError, SuperNet
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7}
 
 
-def test_model_is_copied(source, batches):
-    before = copy.deepcopy(source.state_dict())
-    net = SuperNet(source).contract(batches).stratify(batches)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.zero_()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in source.state_dict().items())
-    assert type(source.blocks[0].attn).__module__.startswith("timm")
-
-
 def test_main_job_end_to_end(source, batches, images):
     """Contract, stratify, extract at a budget: within it, smaller, and equal to the elastic prefix."""
-    net = SuperNet(source)
-    assert net.contract(batches) is net
-    assert net.stratify(batches) is net
+    before, net = copy.deepcopy(source.state_dict()), SuperNet(source)
+    assert net.contract(batches).stratify(batches, plan=PLAN) is net
+    assert all(torch.equal(tensor, before[name]) for name, tensor in source.state_dict().items())
+    assert type(source.blocks[0].attn).__module__.startswith("timm")
     spec, small = net.spec(macs=0.6), net.extract(macs=0.6, verbose=False)
     assert net.macs(spec) <= 0.6 * net.macs()
     with torch.no_grad():
@@ -51,18 +42,18 @@ def test_units_set_what_a_list_cuts(tmp_path):
     net.set_units(4, 8)
     assert net.strata.entries == entries
     for wrong in ((0, 8), (4, 1.5), (True, 8)):
-        with pytest.raises(StrataViTError, match="whole number of at least 1"):
+        with pytest.raises(StrataViTError, match=r"head_dim_unit|mlp_units"):
             net.set_units(*wrong)
     content = json.loads((tmp_path / "run" / "stratavit.json").read_text())
     content["units"] = [0, 8]
     del content["hashes"]
     (tmp_path / "run" / "stratavit.json").write_text(json.dumps(content))
-    with pytest.raises(stratavit.ArtifactError, match="units should be two whole numbers"):
+    with pytest.raises(stratavit.ArtifactError, match="units"):
         SuperNet.load(tmp_path / "run")
 
 
 def test_stratify_without_contract_leaves_the_weights_alone(source, batches):
-    net = SuperNet(source).stratify(batches)
+    net = SuperNet(source).stratify(batches, plan=PLAN)
     assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in net.model.state_dict().items())
     assert len(net.strata) == sum(len(site.steps) - 1 for site in net.sites)
     assert all(module.channel_mean.numel() == module.out.in_features for module in net.elastic.values())
@@ -110,31 +101,31 @@ def test_a_criterion_implies_paper_and_stratify_keeps_the_method(batches, option
 
 @pytest.mark.parametrize(("method", "criterion"), [("paper", "output"), ("default", "wpac"), ("default", "random")])
 def test_a_method_that_contradicts_the_criterion_is_refused(batches, method, criterion):
-    with pytest.raises(StrataViTError, match=f"criterion '{criterion}' belongs to method="):
+    with pytest.raises(StrataViTError, match=criterion):
         SuperNet(make_model("plain")).contract(batches, method=method, criterion=criterion)
 
 
-def test_provenance_says_how_it_was_made(batches):
-    net = SuperNet(make_model("plain")).contract(batches, criterion="random", seed=3).stratify(batches, measure="cost")
-    made, listed = net.provenance["contract"], net.provenance["stratify"]
+def test_provenance_is_plain_and_says_how_it_was_made(batches):
+    paper = (
+        SuperNet(make_model("plain")).contract(batches, criterion="random", seed=3).stratify(batches, measure="cost")
+    )
+    made, listed = paper.provenance["contract"], paper.provenance["stratify"]
     assert (made["criterion"], made["method"], made["seed"], made["images"]) == ("random", "paper", 3, 12)
     assert (listed["measure"], listed["images"]) == ("cost", 12)
-    assert listed["sensitivity"].keys() == net.elastic.keys()
-
-
-def test_provenance_of_the_default_is_plain_and_names_the_sizes_measured(batches):
+    assert listed["sensitivity"].keys() == paper.elastic.keys()
     net = SuperNet(make_model("plain")).contract(batches, token_weight=0.3).stratify(batches, plan=PLAN)
     made, listed = net.provenance["contract"], net.provenance["stratify"]
     assert (made["criterion"], made["method"], made["token_weight"]) == ("output", "default", 0.3)
     assert [share for share, _ in listed["states"]] == [share for share, _ in PLAN.states]
     assert listed["walk"]["images"] == PLAN.images
-    json.dumps(net.provenance)
+    json.dumps([paper.provenance, net.provenance])
 
 
-@pytest.mark.parametrize("compensation", ["half", "", None])
-def test_unknown_compensation_is_refused(compensation):
-    with pytest.raises(StrataViTError, match="compensation: expected 'none', 'mean' or 'full'"):
-        SuperNet(make_model("plain")).compensation = compensation
+@pytest.mark.parametrize("name", ["compensation", "method"])
+@pytest.mark.parametrize("value", ["half", "", None])
+def test_unknown_options_are_refused(name, value):
+    with pytest.raises(StrataViTError, match=name):
+        setattr(make_net("plain"), name, value)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -142,14 +133,8 @@ def test_weights_that_are_not_finite_are_refused_by_name(value):
     model = make_model("plain")
     with torch.no_grad():
         model.blocks[1].mlp.fc1.weight[3, 4] = value
-    with pytest.raises(StrataViTError, match=r"weights: blocks\.1\.mlp\.fc1\.weight holds NaN or infinite"):
+    with pytest.raises(StrataViTError, match=r"blocks\.1\.mlp\.fc1\.weight"):
         SuperNet(model)
-
-
-@pytest.mark.parametrize("method", ["reference", "", None])
-def test_unknown_method_is_refused(method):
-    with pytest.raises(StrataViTError, match="method: expected 'default' or 'paper'"):
-        SuperNet(make_model("plain")).method = method
 
 
 def test_data_config_is_timms_with_the_models_own_input_size():
@@ -166,28 +151,3 @@ def test_images_of_one_channel():
     assert net.data_config["input_size"] == (1, 32, 32)
     assert len(net.data_config["mean"]) == len(net.data_config["std"]) == 1
     assert net.extract(spec={"blocks.0.attn": 8})(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
-
-
-def test_public_names():
-    for name in ("SuperNet", "Spec", "Budget", "Metrics", "evaluate", "save", "load", "StrataViTError"):
-        assert name in stratavit.__all__
-    assert all(hasattr(stratavit, name) for name in stratavit.__all__)
-    assert issubclass(StrataViTError, ValueError)
-
-
-def test_families_differ():
-    """The fixture covers what it claims to cover."""
-    assert make_model("no_bias").blocks[0].attn.qkv.bias is None
-    assert make_model("no_bias").blocks[0].mlp.fc2.bias is None
-    assert hasattr(make_model("layer_scale").blocks[0].ls1, "gamma")
-    assert make_model("registers").num_reg_tokens == 3
-    assert make_model("odd_widths").blocks[0].attn.head_dim % 8
-    assert make_model("odd_widths").blocks[0].mlp.fc1.out_features % 32
-    assert make_model("distilled").dist_token is not None
-    assert type(make_model("avg_pool").fc_norm) is not torch.nn.Identity
-    assert len({float(make_model(name)(make_images(1)).sum()) for name in FAMILIES}) == len(FAMILIES)
-
-
-def test_batches_do_not_depend_on_their_sizes():
-    whole, parts = (torch.cat([images for images, _ in make_batches(sizes)]) for sizes in ((12,), (5, 7)))
-    assert torch.equal(whole, parts)

@@ -9,103 +9,68 @@ from typing import TYPE_CHECKING, Any
 from stratavit.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from stratavit.artifacts.model_loading import dense_model
-    from stratavit.artifacts.sub_network import load, save
-    from stratavit.budgets.amounts import Bound, Budget
-    from stratavit.data.class_names import class_names_of
-    from stratavit.data.image_folder import image_loader
-    from stratavit.dropout_list.walk import Walk
-    from stratavit.errors import ArtifactError, BudgetError, StrataViTError, UnsupportedModelError
-    from stratavit.evaluation.accuracy import Metrics, evaluate
-    from stratavit.evaluation.benchmark import bench
-    from stratavit.evaluation.curve_points import Point
-    from stratavit.evaluation.features import knn, zero_shot
-    from stratavit.evaluation.latency import Setting, Timing, time_model
-    from stratavit.interop.convert import as_timm
-    from stratavit.interop.export import Parity, export
-    from stratavit.interop.transformers.folders import load_transformers
-    from stratavit.reports.curve import curve
-    from stratavit.reports.html import write_report
-    from stratavit.reports.hub import from_pretrained, push_to_hub
-    from stratavit.spec import Spec
-    from stratavit.supernet import SuperNet
-    from stratavit.tasks.finetune import finetune
-    from stratavit.tasks.piad import train_piad
-    from stratavit.training.recipe import Recipe
+    from stratavit.artifacts.model_loading import dense_model as dense_model
+    from stratavit.artifacts.sub_network import load as load
+    from stratavit.artifacts.sub_network import save as save
+    from stratavit.budgets.amounts import Bound as Bound
+    from stratavit.budgets.amounts import Budget as Budget
+    from stratavit.data.class_names import class_names_of as class_names_of
+    from stratavit.data.image_folder import image_loader as image_loader
+    from stratavit.dropout_list.walk import Walk as Walk
+    from stratavit.errors import ArtifactError as ArtifactError
+    from stratavit.errors import BudgetError as BudgetError
+    from stratavit.errors import StrataViTError as StrataViTError
+    from stratavit.errors import UnsupportedModelError as UnsupportedModelError
+    from stratavit.evaluation.accuracy import Metrics as Metrics
+    from stratavit.evaluation.accuracy import evaluate as evaluate
+    from stratavit.evaluation.benchmark import bench as bench
+    from stratavit.evaluation.curve_points import Point as Point
+    from stratavit.evaluation.features import knn as knn
+    from stratavit.evaluation.features import zero_shot as zero_shot
+    from stratavit.evaluation.latency import Setting as Setting
+    from stratavit.evaluation.latency import Timing as Timing
+    from stratavit.evaluation.latency import time_model as time_model
+    from stratavit.interop.convert import as_timm as as_timm
+    from stratavit.interop.export import Parity as Parity
+    from stratavit.interop.export import export as export
+    from stratavit.interop.transformers.folders import load_transformers as load_transformers
+    from stratavit.reports.curve import curve as curve
+    from stratavit.reports.html import write_report as write_report
+    from stratavit.reports.hub import from_pretrained as from_pretrained
+    from stratavit.reports.hub import push_to_hub as push_to_hub
+    from stratavit.spec import Spec as Spec
+    from stratavit.supernet import SuperNet as SuperNet
+    from stratavit.tasks.finetune import finetune as finetune
+    from stratavit.tasks.piad import train_piad as train_piad
+    from stratavit.training.recipe import Recipe as Recipe
 
-_HOMES = {  # public name -> module that defines it
-    "ArtifactError": "errors",
-    "Bound": "budgets.amounts",
-    "Budget": "budgets.amounts",
-    "BudgetError": "errors",
-    "Metrics": "evaluation.accuracy",
-    "Parity": "interop.export",
-    "Point": "evaluation.curve_points",
-    "Recipe": "training.recipe",
-    "Setting": "evaluation.latency",
-    "Spec": "spec",
-    "StrataViTError": "errors",
-    "SuperNet": "supernet",
-    "Timing": "evaluation.latency",
-    "UnsupportedModelError": "errors",
-    "Walk": "dropout_list.walk",
-    "as_timm": "interop.convert",
-    "bench": "evaluation.benchmark",
-    "class_names_of": "data.class_names",
-    "curve": "reports.curve",
-    "dense_model": "artifacts.model_loading",
-    "evaluate": "evaluation.accuracy",
-    "export": "interop.export",
-    "finetune": "tasks.finetune",
-    "from_pretrained": "reports.hub",
-    "image_loader": "data.image_folder",
-    "knn": "evaluation.features",
-    "load": "artifacts.sub_network",
-    "load_transformers": "interop.transformers.folders",
-    "push_to_hub": "reports.hub",
-    "save": "artifacts.sub_network",
-    "time_model": "evaluation.latency",
-    "train_piad": "tasks.piad",
-    "write_report": "reports.html",
-    "zero_shot": "evaluation.features",
+_NAMES = {  # module -> public names that it defines
+    "artifacts.model_loading": "dense_model",
+    "artifacts.sub_network": "load save",
+    "budgets.amounts": "Bound Budget",
+    "data.class_names": "class_names_of",
+    "data.image_folder": "image_loader",
+    "dropout_list.walk": "Walk",
+    "errors": "ArtifactError BudgetError StrataViTError UnsupportedModelError",
+    "evaluation.accuracy": "Metrics evaluate",
+    "evaluation.benchmark": "bench",
+    "evaluation.curve_points": "Point",
+    "evaluation.features": "knn zero_shot",
+    "evaluation.latency": "Setting Timing time_model",
+    "interop.convert": "as_timm",
+    "interop.export": "Parity export",
+    "interop.transformers.folders": "load_transformers",
+    "reports.curve": "curve",
+    "reports.html": "write_report",
+    "reports.hub": "from_pretrained push_to_hub",
+    "spec": "Spec",
+    "supernet": "SuperNet",
+    "tasks.finetune": "finetune",
+    "tasks.piad": "train_piad",
+    "training.recipe": "Recipe",
 }
-
-__all__ = [
-    "ArtifactError",
-    "Bound",
-    "Budget",
-    "BudgetError",
-    "Metrics",
-    "Parity",
-    "Point",
-    "Recipe",
-    "Setting",
-    "Spec",
-    "StrataViTError",
-    "SuperNet",
-    "Timing",
-    "UnsupportedModelError",
-    "Walk",
-    "as_timm",
-    "bench",
-    "class_names_of",
-    "curve",
-    "dense_model",
-    "evaluate",
-    "export",
-    "finetune",
-    "from_pretrained",
-    "image_loader",
-    "knn",
-    "load",
-    "load_transformers",
-    "push_to_hub",
-    "save",
-    "time_model",
-    "train_piad",
-    "write_report",
-    "zero_shot",
-]
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The errors a user can cause and mend."""
+"""The errors that a user can cause and fix."""
 
 import errno
 import os
@@ -24,28 +24,23 @@ class BudgetError(StrataViTError):
     """The budget asked for cannot be met; the message names the reachable range."""
 
 
-def one_line(error: BaseException, longest: int = 200) -> str:
+def one_line(error: BaseException) -> str:
     """What another library's error says, as part of one of our sentences: its first line, or its type."""
-    lines = str(error).strip().splitlines()
-    return _printable(lines[0] if lines else type(error).__name__)[:longest]
+    return shown((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
-def described(found: Any, longest: int = 60) -> str:
+def described(found: Any) -> str:
     """A value from a file, short enough for one of our sentences."""
     try:
         text = repr(found)
     except ValueError:  # a whole number of thousands of digits
         text = f"a very large {type(found).__name__}"
-    return text if len(text) <= longest else text[:longest] + "..."
+    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def shown(name: str, longest: int = 200) -> str:
     """A name from a file as it is, or without what would break or fill our line."""
-    return _printable(name)[:longest]
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)[:longest]
 
 
 def out_of_memory(error: BaseException) -> bool:

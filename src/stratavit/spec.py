@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from operator import index
 from types import MappingProxyType
-from typing import Any, NoReturn, SupportsIndex
+from typing import Any, SupportsIndex
 
 from stratavit.errors import StrataViTError, described, one_line
 
 
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class Spec(Mapping[str, int]):
     """Site name -> kept width: head_dim of an attention module, hidden_features of an MLP.
 
-    Sites that are not named stay at full width. A `Spec` is immutable and hashable; a plain dict is
-    accepted wherever a `Spec` is. Whether the names and widths fit a model is checked where they
-    meet one (`SuperNet.resolve`).
+    Sites that are not named stay at full width. A `Spec` is immutable and hashable; a plain dict is accepted wherever
+    a `Spec` is. Whether names and widths fit a model is checked where they meet one (`SuperNet.resolve`).
 
-    Where q and k stay whole (qk-norm, rotary positions, cosine attention), a width is that of v. It may be given as
+    Where q and k stay uncut (qk-norm, rotary positions, cosine attention), a width is that of v. It may be given as
     ``{"qk": full, "v": width}`` as well, which says the same; of other attention modules ``qk`` and ``v`` are equal.
 
     Args:
         widths: For example ``{"blocks.0.attn": 32, "blocks.0.mlp": 384}``; keys are timm module paths.
-
-    Attributes:
-        qk: Widths of q and k, of those sites for which they were given; read-only.
 
     Raises:
         StrataViTError: A key is not a string, or a width is not an int >= 0.
@@ -35,8 +33,7 @@ class Spec(Mapping[str, int]):
     _qk: dict[str, int]
 
     def __init__(self, widths: Mapping[str, int | Mapping[str, int]] | None = None) -> None:
-        found: dict[str, int] = {}
-        qk: dict[str, int] = {}
+        vars(self).update(_widths={}, _qk={})
         if widths is not None and not isinstance(widths, Mapping):
             raise StrataViTError(f"spec: expected a mapping of site names to widths, got {type(widths).__name__}")
         for name, width in dict(widths or {}).items():
@@ -47,25 +44,14 @@ class Spec(Mapping[str, int]):
                     raise StrataViTError(
                         f"spec: {described(name)} needs 'qk' and 'v', or one width, got {described(dict(width))}"
                     )
-                qk[name] = _width(name, width["qk"])
+                self._qk[name] = _width(name, width["qk"])
                 width = width["v"]
-            found[name] = _width(name, width)
-        self.__setstate__({"_widths": found, "_qk": qk})
+            self._widths[name] = _width(name, width)
 
     @property
     def qk(self) -> Mapping[str, int]:
-        """Widths of q and k, of those sites for which they were given."""
+        """Widths of q and k, of those sites for which they were given; read-only."""
         return MappingProxyType(self._qk)
-
-    def __setattr__(self, name: str, value: Any) -> NoReturn:
-        raise AttributeError(f"a Spec cannot be changed, nor its {name}; make a new one: Spec({{**spec, site: width}})")
-
-    def __delattr__(self, name: str) -> NoReturn:
-        self.__setattr__(name, None)
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        qk = state["_qk"] if "_qk" in state else state.get("qk", {})  # as older releases had it
-        vars(self).update(_widths=dict(state["_widths"]), _qk=dict(qk))
 
     def __getitem__(self, name: str) -> int:
         return self._widths[name]

@@ -53,7 +53,7 @@ class Interpolated(torch.nn.Module):
         module = self.module
         weight, bias = module.out.weight, module.out.bias
         if width < module.full_width:
-            weight, bias = module.compensated_out(width, module.gain)
+            weight, bias = module.compensated_out(width)
         weight = weight.view(len(weight), module.heads, width)
         return F.pad(weight, (0, self.padded - width)), torch.zeros_like(weight[:, 0, 0]) if bias is None else bias
 

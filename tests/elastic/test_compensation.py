@@ -2,13 +2,11 @@
 
 import copy
 from functools import cache
-from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    FAMILIES,
     cut_channels,
     make_batches,
     make_images,
@@ -76,36 +74,6 @@ def test_every_cut_equals_the_dense_computation(gain, seed, n, outputs):
         torch.testing.assert_close(bias, weight @ mean - kept @ mean[:keep], rtol=1e-4, atol=1e-4)
 
 
-@given(st.integers(0, 999), st.sampled_from([0.0, 0.5, 1.0]), st.floats(0.01, 1000))
-def test_the_mean_output_is_kept(seed, gain, size):
-    x, weight = problem(seed)
-    mean, _, moments = moments_of(x * size, weight)
-    for keep in range(1, 10):
-        kept, bias = cut(weight, mean, moments, keep, gain)
-        assert relative_error(kept @ mean[:keep] + bias, weight @ mean) <= 1e-4
-
-
-@given(st.integers(0, 999), st.sampled_from([0.0, 0.5, 1.0]))
-def test_with_everything_kept_the_map_stays(seed, gain):
-    x, weight = problem(seed)
-    mean, _, moments = moments_of(x, weight)
-    kept, bias = cut(weight, mean, moments, 9, gain)
-    assert relative_error(kept, weight) <= 1e-4
-    assert float(bias.abs().max()) <= 1e-3
-
-
-@given(st.integers(0, 999), st.integers(1, 8))
-def test_nothing_is_lost_where_cut_channels_are_linear_in_the_kept_ones(seed, keep):
-    x, weight = problem(seed)
-    generator = torch.Generator().manual_seed(seed)
-    x[:, keep:] = x[:, :keep] @ torch.randn(keep, 9 - keep, generator=generator, dtype=torch.float64) + 2
-    x[:, :keep] += 0.3 * torch.randn(len(x), keep, generator=generator, dtype=torch.float64)  # apart enough to tell
-    x[:, keep:] = x[:, :keep] @ torch.randn(keep, 9 - keep, generator=generator, dtype=torch.float64) + 2
-    mean, _, moments = moments_of(x, weight, ridge=1e-9)
-    kept, bias = cut(weight, mean, moments, keep, 0.0)
-    assert relative_error(x[:, :keep] @ kept.T + bias, x @ weight.T) <= 1e-4
-
-
 def squared_error(x, weight, kept, bias):
     return float((x[:, : kept.shape[1]] @ kept.T + bias - x @ weight.T).square().sum())
 
@@ -122,22 +90,6 @@ def test_without_gain_it_is_the_least_squares_optimum(seed, keep):
     assert abs(found - squared_error(x, weight, best[:-1].T, best[-1])) <= 1e-6 * total
     mean_only = squared_error(x, weight, weight[:, :keep], weight[:, keep:] @ mean[keep:])
     assert found <= mean_only + 1e-6 * total
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(5):
-        other = kept + 0.1 * torch.randn(kept.shape, generator=generator, dtype=torch.float64)
-        assert found < squared_error(x, weight, other, weight @ mean - other @ mean[:keep])
-
-
-@given(st.integers(0, 999), st.integers(1, 8))
-def test_gain_is_the_share_of_the_energy_put_back(seed, keep):
-    x, weight = problem(seed)
-    mean, covariance, moments = moments_of(x, weight)
-    left, half, whole = (
-        energy(cut(weight, mean, moments, keep, gain)[0], covariance[:keep, :keep]) for gain in (0.0, 0.5, 1.0)
-    )
-    assert left < energy(weight, covariance)
-    assert whole == pytest.approx(min(energy(weight, covariance), LARGEST_RATIO * left), rel=1e-3)
-    assert half == pytest.approx((left * whole) ** 0.5, rel=1e-3)
 
 
 DEGENERATE = {
@@ -173,15 +125,6 @@ def test_maps_of_zeros_stay_zeros():
     kept, bias = cut(weight * 0, mean, moments, 4, 0.5)
     assert not kept.any()
     assert not bias.any()
-
-
-def test_all_of_a_duplicate_is_said_by_the_other():
-    x, weight = problem(5)
-    x[:, 8] = x[:, 0]
-    mean, _, moments = moments_of(x, weight, ridge=1e-8)
-    kept, _ = cut(weight, mean, moments, 8, 0.0)
-    assert relative_error(kept[:, 0], weight[:, 0] + weight[:, 8]) <= 1e-3
-    assert relative_error(kept[:, 1:], weight[:, 1:8]) <= 1e-3
 
 
 @cache
@@ -250,51 +193,6 @@ def test_gradients_reach_the_columns_that_are_cut(gain):
     assert not net.elastic["blocks.0.mlp"].fc1.weight.grad[40:].any()
 
 
-def test_a_training_step_lowers_the_loss_of_a_small_network():
-    net = copy.deepcopy(make_net("plain")).train()
-    spec = {site.name: site.width // 2 for site in net.sites}
-    optimiser = torch.optim.SGD(net.parameters(), lr=1e-3)
-    images, labels = make_batches((12,))[0]
-    losses = []
-    for _ in range(4):
-        loss = F.cross_entropy(net(images, spec), labels)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(float(loss.detach()))
-    assert losses == sorted(losses, reverse=True)
-
-
-def test_gain_puts_back_energy_measured_on_the_calibration_images(family):
-    net, inputs = copy.deepcopy(regressed(family)), stock_inputs(family)[1]
-    for name, module in net.elastic.items():
-        width = module.full_width // 3
-        covariance = torch.cov(inputs[name].T, correction=0)
-        kept = ~cut_channels(module.heads, module.full_width, width)
-        plain = module.weights_at(width).out_weight.detach().double()
-        module.gain = 0.7
-        found = module.weights_at(width).out_weight.detach().double()
-        energies = energy(module.out.weight.detach().double(), covariance), energy(plain, covariance[kept][:, kept])
-        assert relative_error(found, plain * (energies[0] / energies[1]) ** 0.35) <= 1e-4
-
-
-def test_prediction_beats_the_mean_on_the_images_it_was_fitted_to(family):
-    """Of each module's own output, at every width; and the loss does not grow with the width."""
-    net, inputs = regressed(family), stock_inputs(family)[1]
-    for name, module in net.elastic.items():
-        x, weight = inputs[name], module.out.weight.detach().double()
-        bias = 0 if module.out.bias is None else module.out.bias.detach().double()
-        errors = []
-        for width in range(1, module.full_width + 1):
-            kept = ~cut_channels(module.heads, module.full_width, width)
-            out_weight, out_bias = (0 if t is None else t.detach().double() for t in module.weights_at(width)[2:])
-            errors.append(float((x @ weight.T + bias - x[:, kept] @ out_weight.T - out_bias).square().sum()))
-            mean_only = (x - x.mean(dim=0))[:, ~kept] @ weight[:, ~kept].T
-            assert errors[-1] <= float(mean_only.square().sum()) * (1 + 1e-4) + 1e-6
-        total = float((x @ weight.T).square().sum())
-        assert all(b <= a + 1e-5 * total for a, b in pairwise(errors))
-
-
 def test_a_map_without_bias_gains_one():
     net = make_net("no_bias")
     for module in net.elastic.values():
@@ -315,17 +213,6 @@ def test_without_moments_only_the_mean_is_kept(source, batches):
         with torch.no_grad():
             answers.append(net(IMAGES, spec))
     assert torch.equal(*answers)
-
-
-# ---- weights are remembered per width, and made anew once anything they rest on has changed -----------------------
-
-
-def test_every_width_has_its_own_weights():
-    module = copy.deepcopy(make_net("plain")).elastic["blocks.0.mlp"]
-    with torch.no_grad():
-        first, other = module.weights_at(20).out_weight, module.weights_at(21).out_weight
-        assert other.shape == (32, 21)
-        assert torch.equal(module.weights_at(20).out_weight, first)
 
 
 def counted(net, monkeypatch):
@@ -371,16 +258,8 @@ def test_a_network_that_was_made_in_inference_mode_runs():
         assert torch.equal(net.extract(spec=spec)(IMAGES), make_net("plain").extract(spec=spec)(IMAGES))
 
 
-def test_compensated_weights_are_in_no_state_dict():
-    net = copy.deepcopy(make_net("plain"))
-    names = list(net.state_dict())
-    with torch.no_grad():
-        net(IMAGES, {"blocks.0.attn": 8, "blocks.1.mlp": 30})
-    assert list(net.state_dict()) == names
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.01)])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["plain", "no_bias", "odd_widths"])
 def test_half_precision_weights_are_the_float32_result_rounded_once(name, dtype, tolerance):
     half = copy.deepcopy(make_net(name)).to(dtype)
     wide = copy.deepcopy(half).float()
@@ -402,7 +281,7 @@ def test_real_deit_tiny_answers_closest_with_full_compensation(real_data, deit_t
     """Half of every width: the distance to the dense model's answers falls from none over mean to full."""
     net = SuperNet(deit_tiny)
     options = {"num_classes": 1000, "class_map": real_data / "imagenet" / "class_map.txt", "batch_size": 16}
-    net.contract(image_loader(real_data / "imagenet", net.data_config, "train", limit=64, **options))
+    net.contract(image_loader(real_data / "imagenet", net.data_config, "train", limit=32, **options))
     spec = {site.name: site.width // 2 for site in net.sites}
     loader = image_loader(real_data / "imagenet", net.data_config, "val", limit=32, **options)
     images = torch.cat([images for images, _ in loader])
@@ -428,7 +307,7 @@ def test_a_module_whose_channels_hardly_vary_is_cut_saved_and_loaded(tmp_path):
         module = net.elastic[name]
         assert module.moments.energy >= 0
         for width in range(1, module.full_width):
-            assert all(t.dtype == torch.float32 and t.isfinite().all() for t in module.compensated_out(width, 0.5))
+            assert all(t.dtype == torch.float32 and t.isfinite().all() for t in module.compensated_out(width))
     net.save(tmp_path / "run")
     assert SuperNet.load(tmp_path / "run").elastic["blocks.0.mlp"].moments.energy >= 0
 

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from helpers import (
-    METHODS,
     make_batches,
     make_images,
     make_model,
@@ -64,17 +63,6 @@ def test_elastic_equals_masked(family, method, data):
         assert relative_error(make_net(family, method)(IMAGES, spec), reference(family, method, spec)(IMAGES)) <= 1e-5
 
 
-@pytest.mark.parametrize("method", MASKED)
-def test_every_module_at_width_zero(family, method):
-    net = make_net(family, method)
-    for names in ([site.name for site in net.sites], [net.sites[0].name], [net.sites[1].name]):
-        spec = dict.fromkeys(names, 0)
-        with torch.no_grad():
-            expected = reference(family, method, spec)(IMAGES)
-            assert relative_error(net(IMAGES, spec), expected) <= 1e-5
-            assert not torch.allclose(net(IMAGES), expected)
-
-
 def test_compensations_differ_and_only_where_something_is_cut(family):
     nets = {}
     for compensation in ("full", "mean", "none"):
@@ -89,22 +77,6 @@ def test_compensations_differ_and_only_where_something_is_cut(family):
                 assert torch.equal(answers[0], answers[1]) == (width == 0)
                 assert not any(torch.allclose(answer, answers[-1]) for answer in answers[:-1])
                 assert len(torch.unique(torch.stack(answers), dim=0)) == number
-
-
-def test_method_says_what_takes_the_place_of_cut_channels(source):
-    net = SuperNet(source)
-    for method, compensation in (("paper", "none"), ("default", "full")):
-        net.method = method
-        assert {module.compensation for module in net.elastic.values()} == {compensation}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_widths_of_one_pass_do_not_reach_the_next(method):
-    net = make_net("plain", method)
-    with torch.no_grad():
-        full = net(IMAGES)
-        assert not torch.allclose(net(IMAGES, {"blocks.0.mlp": 3}), full)
-        assert torch.equal(net(IMAGES, {"blocks.0.attn": 16}), full)
 
 
 def kept_parts(net, spec, method):
@@ -164,30 +136,6 @@ def test_state_dict_is_the_stock_one(source):
     net = SuperNet(source)
     assert list(net.model.state_dict()) == list(source.state_dict())
     assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in net.model.state_dict().items())
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family_name", ["plain", "no_bias", "odd_widths"])
-@given(data=st.data())
-def test_weights_of_prefixes_nest(family_name, method, data):
-    """The weights at a width are the first rows and columns of those at a larger one; only q is scaled.
-
-    With compensation the columns are made anew for every width, the rows still nest.
-    """
-    for module in make_net(family_name, method).elastic.values():
-        small, large = sorted(data.draw(st.integers(1, module.full_width)) for _ in range(2))
-        inner, outer = module.weights_at(small), module.weights_at(large)
-        copies = 3 if isinstance(module, ElasticAttention) else 1
-        scale = torch.ones(copies, 1, 1, 1)
-        scale[0] = (small / large) ** (0.5 if copies == 3 else 0)
-
-        def rows(weight, width, copies=copies, heads=module.heads):
-            return weight.detach().view(copies, heads, width, -1)
-
-        torch.testing.assert_close(rows(inner.in_weight, small), rows(outer.in_weight, large)[:, :, :small] * scale)
-        columns = [w.out_weight.detach().view(-1, module.heads, width) for w, width in ((inner, small), (outer, large))]
-        same = torch.equal(columns[0], columns[1][:, :, :small])
-        assert same == (method != "default" or small == large)
 
 
 def test_uncalibrated_default_keeps_the_plain_bias(source):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import FAMILIES, PLAN, make_batches, make_images, make_model, make_net
+from helpers import PLAN, make_batches, make_images, make_model, make_net
 from torch.func import functional_call
 
 from stratavit import StrataViTError, SuperNet, evaluate, knn
@@ -16,85 +16,54 @@ from stratavit.elastic.compensation import Moments, compensate
 IMAGES = make_images(2, seed=9)
 HALF = {"blocks.0.attn": 8, "blocks.0.mlp": 30, "blocks.1.attn": 8, "blocks.1.mlp": 30}
 
-CHANGES = {
-    "nothing": lambda net: None,
-    "training step": lambda net: step(net),
-    "state dict": lambda net: net.load_state_dict({name: t * 1.1 for name, t in net.state_dict().items()}),
-    "other weights": lambda net: replace_weights(net),
-    "in place": lambda net: scale_in_place(net),
-    "bias": lambda net: scale_bias(net),
-    "gain": lambda net: set_all(net, "gain", lambda module: 0.1),
-    "moments": lambda net: set_all(net, "moments", lambda module: replace(module.moments, energy=1e6)),
-    "moments at the old ones' place": lambda net: renew_moments(net),
-    "mean": lambda net: set_all(net, "channel_mean", lambda module: module.channel_mean * 2),
-    "mean in place": lambda net: [module.channel_mean.mul_(2) for module in net.elastic.values()],
-    "contract": lambda net: net.contract(make_batches((12,))[:1], token_weight=0.0, objective="feature"),
-    "type": lambda net: net.double(),
-    "data in place": lambda net: scale_data(net),
-    "data": lambda net: swap_data(net),
-    "through NumPy": lambda net: scale_through_numpy(net),
-    "mean's data": lambda net: scale_mean_data(net),
-}
 
+def each(change):
+    """Of every elastic module, without gradient."""
 
-def set_all(net, attribute, value):
-    for module in net.elastic.values():
-        setattr(module, attribute, value(module))
+    @torch.no_grad()
+    def changed(net):
+        for module in net.elastic.values():
+            change(module)
 
-
-def renew_moments(net):
-    """Object after object: the new one may get the memory, and so the `id`, of the old one."""
-    for module in net.elastic.values():
-        factor, ridge, energy = module.moments.factor, module.moments.ridge, module.moments.energy
-        module.moments = None
-        module.moments = Moments(factor, ridge, energy * 100)
+    return changed
 
 
 def step(net):
-    spec = {site.name: site.width // 2 for site in net.sites}
-    net(IMAGES, spec).square().sum().backward()
+    net(IMAGES, {site.name: site.width // 2 for site in net.sites}).square().sum().backward()
     torch.optim.SGD(net.parameters(), lr=0.01).step()
 
 
-def replace_weights(net):
-    for module in net.elastic.values():
-        module.out.weight = torch.nn.Parameter(module.out.weight.detach() * 1.2)
+def scale_through_numpy(module):
+    module.out.weight.detach().numpy()[...] *= 1.2
 
 
-@torch.no_grad()
-def scale_in_place(net):
-    for module in net.elastic.values():
-        module.out.weight.mul_(1.2)
+def renewed(module):
+    """The new one may get the memory, and so the `id`, of the old one."""
+    factor, ridge, energy = vars(module.moments).values()
+    module.moments = None
+    module.moments = Moments(factor, ridge, energy * 100)
 
 
-@torch.no_grad()
-def scale_bias(net):
-    for module in net.elastic.values():
-        module.out.bias.add_(0.3)
-
-
-@torch.no_grad()
-def scale_data(net):
-    """Around autograd's version counter, as exponential averages are often copied in."""
-    for module in net.elastic.values():
-        module.out.weight.data.mul_(1.2)
-
-
-@torch.no_grad()
-def swap_data(net):
-    for module in net.elastic.values():
-        module.out.weight.data = module.out.weight.data * 1.2
-
-
-def scale_through_numpy(net):
-    for module in net.elastic.values():
-        module.out.weight.detach().numpy()[...] *= 1.2
-
-
-@torch.no_grad()
-def scale_mean_data(net):
-    for module in net.elastic.values():
-        module.channel_mean.data.add_(0.3)
+WEIGHTS = {
+    "training step": step,
+    "other weights": each(lambda m: setattr(m.out, "weight", torch.nn.Parameter(m.out.weight * 1.2))),
+    "in place": each(lambda m: m.out.weight.mul_(1.2)),
+    "bias": each(lambda m: m.out.bias.add_(0.3)),
+    "data in place": each(lambda m: m.out.weight.data.mul_(1.2)),  # around autograd's version counter
+    "data": each(lambda m: setattr(m.out.weight, "data", m.out.weight.data * 1.2)),
+    "through NumPy": each(scale_through_numpy),
+    "mean's data": each(lambda m: m.channel_mean.data.add_(0.3)),
+}
+CHANGES = WEIGHTS | {
+    "nothing": lambda net: None,
+    "state dict": lambda net: net.load_state_dict({name: t * 1.1 for name, t in net.state_dict().items()}),
+    "gain": each(lambda m: setattr(m, "gain", 0.1)),
+    "moments": each(lambda m: setattr(m, "moments", replace(m.moments, energy=1e6))),
+    "moments at the old ones' place": each(renewed),
+    "mean": each(lambda m: setattr(m, "channel_mean", m.channel_mean * 2)),
+    "contract": lambda net: net.contract(make_batches((12,))[:1], token_weight=0.0, objective="feature"),
+    "type": lambda net: net.double(),
+}
 
 
 def solved(net, module, width):
@@ -134,23 +103,19 @@ def test_a_specialised_network_extracts_what_is_there(change):
     net.specialise(HALF, moments=True)
     CHANGES[change](net)
     fresh = copy.deepcopy(net)
-    fresh.forget_moments()
-    for name, module in fresh.elastic.items():
-        module.moments = net.elastic[name].moments
+    for module in fresh.elastic.values():
+        module.corrected.clear()
     ours, theirs = (one.extract(spec=HALF, verbose=False).state_dict() for one in (net, fresh))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize(
-    "change",
-    ["training step", "other weights", "in place", "bias", "data in place", "data", "through NumPy", "mean's data"],
-)
+@pytest.mark.parametrize("change", WEIGHTS)
 def test_released_moments_refuse_to_extract_from_other_weights(change):
     net = copy.deepcopy(make_net("plain"))
     net.specialise(HALF)
     net.extract(spec=HALF, verbose=False)
     CHANGES[change](net.requires_grad_(True))
-    with pytest.raises(StrataViTError, match="specialised for other weights"):
+    with pytest.raises(StrataViTError, match="width"):
         net.extract(spec=HALF, verbose=False)
 
 
@@ -161,25 +126,12 @@ def test_functional_call_runs_the_weights_that_it_is_given(specialised):
     if specialised:
         net.specialise(HALF, moments=True)
     weight = dict(net.named_parameters())[name].detach().clone()
-    for turn in range(20):
+    for turn in range(5):
         fresh = copy.deepcopy(make_net("plain"))
         with torch.no_grad():
             fresh.get_parameter(name).copy_(weight * (1 + 0.05 * turn))
             found = functional_call(net, {name: weight * (1 + 0.05 * turn)}, (IMAGES, HALF))
             assert torch.equal(found, fresh(IMAGES, HALF)), turn
-
-
-def test_weights_at_a_freed_address_are_seen_by_a_specialised_network():
-    net = copy.deepcopy(make_net("plain"))
-    net.specialise(HALF, moments=True)
-    module = net.elastic["blocks.0.mlp"]
-    for turn in range(1, 20):
-        with torch.no_grad():
-            module.fc2.weight.data = module.fc2.weight.data * 1.01  # the old numbers' memory is free again
-            fresh = copy.deepcopy(net)
-            for one in fresh.elastic.values():
-                one.forget_last()
-            assert torch.equal(net(IMAGES, HALF), fresh(IMAGES, HALF)), turn
 
 
 def test_a_state_dict_brings_no_moments_and_says_so(capsys):
@@ -194,7 +146,7 @@ def sizes_of(net):
     return [net.spec(macs=share) for share in (1.0, 0.8, 0.6, 0.45)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["plain", "distilled"])
 @pytest.mark.parametrize("how", ["call", "at", "specialised", "extract"])
 def test_four_sizes_at_once_are_those_of_four_alone(family, how):
     net = copy.deepcopy(make_net(family, stratified=True)).eval()
@@ -213,7 +165,7 @@ def test_four_sizes_at_once_are_those_of_four_alone(family, how):
 
     alone = [answer(spec) for spec in specs]
     assert len({float(found.sum()) for found in alone}) == len(specs)
-    turns = [number % len(specs) for number in range(60)]
+    turns = [number % len(specs) for number in range(24)]
     with ThreadPoolExecutor(len(specs)) as pool:
         found = list(pool.map(lambda number: answer(specs[number]), turns))
     assert all(torch.equal(one, alone[number]) for one, number in zip(found, turns, strict=True))
@@ -225,7 +177,7 @@ def test_threads_that_measure_do_not_meet(judge):
     loader, specs = make_batches(), sizes_of(net)
     alone = [judge(net, loader, spec) for spec in specs]
     with ThreadPoolExecutor(len(specs)) as pool:
-        assert list(pool.map(lambda spec: judge(net, loader, spec), specs * 5)) == alone * 5
+        assert list(pool.map(lambda spec: judge(net, loader, spec), specs * 3)) == alone * 3
 
 
 def test_tasks_of_one_thread_do_not_meet():

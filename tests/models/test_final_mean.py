@@ -9,6 +9,7 @@ from helpers import FAMILIES, PLAN, make_batches, make_images, make_model, make_
 
 from stratavit.data.pixels import folds_of, keys_of
 from stratavit.dropout_list import marginal_effects, walk
+from stratavit.models.conversion import final_shift
 from stratavit.models.families import last_norm
 from stratavit.models.final_mean import FinalMean
 
@@ -111,7 +112,7 @@ def test_it_goes_with_the_default_list_and_full_compensation_only(change):
         assert net.final_mean is None
     else:
         net.compensation = change
-    assert net.final_shift(net.resolve(spec)) is None
+    assert final_shift(net, net.resolve(spec)) is None
     with torch.no_grad():
         assert torch.equal(net(IMAGES, spec), without(net)(IMAGES, spec))
         assert torch.equal(net.extract(spec=spec)(IMAGES), without(net).extract(spec=spec)(IMAGES))

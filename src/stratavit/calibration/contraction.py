@@ -92,8 +92,7 @@ def _sort_site(
     module: ElasticSite, found: SiteStatistics, criterion: Criterion, scale: Tensor | None, generator: torch.Generator
 ) -> None:
     """Folds new coordinates into the weights, and keeps means and moments in these coordinates."""
-    module.moments, module.crossed = None, ()
-    module.forget_last()
+    module.forget()
     mean, new = found.channel_mean, _new_coordinates(module, found, criterion, scale, generator)
     change_mean: Callable[[Tensor], Tensor]
     change_covariance: Callable[[Tensor], Tensor]

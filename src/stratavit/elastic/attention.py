@@ -1,4 +1,7 @@
-"""Attention that runs any head_dim: q, k and v are cut alike.
+"""Attention that runs any head_dim: q, k and v cut alike, or v alone where q and k stay uncut.
+
+Normalisation of q and k (qk-norm), rotary positions and cosine attention do not allow q and k to be turned; the width
+of such a site is that of v, and small models get a `plain.SplitAttention`.
 
 Shape legend: B images (or windows), N tokens, C token width, H heads, d full head_dim, w kept width.
 """
@@ -12,20 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stratavit.elastic.base import AttentionTransform, ElasticSite, Weights, fold_heads
-from stratavit.elastic.plain import attend, position_bias
+from stratavit.elastic.plain import attend, cosines, gathered, rotated, swin_v2_bias
 from stratavit.elastic.site import Site, attention_steps
 
 Part = tuple[nn.Parameter | Tensor, nn.Parameter | Tensor | None]
+Scored = tuple[Tensor, Tensor, Tensor, float | None]  # q, k, v, and the factor of the scores; None is w**-0.5
 
 
-def head_width(stock: Any) -> int:
-    """Full head_dim of any of timm's attention modules."""
-    channels: int = stock.proj.in_features
-    return channels // int(stock.num_heads)
+def prefix_of_heads(x: Tensor, heads: int, width: int) -> Tensor:
+    """The first rows of every head: ``[H*d, ...]`` to ``[H*w, ...]``."""
+    return x.unflatten(0, (heads, -1))[:, :width].flatten(0, 1)
 
 
 class HeadsSite(ElasticSite):
-    """What all attention modules share: where q, k and v lie in timm's several layouts."""
+    """What all attention modules share: where q, k and v lie in timm's several layouts, and the pass."""
 
     attention = True
     num_heads: int
@@ -35,7 +38,7 @@ class HeadsSite(ElasticSite):
     proj_drop: nn.Dropout
 
     def __init__(self, stock: Any) -> None:
-        super().__init__(stock, stock.num_heads, head_width(stock))
+        super().__init__(stock, stock.num_heads, stock.proj.in_features // stock.num_heads)
 
     @classmethod
     def refusal(cls, stock: Any) -> tuple[str, str] | None:
@@ -54,24 +57,43 @@ class HeadsSite(ElasticSite):
     def parts(self) -> tuple[Part, Part, Part]:
         """Weight ``[H*d, C]`` and bias ``[H*d]`` of q, k and v: views, so that changes in place reach the weights."""
         if self.qkv is None:
-            layers = (getattr(self, f"{name}_proj") for name in "qkv")
-            q, k, v = ((layer.weight, layer.bias) for layer in layers)
+            q, k, v = ((layer.weight, layer.bias) for layer in (getattr(self, f"{name}_proj") for name in "qkv"))
             return q, k, v
-        weights = self.qkv.weight.chunk(3)
+        biases: Any = (None, None, None)
         if self.qkv.bias is not None:
-            biases: Any = self.qkv.bias.chunk(3)
+            biases = self.qkv.bias.chunk(3)
         elif getattr(self, "q_bias", None) is not None:  # k has none: its mean cancels in the softmax
             biases = (self.q_bias, None, self.v_bias)
-        else:
-            biases = (None, None, None)
-        q, k, v = zip(weights, biases, strict=True)
+        q, k, v = zip(self.qkv.weight.chunk(3), biases, strict=True)
         return q, k, v
+
+    def cut_parts(self) -> tuple[Part, ...]:
+        """Those that are cut: all of them, or v alone."""
+        return self.parts() if self.tied else self.parts()[2:]
+
+    def site(self, name: str) -> Site:
+        """See `ElasticSite.site`."""
+        channels, dim, out_bias = self.heads * self.full_width, self.proj.out_features, self.proj.bias is not None
+        maps, biases = len(self.cut_parts()), sum(bias is not None for _, bias in self.cut_parts())
+        cut_params = ((maps + 1) * dim + biases) * channels + out_bias * dim
+        return Site(
+            name,
+            "attention",
+            width=self.full_width,
+            heads=self.heads,
+            dim=dim,
+            in_biases=biases,
+            out_bias=out_bias,
+            steps=attention_steps(self.full_width),
+            maps=maps,
+            qk_width=0 if self.tied else self.full_width,
+            fixed_params=sum(parameter.numel() for parameter in self.parameters()) - cut_params,
+        )
 
     def norms(self) -> Tensor:
         """L2 norms, see `ElasticSite.norms`: rows of q and k; for v rows and columns of `proj`."""
-        shape = (self.heads, self.full_width)
-        parts = self.parts() if self.tied else self.parts()[2:]
-        squares = torch.stack([weight.detach().double().square().sum(dim=1).view(shape) for weight, _ in parts])
+        rows = [weight.detach().double().square().sum(dim=1) for weight, _ in self.cut_parts()]
+        squares = torch.stack(rows).unflatten(1, (self.heads, self.full_width))
         squares[-1] += self.out_by_head().detach().double().square().sum(dim=0)
         return squares.sqrt()
 
@@ -84,42 +106,60 @@ class HeadsSite(ElasticSite):
         columns = self.proj.weight.detach().T  # [H*d, C]
         self.proj.weight.copy_(fold_heads(transform.o.transpose(-1, -2), columns.contiguous()).T)
 
-    def _site(self, name: str, maps: int, biases: int, qk: int = 0) -> Site:
-        channels, dim = self.heads * self.full_width, self.proj.out_features
-        scaling = ((maps + 1) * dim + biases) * channels + (self.proj.bias is not None) * dim
-        return Site(
-            name,
-            "attention",
-            width=self.full_width,
-            heads=self.heads,
-            dim=dim,
-            in_biases=biases,
-            out_bias=self.proj.bias is not None,
-            steps=attention_steps(self.full_width),
-            maps=maps,
-            qk_width=qk,
-            fixed_params=self.fixed_params(scaling),
-        )
+    def position_bias(self, shared: Tensor | None = None) -> Tensor | None:
+        """What relative positions add to the scores, ``[1, H, N, N]``, and `shared`; None for nothing."""
+        own: Any = self
+        table = getattr(self, "relative_position_bias_table", None)
+        if getattr(self, "cpb_mlp", None) is not None:
+            table = swin_v2_bias(own.cpb_mlp(own.relative_coords_table))
+        return gathered(table, getattr(self, "relative_position_index", None), shared)
+
+    def scored(self, x: Tensor, features: Tensor, rope: Tensor | None) -> Scored:
+        """What attention is computed from, each ``[B, H, N, ...]``.
+
+        Args:
+            x: Tokens ``[B, N, C]``.
+            features: The parts that are cut, ``[3 or 1, B, H, N, w]``.
+            rope: Rotary positions.
+        """
+        raise NotImplementedError
+
+    def _run(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        rope: Tensor | None = None,
+    ) -> Tensor:
+        """`bias` and `mask` as in `plain.attend`."""
+        if self.width == 0 or self.bypassed:
+            return self.constant(x)
+        weights = self.weights_now()
+        features = F.linear(x, weights.in_weight, weights.in_bias)
+        features = features.unflatten(-1, (3 if self.tied else 1, self.heads, -1))  # [B, N, 3 or 1, H, w]
+        if self.observer is not None:
+            self.observer.features(features)
+        q, k, v, scale = self.scored(x, features.permute(2, 0, 3, 1, 4), rope)
+        p = self.attn_drop.p if self.training else 0.0
+        mixed = attend(q, k, v, bias, mask, scale, p, is_causal)  # [B, N, H*w]
+        return self.proj_drop(self.written(mixed, weights))
 
 
 class ElasticAttention(HeadsSite):
     """timm's `Attention` at any head_dim; at full width the same operations in the same order."""
 
     tied = True
-    fused_attn: bool
-
-    def site(self, name: str) -> Site:
-        """What `cost` and the dropout list need to know."""
-        return self._site(name, maps=3, biases=sum(bias is not None for _, bias in self.parts()))
+    tensor_names = ("qkv.weight", "qkv.bias", "proj.weight", "proj.bias")
 
     def in_weight(self, width: int) -> tuple[Tensor, Tensor | None]:
-        """`qkv` at a head_dim, q scaled so that the stock scale ``w**-0.5`` gives the dense ``d**-0.5``."""
+        """`qkv` at a head_dim, q scaled so that the stock scale ``w**-0.5`` amounts to the dense ``d**-0.5``."""
         if width == self.full_width:
             return self.qkv.weight, self.qkv.bias
         scale = (width / self.full_width) ** 0.5
 
         def cut(x: Tensor) -> Tensor:  # [3*H*d, ...] -> [3*H*w, ...]
-            kept = x.unflatten(0, (3, self.heads, self.full_width))[:, :, :width].flatten(1, 2)
+            kept = prefix_of_heads(x, 3 * self.heads, width).unflatten(0, (3, -1))
             factor = kept.new_tensor([scale, 1.0, 1.0]).view(3, *[1] * (kept.dim() - 1))
             return (kept * factor).flatten(0, 1)
 
@@ -130,30 +170,16 @@ class ElasticAttention(HeadsSite):
         in_bias, out_bias = weights.in_bias is not None, weights.out_bias is not None
         return {"num_heads": self.heads, "head_dim": width, "qkv_bias": in_bias, "proj_bias": out_bias}
 
-    def tensors(self, width: int, weights: Weights) -> dict[str, Tensor | None]:
-        """Weights of timm's `Attention`."""
-        names = ("qkv.weight", "qkv.bias", "proj.weight", "proj.bias")
-        return dict(zip(names, weights, strict=True))
+    def scored(self, x: Tensor, features: Tensor, rope: Tensor | None) -> Scored:
+        """As they are, but for the probe's gate of q."""
+        q, k, v = features.unbind(0)
+        if self.probe is not None and self.probe.gate is not None:
+            q = q * self.probe.gate
+        return q, k, v, None
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; the arguments of timm's `Attention`."""
         return self._run(x, attn_mask, is_causal=is_causal)
-
-    def _run(self, x: Tensor, bias: Tensor | None, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """`bias` and `mask` as in `plain.attend`."""
-        if self.width == 0 or self.bypassed:
-            return self.constant(x)
-        weights = self.weights_now()
-        qkv = F.linear(x, weights.in_weight, weights.in_bias)
-        qkv = qkv.unflatten(-1, (3, self.heads, -1))  # [B, N, 3, H, w]
-        if self.observer is not None:
-            self.observer.features(qkv)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, N, w]
-        if self.probe is not None and self.probe.gate is not None:
-            q = q * self.probe.gate
-        p = self.attn_drop.p if self.training else 0.0
-        mixed = attend(q, k, v, bias, mask, None, p, is_causal)  # [B, N, H*w]
-        return self.proj_drop(self.written(mixed, weights))
 
 
 class ElasticWindows(ElasticAttention):
@@ -161,7 +187,7 @@ class ElasticWindows(ElasticAttention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """All windows of all images ``[B*windows, N, C]`` to the same; `mask` ``[windows, N, N]``."""
-        return self._run(x, position_bias(self), mask)
+        return self._run(x, self.position_bias(), mask)
 
 
 class ElasticBeit(ElasticAttention):
@@ -174,29 +200,89 @@ class ElasticBeit(ElasticAttention):
         """q, k and v at a head_dim, q scaled as in `ElasticAttention`."""
         scale = (width / self.full_width) ** 0.5
         (q, q_bias), (k, _), (v, v_bias) = self.parts()
-
-        def cut(x: Tensor) -> Tensor:  # [H*d, ...] -> [H*w, ...]
-            return x.unflatten(0, (self.heads, -1))[:, :width].flatten(0, 1)
-
-        weight = torch.cat([cut(q) * scale, cut(k), cut(v)])
         assert q_bias is not None, "a BEiT without biases is refused"
         assert v_bias is not None
-        bias = cut(q_bias) * scale
-        return weight, torch.cat([bias, torch.zeros_like(bias), cut(v_bias)])
+        q, k, v, q_bias, v_bias = (prefix_of_heads(x, self.heads, width) for x in (q, k, v, q_bias, v_bias))
+        bias = q_bias * scale
+        return torch.cat([q * scale, k, v]), torch.cat([bias, torch.zeros_like(bias), v_bias])
 
     def numbers(self, width: int, weights: Weights) -> dict[str, Any]:
         """Numbers of a `SplitAttention` whose widths are alike."""
-        bias, out_bias = weights.in_bias is not None, weights.out_bias is not None
-        numbers = {"num_heads": self.heads, "qk_dim": width, "v_dim": width, "scale": width**-0.5}
-        return {**numbers, "biases": [bias, False, bias, out_bias]}
+        biases = [True, False, True, weights.out_bias is not None]
+        return {"num_heads": self.heads, "qk_dim": width, "v_dim": width, "scale": width**-0.5, "biases": biases}
 
-    def tensors(self, width: int, weights: Weights) -> dict[str, Tensor | None]:
+    def tensors(self, weights: Weights) -> dict[str, Tensor | None]:
         """Weights of a `SplitAttention`."""
+        assert weights.in_bias is not None
         q, k, v = weights.in_weight.chunk(3)
-        q_bias, _, v_bias = (None, None, None) if weights.in_bias is None else weights.in_bias.chunk(3)
+        q_bias, _, v_bias = weights.in_bias.chunk(3)
         ours = {"q.weight": q, "k.weight": k, "v.weight": v, "q.bias": q_bias, "v.bias": v_bias}
         return {**ours, "proj.weight": weights.out_weight, "proj.bias": weights.out_bias}
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; the arguments of timm's `beit.Attention`."""
-        return self._run(x, position_bias(self, shared_rel_pos_bias))
+        return self._run(x, self.position_bias(shared_rel_pos_bias))
+
+
+class ElasticSplit(HeadsSite):
+    """timm's `Attention` with qk-norm, `EvaAttention` and `AttentionRope`: v and `proj` at any width."""
+
+    tensor_names = ("v.weight", "v.bias", "proj.weight", "proj.bias")
+
+    @classmethod
+    def refusal(cls, stock: Any) -> tuple[str, str] | None:
+        """As of all attention; shared heads of k and v are not supported."""
+        shared = "v_proj", "several heads share one head of k and v (grouped-query attention)"
+        return super().refusal(stock) or (shared if getattr(stock, "num_kv_groups", 1) != 1 else None)
+
+    def in_weight(self, width: int) -> tuple[Tensor, Tensor | None]:
+        """v at a width."""
+        weight, bias = self.parts()[2]
+        if width == self.full_width:
+            return weight, bias
+        cut = prefix_of_heads(weight, self.heads, width)
+        return cut, None if bias is None else prefix_of_heads(bias, self.heads, width)
+
+    def numbers(self, width: int, weights: Weights) -> dict[str, Any]:
+        """Numbers of a `SplitAttention`."""
+        biases = [bias is not None for bias in (*(bias for _, bias in self.parts()), weights.out_bias)]
+        scale = self.full_width**-0.5
+        return {"num_heads": self.heads, "qk_dim": self.full_width, "v_dim": width, "scale": scale, "biases": biases}
+
+    def tensors(self, weights: Weights) -> dict[str, Tensor | None]:
+        """Weights of a `SplitAttention`."""
+        (q, q_bias), (k, k_bias), _ = self.parts()
+        uncut = {"q.weight": q, "q.bias": q_bias, "k.weight": k, "k.bias": k_bias}
+        return {**uncut, **super().tensors(weights)}
+
+    def scored(self, x: Tensor, features: Tensor, rope: Tensor | None) -> Scored:
+        """q and k at full width, normalised and rotated."""
+        own: Any = self
+        v, scale = features[0], self.full_width**-0.5
+        q, k = (F.linear(x, *part).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.parts()[:2])
+        if getattr(self, "q_norm", None) is not None:
+            q, k = own.q_norm(q), own.k_norm(k)
+        if rope is not None:
+            q, k = (rotated(x, rope, own.num_prefix_tokens, own.rotate_half).type_as(v) for x in (q, k))
+        if getattr(self, "logit_scale", None) is not None:
+            q, k, scale = cosines(q, k, own.logit_scale)
+        return q, k, v, scale
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; the arguments of timm's modules, see `plain.SplitAttention`."""
+        return self._run(x, self.position_bias(attn_mask), mask, is_causal, rope)
+
+
+class ElasticCosine(ElasticSplit):
+    """Swin-V2's `WindowAttention`: cosine attention, relative positions from a small MLP."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """All windows of all images ``[B*windows, N, C]`` to the same; `mask` ``[windows, N, N]``."""
+        return super().forward(x, mask=mask)

@@ -1,9 +1,8 @@
 """What attention and MLP modules have in common that run any prefix of their channels from one set of weights.
 
-They take the place of timm's modules inside a super-network and keep their parameter names, so a
-super-network's state dict is an ordinary timm checkpoint. `weights_at` is the one place that says what a
-module's weights are at a width; elastic execution and extraction both call it. One class for each kind of
-module: `heads` (attention), `split_heads` (attention whose q and k stay whole), `hidden` (MLPs).
+They take the place of timm's modules inside a super-network and keep their parameter names, so a super-network's state
+dict is an ordinary timm checkpoint. `weights_at` is the one place that says what a module's weights are at a width;
+elastic execution and extraction both call it.
 
 Shape legend: B images, N tokens, C token width, H heads, d full head_dim, m full hidden width, w kept width.
 """
@@ -23,28 +22,32 @@ from stratavit.elastic.compensation import GAIN, Moments, compensate
 from stratavit.elastic.corrected import Corrected, stale
 from stratavit.elastic.running import Run, current_run, running
 from stratavit.elastic.site import Site
-from stratavit.errors import StrataViTError
+from stratavit.errors import StrataViTError, described
 
 Compensation = Literal["none", "mean", "full"]
+
+
+def known_compensation(name: Compensation) -> Compensation:
+    """The same; a `StrataViTError` if it is none of the three."""
+    if name not in ("none", "mean", "full"):
+        raise StrataViTError(f"compensation: expected 'none', 'mean' or 'full', got {described(name)}")
+    return name
 
 
 class Weights(NamedTuple):
     """What a module computes with at some width: into its channels, then out of them."""
 
-    in_weight: Tensor  # attention [3*H*w, C] (v alone where q and k stay whole: [H*w, C]), MLP [w, C] (gated [2*w, C])
+    in_weight: Tensor  # attention [3*H*w, C] (v alone where q and k stay uncut: [H*w, C]), MLP [w, C] (gated [2*w, C])
     in_bias: Tensor | None
     out_weight: Tensor  # attention [C, H*w], MLP [C, w]
     out_bias: Tensor | None
 
 
 class Observer(Protocol):
-    """Sees the features of a module as it runs; `statistics` collects moments through it."""
+    """Sees the features of a module as it runs."""
 
     def features(self, features: Tensor) -> None:
-        """Attention: qkv ``[B, N, 3, H, w]`` (q before the attention scale), or v alone, ``[B, N, 1, H, w]``.
-
-        MLP: never called.
-        """
+        """Attention only: qkv ``[B, N, 3, H, w]`` (q before the attention scale), or v alone, ``[B, N, 1, H, w]``."""
 
     def inputs_of_out(self, features: Tensor) -> None:
         """Attention: head outputs ``[B, N, H*w]``. MLP: post-activations ``[B, N, w]``."""
@@ -86,17 +89,18 @@ class Probe(NamedTuple):
 
 
 class ElasticSite(nn.Module):
-    """Common ground of the elastic modules.
+    """A module that runs any prefix of its channels. Subclasses say where these lie, what is small, and the pass.
 
     Attributes:
         attention: It is an attention module; else an MLP.
         tied: Attention of which q and k are cut along with v.
+        tensor_names: Names of `Weights` in the small layer, see `tensors`.
+        heads, full_width: H, and d or m.
         bypassed: The module adds nothing at all; set while its sensitivity is measured.
         compensation: ``full`` replaces dropped channels by what the kept ones predict, ``mean`` by their mean,
             ``none`` by nothing. ``full`` without `moments` is ``mean``.
         gain: Share of the output energy lost that ``full`` puts back, see `compensation.compensate`.
-        channel_mean: Mean of the channels that `proj` / `fc2` reads, ``[H, d]`` or ``[1, m]``;
-            empty before any calibration.
+        channel_mean: Mean of the channels that `out` reads, ``[H, d]`` or ``[1, m]``; empty before any calibration.
         moments: Second moments of the same channels, coordinate-major (coordinate, then head), so that a
             cut is a prefix of all heads at once.
         crossed: `channel_mean` and `moments` without the images of fold 0, and without those of fold 1; after
@@ -108,8 +112,10 @@ class ElasticSite(nn.Module):
 
     attention = False
     tied = False
+    tensor_names: tuple[str, str, str, str]
     heads: int
     full_width: int
+    channel_mean: Tensor
 
     def __init__(self, stock: nn.Module, heads: int, full_width: int) -> None:
         super().__init__()
@@ -123,7 +129,6 @@ class ElasticSite(nn.Module):
         self.corrected: dict[int, Corrected] = {}
         self.observer: Observer | None = None
         self.bypassed = False
-        self.channel_mean: Tensor
         self.register_buffer("channel_mean", self.out.weight.new_empty(0), persistent=False)
 
     def _adopt(self, stock: nn.Module) -> None:
@@ -138,6 +143,8 @@ class ElasticSite(nn.Module):
         for name, buffer in stock._buffers.items():
             self.register_buffer(name, buffer, persistent=name not in stock._non_persistent_buffers_set)
 
+    # ---- what a subclass says, besides `forward` (through `weights_now`, `written` and `constant`) ------------------
+
     @classmethod
     def refusal(cls, stock: nn.Module) -> tuple[str, str] | None:
         """The part of a stock module that does not allow it to be cut, and why; None if it can be."""
@@ -147,9 +154,14 @@ class ElasticSite(nn.Module):
         """What `cost` and the dropout list need to know."""
         raise NotImplementedError
 
-    def fixed_params(self, scaling: int) -> int:
-        """Parameters that are there at every width above 0, `scaling` those that are not."""
-        return sum(parameter.numel() for parameter in self.parameters()) - scaling
+    def in_weight(self, width: int) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the map into the channels at a width."""
+        raise NotImplementedError
+
+    @property
+    def out(self) -> nn.Linear:
+        """The map out of the channels: `proj` or `fc2`."""
+        raise NotImplementedError
 
     def fold(self, transform: AttentionTransform) -> None:
         """Attention: applies a change of coordinates in place."""
@@ -167,18 +179,11 @@ class ElasticSite(nn.Module):
         """Numbers of the small layer at a width, see `layers.describe_layer`."""
         raise NotImplementedError
 
-    def tensors(self, width: int, weights: Weights) -> dict[str, Tensor | None]:
+    def tensors(self, weights: Weights) -> dict[str, Tensor | None]:
         """Tensors of the small layer that are cut, under its names; None for a bias that is not there."""
-        raise NotImplementedError
+        return dict(zip(self.tensor_names, weights, strict=True))
 
-    def in_weight(self, width: int) -> tuple[Tensor, Tensor | None]:
-        """The first linear map at a width."""
-        raise NotImplementedError
-
-    @property
-    def out(self) -> nn.Linear:
-        """The second linear map: `proj` or `fc2`."""
-        raise NotImplementedError
+    # ---- weights at a width -----------------------------------------------------------------------------------------
 
     def out_by_head(self) -> Tensor:
         """Weight of `out` as ``[C, H, d]`` (one head for an MLP)."""
@@ -190,26 +195,24 @@ class ElasticSite(nn.Module):
 
     @property
     def width(self) -> int:
-        """Kept width of the call that runs, see `running`; the full width unless something else is said."""
+        """Kept width of the call that runs, see `running`; full width outside of one."""
         return current_run().widths.get(self, self.full_width)
 
     def weights_at(self, width: int) -> Weights:
-        """Weights of the prefix of `width` channels (per head), 0 < width <= full width.
-
-        Always computed from the weights that are there: nothing is remembered.
+        """Weights of the prefix of `width` channels (per head), 0 < width <= full width, computed from what is there.
 
         Raises:
-            StrataViTError: Only what `specialise` kept could tell them, and the weights have changed since.
+            StrataViTError: Only what `specialise` kept could say them, and the weights have changed since.
         """
-        in_weight, in_bias = self.in_weight(width)
+        into = self.in_weight(width)
         if width == self.full_width:
-            return Weights(in_weight, in_bias, self.out.weight, self.out.bias)
+            return Weights(*into, self.out.weight, self.out.bias)
         if self.compensation == "full" and self.moments is not None:
-            return Weights(in_weight, in_bias, *self.compensated_out(width, self.gain))
+            return Weights(*into, *self.compensated_out(width))
         if self.compensation == "full" and width in self.corrected:
-            return Weights(in_weight, in_bias, *self.corrected[width].checked(self._rests_on(), width))
+            return Weights(*into, *self.corrected[width].checked(self._basis(), width))
         kept = self.out_by_head()[:, :, :width].flatten(1)  # [C, H, w] -> [C, H*w]
-        return Weights(in_weight, in_bias, kept, self.out_bias_at(width))
+        return Weights(*into, kept, self.out_bias_at(width))
 
     def weights_now(self) -> Weights:
         """Weights of the call that runs: the probe's, else those at its width.
@@ -221,7 +224,7 @@ class ElasticSite(nn.Module):
         run, width = current_run(), self.width
         known = run.fixed.get(self)
         if known is None and self.compensation == "full" and width in self.corrected and not self._learns():
-            known = self.corrected[width].unless_changed(self._rests_on())
+            known = self.corrected[width].unless_changed(self._basis())
             if known is None and self.moments is None:
                 raise stale(width)
         return self.weights_at(width) if known is None else Weights(*self.in_weight(width), *known)
@@ -231,41 +234,39 @@ class ElasticSite(nn.Module):
         if self.compensation != "full" or self.moments is None or not 0 < width < self.full_width:
             return None
         with torch.no_grad():
-            return self.compensated_out(width, self.gain)
+            return self.compensated_out(width)
 
     def specialise(self, width: int) -> None:
         """Keeps `fixed_out` at a width for as long as the weights stay as they are."""
         with torch.inference_mode(False):
             pair = self.fixed_out(width)
         if pair is not None:
-            self.corrected[width] = Corrected(pair, self._rests_on())
+            self.corrected[width] = Corrected(pair, self._basis())
 
-    def forget_last(self) -> None:
-        """Drops what `specialise` kept."""
+    def forget(self) -> None:
+        """Drops second moments and what `specialise` computed from them."""
+        self.moments, self.crossed = None, ()
         self.corrected.clear()
 
     def _learns(self) -> bool:
-        return torch.is_grad_enabled() and any(t.requires_grad for t in self._rests_on())
+        return torch.is_grad_enabled() and any(t.requires_grad for t in self._basis())
 
-    def _rests_on(self) -> list[Tensor]:
+    def _basis(self) -> list[Tensor]:
         """What the second map is computed from, besides the moments."""
         return [t for t in (self.out.weight, self.out.bias, self.channel_mean) if t is not None]
 
-    def compensated_out(self, width: int, gain: float) -> tuple[Tensor, Tensor]:
+    def compensated_out(self, width: int) -> tuple[Tensor, Tensor]:
         """Weight ``[C, H*w]`` and bias ``[C]`` of `out` with what the dropped channels did folded in."""
-        with torch.autocast(self.out.weight.device.type, enabled=False):
-            return self._solved(width, gain)
-
-    def _solved(self, width: int, gain: float) -> tuple[Tensor, Tensor]:
         assert self.moments is not None
-        if self.moments.factor.device != self.out.weight.device:  # pragma: no cover: takes a second device
-            self.moments = self.moments.to(self.out.weight.device)
-        weight = self.out_by_coordinate().float()  # [C, d*H]
-        mean = self.channel_mean.T.flatten().float()  # [d*H]
-        kept, shift = compensate(weight, mean, self.moments, width * self.heads, gain)
-        kept = kept.unflatten(1, (width, self.heads)).transpose(1, 2).flatten(1)  # [C, w*H] -> [C, H*w]
-        bias = shift if self.out.bias is None else self.out.bias.float() + shift
-        return kept.to(self.out.weight.dtype), bias.to(self.out.weight.dtype)
+        out = self.out.weight
+        if self.moments.factor.device != out.device:  # pragma: no cover: needs a second device
+            self.moments = self.moments.to(out.device)
+        with torch.autocast(out.device.type, enabled=False):
+            weight, mean = self.out_by_coordinate().float(), self.channel_mean.T.flatten().float()  # [C, d*H], [d*H]
+            kept, shift = compensate(weight, mean, self.moments, width * self.heads, self.gain)
+            kept = kept.unflatten(1, (width, self.heads)).transpose(1, 2).flatten(1)  # [C, w*H] -> [C, H*w]
+            bias = shift if self.out.bias is None else self.out.bias.float() + shift
+            return kept.to(out.dtype), bias.to(out.dtype)
 
     def out_bias_at(self, width: int) -> Tensor | None:
         """Bias of `out` at a width: ``bias + W[:, w:] mean[w:]``, what the dropped channels add on average.
@@ -282,7 +283,7 @@ class ElasticSite(nn.Module):
         return constant if self.out.bias is None else self.out.bias + constant
 
     def written(self, features: Tensor, weights: Weights) -> Tensor:
-        """What `out` makes of its inputs, ``[B, N, H*w]`` to ``[B, N, C]``, the observer looking on."""
+        """Output of `out`, ``[B, N, H*w]`` to ``[B, N, C]``, shown to the observer."""
         if self.observer is not None:
             self.observer.inputs_of_out(features)
         out = F.linear(features, weights.out_weight, weights.out_bias)
@@ -320,16 +321,18 @@ def sites_in(model: nn.Module) -> dict[str, ElasticSite]:
 
 
 @contextmanager
-def run_at(elastic: Mapping[str, ElasticSite], widths: Mapping[str, int] | None, fixed: bool = False) -> Iterator[None]:
-    """The sites run at these widths inside, in this thread or task alone.
+def run_at(
+    elastic: Mapping[str, ElasticSite],
+    widths: Mapping[str, int] | None,
+    fixed: bool = False,
+    shifts: Mapping[Any, Tensor | None] | None = None,
+) -> Iterator[None]:
+    """The sites run at these widths (None: full) inside, in this thread or task alone; `shifts` see `Run`.
 
-    Args:
-        elastic: Site name -> module.
-        widths: Of every site; None is full width.
-        fixed: No weight changes inside and none gets a gradient, so compensated weights are computed once.
+    With `fixed`, no weight changes inside and none gets a gradient, so that compensated weights are computed once.
     """
     chosen = {module: module.full_width if widths is None else widths[name] for name, module in elastic.items()}
     pairs = {module: module.fixed_out(width) for module, width in chosen.items()} if fixed else {}
     known = {module: pair for module, pair in pairs.items() if pair is not None}
-    with running(Run(chosen, known)):
+    with running(Run(chosen, known, shifts or {})):
         yield

@@ -11,7 +11,7 @@ Pure functions on tensors; no images are needed at this point. Shape legend: C o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class Moments:
     Attributes:
         factor: Lower Cholesky factor of ``S + ridge I``, ``[n, n]`` float32.
         ridge: What was added to the diagonal of S.
-        energy: ``tr(W S W^T)``, the variance that the full map puts out (before any LayerScale).
+        energy: ``tr(W S W^T)``, the variance of the full map's output (before any LayerScale).
     """
 
     factor: Tensor
@@ -37,21 +37,14 @@ class Moments:
 
     def to(self, device: torch.device) -> Moments:
         """The same on another device."""
-        return Moments(self.factor.to(device), self.ridge, self.energy)
+        return replace(self, factor=self.factor.to(device))
 
 
 def cholesky(covariance: Tensor, ridge: float = RIDGE) -> tuple[Tensor, float]:
-    """Lower factor of ``S + r I``, float64, and r: `ridge` times the mean eigenvalue.
+    """Lower factor ``[n, n]`` float64 of ``S + r I``, and r: `ridge` times the mean eigenvalue of S ``[n, n]``.
 
     Rounding can leave S with eigenvalues a little below 0, and constant channels with none above: r then grows tenfold
     until the factor exists.
-
-    Args:
-        covariance: ``[n, n]``.
-        ridge: Share of the mean eigenvalue.
-
-    Returns:
-        The factor ``[n, n]`` float64, and r.
     """
     n = len(covariance)
     unit = torch.eye(n, dtype=torch.float64, device=covariance.device)
@@ -65,19 +58,11 @@ def cholesky(covariance: Tensor, ridge: float = RIDGE) -> tuple[Tensor, float]:
 
 
 def factorise(covariance: Tensor, weight: Tensor, ridge: float = RIDGE) -> Moments:
-    """Moments of channels with a covariance ``[n, n]``, read by a map ``[C, n]`` in the same order.
-
-    Args:
-        covariance: ``[n, n]``, channels in the order of the map.
-        weight: ``[C, n]``.
-
-    Returns:
-        The moments, the factor in float32.
-    """
+    """Moments of channels with a covariance ``[n, n]``, read by a map ``[C, n]`` in the same order."""
     factor, added = cholesky(covariance, ridge)
     weight = weight.to(covariance)
     energy = max(float(((weight @ covariance) * weight).sum()), 0.0)  # rounding can leave a little below
-    # row by row, as a file gives it back: the layout decides how products are rounded
+    # row by row, as it is read from a file: the layout decides how products are rounded
     return Moments(factor.float().contiguous(), added, energy)
 
 
@@ -97,9 +82,8 @@ def compensate(weight: Tensor, mean: Tensor, moments: Moments, keep: int, gain: 
         The map ``[C, keep]`` and what is added to the bias ``[C]``, so that the mean output stays.
     """
     factor = moments.factor[:, :keep]
-    corner = factor[:keep]  # [keep, keep]
     projected = weight @ factor  # [C, keep]
-    kept = torch.linalg.solve_triangular(corner, projected, upper=False, left=False)
+    kept = torch.linalg.solve_triangular(factor[:keep], projected, upper=False, left=False)
     if gain:  # in tensors, not numbers: nothing waits for a GPU, and a compiler sees through
         energy = projected.detach().square().sum() - moments.ridge * kept.detach().square().sum()
         wide = torch.float32 if energy.device.type == "mps" else torch.float64  # it has no other

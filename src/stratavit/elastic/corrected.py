@@ -26,11 +26,9 @@ class Corrected:
 
     def unless_changed(self, basis: list[Tensor]) -> tuple[Tensor, Tensor] | None:
         """The pair, or None if it was computed from other tensors; changes through ``.data`` in place go unseen."""
-        same = len(basis) == len(self._basis) and all(
-            (now.data_ptr(), now.dtype, now.shape, _version(now)) == (then.data_ptr(), then.dtype, then.shape, version)
-            for now, (then, version) in zip(basis, self._basis, strict=True)
-        )
-        return self.pair if same else None
+        now = [(t.data_ptr(), t.dtype, t.shape, _version(t)) for t in basis]
+        then = [(t.data_ptr(), t.dtype, t.shape, version) for t, version in self._basis]
+        return self.pair if now == then else None
 
     def checked(self, basis: list[Tensor], width: int) -> tuple[Tensor, Tensor]:
         """The pair, the numbers that it rests on compared; too slow for every pass, right for extraction.
@@ -44,7 +42,7 @@ class Corrected:
 
 
 def stale(width: int) -> StrataViTError:
-    """What is said where a specialised width belongs to other weights."""
+    """The error where a specialised width belongs to other weights."""
     return StrataViTError(
         f"width {width} was specialised for other weights (trained, moved, copied or cast since), and the moments "
         "are released; load the super-network again, move or cast it, then specialise"

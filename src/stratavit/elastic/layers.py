@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from timm.layers import Attention, AttentionRope, GluMlp, Mlp, SwiGLU
@@ -19,19 +19,11 @@ from stratavit.errors import ArtifactError
 
 KEPT = ("q_norm", "k_norm", "logit_scale", "relative_position_bias_table", "cpb_mlp")  # never cut
 KEPT_BUFFERS = ("relative_coords_table", "relative_position_index")
-ATTENTION: tuple[Any, ...] = (
-    Attention,
-    AttentionRope,
-    EvaAttention,
-    BeitAttention,
-    WindowAttention,
-    WindowAttentionV2,
-    SplitAttention,
-)
-Attn = TypeVar("Attn", bound=nn.Module)
+STOCK = (Attention, AttentionRope, EvaAttention, BeitAttention, WindowAttention, WindowAttentionV2)
+ATTENTION: tuple[Any, ...] = (*STOCK, SplitAttention)
 
 
-def describe_layer(name: str, module: nn.Module) -> dict[str, Any]:
+def describe_layer(name: str, module: Any) -> dict[str, Any]:
     """The numbers that fix one attention, MLP or constant module.
 
     Raises:
@@ -40,102 +32,71 @@ def describe_layer(name: str, module: nn.Module) -> dict[str, Any]:
     if isinstance(module, Constant):
         return {"constant": 0 if module.bias is None else module.bias.numel()}
     if isinstance(module, SplitAttention):
-        biases = [layer.bias is not None for layer in (module.q, module.k, module.v, module.proj)]
+        numbers = {key: getattr(module, key) for key in ("num_heads", "qk_dim", "v_dim", "scale")}
+        return {**numbers, "biases": [getattr(module, key).bias is not None for key in ("q", "k", "v", "proj")]}
+    if isinstance(module, STOCK):
         return {
             "num_heads": module.num_heads,
-            "qk_dim": module.qk_dim,
-            "v_dim": module.v_dim,
-            "scale": module.scale,
-            "biases": biases,
-        }
-    attn: Any = module
-    if isinstance(module, ATTENTION):
-        return {
-            "num_heads": attn.num_heads,
-            "head_dim": attn.proj.in_features // attn.num_heads,
-            "qkv_bias": attn.qkv is not None and attn.qkv.bias is not None,
-            "proj_bias": attn.proj.bias is not None,
+            "head_dim": module.proj.in_features // module.num_heads,
+            "qkv_bias": module.qkv is not None and module.qkv.bias is not None,
+            "proj_bias": module.proj.bias is not None,
         }
     if isinstance(module, Mlp | GluMlp | SwiGLU):
-        first: Any = module.fc1_g if isinstance(module, SwiGLU) else module.fc1
-        return {
-            "hidden_features": module.fc2.in_features,
-            "fc1_bias": first.bias is not None,
-            "fc2_bias": module.fc2.bias is not None,
-        }
+        first = module.fc1_g if isinstance(module, SwiGLU) else module.fc1
+        in_bias, out_bias = first.bias is not None, module.fc2.bias is not None
+        return {"hidden_features": module.fc2.in_features, "fc1_bias": in_bias, "fc2_bias": out_bias}
     raise ArtifactError(f"cannot describe {name}: a {type(module).__name__} is none of the layers that a site becomes")
 
 
-def build_layer(
-    numbers: Mapping[str, Any],
-    dim: int,
-    like: nn.Module,
-    device: torch.device | str,
-    dtype: torch.dtype | None = None,
-) -> nn.Module:
+@torch.no_grad()
+def build_layer(numbers: Mapping[str, Any], dim: int, like: Any, device: torch.device | str) -> nn.Module:
     """A layer with untrained weights.
 
     Args:
         numbers: See `describe_layer`.
         dim: Token width C.
-        like: The module that it takes the place of, stock or elastic: gives what the numbers do not say.
-        device, dtype: Of the weights.
+        like: The module that it takes the place of, stock or elastic: has what the numbers do not say, that is
+            activation, dropout rates and the parts that are never cut, which are copied with their values.
+        device: Of the weights.
     """
     if "constant" in numbers:
-        return Constant(int(numbers["constant"]), device, dtype)
-    if "qk_dim" in numbers:
-        return _split(numbers, dim, like, device, dtype)
-    if "head_dim" in numbers:
-        return _attention(numbers, dim, like, device, dtype)
-    return _mlp(numbers, dim, like, device, dtype)
+        return Constant(int(numbers["constant"]), device)
+    if "hidden_features" in numbers:
+        return _mlp(numbers, dim, like, device)
+    layer = _split(numbers, dim, like, device) if "qk_dim" in numbers else _attention(numbers, dim, like, device)
+    layer.attn_drop.p, layer.proj_drop.p = _rate(like, "attn_drop"), _rate(like, "proj_drop")
+    return layer
 
 
-def _attention(numbers: Mapping[str, Any], dim: int, like: Any, device: Any, dtype: Any) -> nn.Module:
-    rates = {"attn_drop": _rate(like, "attn_drop"), "proj_drop": _rate(like, "proj_drop")}
-    heads, width, bias = numbers["num_heads"], numbers["head_dim"], numbers["qkv_bias"]
+def _attention(numbers: Mapping[str, Any], dim: int, like: Any, device: Any) -> Any:
+    heads, width, bias = numbers["num_heads"], numbers["head_dim"], {"qkv_bias": numbers["qkv_bias"]}
     if hasattr(like, "window_area"):  # Swin
-        windows = WindowAttention(
-            dim, heads, head_dim=width, window_size=like.window_size, qkv_bias=bias, device=device, dtype=dtype, **rates
-        )
-        windows.proj = nn.Linear(heads * width, dim, numbers["proj_bias"], device, dtype)
+        windows = WindowAttention(dim, heads, head_dim=width, window_size=like.window_size, device=device, **bias)
+        windows.proj = nn.Linear(heads * width, dim, numbers["proj_bias"], device)
         return _with_kept(windows, like)
-    attn = Attention(
-        # the width check of timm's constructor does not apply: attn_head_dim is given
-        dim,
-        num_heads=heads,
-        attn_head_dim=width,
-        qkv_bias=bias,
-        proj_bias=numbers["proj_bias"],
-        device=device,
-        dtype=dtype,
-        **rates,
-    )
+    bias["proj_bias"] = numbers["proj_bias"]
+    attn = Attention(dim, heads, attn_head_dim=width, device=device, **bias)
     attn.fused_attn = getattr(like, "fused_attn", attn.fused_attn)
     return attn
 
 
-def _split(numbers: Mapping[str, Any], dim: int, like: Any, device: Any, dtype: Any) -> SplitAttention:
+def _split(numbers: Mapping[str, Any], dim: int, like: Any, device: Any) -> Any:
     q, k, v, proj = (bool(bias) for bias in numbers["biases"])
     prefix, half = getattr(like, "num_prefix_tokens", 0), bool(getattr(like, "rotate_half", False))
     widths = numbers["num_heads"], numbers["qk_dim"], numbers["v_dim"]
-    attn = SplitAttention(dim, *widths, numbers["scale"], (q, k, v, proj), prefix, half, device, dtype)
-    attn.attn_drop.p, attn.proj_drop.p = _rate(like, "attn_drop"), _rate(like, "proj_drop")
-    return _with_kept(attn, like)
+    return _with_kept(SplitAttention(dim, *widths, numbers["scale"], (q, k, v, proj), prefix, half, device), like)
 
 
-@torch.no_grad()
-def _with_kept(attn: Attn, like: Any) -> Attn:
-    """Copies the parts that are never cut, values included."""
+def _with_kept(attn: Any, like: Any) -> Any:
     for name in (*KEPT, *KEPT_BUFFERS):
-        part = getattr(like, name, None)
-        if part is not None:
-            setattr(attn, name, copy.deepcopy(part))
+        if getattr(like, name, None) is not None:
+            setattr(attn, name, copy.deepcopy(getattr(like, name)))
     return attn
 
 
-def _mlp(numbers: Mapping[str, Any], dim: int, like: Any, device: Any, dtype: Any) -> nn.Module:
+def _mlp(numbers: Mapping[str, Any], dim: int, like: Any, device: Any) -> Any:
     hidden, bias = numbers["hidden_features"], (numbers["fc1_bias"], numbers["fc2_bias"])
-    rest = {"bias": bias, "drop": (_rate(like, "drop1"), _rate(like, "drop2")), "device": device, "dtype": dtype}
+    rest = {"bias": bias, "drop": (_rate(like, "drop1"), _rate(like, "drop2")), "device": device}
     mlp: Any
     if hasattr(like, "fc1_g"):
         mlp = SwiGLU(dim, hidden, **rest)

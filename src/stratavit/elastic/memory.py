@@ -1,9 +1,11 @@
-"""What a super-network holds in memory."""
+"""What a super-network holds in memory, and what of it is made ready to be served."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -32,33 +34,42 @@ class Memory:
         return self.weights + self.means + self.moments + self.corrected
 
     def __str__(self) -> str:
-        parts = {"weights": self.weights, "means": self.means, "moments": self.moments, "corrected": self.corrected}
-        text = ", ".join(f"{name} {size / 1e6:.2f}" for name, size in parts.items())
+        text = ", ".join(f"{name} {size / 1e6:.2f}" for name, size in asdict(self).items())
         return f"{self.total / 1e6:.2f} MB: {text}; {self.total / self.weights:.3f} x the full model"
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
-def memory_of(weights: Iterable[Tensor], modules: Iterable[ElasticSite], final_mean: Tensor | None) -> Memory:
-    """What a network holds, by kind.
-
-    Args:
-        weights: Its state dict's tensors.
-        modules: Its sites.
-        final_mean: Vectors of the final mean, if any.
-    """
-    modules = list(modules)
-    known = [one for module in modules if (one := module.moments) is not None]
-    known += [moments for module in modules for _, moments in module.crossed]
-    means = [module.channel_mean for module in modules]
-    means += [mean for module in modules for mean, _ in module.crossed]
-    means += [] if final_mean is None else [final_mean]
+def memory_of(net: Any) -> Memory:
+    """What a `SuperNet` holds, by kind."""
+    sites: list[ElasticSite] = list(net.elastic.values())
+    known = [(site.channel_mean, site.moments) for site in sites] + [pair for site in sites for pair in site.crossed]
     return Memory(
-        weights=size_of(weights),
-        means=size_of(means),
-        moments=size_of(one.factor for one in known),
-        corrected=size_of(t for m in modules for one in m.corrected.values() for t in one.pair),
+        weights=size_of(net.state_dict().values()),
+        means=size_of(mean for mean, _ in known) + (0 if net.final_mean is None else net.final_mean.vectors.nbytes),
+        moments=size_of(moments.factor for _, moments in known if moments is not None),
+        corrected=size_of(t for site in sites for one in site.corrected.values() for t in one.pair),
     )
+
+
+def specialise(elastic: Mapping[str, ElasticSite], specs: Iterable[Mapping[str, int]], moments: bool) -> None:
+    """Keeps compensated weights at the widths of specs, and second moments only if `moments`."""
+    for spec in specs:
+        for name, site in elastic.items():
+            site.specialise(spec[name])
+    if not moments:
+        for site in elastic.values():
+            site.moments, site.crossed = None, ()
+
+
+def report_kept_moments(net: Any, incompatible: Any) -> None:
+    """Says that `load_state_dict` brings weights only: what is known of the channels stays that of before."""
+    if any(site.channel_mean.numel() for site in net.elastic.values()):
+        print(
+            "load_state_dict: means and moments of the channels stay as they were; if these are the weights of another "
+            "network, call contract(loader) and stratify(loader) again, or use SuperNet.load",
+            file=sys.stderr,
+        )

@@ -19,6 +19,7 @@ class ElasticMlp(ElasticSite):
     """timm's `Mlp` at any hidden width; common ground of the gated ones."""
 
     maps = 1
+    tensor_names = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
     fc2: nn.Linear
     act: nn.Module
     drop1: nn.Dropout
@@ -50,15 +51,14 @@ class ElasticMlp(ElasticSite):
         return list(zip(layer.weight.chunk(self.maps), biases, strict=True))
 
     def site(self, name: str) -> Site:
-        """What `cost` and the dropout list need to know."""
-        dim, in_bias = self.fc2.out_features, self.rows()[0][1] is not None
+        """See `ElasticSite.site`."""
         return Site(
             name,
             "mlp",
             width=self.full_width,
             heads=1,
-            dim=dim,
-            in_biases=self.maps * in_bias,
+            dim=self.fc2.out_features,
+            in_biases=self.maps * (self.rows()[0][1] is not None),
             out_bias=self.fc2.bias is not None,
             steps=mlp_steps(self.full_width),
             maps=self.maps,
@@ -67,17 +67,15 @@ class ElasticMlp(ElasticSite):
     def in_weight(self, width: int) -> tuple[Tensor, Tensor | None]:
         """The maps into the hidden units at a width, one after the other; a view where there is one."""
         weights, biases = zip(*((w[:width], None if b is None else b[:width]) for w, b in self.rows()), strict=True)
-        if len(weights) == 1:
+        if self.maps == 1:
             return weights[0], biases[0]
         return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
 
     def permute(self, order: Tensor) -> None:
         """Sorts the hidden units: rows of the maps into them and columns of `fc2`, in place."""
         order = order.to(self.fc2.weight.device)
-        for part in self.rows():
-            for tensor in part:
-                if tensor is not None:
-                    tensor.copy_(tensor.detach()[order])
+        for tensor in (t for row in self.rows() for t in row if t is not None):
+            tensor.copy_(tensor.detach()[order])
         self.fc2.weight.copy_(self.fc2.weight[:, order])
 
     def norms(self) -> Tensor:
@@ -90,14 +88,9 @@ class ElasticMlp(ElasticSite):
         in_bias, out_bias = weights.in_bias is not None, weights.out_bias is not None
         return {"hidden_features": width, "fc1_bias": in_bias, "fc2_bias": out_bias}
 
-    def tensors(self, width: int, weights: Weights) -> dict[str, Tensor | None]:
-        """Weights of timm's MLP."""
-        return dict(zip(("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"), weights, strict=True))
-
     def activate(self, x: Tensor) -> Tensor:
-        """What the maps give, ``[B, N, maps*w]``, to hidden units ``[B, N, w]``."""
-        activated: Tensor = self.act(x)
-        return activated
+        """Outputs of the maps, ``[B, N, maps*w]``, to hidden units ``[B, N, w]``."""
+        return self.act(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``."""
@@ -117,14 +110,13 @@ class ElasticGlu(ElasticMlp):
     def activate(self, x: Tensor) -> Tensor:
         """Gate and value, multiplied."""
         first, second = x.chunk(2, dim=-1)
-        gated: Tensor = first * self.act(second) if self.gate_last else self.act(first) * second
-        return gated
+        return first * self.act(second) if self.gate_last else self.act(first) * second
 
 
-class ElasticSwiGlu(ElasticMlp):
+class ElasticSwiGlu(ElasticGlu):
     """timm's `SwiGLU`: the maps of gate and value are layers of their own."""
 
-    maps = 2
+    gate_last = False
     fc1_g: nn.Linear
     fc1_x: nn.Linear
 
@@ -132,15 +124,9 @@ class ElasticSwiGlu(ElasticMlp):
         """Weight and bias of the gate, then of the value."""
         return [(layer.weight, layer.bias) for layer in (self.fc1_g, self.fc1_x)]
 
-    def tensors(self, width: int, weights: Weights) -> dict[str, Tensor | None]:
+    def tensors(self, weights: Weights) -> dict[str, Tensor | None]:
         """Weights of timm's `SwiGLU`."""
         gate, value = weights.in_weight.chunk(2)
         gate_bias, value_bias = (None, None) if weights.in_bias is None else weights.in_bias.chunk(2)
         ours = {"fc1_g.weight": gate, "fc1_g.bias": gate_bias, "fc1_x.weight": value, "fc1_x.bias": value_bias}
         return {**ours, "fc2.weight": weights.out_weight, "fc2.bias": weights.out_bias}
-
-    def activate(self, x: Tensor) -> Tensor:
-        """Gate and value, multiplied."""
-        gate, value = x.chunk(2, dim=-1)
-        gated: Tensor = self.act(gate) * value
-        return gated

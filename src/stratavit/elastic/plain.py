@@ -1,4 +1,4 @@
-"""The two modules of a small model that timm does not have: plain torch, in need of nothing else from this library.
+"""The two modules of a small model that timm does not have: plain torch, which needs nothing else of this library.
 
 Both can be compiled by `torch.jit.script`, which reads their annotations: it knows ``Optional[Tensor]``, but neither
 ``Tensor | None`` nor ``from __future__ import annotations``.
@@ -9,7 +9,7 @@ Shape legend: B images (or windows), N tokens, C token width, H heads, a width o
 # ruff: noqa: UP045
 
 import math
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -36,12 +36,7 @@ class Constant(nn.Module):
         attn_mask: Optional[Tensor] = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """Tokens ``[B, N, C]`` to the same constant for each; takes what timm's blocks give to their modules.
-
-        Args:
-            x: Tokens.
-            shared_rel_pos_bias, mask, rope, attn_mask, is_causal: See `SplitAttention`; of no effect.
-        """
+        """Tokens ``[B, N, C]`` to the same constant for each; the other arguments, see `SplitAttention`, do nothing."""
         zeros = torch.zeros_like(x)
         bias = self.bias
         return zeros if bias is None else zeros + bias
@@ -50,7 +45,7 @@ class Constant(nn.Module):
 class SplitAttention(nn.Module):
     """Attention whose q and k have one width per head and v another; it does what several classes of timm do.
 
-    Used where timm's own class has but one width. What a family needs beyond q, k, v and proj is put in place after
+    Used where timm's own class has only one width. What a family needs beyond q, k, v and proj is put in place after
     construction, under timm's names: `q_norm`, `k_norm` (qk-norm), `logit_scale` (cosine attention),
     `relative_position_bias_table` or `cpb_mlp` with `relative_coords_table`, and `relative_position_index`.
 
@@ -107,7 +102,7 @@ class SplitAttention(nn.Module):
         attn_mask: Optional[Tensor] = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; takes what timm's blocks give to their attention.
+        """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; accepts all that timm's blocks pass to their attention.
 
         Args:
             x: Tokens; for windowed attention all windows of all images.
@@ -127,31 +122,15 @@ class SplitAttention(nn.Module):
         scale, logit_scale = self.scale, self.logit_scale
         if logit_scale is not None:
             q, k, scale = cosines(q, k, logit_scale)
-        bias = gathered(self._distances(), self.relative_position_index, shared_rel_pos_bias)
+        table: Optional[Tensor] = self.relative_position_bias_table
+        coords = self.relative_coords_table
+        if self.cpb_mlp is not None and coords is not None:
+            table = swin_v2_bias(self.cpb_mlp(coords))
+        bias = gathered(table, self.relative_position_index, shared_rel_pos_bias)
         if attn_mask is not None:
             bias = attn_mask if bias is None else bias + attn_mask
         drop = self.attn_drop.p if self.training else 0.0
-        mixed: Tensor = self.proj_drop(self.proj(attend(q, k, v, bias, mask, scale, drop, is_causal)))
-        return mixed
-
-    def _distances(self) -> Optional[Tensor]:
-        """What every distance of two tokens adds to the scores, ``[distances, H]``; None for nothing."""
-        coords = self.relative_coords_table
-        if self.cpb_mlp is not None and coords is not None:
-            return sixteen(self.cpb_mlp(coords))
-        return self.relative_position_bias_table
-
-
-def scores_ready(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, rope: Optional[Tensor]
-) -> tuple[Tensor, Tensor, float]:
-    """q and k ``[B, H, N, a]`` of an elastic module normalised and rotated, and the factor of their products."""
-    if getattr(module, "q_norm", None) is not None:
-        q, k = module.q_norm(q), module.k_norm(k)
-    if rope is not None:
-        q, k = (rotated(x, rope, module.num_prefix_tokens, module.rotate_half).type_as(v) for x in (q, k))
-    logit_scale = getattr(module, "logit_scale", None)
-    return (q, k, scale) if logit_scale is None else cosines(q, k, logit_scale)
+        return self.proj_drop(self.proj(attend(q, k, v, bias, mask, scale, drop, is_causal)))
 
 
 def cosines(q: Tensor, k: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -172,16 +151,8 @@ def rotated(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
     return torch.cat([left, turned * cosine + crossed * sine], dim=2)
 
 
-def position_bias(module: Any, shared: Optional[Tensor] = None) -> Optional[Tensor]:
-    """What relative positions of an elastic module add to the scores, ``[1, H, N, N]``; None for nothing."""
-    table = getattr(module, "relative_position_bias_table", None)
-    if getattr(module, "cpb_mlp", None) is not None:
-        table = sixteen(module.cpb_mlp(module.relative_coords_table))
-    return gathered(table, getattr(module, "relative_position_index", None), shared)
-
-
-def sixteen(learnt: Tensor) -> Tensor:
-    """Swin-V2's bias of every distance, ``[distances, H]``, from what its small MLP says of it."""
+def swin_v2_bias(learnt: Tensor) -> Tensor:
+    """What every distance adds to the scores, ``[distances, H]``, from the output of Swin-V2's small MLP."""
     return 16 * learnt.flatten(0, 2).sigmoid()
 
 

@@ -21,7 +21,7 @@ class Run:
 
     Attributes:
         widths: Elastic module -> kept width.
-        fixed: Elastic module -> weight and bias of its second map, computed once for the whole run.
+        fixed: Elastic module -> weight and bias of its second map, computed once for all of the run.
         shifts: Hook of a last norm -> what it adds, ``[C]``.
     """
 
@@ -30,8 +30,8 @@ class Run:
     shifts: Mapping[Any, Tensor | None] = field(default_factory=dict)
 
 
-FULL = Run()
-_RUNNING: ContextVar[Run] = ContextVar("stratavit_run", default=FULL)
+_FULL = Run()
+_RUNNING: ContextVar[Run] = ContextVar("stratavit_run", default=_FULL)
 
 
 def current_run() -> Run:
@@ -43,12 +43,8 @@ def current_run() -> Run:
 def running(run: Run) -> Iterator[None]:
     """The modules that a run names run as it says inside; those of other networks as outside."""
     outer = _RUNNING.get()
-    both = Run(
-        {**outer.widths, **run.widths},
-        {**{module: pair for module, pair in outer.fixed.items() if module not in run.widths}, **run.fixed},
-        {**outer.shifts, **run.shifts},
-    )
-    token = _RUNNING.set(both)
+    fixed = {module: pair for module, pair in outer.fixed.items() if module not in run.widths}
+    token = _RUNNING.set(Run({**outer.widths, **run.widths}, {**fixed, **run.fixed}, {**outer.shifts, **run.shifts}))
     try:
         yield
     finally:

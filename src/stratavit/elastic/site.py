@@ -1,9 +1,13 @@
-"""What can be cut: sites and their units."""
+"""What can be cut: sites, their units, and the width of each under a spec."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
+
+from stratavit.errors import StrataViTError, described
+from stratavit.spec import Spec
 
 HEAD_DIM_UNIT = 8  # coordinates of the head width that are dropped together (paper, implementation details)
 MLP_UNITS = 32  # groups that the MLP hidden width is cut into (paper, implementation details)
@@ -23,10 +27,9 @@ class Site:
         dim: Token width C that the module reads and writes.
         in_biases: Number of the maps into the channels that have a bias.
         out_bias: Whether proj / fc2 has a bias.
-        steps: Widths at which units end, ascending from 0 to `width`; unit i is
-            ``[steps[i], steps[i + 1])``.
+        steps: Widths at which units end, ascending from 0 to `width`; unit i is ``[steps[i], steps[i + 1])``.
         maps: Linear maps into the channels: 3 for q, k and v, 1 for an MLP or for v alone, 2 for a gated MLP.
-        qk_width: Width per head of q and k where these stay whole, and `width` is that of v; 0 where they are cut, too.
+        qk_width: Width per head of q and k where these stay uncut, and `width` is that of v; else 0.
         fixed_params: Parameters that the module has at every width above 0.
     """
 
@@ -54,7 +57,36 @@ def mlp_steps(hidden: int, units: int = MLP_UNITS) -> tuple[int, ...]:
     return tuple(sorted({hidden * i // units for i in range(units + 1)}))
 
 
-def with_units(sites: tuple[Site, ...], head_dim_unit: int, mlp_units: int) -> tuple[Site, ...]:
-    """The same sites, cut in other units: groups of `head_dim_unit` coordinates, `mlp_units` groups of hidden ones."""
+def with_units(sites: Sequence[Site], head_dim_unit: int, mlp_units: int) -> tuple[Site, ...]:
+    """The same sites, cut in other units: groups of `head_dim_unit` coordinates, `mlp_units` groups of hidden ones.
+
+    Raises:
+        StrataViTError: A number is not a whole number of at least 1.
+    """
+    for name, value in (("head_dim_unit", head_dim_unit), ("mlp_units", mlp_units)):
+        if type(value) is not int or value < 1:
+            raise StrataViTError(f"{name}: expected a whole number of at least 1, got {value!r}")
     steps = {"attention": lambda w: attention_steps(w, head_dim_unit), "mlp": lambda w: mlp_steps(w, mlp_units)}
     return tuple(replace(site, steps=steps[site.kind](site.width)) for site in sites)
+
+
+def full_spec(sites: Sequence[Site], spec: Mapping[str, int] | None) -> Spec:
+    """A spec that names every site; those that `spec` does not name are at full width.
+
+    Raises:
+        StrataViTError: The spec names an unknown site or a width above the full one.
+    """
+    known = {site.name: site for site in sites}
+    asked = spec if isinstance(spec, Spec) else Spec(spec)
+    for name, width in asked.items():
+        if name not in known:
+            first = ", ".join(list(known)[:2])
+            raise StrataViTError(f"spec: unknown site {described(name)}; the sites are {first}, ...")
+        if width > known[name].width:
+            raise StrataViTError(f"spec: {name} can keep at most {known[name].width} channels, got {described(width)}")
+    for name, width in asked.qk.items():
+        uncut, v = known[name].qk_width, asked[name]
+        if width != (uncut if uncut and v else v):
+            why = f"stays whole, {uncut}" if uncut else "is as wide as v"
+            raise StrataViTError(f"spec: qk of {name} {why}; asked qk {described(width)} with v {v}")
+    return Spec({site.name: site.width for site in sites} | dict(asked))

@@ -18,10 +18,9 @@ from timm.layers import DropPath, PatchDropout, PatchDropoutWithIndices, get_nor
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
-from stratavit.elastic.attention import ElasticBeit
+from stratavit.elastic.attention import ElasticBeit, ElasticSplit
 from stratavit.elastic.layers import build_layer, describe_layer
 from stratavit.elastic.plain import Constant, SplitAttention
-from stratavit.elastic.value_attention import ElasticSplit
 from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, described, one_line
 from stratavit.models.families import family_of, kind_of
 from stratavit.utils.classifier import with_plain_head

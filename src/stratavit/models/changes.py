@@ -14,11 +14,12 @@ from torch import nn
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.files.state_dicts import check_fit
 from stratavit.models import architecture
+from stratavit.models.cost import CostModel, cost_model
 from stratavit.models.equality import Subject, check_equal
 from stratavit.models.families import family_of
 from stratavit.models.final_mean import Shift
 from stratavit.models.source_checks import own_routines
-from stratavit.utils.classifier import head_layers
+from stratavit.utils.classifier import head_layers, with_plain_head
 
 
 def form_of(model: Any) -> tuple[Any, ...]:
@@ -30,15 +31,22 @@ def form_of(model: Any) -> tuple[Any, ...]:
     return (model.num_classes, model.global_pool, *sizes, *heads)
 
 
-def description_now(old: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """The description of a super-network's model as it is now; its sites stay as they were.
+def follow(net: Any) -> tuple[dict[str, Any], dict[str, Any], CostModel, tuple[Any, ...]]:
+    """Description, data configuration, cost and form of a super-network as its owner has made its model.
+
+    A head that the owner has put there becomes one of timm's, in place. The sites stay as they were.
 
     Raises:
         ArtifactError: It was changed in a way that timm's arguments cannot express.
     """
-    description = {**old, "args": {**old["args"], **family_of(model).arguments(model)}}
+    model = net.model
+    with_plain_head(model, in_place=True)
+    description = {**net.description, "args": {**net.description["args"], **family_of(model).arguments(model)}}
     _check_tensors(model, architecture.build(description, "meta", computed=False))
-    return description
+    size: Any = architecture.own_size(model, net.data_config["input_size"])
+    cost = cost_model(model, net.sites, size)
+    _check_rebuilt(net, description, size)
+    return description, {**net.data_config, "input_size": size}, cost, form_of(model)
 
 
 def _check_tensors(model: nn.Module, built: nn.Module) -> None:
@@ -58,10 +66,13 @@ def check_followed(net: Any) -> None:
     Raises:
         ArtifactError: It does not.
     """
-    built = architecture.build(net.description)
+    _check_rebuilt(net, net.description, net.data_config["input_size"])
+
+
+def _check_rebuilt(net: Any, description: Mapping[str, Any], size: Any) -> None:
+    built = architecture.build(description)
     _check_tensors(net.model, built)
     built = architecture.filled(built, net.model)
-    size = net.data_config["input_size"]
     check_equal("save", ArtifactError, Subject(net.model, net), [Subject(built, built)], size)
 
 

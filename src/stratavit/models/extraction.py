@@ -63,7 +63,7 @@ def small_site(site: Site, elastic: ElasticSite, width: int) -> nn.Module:
         return _filled(constant, {"bias": bias}, elastic)
     weights = elastic.weights_at(width)
     layer = build_layer(elastic.numbers(width, weights), site.dim, elastic, "meta")
-    return _filled(layer, elastic.tensors(width, weights), elastic)
+    return _filled(layer, elastic.tensors(weights), elastic)
 
 
 def _filled(layer: nn.Module, tensors: Mapping[str, Tensor | None], elastic: ElasticSite) -> nn.Module:

@@ -72,6 +72,19 @@ def _foreign(module: Any) -> str | None:
     return None
 
 
+def check_not_recomputed(model: nn.Module) -> None:
+    """Refuses to differentiate a sub-network while gradient checkpointing is on.
+
+    Raises:
+        StrataViTError: Some block would be recomputed in the backward pass, when the widths are gone.
+    """
+    if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
+        raise StrataViTError(
+            "gradient checkpointing runs blocks once more in the backward pass, at full width; call "
+            "model.set_grad_checkpointing(False) to train sub-networks, or run them under torch.no_grad()"
+        )
+
+
 def check_weights(model: nn.Module) -> None:
     """Refuses weights that are not there, not plain, shared, or not finite.
 

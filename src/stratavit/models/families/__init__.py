@@ -15,11 +15,10 @@ from timm.models.swin_transformer import WindowAttention
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from torch import Tensor, nn
 
-from stratavit.elastic.attention import ElasticAttention, ElasticBeit, ElasticWindows
+from stratavit.elastic.attention import ElasticAttention, ElasticBeit, ElasticCosine, ElasticSplit, ElasticWindows
 from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.mlp import ElasticGlu, ElasticMlp, ElasticSwiGlu
 from stratavit.elastic.site import Site
-from stratavit.elastic.value_attention import ElasticCosine, ElasticSplit
 from stratavit.errors import UnsupportedModelError
 from stratavit.models.families.base import Family, Stages
 from stratavit.models.families.eva import BeitFamily, EvaFamily

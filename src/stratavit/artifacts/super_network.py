@@ -1,0 +1,64 @@
+"""The folder of a super-network: which facts of it are saved, and a network made of these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stratavit.artifacts import folder_format, moments
+from stratavit.dropout_list.strata import Strata
+from stratavit.errors import ArtifactError, StrataViTError
+from stratavit.models import changes, source_checks
+from stratavit.models.freezing import frozen_names
+
+
+def write(path: str | Path, net: Any, overwrite: bool, second: bool) -> None:
+    """Writes the folder of a `SuperNet`, if `second` with second moments and the final mean.
+
+    Raises:
+        ArtifactError: It cannot be written, or what loading would build of it has other outputs.
+    """
+    if net.frozen_for_serving:
+        raise ArtifactError(
+            "the second moments were released by specialise(); save before, or specialise(moments=True)"
+        )
+    _ = net.cost  # follows a model that was changed
+    source_checks.check(net.model)
+    changes.check_followed(net)
+    facts = {
+        "method": net.method,
+        "compensation": net.compensation if second or net.compensation != "full" else "mean",
+        "model": net.description,
+        "origin": net.origin,
+        "data_config": net.data_config,
+        "units": list(net.units),
+        "frozen": frozen_names(net.model),
+        "strata": None if net.strata is None else net.strata.to_json(),
+        "provenance": net.provenance,
+    }
+    tensors = moments.to_tensors(net.elastic, net.final_mean, second)
+    folder_format.write_saved(path, folder_format.SUPER, net.model, facts, overwrite, tensors)
+
+
+def restore(net: Any, path: str | Path, content: Mapping[str, Any], second: bool) -> None:
+    """Makes a `SuperNet` of a saved model what it was; without second moments ``full`` compensation becomes ``mean``.
+
+    Raises:
+        ArtifactError: The folder is damaged.
+    """
+    try:
+        net.method = content.get("method", "default")
+        net.compensation = content.get("compensation", net.compensation)
+    except StrataViTError as error:
+        raise ArtifactError(f"{Path(path) / folder_format.JSON_FILE}: {error}") from error
+    net.set_units(*content["units"])
+    net.provenance = dict(content.get("provenance", {}))
+    tensors, source = folder_format.read_moments(path, content, second=second)
+    final_mean = moments.from_tensors(net.elastic, net.sites, int(net.model.num_features), tensors, source)
+    if second:
+        net.final_mean = final_mean
+    elif net.compensation == "full":
+        net.compensation = "mean"
+    if content.get("strata") is not None:
+        net.strata = Strata.from_json(net.sites, content["strata"])
