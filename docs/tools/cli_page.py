@@ -15,12 +15,12 @@ from stratavit.cli.parser import parser
 PAGE = Path(__file__).parents[1] / "cli.md"
 HEAD = """# Command line
 
-Made from the parsers by `python docs/tools/cli_page.py`; every command prints the same with `--help`.
+Generated from the parsers by `python docs/tools/cli_page.py`; every command prints the same with `--help`.
 
-With `--json` a command prints one JSON object in place of text. Exit code 0 is success, 2 an error of yours, told in
-one line, 130 Ctrl-C, 143 SIGTERM. A budget is a share of the dense model (`50%`, `0.5`) or a count (`2.1G`); see
-[choosing a budget](budgets.md). What `--data` may hold, and which class a folder is:
-[folders of images](files.md#folders-of-images). What each key of a recipe does is in [Recipe](api.md#stratavit.Recipe).
+With `--json` a command prints one JSON object instead of text. Exit codes are 0 for success, 2 for wrong input, which
+is reported in one line, 130 after Ctrl-C and 143 after SIGTERM. A budget is a share of the dense model (`50%`, `0.5`)
+or a count (`2.1G`): [choosing a budget](budgets.md). [Folders of images](files.md#folders-of-images) describes what
+`--data` accepts and how class folders are numbered, [Recipe](api.md#stratavit.Recipe) every key of a recipe.
 """
 PLAIN_DEFAULTS = {"--workers": "one per core, four at most"}  # depend on the machine
 
@@ -62,7 +62,7 @@ def row(action: argparse.Action) -> str:
     names = ", ".join(action.option_strings) or value
     shown = f"{names} {value}" if action.option_strings and value else names
     about = (action.help or "") % {**vars(action), "prog": "stratavit"}
-    if names in PLAIN_DEFAULTS:
+    if names in PLAIN_DEFAULTS and not about.startswith("(default:"):  # a recipe's default is a constant
         about = f"{about.partition(' (default:')[0]} (default: {PLAIN_DEFAULTS[names]})"
     if action.required and action.option_strings:
         about += " (required)"

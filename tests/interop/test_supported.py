@@ -38,12 +38,12 @@ def test_degrees_and_reasons(monkeypatch):
 def test_what_is_promised_is_accepted(name):
     """Of every example a small model with random weights."""
     model, said = timm.create_model(name, **(SWIN if name.startswith("swin") else SIZES)).eval(), support_of(name)
-    if "whole" == said.attention == said.mlp:
+    if "uncut" == said.attention == said.mlp:
         with pytest.raises(StrataViTError):
             SuperNet(model)
         return
     kinds = {site.kind for site in SuperNet(model).sites}
-    assert ("attention" in kinds, "mlp" in kinds) == (said.attention != "whole", said.mlp != "whole")
+    assert ("attention" in kinds, "mlp" in kinds) == (said.attention != "uncut", said.mlp != "uncut")
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_r_s16_p8_224", "vit_base_resnet26d_224"])

@@ -36,28 +36,28 @@ def convert_options(command: ArgumentParser) -> None:
     add(
         "model",
         metavar="MODEL|FOLDER",
-        help="timm's name, for example deit_tiny_patch16_224; torchvision's, for example vit_b_16; or the folder of a "
-        "small model or of a model of transformers",
+        help="a name in timm (deit_tiny_patch16_224) or torchvision (vit_b_16), or the folder of a small model or of a "
+        "model of transformers",
     )
     options.add_model(command)
     options.add_data(command, "images to calibrate on: a folder with train/, or the class folders themselves")
     options.add_out(command, "RUN", "folder to write the super-network to")
-    text = "calibration images at most (default: %(default)s, as in the paper)"
+    text = "maximum number of calibration images (default: %(default)s, as in the paper)"
     add("--images", type=positive, default=1024, help=text)
-    text = "paper: exactly the paper, cut channels count as zero (default: predicted from those kept)"
+    text = "paper: cut channels count as zero, as in the paper; default: they are predicted from the kept ones"
     add("--method", choices=("default", "paper"), help=text)
-    text = "what channels are sorted by; all but output imply --method paper"
+    text = "how channels are ranked; all but output imply --method paper"
     add("--criterion", choices=CRITERIA, help=text)
-    text = "leave the second moments out of RUN: a smaller folder, less accurate sub-networks"
+    text = "do not save second moments in RUN: a smaller folder, less accurate sub-networks"
     add("--no-moments", action="store_true", help=text)
-    text = "what is differentiated; 'sampled', 'prediction' and 'feature' need no labels (default: %(default)s)"
+    text = "quantity to differentiate; sampled, prediction and feature need no labels (default: %(default)s)"
     add("--objective", choices=OBJECTIVES, default="auto", help=text)
-    text = "what the list weighs a unit's importance against (default: %(default)s)"
+    text = "cost by which a unit's importance is divided (default: %(default)s)"
     add("--price", choices=("macs", "latency"), default="macs", help=text)
     options.add_latency_batch(command)
-    add("--threads", type=positive, default=0, help="CPU threads of timings (default: torch's own)")
-    add("--seed", type=int, default=0, help="for random choices (default: %(default)s)")
-    text = "the head leads into an embedding (a CLIP image tower), it does not tell classes apart"
+    add("--threads", type=positive, default=0, help="CPU threads for timings (default: torch's setting)")
+    add("--seed", type=int, default=0, help="seed of random choices (default: %(default)s)")
+    text = "the head outputs an embedding (CLIP image towers), not classes"
     add("--embedding", action="store_true", help=text)
 
 
@@ -101,8 +101,8 @@ def extract_options(command: ArgumentParser) -> None:
     command.add_argument("run", metavar="RUN", help="folder of a super-network")
     options.add_budgets(command)
     add = command.add_argument_group("budgets of accuracy: the smallest sub-network that keeps them").add_argument
-    add("--top1", metavar="PERCENT", help="at least so many percent of the images in --data right")
-    add("--max-drop", metavar="POINTS", help="at most so many points of top-1 lost on --data")
+    add("--top1", metavar="PERCENT", help="minimum top-1 accuracy on --data, in percent")
+    add("--max-drop", metavar="POINTS", help="maximum loss of top-1 accuracy on --data, in points")
     what = "labelled images for --top1 and --max-drop: a folder with val/, or class folders"
     options.add_data(command, what, required=False)
     options.add_out(command, "SMALL", "folder to write the small model to")
@@ -142,7 +142,7 @@ def extract(args: Namespace) -> Outcome:
 def export_options(command: ArgumentParser) -> None:
     """SMALL and a format."""
     command.add_argument("small", metavar="SMALL", help="folder of a small model")
-    command.add_argument("--format", choices=tuple(SUFFIXES), default="onnx", help="(default: %(default)s)")
+    command.add_argument("--format", choices=tuple(SUFFIXES), default="onnx", help="format of the file (default: %(default)s)")
     command.add_argument("--images", type=positive, default=32, help="images to compare on (default: %(default)s)")
     what = "images to compare on, a folder with val/ or the class folders (default: noise)"
     options.add_data(command, what, required=False)
@@ -166,14 +166,14 @@ def push_options(command: ArgumentParser) -> None:
     """A saved folder and a repository."""
     add = command.add_argument
     add("target", metavar="SMALL|RUN", help="a saved folder")
-    add("repo", metavar="USER/NAME", help="repository; made if it is not there")
-    add("--curve", metavar="DIR", help="folder written by curve, for the card")
-    add("--license", metavar="NAME", help="of the weights, the hub's name for it, such as apache-2.0")
+    add("repo", metavar="USER/NAME", help="repository; created if it does not exist")
+    add("--curve", metavar="DIR", help="folder written by curve, for the model card")
+    add("--license", metavar="NAME", help="licence of the weights, by its name on the hub, for example apache-2.0")
     add("--private", action="store_true", help="make the repository private")
-    add("--no-moments", action="store_true", help="leave out second moments")
+    add("--no-moments", action="store_true", help="do not upload second moments")
     add("--endpoint", metavar="URL", help="address of another hub")
-    add("--dry-run", metavar="DIR", help="write what would be uploaded to a folder instead")
-    add("--overwrite", action="store_true", help="replace what is in DIR")
+    add("--dry-run", metavar="DIR", help="write the upload to this folder instead")
+    add("--overwrite", action="store_true", help="replace the content of DIR")
 
 
 def push(args: Namespace) -> Outcome:
@@ -189,7 +189,7 @@ def push(args: Namespace) -> Outcome:
 
 def models_options(command: ArgumentParser) -> None:
     """Which models, and in what form."""
-    text = "timm names to look at, such as 'vit_*dinov3' (default: examples)"
+    text = "pattern of names in timm, for example 'vit_*dinov3' (default: examples)"
     command.add_argument("pattern", nargs="?", metavar="PATTERN", help=text)
     command.add_argument("--markdown", action="store_true", help="print the table of docs/models.md")
 

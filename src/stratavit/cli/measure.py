@@ -58,7 +58,7 @@ def judge_and_images(args: Namespace, model: nn.Module, config: dict[str, Any]) 
 
 def evaluate_options(command: ArgumentParser) -> None:
     """A model, images, how to measure, and budgets."""
-    target = "a saved folder, one of transformers, or a name as for convert"
+    target = "a saved folder, a folder of transformers, or a model's name as for convert"
     command.add_argument("target", metavar="SMALL|RUN|MODEL", help=target)
     options.add_model(command)
     options.add_data(command, LABELLED)
@@ -138,14 +138,14 @@ def report_options(command: ArgumentParser) -> None:
     """RUN, its accuracy or how to measure it, and its latency."""
     add = command.add_argument
     add("run", metavar="RUN", help="folder of a super-network")
-    add("--curve", metavar="DIR", help="accuracy from a folder written by curve, in place of --data")
-    add("--title", metavar="TEXT", help="of the page (default: source and method)")
-    group = command.add_argument_group("latency of the points, on this device")
-    group.add_argument("--latency", action="store_true", help="time them, and offer milliseconds as an axis")
+    add("--curve", metavar="DIR", help="folder written by curve, to take accuracy from instead of --data")
+    add("--title", metavar="TEXT", help="title of the page (default: source and method)")
+    group = command.add_argument_group("latency of the measured sizes, on this device")
+    group.add_argument("--latency", action="store_true", help="time them and add milliseconds as an axis")
     options.add_latency_batch(group)
-    group.add_argument("--runtime", choices=get_args(Runtime), default="eager", help="(default: %(default)s)")
-    group.add_argument("--dtype", choices=get_args(Precision), help="of weights (default: as saved)")
-    group.add_argument("--threads", type=positive, default=0, help="CPU threads (default: torch's own)")
+    group.add_argument("--runtime", choices=get_args(Runtime), default="eager", help="runtime (default: %(default)s)")
+    group.add_argument("--dtype", choices=get_args(Precision), help="type of the weights (default: as saved)")
+    group.add_argument("--threads", type=positive, default=0, help="CPU threads (default: torch's setting)")
     what = "labelled images to measure accuracy on: a folder with val/, or class folders"
     options.add_data(command, what, required=False)
     options.add_judge(command)

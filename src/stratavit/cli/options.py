@@ -46,8 +46,8 @@ def default_workers() -> int:
 def add_model(command: ArgumentParser) -> None:
     """Where weights come from."""
     add = command.add_argument
-    add("--weights", metavar="FILE", help="local checkpoint (.safetensors or .pth) instead of the hub's")
-    add("--num-classes", type=positive, help="size of the head, if not the architecture's own")
+    add("--weights", metavar="FILE", help="local checkpoint (.safetensors or .pth) instead of the one on the hub")
+    add("--num-classes", type=positive, help="number of classes (default: that of the architecture)")
 
 
 def add_data(command: ArgumentParser, what: str, required: bool = True) -> None:
@@ -67,8 +67,8 @@ def add_out(command: ArgumentParser, name: str, what: str, required: bool = True
 
 def add_judge(command: ArgumentParser) -> None:
     """How models that output features are measured."""
-    add = command.add_argument_group("how to measure", "by default by the classes of the head").add_argument
-    neighbours = f"by the K nearest neighbours among the images of train/ (default K: {NEIGHBOURS})"
+    add = command.add_argument_group("how to measure", "by the classes of the head if neither is given").add_argument
+    neighbours = f"by the K nearest neighbours in train/ (default K: {NEIGHBOURS})"
     texts = "by text embeddings of the classes: a .safetensors file, one tensor [classes, width]"
     add("--knn", nargs="?", type=int, const=NEIGHBOURS, metavar="K", help=neighbours)
     add("--zero-shot", metavar="FILE", help=texts)
@@ -88,24 +88,24 @@ def add_latency_batch(command: Any) -> None:
 
 def add_costs(command: ArgumentParser) -> Any:
     """Budgets of what can be computed; returns their group."""
-    group = command.add_argument_group("budgets: the largest sub-network that keeps all that are given")
+    group = command.add_argument_group("budgets: the largest sub-network within all given budgets")
     add = group.add_argument
     add("--macs", metavar="BUDGET", help="a share of the dense model (50%%, 0.5) or a count (2.1G)")
     add("--params", metavar="BUDGET", help="likewise (50%%, 12M)")
     add("--memory", metavar="MB", dest="memory_mb", help="megabytes of weights, or a share (50%%)")
     add("--position", type=int, metavar="N", help="drop the first N entries of the dropout list")
-    add("--dtype", choices=get_args(Precision), help="of weights, in --memory and timings (default: as saved)")
-    add("--threads", type=positive, default=0, help="CPU threads of timings (default: torch's own)")
+    add("--dtype", choices=get_args(Precision), help="type of the weights, in --memory and timings (default: as saved)")
+    add("--threads", type=positive, default=0, help="CPU threads for timings (default: torch's setting)")
     return group
 
 
 def add_budgets(command: ArgumentParser) -> None:
     """Budgets of costs, latency among them."""
     group = add_costs(command)
-    text = "milliseconds per batch on this device (8.5), or a share"
+    text = "milliseconds per batch on this device (8.5), or a share (50%%)"
     group.add_argument("--latency", metavar="MS", dest="latency_ms", help=text)
     add_latency_batch(group)
-    text = "of --latency (default: %(default)s)"
+    text = "runtime for --latency (default: %(default)s)"
     group.add_argument("--runtime", choices=get_args(Runtime), default="eager", help=text)
 
 

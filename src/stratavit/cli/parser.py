@@ -17,16 +17,16 @@ from stratavit.utils import signals
 from stratavit.version import __version__
 
 _EXAMPLES = """examples:
-  stratavit demo                                                    see it work, nothing to download
-  stratavit convert deit_tiny_patch16_224 --data IMAGENET --out run     once: sort the knowledge
+  stratavit demo                                                    a complete example, nothing to download
+  stratavit convert deit_tiny_patch16_224 --data IMAGENET --out run     once per model
   stratavit curve run --data IMAGENET                                   accuracy at every size
-  stratavit report run --curve run-curve                                all of it as one HTML page
+  stratavit report run --curve run-curve                                everything on one HTML page
   stratavit extract run --macs 50% --out small                          a plain timm model
-  stratavit extract run --latency 8 --max-drop 2 --data IMAGENET --out small    any budgets at once
-  stratavit train run --data IMAGENET --out run2                        PIAD: every size trained
-  stratavit finetune small --data IMAGENET --out tuned                  train that one further
+  stratavit extract run --latency 8 --max-drop 2 --data IMAGENET --out small    several budgets
+  stratavit train run --data IMAGENET --out run2                        PIAD: train all sizes
+  stratavit finetune small --data IMAGENET --out tuned                  train that model further
   stratavit export small                                                small.onnx
-  stratavit bench small                                                 how fast it is
+  stratavit bench small                                                 latency and throughput
   stratavit evaluate tuned --data IMAGENET
 """
 
@@ -45,22 +45,22 @@ def parser() -> argparse.ArgumentParser:
     group = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module, summary in (
         ("convert", commands, "make a super-network from a pre-trained model"),
-        ("train", train, "train a super-network, so that every size is good without fine-tuning"),
+        ("train", train, "train a super-network so that no size needs fine-tuning"),
         ("finetune", train, "train one small model further"),
         ("extract", commands, "slice a plain small model out of a super-network"),
         ("evaluate", measure, "measure accuracy on labelled images"),
-        ("curve", measure, "accuracy at a ladder of budgets: table, CSV, PNG"),
-        ("report", measure, "one HTML page: every size, its accuracy, the dropout list"),
+        ("curve", measure, "measure accuracy at a ladder of budgets: table, CSV, PNG"),
+        ("report", measure, "write one HTML page: every size, its accuracy, the dropout list"),
         ("export", commands, "write a small model for other libraries: ONNX, torch.export, transformers"),
-        ("bench", bench, "latency and throughput beside the dense model's"),
+        ("bench", bench, "measure latency and throughput next to the dense model's"),
         ("push", commands, "upload to the Hugging Face hub, with a model card"),
-        ("models", commands, "list what is supported, and to what degree"),
-        ("info", commands, "sites, widths, MACs, parameters and provenance of a saved folder"),
-        ("demo", commands, "the whole job on a small model and images that come with scikit-learn"),
+        ("models", commands, "list which models are supported, and to what degree"),
+        ("info", commands, "print sites, widths, MACs, parameters and provenance of a saved folder"),
+        ("demo", commands, "run all steps on a small model and images that come with scikit-learn"),
     ):
         command = group.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         command.set_defaults(run_command=getattr(module, name))
-        command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+        command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the best available)")
         command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
         getattr(module, f"{name}_options")(command)
     return main_parser

@@ -47,7 +47,7 @@ def finetune_options(command: ArgumentParser) -> None:
     """SMALL and the recipe of fine-tuning."""
     command.set_defaults(base=FINETUNING)
     command.add_argument("small", metavar="SMALL", help="folder of a small model, made by extract")
-    text = "replace the head by a new one with as many classes as the data has"
+    text = "replace the head by a new one for the classes of the data"
     command.add_argument("--new-head", action="store_true", help=text)
     _add_options(command, "TUNED", "default: the paper's fine-tuning", LIST_KEYS)
 
@@ -55,17 +55,17 @@ def finetune_options(command: ArgumentParser) -> None:
 def _add_options(command: ArgumentParser, out: str, default: str, without: tuple[str, ...]) -> None:
     """Data, folder, recipe, teacher and one option per key of the recipe."""
     add = command.add_argument
-    text = "a folder with train/, and val/ to evaluate on if there is one"
+    text = "a folder with train/ and, for evaluation, val/"
     add("--data", required=True, metavar="DIR", help=text)
     add("--class-map", metavar="FILE", help=CLASS_MAP)
     add("--out", metavar=out, help="folder of the run")
     add("--overwrite", action="store_true", help=f"empty {out} first")
     add("--recipe", "--config", metavar="FILE", help=f"TOML file of a recipe ({default})")
-    text = "go on with the interrupted run in this folder"
+    text = "continue the interrupted run in this folder"
     add("--resume", nargs="?", const=True, default=False, metavar=out, help=text)
-    add("--teacher", metavar="SMALL|MODEL", help="a model whose answers are --distil of every target")
-    add("--teacher-weights", metavar="FILE", help="local checkpoint of a teacher named by timm's name")
-    group = command.add_argument_group("recipe", "any key of the recipe, over what the file says")
+    add("--teacher", metavar="SMALL|MODEL", help="model whose outputs make up the share --distil of every target")
+    add("--teacher-weights", metavar="FILE", help="local checkpoint of a teacher that is given by its name in timm")
+    group = command.add_argument_group("recipe", "any key of the recipe; an option overrides the file")
     defaults = Recipe.from_dict(command.get_default("base")).to_dict()
     for key, kind in field_types().items():
         if key in without:

@@ -44,8 +44,8 @@ class Support(NamedTuple):
     Attributes:
         name: Of the model, in timm.
         family: Title of its family; empty if it has none.
-        attention: ``q, k, v``, ``v`` (q and k stay whole), or ``whole``.
-        mlp: ``yes``, or ``whole``.
+        attention: ``q, k, v``, ``v`` (q and k stay uncut), or ``uncut``.
+        mlp: ``yes``, or ``uncut``.
         reason: Why not more; empty if all can be cut.
     """
 
@@ -63,18 +63,18 @@ def support_of(name: str) -> Support:
     try:
         title = family_of(model).title
         source_checks.check_layers(model)
-        found, whole = elastic_sites(model)
+        found, uncut = elastic_sites(model)
         architecture.describe(model)
         _run(model)
     except (UnsupportedModelError, ArtifactError) as error:
-        return Support(name, "", "whole", "whole", str(error).removeprefix("cannot cut this model: "))
+        return Support(name, "", "uncut", "uncut", str(error).removeprefix("cannot cut this model: "))
     attention = [module for module in found.values() if module.attention]
-    cut = "whole" if not attention else "q, k, v" if all(module.tied for module in attention) else "v"
-    mlp = "yes" if len(attention) < len(found) else "whole"
-    reasons = [text.split(": ", 1)[1] for text in whole.values()]
+    cut = "uncut" if not attention else "q, k, v" if all(module.tied for module in attention) else "v"
+    mlp = "yes" if len(attention) < len(found) else "uncut"
+    reasons = [text.split(": ", 1)[1] for text in uncut.values()]
     if cut == "v":
         reasons.append(
-            "q and k stay whole (qk-norm, rotary positions or cosine attention; "
+            "q and k stay uncut (qk-norm, rotary positions or cosine attention; "
             "timm has one class for these and for EVA)"
         )
     return Support(name, title, cut, mlp, "; ".join(dict.fromkeys(reasons)))
