@@ -142,7 +142,7 @@ def extract(args: Namespace) -> Outcome:
 def export_options(command: ArgumentParser) -> None:
     """SMALL and a format."""
     command.add_argument("small", metavar="SMALL", help="folder of a small model")
-    command.add_argument("--format", choices=tuple(SUFFIXES), default="onnx", help="format of the file (default: %(default)s)")
+    command.add_argument("--format", choices=tuple(SUFFIXES), default="onnx", help="file format (default: %(default)s)")
     command.add_argument("--images", type=positive, default=32, help="images to compare on (default: %(default)s)")
     what = "images to compare on, a folder with val/ or the class folders (default: noise)"
     options.add_data(command, what, required=False)
