@@ -55,18 +55,8 @@ class Subtype(torch.Tensor):
     pass
 
 
-def quietly(change):
-    """Older ways of torch warn that they are old."""
-
-    def changed(model):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return change(model)
-
-    return changed
-
-
-quantised = quietly(lambda model: torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8))
+def quantised(model):
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
 
 
 def nothing_but_buffers(model):
@@ -91,19 +81,15 @@ def weights(change):
 
 
 CHANGES = {  # what was done, and what the sentence says to do
-    "profiler": (lambda model: model.blocks[0].register_buffer("total_ops", torch.zeros(1)), "delete it"),
     "pruning": (lambda model: prune.l1_unstructured(model.blocks[0].attn.qkv, "weight", 0.5), "prune.remove"),
-    "weight norm": (quietly(lambda model: weight_norm(model.blocks[0].attn.proj)), "remove_weight_norm"),
+    "weight norm": (lambda model: weight_norm(model.blocks[0].attn.proj), "remove_weight_norm"),
     "spectral norm": (lambda model: nn.utils.spectral_norm(model.blocks[0].mlp.fc2), "norm"),
     "parametrization": (lambda m: parametrizations.weight_norm(m.blocks[0].attn.qkv), "remove_parametrizations"),
     "LoRA": (at("blocks.0.attn.qkv", Lora), "merge_and_unload"),
-    "adapter": (lambda model: model.blocks[0].add_module("adapter", nn.Linear(32, 32)), "adapter"),
     "other layers": (at("blocks.0.attn.proj", lambda layer: Own(32, 32)), "blocks.0.attn.proj"),
-    "layers in a row": (at("blocks.0.attn.qkv", lambda layer: nn.Sequential(layer, nn.Identity())), "merge"),
     "eps": (at("blocks.1.norm1", lambda layer: nn.LayerNorm(32, eps=1e-2)), "eps=1e-06"),
     "activation": (at("blocks.1.mlp.act", lambda layer: nn.ReLU()), "GELU"),
     "compiled block": (lambda model: model.blocks.__setitem__(0, torch.compile(model.blocks[0])), "_orig_mod"),
-    "meta": (lambda model: model.to("meta"), "no storage"),
     "offloaded": (lambda model: cpu_offload(model, torch.device("cpu")), "no storage"),
     "integers": (weights(lambda tensor: tensor.to(torch.int8)), "quantised"),
     "quantised": (quantised, "quantised"),
@@ -117,7 +103,9 @@ CHANGES = {  # what was done, and what the sentence says to do
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_other_tools_left_is_refused_at_once(change, tmp_path):
     model, (apply, words) = make_model("plain"), CHANGES[change]
-    made = apply(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # older ways of torch say that they are old
+        made = apply(model)
     model = made if change == "quantised" else model
     for use in (SuperNet, lambda model: stratavit.save(model, tmp_path / "x")):
         with pytest.raises(StrataViTError) as caught:
@@ -127,10 +115,11 @@ def test_what_other_tools_left_is_refused_at_once(change, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("name", ["ViTForImageClassification", architectures.TORCHVISION])
-def test_layers_of_other_libraries_are_looked_at_too(name):
-    with pytest.raises(UnsupportedModelError, match="quantised"):
-        SuperNet(quantised(architectures.make(name)))
+def test_layers_of_other_libraries_are_looked_at_too():
+    model = architectures.make("ViTForImageClassification")
+    prune.l1_unstructured(model.vit.layers[0].mlp.fc1, "weight", 0.5)
+    with pytest.raises(UnsupportedModelError, match=r"prune\.remove"):
+        SuperNet(model)
 
 
 def test_weights_on_several_devices_are_refused(monkeypatch):
@@ -164,28 +153,21 @@ def test_hooks_that_only_move_tensors_are_accepted(tmp_path):
 
 # ---- wrappers ---------------------------------------------------------------------------------------------------
 
-WRAPPERS = {
-    "DataParallel": nn.DataParallel,
-    "compiled": torch.compile,
-    "averaged": AveragedModel,
-    "ema": ModelEmaV3,
-    "two of them": lambda model: nn.DataParallel(torch.compile(model)),
-}
+
+def two(model):
+    return nn.DataParallel(torch.compile(model))
 
 
-@pytest.mark.parametrize("wrap", WRAPPERS)
+@pytest.mark.parametrize("wrap", [two, AveragedModel, ModelEmaV3])
 def test_wrappers_are_removed(wrap, tmp_path):
     model = make_model("plain")
-    wrapped = WRAPPERS[wrap](model)
+    wrapped = wrap(model)
     net = SuperNet(wrapped).eval()
     stratavit.save(wrapped, tmp_path / "dense")
     assert close(net, model)
     assert close(stratavit.load(tmp_path / "dense"), model)
-    if wrap == "DataParallel":
-        assert stratavit.evaluate(wrapped, make_batches()).n == 12
-        assert stratavit.export(wrapped, tmp_path / "m.pt2", "torch").difference < 1e-4
     with pytest.raises(ArtifactError, match="super-network"):
-        stratavit.save(WRAPPERS[wrap](net), tmp_path / "net")
+        stratavit.save(wrap(net), tmp_path / "net")
 
 
 def test_models_in_models_and_of_others():
@@ -226,10 +208,8 @@ def test_changes_that_are_followed(change, tmp_path):
     apply(net.model)
     spec = {"blocks.0.attn": 8, "blocks.1.mlp": 0}
     small = net.extract(spec=spec, verbose=False)
-    full = net.extract(spec={}, verbose=False)
-    for model, at in ((small, spec), (full, None)):
-        assert net.macs(at) == linear_macs(model, (3, side, side))
-        assert net.params(at) == sum(p.numel() for p in model.parameters())
+    assert net.macs(spec) == linear_macs(small, (3, side, side))
+    assert net.params(spec) == sum(p.numel() for p in small.parameters())
     assert net.data_config["input_size"] == (3, side, side)
     assert 0.7 * net.macs() < net.budget(macs=0.8).got <= 0.8 * net.macs()
     net.save(tmp_path / "net")
@@ -257,7 +237,6 @@ TURNED = {  # what makes the outputs of a super-network differ from those of wha
     "LoRA": lambda net: at("blocks.0.attn.qkv", Lora)(net.model),
     "pruning": lambda net: prune.l1_unstructured(net.model.blocks[0].mlp.fc1, "weight", 0.5),
     "fewer blocks": lambda net: setattr(net.model, "blocks", net.model.blocks[:1]),
-    "adapter": lambda net: at("blocks.0.mlp", lambda mlp: nn.Sequential(mlp, nn.Linear(32, 32)))(net.model),
 }
 
 
@@ -285,7 +264,6 @@ def half_resized(model):
     [
         ("vit_tiny_patch16_224", lambda model: setattr(model, "head", nn.Linear(8, 3))),
         ("vit_tiny_patch16_224", lambda model: setattr(model, "pos_embed", nn.Parameter(torch.zeros(1, 99, 32)))),
-        ("vit_tiny_patch16_224", lambda model: setattr(model, "head", nn.Sequential(nn.Linear(32, 8), nn.ReLU()))),
         (SWIN, half_resized),
     ],
 )
@@ -324,7 +302,6 @@ ADDED = {  # what was put into a model or a super-network later, and what the se
         r"blocks\.0\.mlp\.fc1\.weight and blocks\.1",
     ),
     "a buffer": (lambda model: model.register_buffer("x", torch.zeros(3)), r"\bx\b"),
-    "a layer": (lambda model: model.add_module("x", nn.Linear(2, 2)), r"\bx\b"),
 }
 
 

@@ -68,11 +68,6 @@ def refused(source, words):
 # ---- transformers -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", architectures.TRANSFORMERS)
-def test_a_folder_of_transformers_is_timms_equivalent(folders, name):
-    assert relative_error(outputs(model_at(str(folders / name))), outputs(architectures.make(name))) < 1e-5
-
-
 @pytest.mark.parametrize("name", [HEADED, "Dinov2Model"])
 def test_the_full_way_by_command_line(folders, images, name, tmp_path, capsys):
     """convert, extract, export as transformers; that folder is measured, and converted, like any other."""
@@ -102,9 +97,7 @@ def test_the_full_way_by_command_line(folders, images, name, tmp_path, capsys):
         ({"architectures": None}, HEADED),
         ({"architectures": ["x\n" * 3000]}, HEADED),
         ({"hidden_size": 48}, HEADED),
-        ({"hidden_size": "wide"}, "source: "),
         ({"num_hidden_layers": 3}, r"vit\.layers\.2"),
-        ({"stratavit": {"widths": 3}}, HEADED),
         ({"stratavit": {"widths": {}}}, HEADED),
     ],
 )
@@ -114,16 +107,12 @@ def test_a_bad_folder_is_one_sentence(source, change, words):
     refused(source, words)
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "pickled"])
-def test_damaged_weights(source, tmp_path, damage):
-    weights = source / "model.safetensors"
-    if damage == "truncated":
-        weights.write_bytes(weights.read_bytes()[:5000])
-    else:
-        weights.unlink()
-    if damage == "pickled":
-        torch.save({"classifier.bias": Bomb(tmp_path / "exploded")}, source / "pytorch_model.bin")
-    refused(source, "safetensors" if damage == "truncated" else HEADED)
+def test_missing_and_pickled_weights(source, tmp_path):
+    """Damaged ones are among hostile files."""
+    (source / "model.safetensors").unlink()
+    refused(source, HEADED)
+    torch.save({"classifier.bias": Bomb(tmp_path / "exploded")}, source / "pytorch_model.bin")
+    refused(source, HEADED)
     assert not (tmp_path / "exploded").exists()
 
 
@@ -139,7 +128,7 @@ def test_a_folder_that_is_taken_is_left_alone(folders, tmp_path):
     assert parity.size == sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("name", [HEADED, "Dinov2Model", "CLIPVisionModel"])
+@pytest.mark.parametrize("name", [HEADED, "CLIPVisionModel"])
 def test_a_small_model_keeps_what_was_said_of_it(name, tmp_path):
     """Data configuration, provenance and embedding pass through files, timm's form and a second conversion."""
     config = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
@@ -163,7 +152,6 @@ def test_attention_stays_eager():
     ("name", "change"),
     [
         ("SwinForImageClassification", {"hidden_act": "relu"}),
-        ("SwinForImageClassification", {"image_size": 36}),
         ("SwinForImageClassification", {"window_size": 6}),
         ("SwinForImageClassification", {"layer_norm_eps": 1e-3}),
         ("SwinForImageClassification", {"use_absolute_embeddings": True}),
@@ -181,16 +169,16 @@ def test_what_timm_computes_differently_is_refused(name, change):
 
 
 @pytest.mark.parametrize("name", architectures.TRANSFORMERS)
-@pytest.mark.parametrize("gone", ["attn", "mlp"])
-def test_transformers_alone_does_not_fill_cut_modules_at_random(name, gone, tmp_path):
+def test_transformers_alone_does_not_fill_cut_modules_at_random(name, tmp_path):
     """Its own loader refuses the folder, though all the tensors that are left have their stock shape."""
     net = SuperNet(architectures.make(name))
-    site = [site.name for site in net.sites if site.name.endswith(gone)][-1]
-    small = net.extract(spec={site: 0}, verbose=False)
-    small.save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        type(small).from_pretrained(tmp_path)
-    assert torch.equal(outputs(stratavit.load_transformers(tmp_path)), outputs(small))
+    for site in net.sites[-2:]:
+        small = net.extract(spec={site.name: 0}, verbose=False)
+        small.save_pretrained(tmp_path)
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            type(small).from_pretrained(tmp_path)
+        assert torch.equal(outputs(stratavit.load_transformers(tmp_path)), outputs(small))
+        assert relative_error(outputs(model_at(str(tmp_path))), outputs(small)) < 1e-5
 
 
 def test_a_new_head_is_loaded_and_exported(tmp_path):
@@ -291,9 +279,10 @@ def test_images_are_prepared_as_the_processor_does(folders, tmp_path, kind):
     assert float((ours - theirs).abs().max()) < 0.05
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
+def test_a_processor_that_timm_has_no_counterpart_of_is_refused(source):
+    plain = PLAIN | {"image_processor_type": "BitImageProcessor"}
+    plain |= {"size": {"shortest_edge": 36}, "crop_size": square(32)}
+    for change, words in (
         ({"do_resize": False}, "resized and rescaled"),
         ({"do_rescale": False}, "resized and rescaled"),
         ({"crop_size": square(16)}, "16 x 16, .* 32 x 32"),
@@ -302,17 +291,11 @@ def test_images_are_prepared_as_the_processor_does(folders, tmp_path, kind):
         ({"size": {"longest_edge": 64}}, "shortest edge"),
         ({"resample": 5}, "resample: "),
         ({"image_mean": 3}, PROCESSOR),
-        ({"size": {"shortest_edge": "big"}}, PROCESSOR),
         ([], PROCESSOR),
-        ("{", PROCESSOR),
-    ],
-)
-def test_a_processor_that_timm_has_no_counterpart_of_is_refused(source, change, words):
-    plain = PLAIN | {"image_processor_type": "BitImageProcessor"}
-    plain |= {"size": {"shortest_edge": 36}, "crop_size": square(32)}
-    content = plain | change if isinstance(change, dict) else change
-    (source / PROCESSOR).write_text(content if content == "{" else json.dumps(content))
-    refused(source, words)
+    ):
+        content = plain | change if change else change
+        (source / PROCESSOR).write_text(json.dumps(content))
+        refused(source, words)
 
 
 # ---- torchvision ------------------------------------------------------------------------------------------------
@@ -332,10 +315,6 @@ def test_torchvision_by_name(monkeypatch, tmp_path):
     save_file({"odd": torch.zeros(2)}, tmp_path / "bad.safetensors")
     with pytest.raises(ArtifactError, match=r"bad\.safetensors: class_token"):
         model_at("vit_b_16", tmp_path / "bad.safetensors")
-
-
-def test_torchvision_without_a_network(monkeypatch):
-    import torchvision
 
     def get_model(*args, **kwargs):
         raise OSError("no route")
