@@ -60,7 +60,7 @@ def test_a_super_network_there_and_back_at_any_size(hub, net, tmp_path):
         expected = net.extract(spec=spec)(IMAGES)
         assert torch.equal(back(IMAGES), net(IMAGES))
         assert torch.equal(back(IMAGES, spec), net(IMAGES, spec))
-        for size in ({"macs": "50%"}, {"spec": spec}, {"macs": 0.5, "memory_mb": 100}):
+        for size in ({"spec": spec}, {"macs": 0.5, "memory_mb": 100}):
             small = get(hub, tmp_path, **size)
             assert not isinstance(small, SuperNet)
             assert torch.equal(small(IMAGES), expected)
@@ -148,6 +148,13 @@ def test_the_card_of_a_sub_network_and_cards_without_measurements(net, points):
         assert "license" not in front_matter(card)
     assert "hf-hub" not in model_card(small, NAME)
     assert 'macs="50%"' not in model_card(make_net("plain"), NAME)  # no list yet
+
+
+def test_a_card_leaves_out_sizes_that_cannot_be_had(net, monkeypatch):
+    monkeypatch.setattr("stratavit.reports.model_card.SHARES", ("12/12", "0/12"))
+    text = model_card(net, NAME)
+    assert "| 12/12 |" in text
+    assert "| 0/12 |" not in text
 
 
 def test_push_and_dry_run_by_command(hub, net, points, tmp_path, monkeypatch, capsys):
