@@ -53,21 +53,28 @@ def convert(work, out, **changes):
 # ---- the main job ---------------------------------------------------------------------------------------
 
 
-def test_info_of_a_super_network(run, capsys):
-    facts = output(capsys, "info", run)
-    assert facts["kind"] == "super-network"
-    assert facts["macs"] == stratavit.SuperNet.load(run).macs()
-    assert facts["widths"]["blocks.0.attn"] == 16
-    assert facts["provenance"]["source"] == {"model": MODEL, "weights": "model.safetensors"}
-    assert facts["provenance"]["contract"]["images"] == 6
-
-
-def test_extract_meets_the_budget_and_info_agrees(run, tmp_path, capsys):
+def test_info_and_extract_agree(run, tmp_path, capsys):
     got = output(capsys, "extract", run, "--macs", "60%", "--out", tmp_path / "small")
     assert got["got"] <= got["asked"]
     assert got["params"] == sum(p.numel() for p in stratavit.load(tmp_path / "small").parameters())
     facts = output(capsys, "info", tmp_path / "small")
     assert (facts["kind"], facts["macs"], facts["widths"]) == ("sub-network", got["macs"], got["spec"])
+    facts = output(capsys, "info", run)
+    assert (facts["kind"], facts["macs"]) == ("super-network", stratavit.SuperNet.load(run).macs())
+    assert facts["widths"]["blocks.0.attn"] == 16
+    assert facts["provenance"]["source"] == {"model": MODEL, "weights": "model.safetensors"}
+    assert facts["provenance"]["contract"]["images"] == 6
+
+
+def test_options_of_convert(work, run, tmp_path, capsys):
+    """Moments can be left out; a baseline implies the method of the paper."""
+    got = output(capsys, *convert(work, tmp_path / "less"), "--no-moments")
+    facts = [output(capsys, "info", folder) for folder in (tmp_path / "less", run)]
+    assert got["moments_bytes"] == facts[0]["moments_bytes"] < facts[1]["moments_bytes"]
+    assert [fact["compensation"] for fact in facts] == ["mean", "full"]
+    got = output(capsys, *convert(work, tmp_path / "a"), "--criterion", "random", "--objective", "prediction")
+    assert got["images"] == 6
+    assert stratavit.SuperNet.load(tmp_path / "a").method == "paper"
 
 
 def test_extract_prints_asked_got_and_reachable_and_the_path_as_it_is(run, tmp_path, capsys):
@@ -119,23 +126,6 @@ def test_curve_writes_table_and_picture(run, data, tmp_path, capsys):
     assert (tmp_path / "c" / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_moments_can_be_left_out(work, run, tmp_path, capsys):
-    got = output(capsys, *convert(work, tmp_path / "less"), "--no-moments")
-    facts = [output(capsys, "info", folder) for folder in (tmp_path / "less", run)]
-    assert got["moments_bytes"] == facts[0]["moments_bytes"] < facts[1]["moments_bytes"]
-    assert [fact["compensation"] for fact in facts] == ["mean", "full"]
-
-
-def test_weights_load_into_plain_timm(run):
-    timm.create_model(MODEL, num_classes=3).load_state_dict(load_file(run / "model.safetensors"), strict=True)
-
-
-def test_a_baseline_implies_the_method_of_the_paper(work, tmp_path, capsys):
-    got = output(capsys, *convert(work, tmp_path / "a"), "--criterion", "random", "--objective", "prediction")
-    assert got["images"] == 6
-    assert stratavit.SuperNet.load(tmp_path / "a").method == "paper"
-
-
 def test_unreadable_images_are_left_out_with_a_count(work, tmp_path, capsys):
     folder = make_folder(tmp_path, CLASSES, val=1)
     (folder / "val" / "bee" / "torn.png").write_bytes((folder / "val" / "bee" / "0.png").read_bytes()[:60])
@@ -145,23 +135,14 @@ def test_unreadable_images_are_left_out_with_a_count(work, tmp_path, capsys):
     assert "over 3 images" in captured.out
 
 
-def test_the_table_of_the_docs(capsys):
-    assert main(["models", "vit_tiny_patch16_224", "--markdown"]) == 0
-    assert "| " in capsys.readouterr().out
-
-
 # ---- bench ----------------------------------------------------------------------------------------------
 
 
 def test_bench_of_a_super_network(run, capsys):
     quick = ["--seconds", "0.01", "--batches", "1,3", "--threads", "1"]
     rows = output(capsys, "bench", run, *quick, "--shares", "1")["rows"]
-    assert [(row["runtime"], row["batch_size"]) for row in rows] == [
-        ("eager", 1),
-        ("eager", 3),
-        ("onnx", 1),
-        ("onnx", 3),
-    ]
+    ran = [(row["runtime"], row["batch_size"]) for row in rows]
+    assert ran == [(runtime, batch) for runtime in ("eager", "onnx") for batch in (1, 3)]
     assert all(0 < row["median_ms"] <= row["p90_ms"] and row["threads"] == 1 for row in rows)
     rows = output(capsys, "bench", run, *quick, "--shares", "1,0.8,0.0001", "--runtimes", "eager")["rows"]
     assert [row["model"] for row in rows] == ["dense", "0.8"] * 2
@@ -185,7 +166,6 @@ def test_bench_of_a_small_model(work, capsys, monkeypatch):
 def bad(work, tmp_path_factory):
     """Weights, images and a class map that are no use."""
     folder, state = tmp_path_factory.mktemp("bad"), load_file(work / "model.safetensors")
-    (folder / "truncated.safetensors").write_bytes((work / "model.safetensors").read_bytes()[:5000])
     save_file(state | {"norm.bias": torch.full((48,), torch.nan)}, folder / "nan.safetensors")
     save_file({"something": torch.zeros(2)}, folder / "other.safetensors")
     save_file(timm.create_model("resnet18", num_classes=3).state_dict(), folder / "resnet.safetensors")
@@ -203,7 +183,6 @@ def bad(work, tmp_path_factory):
     ("option", "value", "expected"),
     [
         ("weights", "missing.safetensors", "is not a file"),
-        ("weights", "truncated.safetensors", "damaged"),
         ("weights", "nan.safetensors", "norm.bias"),
         ("weights", "other.safetensors", "is missing"),
         ("weights", "bomb.pth", "not loaded"),
@@ -221,19 +200,17 @@ def test_convert_refuses_bad_input(work, bad, tmp_path, capsys, option, value, e
     assert not (bad / "exploded").exists()
 
 
-@pytest.mark.parametrize(("name", "expected"), [("deit_tinny_patch16_224", MODEL), ("resnet18", "ResNet")])
-def test_a_model_that_does_not_exist_or_cannot_be_cut(capsys, work, bad, tmp_path, name, expected):
+def test_a_model_that_cannot_be_cut(capsys, work, bad, tmp_path):
     arguments = convert(work, tmp_path / "out", weights=bad / "resnet.safetensors")
-    arguments[1] = name
-    assert expected in refusal(capsys, *arguments)
+    arguments[1] = "resnet18"
+    assert "ResNet" in refusal(capsys, *arguments)
 
 
 def test_images_are_looked_for_before_weights_are_fetched(tmp_path, capsys, monkeypatch):
     for module in ("commands", "measure"):
         monkeypatch.setattr(f"stratavit.cli.{module}.model_at", None)
     for arguments in (["convert", MODEL, "--out", tmp_path / "out"], ["evaluate", MODEL]):
-        line = refusal(capsys, *arguments, "--data", tmp_path / "imagenet")
-        assert f"data: {tmp_path / 'imagenet'} is not a folder" in line
+        assert f"{tmp_path / 'none'} is not a folder" in refusal(capsys, *arguments, "--data", tmp_path / "none")
 
 
 def test_no_hub_access(capsys, work, tmp_path, monkeypatch):
@@ -247,29 +224,12 @@ def test_no_hub_access(capsys, work, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("budget", "expected"),
-    [
-        (["--macs", "12G"], "reachable range"),
-        (["--params", "150%"], "at most 1"),
-        (["--position", "-1"], "from 0"),
-        ([], "at least one budget"),
-        (["--memory", "0.001"], "memory_mb: asked '0.001'"),
-        (["--latency", "fast"], "'fast'"),
-        (["--max-drop", "1"], "give data"),
-    ],
-)
-def test_bad_budgets(run, tmp_path, capsys, budget, expected):
-    assert expected in refusal(capsys, "extract", run, *budget, "--out", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
     "arguments",
     [
         ["extract", "RUN", "--macs", "1G"],
         ["extract", "RUN", "--macs", "1G", "--runtime", "slow", "--out", "x"],
         ["bench", "RUN", "--batches", "0"],
-        *(["curve", "RUN", "--data", "d", "--shares", shares] for shares in ("x", "0", "1/0", "1,")),
+        ["curve", "RUN", "--data", "d", "--shares", "1,"],
         ["fly"],
     ],
 )
@@ -279,11 +239,16 @@ def test_usage_errors_exit_with_2(arguments, capsys):
     assert stop.value.code == 2
 
 
-def test_options_that_do_not_go_together(work, run, data, tmp_path, capsys):
+def test_budgets_and_options_that_cannot_be_met(work, run, data, tmp_path, capsys):
     small, low = work / "small", ["--shares", "0.001"]
     for expected, *arguments in (
         ("one size only", "evaluate", small, "--macs", "0.5", *data),
         ("one size only", "bench", small, "--macs", "0.5"),
+        ("reachable range", "extract", run, "--macs", "12G", "--out", tmp_path / "out"),
+        ("at least one budget", "extract", run, "--out", tmp_path / "out"),
+        ("memory_mb", "extract", run, "--memory", "0.001", "--out", tmp_path / "out"),
+        ("'fast'", "extract", run, "--latency", "fast", "--out", tmp_path / "out"),
+        ("give data", "extract", run, "--max-drop", "1", "--out", tmp_path / "out"),
         ("'slow'", "bench", run, "--runtimes", "eager,slow"),
         ("0.001", "bench", run, *low),
         ("0.001", "curve", run, *data, *low, "--out", tmp_path / "curve"),

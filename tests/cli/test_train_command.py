@@ -75,14 +75,6 @@ def test_terminated_and_resumed(work, tmp_path, capsys, monkeypatch):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "uncut" / name).read_bytes()
 
 
-def test_without_a_held_out_folder_nothing_is_evaluated(work, tmp_path, capsys):
-    assert main(arguments(work, "--epochs", "1", data=work / "data" / "train", out=tmp_path / "out")) == 0
-    captured = capsys.readouterr()
-    assert "trained 3 steps on 28 images" in captured.out
-    assert "1.png is unreadable" in captured.err
-    assert not (tmp_path / "out" / "curve.csv").exists()
-
-
 def test_processes_that_are_not_the_first_print_nothing(work, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_module, "leave_process_group", lambda: None)
     monkeypatch.setenv("RANK", "1")
@@ -123,13 +115,17 @@ def test_mistakes(work, tmp_path, capsys, more, expected):
 
 
 def test_the_folder_of_a_run(work, tmp_path, capsys):
-    once = arguments(work, "--epochs", "1", out=tmp_path / "out")
+    once = arguments(work, "--epochs", "1", data=work / "data" / "train", out=tmp_path / "out")
     assert main(once) == 0
+    captured = capsys.readouterr()
+    assert "trained 3 steps on 28 images" in captured.out
+    assert "1.png is unreadable" in captured.err
+    assert not (tmp_path / "out" / "curve.csv").exists()  # no folder is held out
     assert "is not empty" in refusal(capsys, *once)
     (tmp_path / "out" / "mine.txt").touch()
     assert main([*once, "--overwrite"]) == 0
     assert not (tmp_path / "out" / "mine.txt").exists()
-    without = arguments(work, "--epochs", "1")
+    without = arguments(work, "--epochs", "1", data=work / "data" / "train")
     assert main([*without, "--resume", str(tmp_path / "out")]) == 0
     assert "--out" in refusal(capsys, *without)
     assert str(work / "run") in refusal(capsys, *arguments(work, "--overwrite", out=work / "run"))

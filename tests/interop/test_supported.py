@@ -74,5 +74,6 @@ def test_the_command(capsys):
     assert main(["models", "vit_small*dinov3", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["models"]
     assert {row["attention"] for row in found} == {"v"}
-    assert main(["models", "deit_tiny_patch16_224"]) == 0
-    assert "q, k, v" in capsys.readouterr().out
+    for form in ([], ["--markdown"]):
+        assert main(["models", "deit_tiny_patch16_224", *form]) == 0
+        assert "q, k, v" in capsys.readouterr().out
