@@ -1,4 +1,4 @@
-"""`Spec`: a mapping of widths that is checked, immutable, hashable and JSON."""
+"""`Spec`: a mapping of widths that is checked, immutable, hashable and JSON; errors are one printable sentence."""
 
 import copy
 import json
@@ -10,22 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stratavit import Spec, StrataViTError
+from stratavit.errors import described, one_line, shown
 
 WIDTHS = st.dictionaries(st.text(max_size=8), st.integers(0, 10**6), max_size=5)
 
 
 @given(WIDTHS)
-def test_json_round_trip(widths):
-    spec = Spec(widths)
+def test_json_round_trip_and_hash(widths):
+    spec, backwards = Spec(widths), Spec(dict(reversed(widths.items())))
     assert Spec.from_json(spec.to_json()) == spec == widths
     assert json.loads(spec.to_json()) == widths
-
-
-@given(WIDTHS)
-def test_equal_specs_hash_alike_whatever_the_order(widths):
-    backwards = Spec(dict(reversed(widths.items())))
-    assert hash(backwards) == hash(Spec(widths))
-    assert len({backwards, Spec(widths)}) == 1
+    assert len({backwards, spec}) == 1
 
 
 def test_inclusion_needs_every_site_at_most_as_wide():
@@ -34,25 +29,10 @@ def test_inclusion_needs_every_site_at_most_as_wide():
     assert not Spec({"a": 1}) <= Spec({"a": 1, "b": 3})
 
 
-def test_does_not_follow_the_dict_it_was_made_from():
-    widths = {"a": 1}
-    spec = Spec(widths)
-    widths["a"] = 2
-    assert spec["a"] == 1
-    with pytest.raises(TypeError):
-        spec["a"] = 3
-
-
-@pytest.mark.parametrize("widths", [{"a": -1}, {"a": 1.0}, {"a": True}, {"a": "8"}, {"a": None}, {3: 8}])
+@pytest.mark.parametrize("widths", [5, {"a": -1}, {"a": 1.0}, {"a": True}, {"a": "8"}, {3: 8}])
 def test_bad_widths_are_refused(widths):
-    with pytest.raises(StrataViTError, match=r"spec: .*(whole number|strings)"):
+    with pytest.raises(StrataViTError, match="spec: "):
         Spec(widths)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[1]", "3", "null", '{"a": 1.5}', '{"a": -1}', '{"a": true}'])
-def test_bad_json_is_refused(text):
-    with pytest.raises(StrataViTError, match="spec:"):
-        Spec.from_json(text)
 
 
 def test_resolve_names_every_site_and_refuses_what_does_not_fit():
@@ -66,9 +46,6 @@ def test_resolve_names_every_site_and_refuses_what_does_not_fit():
         net.resolve({"blocks.0.attn": 17})
 
 
-SPECS = [{}, {"a": 1}, {"a": {"qk": 8, "v": 4}, "b": 3}, {"b": {"qk": 0, "v": 0}}]
-
-
 CHANGES = [
     lambda spec: spec.qk.update(a=5),
     lambda spec: setattr(spec, "qk", {"a": 5}),
@@ -80,27 +57,27 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("widths", SPECS)
 @pytest.mark.parametrize("number", range(len(CHANGES)))
-def test_a_spec_cannot_be_changed(widths, number):
+def test_a_spec_cannot_be_changed(number):
+    widths = {"a": {"qk": 8, "v": 4}, "b": 3}
     spec = Spec(widths)
-    before, qk = dict(spec), dict(spec.qk)
+    widths["b"] = 2
     with pytest.raises((AttributeError, TypeError)):
         CHANGES[number](spec)
-    assert (dict(spec), dict(spec.qk)) == (before, qk)
+    assert (dict(spec), dict(spec.qk)) == ({"a": 4, "b": 3}, {"a": 8})
+    assert repr(spec) == "Spec({'a': 4, 'b': 3})"
 
 
-@pytest.mark.parametrize("widths", SPECS)
-@pytest.mark.parametrize(
-    "copied",
-    [copy.copy, copy.deepcopy, *(lambda spec, p=p: pickle.loads(pickle.dumps(spec, p)) for p in range(2, 6))],
-)
-def test_copies_of_a_spec_are_specs(widths, copied):
-    spec = Spec(widths)
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda spec: pickle.loads(pickle.dumps(spec))])
+def test_copies_of_a_spec_are_specs(copied):
+    spec = Spec({"a": {"qk": 8, "v": 4}, "b": 3})
     other = copied(spec)
     assert type(other) is Spec
-    assert other == spec
-    assert hash(other) == hash(spec)
-    assert dict(other.qk) == dict(spec.qk)
-    with pytest.raises(AttributeError):
-        other.qk = {}
+    assert (other, hash(other), dict(other.qk)) == (spec, hash(spec), {"a": 8})
+
+
+def test_values_and_sentences_of_others_fit_into_one_line():
+    assert described([10**5000]) == "a very large list"
+    assert one_line(ValueError("a\x00b\ud800c\nsecond line")) == r"a\x00b\ud800c"
+    assert one_line(ValueError()) == "ValueError"
+    assert shown("blocks.0\n" * 99) == (r"blocks.0\n" * 99)[:200]
