@@ -66,11 +66,7 @@ class Tally:
         self.n += len(labels)
 
     def metrics(self) -> Metrics:
-        """The means.
-
-        Raises:
-            StrataViTError: Nothing was added.
-        """
+        """The means; a StrataViTError if nothing was added."""
         if self.n == 0:
             raise StrataViTError("evaluate: the loader has no images; check the data folder or the loader")
         return Metrics(100 * self.first / self.n, 100 * self.fifth / self.n, self.loss / self.n, self.n)
@@ -107,11 +103,7 @@ def evaluate(
 
 
 def labelled(loader: Iterable[Any], model: nn.Module, description: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of a loader, which must have labels, with a progress bar.
-
-    Raises:
-        StrataViTError: See `batches_of`; or there are no labels.
-    """
+    """The batches of a loader, which must have labels (else a StrataViTError), with a progress bar."""
     for images, labels in batches_of(track(loader, description), model, finite=True):
         if labels is None:
             raise StrataViTError(f"{description}: the loader gives no labels; accuracy needs (images, labels)")

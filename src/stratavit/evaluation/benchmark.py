@@ -80,9 +80,8 @@ def bench(
             for name, model in models.items()
         ]
         timings = latency.in_turns(runs, setting, rounds, -(-latency.AT_LEAST_RUNS // rounds))
-        found = dict(zip(models, timings, strict=True))
-        for name, one in found.items():
-            speedup, ideal = found[first].median_ms / one.median_ms, macs[first] / macs[name]
+        for name, one in zip(models, timings, strict=True):
+            speedup, ideal = timings[0].median_ms / one.median_ms, macs[first] / macs[name]
             dtype = str(setting.dtype_of(models[name])).removeprefix("torch.")
             ran = (name, setting.runtime, setting.batch_size, threads, dtype)
             rows.append(Row(*ran, one.median_ms, one.p90_ms, one.images_per_second, speedup, ideal, macs[name]))

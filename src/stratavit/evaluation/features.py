@@ -26,12 +26,7 @@ CHUNK = 4096  # images of the bank compared at once
 
 
 def features(model: Any, images: Tensor) -> Tensor:
-    """Unit-length features ``[B, D]`` float32: the outputs of a headless timm model, or what another's head reads.
-
-    Args:
-        model: A timm model.
-        images: ``[B, 3, H, W]``.
-    """
+    """Unit-length features ``[B, D]`` float32: the outputs of a headless timm model, or what another's head reads."""
     images = images.to(model_device(model), model_dtype(model))
     if classes_of(model):
         found = model.forward_head(model.forward_features(images), pre_logits=True)
@@ -61,8 +56,7 @@ def knn(
         bank: Yields ``(images, labels)`` to compare with.
         loader: Yields ``(images, labels)`` to classify.
         spec: Sub-network to run, for a `SuperNet`.
-        k: Neighbours that vote.
-        temperature: See above.
+        k, temperature: See above.
         description: Title of the progress bar.
 
     Returns:

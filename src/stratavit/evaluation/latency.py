@@ -134,9 +134,7 @@ def noise(batch_size: int, image_size: Sequence[int]) -> torch.Tensor:
 
 
 def runner(model: nn.Module, image_size: Sequence[int], setting: Setting, session: Any | None = None) -> TimedCall:
-    """One pass over a batch of noise, warmed up, ready to be timed.
-
-    A `session` of `session_of` saves exporting the model again.
+    """One pass over a batch of noise, warmed up; a `session` of `session_of` saves exporting the model again.
 
     Raises:
         StrataViTError: The model cannot be run in this setting.

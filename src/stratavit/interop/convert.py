@@ -28,18 +28,14 @@ def as_timm(model: nn.Module) -> nn.Module:
         UnsupportedModelError: The model has no equivalent in timm.
     """
     model = unwrapped(model)
-    for is_theirs, to_timm in (
-        (models.is_transformers, models.to_timm),
-        (torchvision_vit.is_torchvision, torchvision_vit.to_timm),
-    ):
-        if is_theirs(model):
-            check_layers(model)
-            return to_timm(model)
+    theirs, library = models.is_transformers(model), torchvision_vit.is_torchvision(model)
+    if theirs or library:
+        check_layers(model)
+        return models.to_timm(model) if theirs else torchvision_vit.to_timm(model)
     return model
 
 
 def as_source(small: Any) -> nn.Module:
     """A small model in the class that its source had: of transformers if it came from there, else as it is."""
     origin = getattr(small, "origin", None)
-    model: nn.Module = small if not origin else models.from_timm(small, origin)
-    return model
+    return models.from_timm(small, origin) if origin else small

@@ -20,16 +20,11 @@ COARSE = 0.1
 def fill(
     made: Any, source: nn.Module, state: Mapping[str, Tensor], frozen: Iterable[str], data_config: Mapping[str, Any]
 ) -> Any:
-    """Makes timm's model of the same form the equivalent of another library's, in eval mode, of its type and device.
+    """Makes a fresh timm model the equivalent of another library's: in eval mode, of its type, on its device.
 
     Args:
-        made: timm's, fresh.
-        source: The other library's.
         state, frozen: The weights under timm's names, and the names of those that ask for no gradient.
         data_config: How images are prepared.
-
-    Raises:
-        UnsupportedModelError: See `check_equivalent`.
     """
     load_weights(made, state, type(source).__name__)
     set_frozen(made, frozen)
@@ -64,6 +59,5 @@ def tensor_of(output: Any) -> Tensor:
     """The logits or features in a model's output, be it a tensor or an output of transformers."""
     if isinstance(output, Tensor):
         return output
-    logits = getattr(output, "logits", None)
-    found: Tensor = output.pooler_output if logits is None else logits
-    return found
+    logits: Tensor | None = getattr(output, "logits", None)
+    return output.pooler_output if logits is None else logits

@@ -111,23 +111,18 @@ def export(
     if images is None:
         size = resolve_data_config(model)["input_size"]
         images = torch.randn(NOISE_IMAGES, *size, generator=torch.Generator().manual_seed(0))
-    images = _fitting(model, images).float().cpu()
+    images, _ = unpack((images,), "export")
+    check_images(model, images, "export")
+    check_finite(images, "export")
+    if not len(images):
+        raise StrataViTError("export: there are no images to compare on; give at least one, or leave images out")
+    images = images.float().cpu()
     device = model_device(model)
     try:
         with eval_mode(model), torch.no_grad():
             return _checked(model.cpu(), path, format, images, tolerance, overwrite)
     finally:
         model.to(device)
-
-
-def _fitting(model: nn.Module, images: Tensor) -> Tensor:
-    """Images to compare on: at least one, finite, of a shape that the model accepts."""
-    images, _ = unpack((images,), "export")
-    check_images(model, images, "export")
-    check_finite(images, "export")
-    if not len(images):
-        raise StrataViTError("export: there are no images to compare on; give at least one, or leave images out")
-    return images
 
 
 def _checked(model: nn.Module, path: Path, format: Format, images: Tensor, tolerance: float, overwrite: bool) -> Parity:

@@ -108,8 +108,7 @@ def named(name: str, weights: Mapping[str, Tensor] | None, source: str, num_clas
     made: Any = to_timm(model)
     if num_classes is not None:
         made.reset_classifier(num_classes)
-    ready: nn.Module = made.eval()
-    return ready
+    return made.eval()
 
 
 def _renamed(name: str, parts: Mapping[str, str] = _PARTS) -> str:

@@ -72,11 +72,7 @@ def write_report(
 
 
 def _data(net: SuperNet, points: Sequence[Point], title: str | None, run: str) -> dict[str, Any]:
-    """What the page shows, as plain values.
-
-    The dropout list is given by entry: number of the site, width afterwards. MACs and parameters are those of every
-    position, exact.
-    """
+    """What the page shows, as plain values; of each entry of the list, number of the site and width afterwards."""
     if net.strata is None:
         raise StrataViTError("no dropout list yet: call stratify(loader) first; the report shows what is dropped when")
     number = {site.name: i for i, site in enumerate(net.sites)}

@@ -89,8 +89,7 @@ def load_equivalent(path: str | Path) -> nn.Module:
     if (Path(path) / PROCESSOR).is_file():
         flexible = bool(getattr(model, "dynamic_img_size", False))
         model.data_config |= read_processor(path, model.data_config["input_size"], flexible)
-    made: nn.Module = model
-    return made
+    return model
 
 
 def processor_of(config: Mapping[str, Any]) -> Any:

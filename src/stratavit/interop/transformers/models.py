@@ -103,12 +103,8 @@ def describe(model: Any) -> dict[str, Any]:
         sites[f"{ours}.mlp"] = _numbers(block.mlp, layout)
     swiglu = getattr(config, "use_swiglu_ffn", False)
     eps = {"norm_eps": float(config.layer_norm_eps)} if "norm_layer" in args else {}
-    return {
-        "architecture": "vit_giant_patch14_dinov2" if swiglu else layout.architecture,
-        "args": args,
-        **eps,
-        "sites": sites,
-    }
+    name = "vit_giant_patch14_dinov2" if swiglu else layout.architecture
+    return {"architecture": name, "args": args, **eps, "sites": sites}
 
 
 def to_timm(model: Any) -> nn.Module:
@@ -133,8 +129,7 @@ def to_timm(model: Any) -> nn.Module:
     attention = getattr(model.config, "_attn_implementation", None)
     name = type(model).__name__
     made.origin = {"library": "transformers", "class": name, "config": config, "attention": attention}
-    ready: nn.Module = made
-    return ready
+    return made
 
 
 def from_timm(small: Any, origin: Mapping[str, Any]) -> Any:
@@ -227,9 +222,8 @@ def _numbers(module: Any, layout: Layout) -> dict[str, Any]:
         out = getattr(module, layout.out).bias is not None
         return {"num_heads": heads, "head_dim": module.head_dim, "qkv_bias": bias, "proj_bias": out}
     names, name = mlp_layers(module)
-    first, last = getattr(module, names[0]), getattr(module, name)
-    hidden = last.in_features
-    return {"hidden_features": hidden, "fc1_bias": first.bias is not None, "fc2_bias": last.bias is not None}
+    first, last = getattr(module, names[0]).bias, getattr(module, name)
+    return {"hidden_features": last.in_features, "fc1_bias": first is not None, "fc2_bias": last.bias is not None}
 
 
 def _widths(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
