@@ -2,6 +2,7 @@
 
 import dataclasses
 import signal
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -9,12 +10,12 @@ import accelerate
 import pytest
 import torch
 from helpers import make_model, make_net
-from training_runs import TINY, Images, run
+from training_runs import ONE, TINY, CrashError, Images, crash, names, run
 
 import stratavit
 from stratavit import ArtifactError, StrataViTError
 from stratavit.files.lock import Lock
-from stratavit.training import distributed, launch, run_files
+from stratavit.training import distributed, run_files
 from stratavit.utils import signals
 
 FULL = OSError(28, "No space left on device")
@@ -56,17 +57,15 @@ def test_processes_that_cannot_be_joined(tmp_path, monkeypatch, found, message):
 
 def test_a_tracker_that_fails_at_the_end(capsys):
     trackers = [SimpleNamespace(finish=failing(FULL))]
-    distributed.release(
-        SimpleNamespace(unwrap_model=lambda model, **options: model, trackers=trackers), make_model("plain")
-    )
+    unchanged = SimpleNamespace(unwrap_model=lambda model, **options: model, trackers=trackers)
+    distributed.release(unchanged, make_model("plain"))
     assert "the disk is full" in capsys.readouterr().err
 
 
 def test_a_lock_that_cannot_be_set_leaves_no_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(Lock, "take", failing(FULL))
-    folder = tmp_path / "a" / "b" / "run"
     with pytest.raises(ArtifactError, match="the disk is full"):
-        launch.make_folder(folder, False, Lock(folder))
+        run(tmp_path / "a" / "b" / "run")
     assert not any(tmp_path.iterdir())
 
 
@@ -75,11 +74,12 @@ def test_a_folder_that_is_filled_while_it_is_locked(tmp_path, monkeypatch):
 
     def overtaken(self):
         take(self)
-        (self.path.parent / "state.pt").touch()
+        (self.path.parent / "mine.txt").touch()
 
     monkeypatch.setattr(Lock, "take", overtaken)
     with pytest.raises(ArtifactError, match="is not empty"):
-        launch.make_folder(tmp_path / "run", False, Lock(tmp_path / "run"))
+        run(tmp_path / "run")
+    assert names(tmp_path / "run") == {"mine.txt"}
 
 
 def test_a_state_that_memory_is_too_small_for_is_not_damaged(tmp_path):
@@ -87,20 +87,30 @@ def test_a_state_that_memory_is_too_small_for_is_not_damaged(tmp_path):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
 
 
-def test_states_are_saved_as_often_as_asked(tmp_path):
-    run(tmp_path / "run", recipe=dataclasses.replace(TINY, save_every=2))
-    assert run_files.read_state(tmp_path / "run")["ended"] == TINY.epochs
+def test_states_are_saved_as_often_as_asked_and_raw_weights_are_kept(tmp_path):
+    recipe = dataclasses.replace(TINY, save_every=2, keep="raw")
+
+    def tuned(data, resume):
+        small = make_net("plain").extract(spec={"blocks.0.attn": 8}, verbose=False)
+        return stratavit.finetune(small, data, None, recipe, tmp_path / "run", resume=resume, cpu=True)
+
+    with pytest.raises(CrashError):
+        tuned(Images(40, crash), False)
+    assert run_files.read_state(tmp_path / "run")["ended"] == 0
+    model, state = tuned(Images(), True), run_files.read_state(tmp_path / "run")
+    assert state["ended"] == TINY.epochs
+    assert torch.equal(state["weights"]["head.weight"], model.head.weight)
 
 
 def test_a_model_without_a_head_needs_a_teacher(tmp_path):
     model = make_model("plain")
     model.reset_classifier(0)
     with pytest.raises(StrataViTError, match="teacher"):
-        stratavit.finetune(model, Images(), None, dataclasses.replace(TINY, mode="plain"), tmp_path / "run", cpu=True)
+        stratavit.finetune(model, Images(), None, ONE, tmp_path / "run", cpu=True)
 
 
-def test_raw_weights_are_kept_where_asked(tmp_path):
-    small = make_net("plain").extract(spec={"blocks.0.attn": 8}, verbose=False)
-    recipe = dataclasses.replace(TINY, mode="plain", keep="raw")
-    tuned = stratavit.finetune(small, Images(), None, recipe, tmp_path / "run", cpu=True)
-    assert torch.equal(run_files.read_state(tmp_path / "run")["weights"]["head.weight"], tuned.head.weight)
+def test_accelerate_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(StrataViTError, match=r"pip install 'stratavit\[train\]'"):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()

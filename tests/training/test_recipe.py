@@ -42,7 +42,6 @@ def test_a_file_and_overrides(tmp_path):
         ("epochs = 3.5", r"epochs .* 3\.5"),
         ("epochs = true", "epochs .* True"),
         ('lr = "fast"', "lr .* 'fast'"),
-        ("lr = nan", "lr .* nan"),
         ("lr = -1.0", "lr .* at least 0"),
         ("epochs = 0", "epochs .* at least 1"),
         ("seed = 5000000000", "seed .* 4,294,967,296"),
@@ -50,13 +49,11 @@ def test_a_file_and_overrides(tmp_path):
         ("drop_path = 1.0", "drop_path .* below 1"),
         ("flip = 1.5", "flip .* from 0 to 1"),
         ('sampling = "always"', "sampling .* uniform, sandwich, budget, got 'always'"),
-        ("sampling = 3", "sampling .* 3"),
         ("epochs = 10", r"list_epochs \(50\) .* epochs \(10\)"),
         ("warmup_epochs = 300", "warmup_epochs"),
         ("batch_size = 3", "batch_size .* even"),
         ("tracker = 1", "tracker .* 1"),
         ("epochs = ", "TOML"),
-        ("[train]\nepochs = 3", "'train'"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, named):
