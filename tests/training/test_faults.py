@@ -214,23 +214,6 @@ def test_a_folder_that_cannot_be_made(tmp_path, place):
     assert names(tmp_path) == {"file"}
 
 
-def trained_on_half_a_disk(folder):
-    """Nothing larger than half a state can be written."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    before, half = (folder / "state.pt").read_bytes(), (folder / "state.pt").stat().st_size // 2
-    resource.setrlimit(resource.RLIMIT_FSIZE, (half, half))
-    message = refused(folder, resume=True)
-    assert "state.pt" in message
-    assert f"the last state in {folder} is sound, resume it to go on" in message
-    assert (folder / "state.pt").read_bytes() == before
-
-
-@ON_LINUX
-def test_a_disk_that_fills_while_the_state_is_written(folder):
-    done(trained_on_half_a_disk, folder)
-    run(folder, resume=True)
-
-
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -262,7 +245,7 @@ def test_a_worker_of_an_evaluation_that_is_killed(tmp_path, monkeypatch):
 
 
 def test_many_unreadable_images_in_a_row(tmp_path, monkeypatch):
-    """A few are passed over, many are an error; the last state is sound."""
+    """An error, where a few are passed over; the last state is sound."""
     monkeypatch.setattr("stratavit.training.augmentation.TRIES", 3)
     for path in write_images(tmp_path / "data").rglob("[1-3].png"):
         path.write_bytes(b"not an image")

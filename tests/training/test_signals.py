@@ -130,8 +130,8 @@ def struck_everywhere(tmp_path, what, kill, swaps, stride):
 @pytest.mark.parametrize(
     ("what", "kill", "swaps", "stride"),
     [
-        ("super-network", KILL, True, 4),
-        ("small model", KILL, False, 1),
+        ("super-network", KILL, True, 6),
+        ("small model", KILL, False, 2),
         ("export", KILL, True, 1),
         ("small model", INT, False, 3),
         ("export", TERM, True, 2),

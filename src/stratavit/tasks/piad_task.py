@@ -18,7 +18,6 @@ from stratavit.elastic.compensation import Moments
 from stratavit.errors import StrataViTError
 from stratavit.evaluation import curve_points
 from stratavit.reports import curve, plots
-from stratavit.spec import Spec
 from stratavit.tasks import progressive_list
 from stratavit.tasks.sampling import draw, prefixes_of, random_widths, without_layers
 from stratavit.training import distributed
@@ -40,9 +39,7 @@ class PiadTask(TrainingTask):
     Args:
         net: It loses what training makes stale: moments and the final mean.
         proxy: Images that importance and means are measured on.
-        recipe: Averaging, the list, and which weights are kept.
-        steps: Of the run.
-        accelerator: Of the run.
+        recipe, steps, accelerator: See `TrainingTask`.
 
     Attributes:
         kind: The method, so that a state of one is not resumed with the other.
@@ -98,17 +95,16 @@ class PiadTask(TrainingTask):
         """Sub-networks that one batch runs, as the recipe's mode has it."""
         mode, sites = self.recipe.mode, self.net.sites
         if mode == "plain":
-            return [self._sample(self.net.resolve(None))]
-        if mode == "channel":
-            return [self._sample(random_widths(sites, generator))]
-        found = draw(self.recipe.sampling, self.prefixes, generator)
-        if mode == "piad":
-            return found
-        rate = self.recipe.layer_drop if mode == "layerdrop" else 0.0
-        return [self._sample(without_layers(one.spec, sites, rate, generator)) for one in found]
-
-    def _sample(self, spec: Spec) -> SampledNetwork:
-        return SampledNetwork(spec, self.net.macs(spec))
+            specs = [self.net.resolve(None)]
+        elif mode == "channel":
+            specs = [random_widths(sites, generator)]
+        else:
+            found = draw(self.recipe.sampling, self.prefixes, generator)
+            if mode == "piad":
+                return found
+            rate = self.recipe.layer_drop if mode == "layerdrop" else 0.0
+            specs = [without_layers(one.spec, sites, rate, generator) for one in found]
+        return [SampledNetwork(spec, self.net.macs(spec)) for spec in specs]
 
     def refresh_means(self, net: SuperNet) -> None:
         """Measures what replaces cut channels: the mean of every channel, and moments if they serve."""
@@ -192,8 +188,7 @@ class PiadTask(TrainingTask):
 
 def evaluations(folder: Path) -> list[tuple[int, list[curve_points.Point]]]:
     """The ladders of budgets that a run has logged, with the epochs after which they were measured."""
-    found = curve_points.curves(Journal(folder / LOG_FILE).rows())
-    return [(epoch, points) for epoch, points in found if points]
+    return [(epoch, points) for epoch, points in curve_points.curves(Journal(folder / LOG_FILE).rows()) if points]
 
 
 def _drop_stale(net: SuperNet, recipe: Recipe) -> None:

@@ -44,11 +44,8 @@ class Growth:
 def extend(entries: Sequence[Entry], order: Sequence[Entry], cost: CostModel, target: float) -> list[Entry]:
     """The list with merged tails of `order`, never cut, appended until it drops `target` MACs.
 
-    Args:
-        entries: The list so far; stays in front.
-        order: What is left, least important first (`strata.removal_order`).
-        cost: Of the model.
-        target: MACs to drop; missed only where nothing is left, exceeded by less than one merged tail.
+    The target is missed only where nothing is left, and exceeded by less than one merged tail. `order` holds what is
+    left, least important first (`strata.removal_order`).
     """
     grown = list(entries)
     widths = {entry.site: entry.width for entry in entries}
@@ -64,19 +61,10 @@ def extend(entries: Sequence[Entry], order: Sequence[Entry], cost: CostModel, ta
 def importance_at(
     net: SuperNet, widths: Mapping[str, int], loader: Iterable[Any], growth: Growth
 ) -> dict[str, list[float]]:
-    """Site name -> importance of the units that a sub-network still has (`strata.unit_importance`), measured at it.
-
-    Args:
-        net: Measured on its own weights in eval mode.
-        widths: Width of every site; sites at 0 are left out.
-        loader: The proxy images; run through twice.
-        growth: Objective and measure.
+    """Importance of the units that a sub-network still has, measured at its widths, see `measure_importance`.
 
     Returns:
-        Site name -> importance of each unit left (`sensitivity.unit_importance`).
-
-    Raises:
-        StrataViTError: Bad images or labels, or a non-finite result.
+        Site name -> importance of each unit left; sites at width 0 are left out.
     """
     left = [site for site in net.sites if widths[site.name] > 0]
     with net.at(widths):
@@ -88,7 +76,7 @@ def grow(net: SuperNet, loader: Iterable[Any], entries: Sequence[Entry], stage: 
 
     Args:
         net: The super-network as it is being trained.
-        loader: The proxy images, in the evaluation transform; run through twice.
+        loader: The proxy images; run through twice.
         entries: The list of the stage before; stays in front.
         stage: 0 is the first; from `Growth.stages` on the list stays as it is.
         growth: How the list grows.

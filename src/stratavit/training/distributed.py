@@ -26,12 +26,7 @@ CHECK_EVERY = 8  # steps between agreements of several processes on whether to s
 
 
 def accelerator(recipe: Recipe, out: Path, cpu: bool) -> Any:
-    """Hugging Face's `Accelerator` for a recipe.
-
-    Args:
-        recipe: Precision and tracker.
-        out: Folder for the tracker's files.
-        cpu: Train on the CPU even where there is an accelerator.
+    """Hugging Face's `Accelerator` for a recipe; `cpu` leaves other devices alone, the tracker writes to `out`.
 
     Raises:
         StrataViTError: Accelerate or the tracker is not installed, or the precision is not available here.
@@ -136,11 +131,11 @@ def gather(items: list[T]) -> list[T]:
 def on_main(accelerator: Any, work: Callable[[], None]) -> None:
     """Runs `work` on the first process; if it raises a `StrataViTError`, all processes do."""
     failure: StrataViTError | None = None
-    if accelerator.is_main_process:
-        try:
+    try:
+        if accelerator.is_main_process:
             work()
-        except StrataViTError as error:
-            failure = error
+    except StrataViTError as error:
+        failure = error
     message = broadcast(None if failure is None else str(failure))
     if message is not None:
         raise failure or StrataViTError(message)

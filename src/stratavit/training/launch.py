@@ -37,8 +37,7 @@ def recipe_for(
 
     Args:
         config: A recipe; or some of its keys, or a file of them, the others as in the interrupted run, or `base`.
-        out: Folder of the run.
-        resume: Whether an interrupted run is there.
+        out: Folder of the run, an interrupted one if it is to `resume`.
         base: Keys in place of the defaults of `Recipe`, for a new run.
         fixed: Keys with values that override any recipe.
 
@@ -73,13 +72,7 @@ def train(
     cpu: bool,
     teacher: nn.Module | None,
 ) -> None:
-    """Trains in `out`, from the start or from where an interrupted run stood; see `piad.train_piad`.
-
-    Args:
-        make_task: Makes the task from number of steps and accelerator.
-        model: The timm model that it trains.
-        data_config: Of the model.
-    """
+    """Trains the timm model of a task, made from number of steps and accelerator; see `piad.train_piad`."""
     classes = classes_of(model)
     _check_teaching(recipe, teacher, classes)
     taught = None if teacher is None else Teacher(teacher, data_config)

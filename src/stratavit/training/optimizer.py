@@ -19,27 +19,16 @@ def optimiser_and_schedule(model: nn.Module, recipe: Recipe, images: int, epoch_
     """AdamW and its schedule per step, a function of the step's number alone.
 
     The weights of a module that a step skips have no gradient, so the step does not touch them, decay included.
-    Weights cut from a module that runs have gradient 0: they decay, and follow their momentum.
-
-    Args:
-        model: The timm model; its norms, biases and tokens are spared from decay.
-        recipe: Rates.
-        images: Of the global batch; the rate is proportional to it. If it falls below `Recipe.min_lr`, it is constant.
-        epoch_steps: Steps per epoch.
+    Weights cut from a module that runs have gradient 0: they decay, and follow their momentum. Norms, biases and tokens
+    are spared from decay. The rate is proportional to the images of the global batch; one below `Recipe.min_lr` is
+    constant.
     """
     rate = recipe.lr * images / 512
     least = min(recipe.min_lr, rate)  # neither the cosine nor the warm-up goes the other way
     optimiser = create_optimizer_v2(model, opt="adamw", lr=rate, weight_decay=recipe.weight_decay)
     warmup = recipe.warmup_epochs * epoch_steps
-    schedule = CosineLRScheduler(
-        optimiser,
-        recipe.epochs * epoch_steps,
-        least,
-        warmup_t=warmup,
-        warmup_lr_init=least if warmup else 0.0,
-        t_in_epochs=False,
-    )
-    return optimiser, schedule
+    options = {"warmup_t": warmup, "warmup_lr_init": least if warmup else 0.0, "t_in_epochs": False}
+    return optimiser, CosineLRScheduler(optimiser, recipe.epochs * epoch_steps, least, **options)
 
 
 class Losses:
@@ -57,8 +46,8 @@ class Losses:
         """Adds what is pending, of all processes, to the mean; waits for the device.
 
         Returns:
-            Step, sub-network and loss of the first pass whose loss is not finite (on another process: of the last pass
-            here); None if there is none.
+            Step, sub-network and loss of the first pass with a loss that is not finite (on another process: of the last
+            pass here), or None.
         """
         if not self._pending:
             return None

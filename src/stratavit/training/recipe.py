@@ -24,9 +24,8 @@ Sampling = Literal["uniform", "sandwich", "budget"]
 ListSource = Literal["progressive", "given"]
 Precision = Literal["auto", "no", "fp16", "bf16"]
 _NOT_NEGATIVE: tuple[str, Callable[[float], bool]] = ("at least 0", lambda value: value >= 0)
-_POSITIVE: tuple[str, Callable[[float], bool]] = ("at least 1", lambda value: value >= 1)
 Whole = Annotated[int, _NOT_NEGATIVE]
-Count = Annotated[int, _POSITIVE]
+Count = Annotated[int, ("at least 1", lambda value: value >= 1)]
 Amount = Annotated[float, _NOT_NEGATIVE]
 Rate = Annotated[float, ("at least 0 and below 1", lambda value: 0 <= value < 1)]
 Share = Annotated[float, ("above 0 and at most 1", lambda value: 0 < value <= 1)]
@@ -189,10 +188,9 @@ class Recipe:
             StrataViTError: An unknown key, a wrong type or a value out of range; `source` is named.
         """
         known = field_types()
-        for name in values:
-            if name not in known:
-                raise StrataViTError(f"{source}: unknown key {described(name)}; the keys are {', '.join(known)}")
         try:
+            for name in values:
+                _check(name in known, f"unknown key {described(name)}; the keys are {', '.join(known)}")
             return cls(**values)
         except StrataViTError as error:
             raise StrataViTError(f"{source}: {error}") from error
@@ -204,12 +202,7 @@ class Recipe:
         overrides: Mapping[str, Any] | None = None,
         base: Mapping[str, Any] | None = None,
     ) -> Recipe:
-        """A recipe from a TOML file (None: the defaults), some keys overridden.
-
-        Args:
-            path: Of the file.
-            overrides: Win over the file.
-            base: In place of the defaults.
+        """A recipe from a TOML file, over which `overrides` win; `base` stands in for the defaults.
 
         Raises:
             StrataViTError: The file cannot be read, or see `from_dict`.

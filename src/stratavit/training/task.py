@@ -32,11 +32,10 @@ class TrainingTask(ABC):
             accelerator's device, in float32.
         full_macs: MACs per image at full size.
         recipe: Averaging, and which weights are kept.
-        steps: Of the run.
-        accelerator: Of the run.
+        steps, accelerator: Of the run.
 
     Attributes:
-        kind: A word for the state, so that none is resumed as something else.
+        kind: A word for the state, so that it is not resumed as something else.
         proxy: Images that are measured on, if any.
         ema: timm's averaged copy of `net`, or None.
     """

@@ -10,13 +10,7 @@ SMALL = "small model"  # `TrainingTask.kind` of one
 
 
 def idle_keys(recipe: Recipe, kind: str, classes: int) -> list[str]:
-    """The keys that differ from their defaults and have no effect.
-
-    Args:
-        recipe: Of the run.
-        kind: See `TrainingTask`.
-        classes: Of the head; 0 where features are learnt.
-    """
+    """The keys that differ from their defaults and have no effect, for a `TrainingTask.kind` and a head's classes."""
     mode, small, raw = recipe.mode, kind == SMALL, recipe.keep == "raw"
     idle = {
         **dict.fromkeys(LIST_KEYS, small),
@@ -25,10 +19,8 @@ def idle_keys(recipe: Recipe, kind: str, classes: int) -> list[str]:
         "ema_horizon": raw,
     }
     if not small:
-        idle["layer_drop"] = mode != "layerdrop"
-        idle["list_epochs"] = mode != "piad"
-        idle["sampling"] = mode in ("plain", "channel")
-        idle["growths"] = mode == "plain"
+        idle |= {"layer_drop": mode != "layerdrop", "list_epochs": mode != "piad"}
+        idle |= {"sampling": mode in ("plain", "channel"), "growths": mode == "plain"}
     usual = Recipe.from_dict(FINETUNING if small else {}).to_dict()
     return [key for key, value in recipe.to_dict().items() if idle.get(key) and value != usual[key]]
 
@@ -41,8 +33,5 @@ def report_unused(recipe: Recipe, kind: str, classes: int, processes: int) -> No
         print(f"train: of no effect here ({what}): {', '.join(found)}", file=sys.stderr)
     rate = recipe.lr * recipe.batch_size * recipe.accumulate * processes / 512
     if rate < recipe.min_lr:
-        print(
-            f"train: the learning rate for batches of this size is {rate:.3g}, below min_lr ({recipe.min_lr:.3g}): "
-            "it stays there throughout",
-            file=sys.stderr,
-        )
+        told = f"the learning rate for batches of this size is {rate:.3g}, below min_lr ({recipe.min_lr:.3g})"
+        print(f"train: {told}: it stays there throughout", file=sys.stderr)
