@@ -132,8 +132,7 @@ class FinetuneTask(TrainingTask):
     def graduate(self, facts: dict[str, Any]) -> None:
         """Gives the model the weights to keep; eval mode. `facts` go into its provenance."""
         model = self.net.model
-        if self.eval_net is not self.net:
-            model.load_state_dict(self.eval_net.model.state_dict())
+        model.load_state_dict(self.eval_net.model.state_dict())
         model.provenance = {**getattr(model, "provenance", {}), "finetune": facts}
         model.eval()
 

@@ -5,7 +5,7 @@ Source: method section 2 (arXiv 2511.11683, progressive list). What is listed ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -58,19 +58,6 @@ def extend(entries: Sequence[Entry], order: Sequence[Entry], cost: CostModel, ta
     return grown
 
 
-def importance_at(
-    net: SuperNet, widths: Mapping[str, int], loader: Iterable[Any], growth: Growth
-) -> dict[str, list[float]]:
-    """Importance of the units that a sub-network still has, measured at its widths, see `measure_importance`.
-
-    Returns:
-        Site name -> importance of each unit left; sites at width 0 are left out.
-    """
-    left = [site for site in net.sites if widths[site.name] > 0]
-    with net.at(widths):
-        return measure_importance(net.model, left, loader, growth.objective, growth.measure)[0]
-
-
 def grow(net: SuperNet, loader: Iterable[Any], entries: Sequence[Entry], stage: int, growth: Growth) -> list[Entry]:
     """The list for a stage: importance is measured at the smallest sub-network so far, then units are appended.
 
@@ -89,7 +76,9 @@ def grow(net: SuperNet, loader: Iterable[Any], entries: Sequence[Entry], stage: 
     reached = net.macs() - net.macs(widths) >= target
     if stage >= growth.stages or reached or not any(widths.values()):
         return list(entries)
-    importance = importance_at(net, widths, loader, growth)
+    left = [site for site in net.sites if widths[site.name] > 0]
+    with net.at(widths):
+        importance = measure_importance(net.model, left, loader, growth.objective, growth.measure)[0]
     first_group = 1 + max((entry.group for entry in entries), default=-1)
     order = strata.removal_order(net.sites, importance, net.cost.price, first_group)
     return extend(entries, order, net.cost, target)

@@ -21,14 +21,10 @@ def prefixes_of(strata: Strata, cost: CostModel, whole_groups: bool) -> list[Sam
 
 
 def draw(sampling: Sampling, prefixes: Sequence[SampledNetwork], generator: random.Random) -> list[SampledNetwork]:
-    """Draws what one batch runs.
+    """Draws what one batch runs of the prefixes, largest first.
 
-    Args:
-        sampling: ``uniform`` over the positions (paper); ``sandwich``, the largest, a uniform one and the smallest, all
-            on the same batch (three passes); ``budget``, uniform in MACs: the prefix nearest to a uniform draw between
-            the smallest and the largest.
-        prefixes: Largest first.
-        generator: See `random_streams.stream`.
+    ``uniform`` over the positions (paper); ``sandwich``, the largest, a uniform one and the smallest, all on the same
+    batch (three passes); ``budget``, uniform in MACs: the prefix nearest to a draw between both ends.
     """
     if sampling == "budget":
         wanted = generator.uniform(prefixes[-1].macs, prefixes[0].macs)

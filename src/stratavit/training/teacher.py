@@ -18,11 +18,8 @@ from stratavit.utils.model import classes_of, model_dtype
 class Teacher:
     """Logits for images that were prepared for a student.
 
-    The teacher's own normalisation and input size are read off a timm model; of others they are the student's.
-
-    Args:
-        model: Any model from images to logits; it is not copied, and put into eval mode.
-        student: The student's data configuration.
+    The teacher's own normalisation and input size are read off a timm model; of others they are the student's. The
+    model is not copied, and put into eval mode.
 
     Attributes:
         name: Reported when a resumed run has another teacher.
@@ -53,10 +50,10 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Logits ``[B, classes]`` for images ``[B, C, H, W]`` in the student's normalisation."""
-        images = (images * self.factor + self.shift).to(model_dtype(self.model))
-        if self.size is not None:
+        images = images * self.factor + self.shift
+        if self.size is not None:  # in the images' precision: torch cannot resize bfloat16 on the CPU
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
-        logits: Tensor = self.model(images)
+        logits: Tensor = self.model(images.to(model_dtype(self.model)))
         return logits
 
 

@@ -287,8 +287,7 @@ class Trainer:
     def finish(self) -> None:
         """Gives the network the weights to keep, and writes it with the last evaluation."""
         order.seed_all(self.recipe.seed, "end")
-        facts = {"recipe": self.recipe.to_dict(), "steps": self.step, **self.identity()}
-        self.task.graduate(facts)
+        self.task.graduate({"recipe": self.recipe.to_dict(), "steps": self.step, **self.identity()})
         points = curve_points.last_curve(self.journal.rows())
         distributed.unwrap(self.accelerator, self.model)  # what is saved must compute the same as what is loaded
         distributed.on_main(self.accelerator, lambda: self.task.publish(self.out, points))
