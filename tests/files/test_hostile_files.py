@@ -30,7 +30,6 @@ from stratavit.data.image_folder import image_loader
 from stratavit.dropout_list.strata import Strata
 from stratavit.evaluation import curve_points
 from stratavit.evaluation.features import read_embeddings
-from stratavit.files.state_dicts import load_weights
 from stratavit.files.torch_checkpoint import read_checkpoint
 from stratavit.reports import hub
 from stratavit.tasks import piad_task
@@ -57,17 +56,10 @@ def outcome(read, *args):
 def damage(draw, size):
     """A function from bytes to other bytes: what disks, transfers and editors do."""
     at = draw(st.integers(0, max(size - 1, 0)))
-    kind = draw(st.sampled_from(["flip", "flip", "flip", "cut", "insert", "delete", "overwrite", "double", "empty"]))
     bit, junk = draw(st.integers(0, 7)), draw(st.binary(min_size=1, max_size=12))
-    return {
-        "flip": lambda b: b[:at] + bytes([b[at] ^ (1 << bit)]) + b[at + 1 :],
-        "cut": lambda b: b[:at],
-        "insert": lambda b: b[:at] + junk + b[at:],
-        "delete": lambda b: b[:at] + b[at + len(junk) :],
-        "overwrite": lambda b: b[:at] + junk + b[at + len(junk) :],
-        "double": lambda b: b[:at] + b,
-        "empty": lambda b: b"",
-    }[kind]
+    flip = lambda b: b[:at] + bytes([b[at] ^ (1 << bit)]) + b[at + 1 :]  # noqa: E731
+    cut, insert, delete = lambda b: b[:at], lambda b: b[:at] + junk + b[at:], lambda b: b[:at] + b[at + len(junk) :]
+    return draw(st.sampled_from([flip, flip, flip, cut, insert, delete, lambda b: b[:at] + b, lambda b: b""]))
 
 
 def for_damaged(path, examples, check, anything=False):
@@ -143,25 +135,18 @@ def test_a_damaged_folder_is_refused_or_gives_the_same_model(root, known, kind, 
 def test_a_flipped_bit_names_the_file_and_folders_without_hashes_load(saved, known, kind):
     path = saved / kind / "model.safetensors"
     original = path.read_bytes()
+    hashes = json.loads((saved / kind / "stratavit.json").read_text())["hashes"]
+    assert hashes.keys() == {name for place, name in FILES if place == kind}
+    assert hashes["model.safetensors"] == hashlib.sha256(original).hexdigest()  # what sha256sum says
     path.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
     with pytest.raises(ArtifactError, match=r"model\.safetensors .*hash"):
         LOADERS[kind](saved / kind)
     path.write_bytes(original)
     older(saved / kind)
     assert same(fingerprint(LOADERS[kind](saved / kind)), known[kind])
-
-
-@pytest.mark.parametrize("junk", [5, [], {}, {"model.safetensors": "x"}, {"stratavit.json": "0" * 64}, "x"])
-def test_hashes_that_are_none(saved, junk):
-    older(saved / "small", lambda content: content.update(hashes=junk))
-    assert outcome(stratavit.load, saved / "small") is None
-
-
-def test_the_hash_of_a_file_is_sha256sum(root):
-    hashes = json.loads((root / "super" / "stratavit.json").read_text())["hashes"]
-    assert hashes.keys() == set(SUPER_FILES)
-    for name in SUPER_FILES[1:]:
-        assert hashes[name] == hashlib.sha256((root / "super" / name).read_bytes()).hexdigest()
+    for junk in (5, {}, {"stratavit.json": "0" * 64}):
+        older(saved / kind, lambda content, junk=junk: content.update(hashes=junk))
+        assert outcome(LOADERS[kind], saved / kind) is None
 
 
 def test_whatever_writes_weights_writes_their_hashes(tmp_path):
@@ -232,7 +217,7 @@ def nested(depth):
     return "[" * depth + "]" * depth
 
 
-@pytest.mark.parametrize("raw", ["NaN", "Infinity", "1e999", DEEP, '{"a": 1, "a": 2}', nested(99), nested(900)])
+@pytest.mark.parametrize("raw", ["NaN", "1e999", DEEP, '{"a": 1, "a": 2}', nested(99)])
 def test_json_that_readers_differ_on_is_refused(saved, raw):
     """Numbers that JSON does not have, a key twice, objects and arrays nested more than 100 deep."""
     older(saved / "small")
@@ -256,7 +241,7 @@ def test_what_cannot_be_read_again_is_not_written(root, tmp_path, content):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("argument", ["pretrained", "checkpoint_path", "pretrained_cfg", "cache_dir", "device"])
+@pytest.mark.parametrize("argument", ["pretrained", "checkpoint_path", "device"])
 def test_arguments_that_lead_out_of_the_folder_are_refused(saved, tmp_path, argument):
     """timm's ``create_model`` would fetch weights, or read any file."""
     older(saved / "small", lambda content: content["model"]["args"].update({argument: str(tmp_path / "elsewhere")}))
@@ -264,7 +249,7 @@ def test_arguments_that_lead_out_of_the_folder_are_refused(saved, tmp_path, argu
         stratavit.load(saved / "small")
 
 
-@pytest.mark.parametrize("size", [[3, 32, 33], [3, 64, 64], [3, 1, 1], [6, 32, 32], [1, 32, 32]])
+@pytest.mark.parametrize("size", [[3, 32, 33], [3, 64, 64], [1, 32, 32]])
 @pytest.mark.parametrize("kind", LOADERS)
 def test_images_that_the_model_does_not_take(saved, kind, size):
     """Height and width of a model that takes no others are its own; older releases wrote others for some."""
@@ -279,9 +264,9 @@ def test_images_that_the_model_does_not_take(saved, kind, size):
 def test_images_of_a_model_that_takes_several_sizes(tmp_path):
     model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, dynamic_img_size=True)
     stratavit.save(model, tmp_path / "small")
-    for size in (32, 64, 16, 30, 4, 16000):  # two that are not multiples of the patch; far too many tokens
+    for size in (64, 30, 16000):  # not a multiple of the patch; far too many tokens
         older(tmp_path / "small", lambda content, size=size: content["data_config"].update(input_size=[3, size, size]))
-        if size in (30, 4, 16000):
+        if size != 64:
             with pytest.raises(ArtifactError, match="data_config"):
                 stratavit.load(tmp_path / "small")
         else:
@@ -336,31 +321,21 @@ def with_header(path, text, rest, size=None):
     path.write_bytes(struct.pack("<Q", len(text) if size is None else size) + text.encode() + rest)
 
 
-HEADERS = {
-    "huge shape": lambda h: h["norm.bias"].update(shape=[10**9], data_offsets=[0, 4 * 10**9]),
-    "overflowing shape": lambda h: h["norm.bias"].update(shape=[2**62, 4]),
-    "overlap": lambda h: h["norm.bias"].update(data_offsets=h["norm.weight"]["data_offsets"]),
-    "integers": lambda h: h["norm.bias"].update(dtype="I32"),
-    "unknown type": lambda h: h["norm.bias"].update(dtype="X99"),
-    "lines in a name": lambda h: h.update({"a\nb\u2028c": h.pop("norm.bias")}),
-    "no header": lambda h: h.clear(),
-    "text as shape": lambda h: h["norm.bias"].update(shape="x"),
-}
-
-
-def test_hostile_headers_of_an_older_folder(saved):
+def test_headers_of_an_older_folder_that_announce_something_else(saved):
     older(saved / "small")
     path = saved / "small" / "model.safetensors"
     original, rest = header(path)
-    for edit in HEADERS.values():
+    edits = {
+        "shape": lambda h: h["norm.bias"].update(shape=[10**9], data_offsets=[0, 4 * 10**9]),
+        "type": lambda h: h["norm.bias"].update(dtype="I32"),
+        "lines in a name": lambda h: h.update({"a\nb\u2028c": h.pop("norm.bias")}),
+    }
+    for edit in edits.values():
         announced = copy.deepcopy(original)
         edit(announced)
         with_header(path, json.dumps(announced), rest)
         assert outcome(stratavit.load, saved / "small") is None
-    for size in (2**63, 10**9, 99_000_000):  # one that never ends
-        with_header(path, json.dumps(original), rest, size)
-        assert outcome(stratavit.load, saved / "small") is None
-    with_header(path, DEEP, b"")
+    with_header(path, json.dumps(original), rest, 99_000_000)
     assert outcome(stratavit.load, saved / "small") is None
     with_header(path, json.dumps(original), rest)
     assert outcome(stratavit.load, saved / "small") is not None
@@ -475,7 +450,7 @@ def test_a_damaged_file_or_any_bytes_are_refused_or_read(files, name):
         if found is not None and name in CHECKED:
             assert same_tensors(found.get("weights", found), before.get("weights", before))
 
-    for_damaged(files / name, 100, check, anything=True)
+    for_damaged(files / name, 60, check, anything=True)
 
 
 PLACES = {
@@ -500,24 +475,6 @@ def test_something_else_in_the_place_of_a_file(root, tmp_path, place):
         assert outcome(LOADERS[kind], folder) is None
 
 
-TENSORS = {
-    "sparse": torch.zeros(32).to_sparse(),
-    "without numbers": torch.zeros(32, device="meta"),
-    "integers": torch.zeros(32, dtype=torch.int64),
-    "complex": torch.zeros(32, dtype=torch.complex64),
-    "8 bits": torch.zeros(32, dtype=torch.float8_e4m3fn),
-    "NaN": torch.full((32,), float("nan")),
-    "one number at 10^9 places": torch.zeros(1).expand(10**9),
-}
-
-
-@pytest.mark.parametrize("name", TENSORS)
-def test_tensors_of_other_kinds_in_a_checkpoint(tmp_path, name):
-    torch.save(make_model("plain").state_dict() | {"norm.bias": TENSORS[name]}, tmp_path / "w.pth")
-    with pytest.raises(ArtifactError, match=r"norm\.bias"):
-        load_weights(make_model("plain"), read_checkpoint(tmp_path / "w.pth"), "w.pth")
-
-
 BYTES = b"\x80\x02cbuiltins\nbytearray\n(J" + struct.pack("<i", 10**6) + b"tR."  # torch makes one of any length
 
 
@@ -537,13 +494,6 @@ def array_in_the_old_form(path):
     path.write_bytes(content[: content.index(b"\x80\x02}", content.index(b"little_endian"))] + BYTES + b"\x80\x02].")
 
 
-def long_text_in_the_old_form(path):
-    torch.save({"weight": torch.zeros(2)}, path, _use_new_zipfile_serialization=False)
-    content, text = path.read_bytes(), b"X\x06\x00\x00\x00weight"
-    assert content.count(text) == 1
-    path.write_bytes(content.replace(text, b"X\xff\xff\xff\xffweight"))
-
-
 def larger_parts(path):
     content = path.read_bytes()
     at = content.index(b"PK\x01\x02") + 20  # compressed size in the directory of the archive
@@ -560,11 +510,9 @@ CHECKPOINTS = {
     "compressed": (lambda path: repacked(path, compression=zipfile.ZIP_DEFLATED), "damaged"),
     "array of any length": (lambda path: repacked(path, BYTES), "bytearray"),
     "array in the old form": (array_in_the_old_form, "bytearray"),
-    "text of any length in the old form": (long_text_in_the_old_form, "damaged"),
     "parts larger than they are": (larger_parts, "damaged"),
     "control characters": (part_with_control_characters, r"w/a\\x08\\nb"),
     "empty": (lambda path: path.write_bytes(b""), "damaged"),
-    "one byte": (lambda path: path.write_bytes(b"P"), "damaged"),
 }
 
 
@@ -589,18 +537,14 @@ def test_code_in_a_state_is_not_run(tmp_path):
 
 
 POINT = vars(curve_points.Point("1/2", 0.5, 100, 10, 50.0, 60.0, 1.5, 8))
-NO_CURVES: list[object] = [None, 5, "points", [5], [{"asked": "1"}], [{}]]
-NO_CURVES += [
-    [POINT | {key: value}] for key in ("asked", "macs", "n") for value in (None, [], 10**30, -1, float("nan"))
-]
-NO_ROWS = ["5", "{}", DEEP, '{"kind": "eval"}', '{"kind": "eval", "epo', '{"kind": "epoch", "epoch": "1"}', "\udcff"]
+NO_CURVES = [None, [5], [{}], *([POINT | changes] for changes in ({"asked": 5}, {"macs": 10**30}, {"n": float("nan")}))]
+NO_ROWS = ["5", "{}", DEEP, '{"kind": "eval", "epo', '{"kind": "epoch", "epoch": "1"}', "\udcff"]
 NO_ROWS += ['{"kind": "epoch", "epoch": 1, "seconds": null}']
 
 
 def test_rows_and_evaluations_of_a_log_that_are_none_are_left_out(tmp_path):
     rows = [{"kind": "epoch", "epoch": 1}, {"kind": "eval", "epoch": 1, "points": [POINT]}, {"kind": "x", "epoch": 2}]
-    bad = [*NO_ROWS, *(json.dumps({"kind": "eval", "epoch": 1, "points": points}) for points in NO_CURVES)]
-    for line in bad:
+    for line in [*NO_ROWS, *(json.dumps({"kind": "eval", "epoch": 1, "points": points}) for points in NO_CURVES)]:
         lines = [json.dumps(rows[0]), line, *map(json.dumps, rows[1:])]
         (tmp_path / "log.jsonl").write_bytes("\n".join(lines).encode(errors="surrogateescape"))
         assert evaluations(tmp_path) == [(1, [curve_points.Point(**POINT)])], line
@@ -611,9 +555,8 @@ def test_rows_and_evaluations_of_a_log_that_are_none_are_left_out(tmp_path):
             assert journal.rows() == rows[:2]
 
 
-TOML = ["seed = " + "1" * 5000, "lr = 1" + "0" * 400, "a = " + "[" * 5000, "epochs = 1\nepochs = 2", "lr = nan"]
-TOML += ["lr = 1e999", "mlp_units = 1000000000000", "seed = 100000000000000000000", "epochs = 1979-05-27"]
-TOML += ["[epochs]\nx = 1", "'../x' = 1", "tracker = ['a']", "lr = 0x" + "f" * 300, "\ufeffepochs = 1", '"a\\nb" = 1']
+TOML = ["seed = " + "1" * 5000, "a = " + "[" * 5000, "lr = nan", "lr = 1e999", "mlp_units = 1000000000000"]
+TOML += ["seed = 100000000000000000000", "epochs = 1979-05-27", "'../x' = 1", "\ufeffepochs = 1", '"a\\nb" = 1']
 
 
 @pytest.mark.parametrize("text", TOML)
@@ -623,9 +566,9 @@ def test_hostile_recipes(tmp_path, text):
 
 
 ROW = "6/12,0.5,1,1,1,1,1,1"
-LINES = ["6/12,nan,1,1,1,1,1,1", "6/12,0.5,1,1,inf,1,1,1", "6/12,0.5,-1,1,1,1,1,1", "9" * 5000 + ",1,1,1,1,1,1,1"]
-LINES += [f"{ROW},1,1", "6/12,0.5", "<script>,0.5,1,1,1,1,1,1", "6/12,0.5,1" + "0" * 30 + ",1,1,1,1,1"]
-CSV = ["asked\n1", "", ",".join(["asked"] * 8), f"{{h}},share\n{ROW},1", *(f"{{h}}\n{line}" for line in LINES)]
+LINES = ["6/12,nan,1,1,1,1,1,1", "6/12,0.5,-1,1,1,1,1,1", "6/12,0.5,1,1,inf,1,1,1"]
+LINES += [f"{ROW},1,1", "6/12,0.5", "<script>,0.5,1,1,1,1,1,1"]
+CSV = ["asked\n1", "", f"{{h}},share\n{ROW},1", *(f"{{h}}\n{line}" for line in LINES)]
 
 
 @pytest.mark.parametrize("text", CSV)
