@@ -46,22 +46,15 @@ every_measure = pytest.mark.parametrize("door", MEASURES.values(), ids=MEASURES)
 every_door = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
 
 TAKEN = {
-    **{
-        f"labels of {kind}": (IMAGES, LABELS.to(getattr(torch, kind)))
-        for kind in ("int8", "int16", "int32", "uint8", "uint16", "uint32", "uint64")
-    },
-    "a list": [IMAGES, LABELS],
+    "labels in 8 bits": (IMAGES, LABELS.to(torch.uint8)),
+    "labels in uint64": (IMAGES, LABELS.to(torch.uint64)),
     "a named tuple": Pair(IMAGES, LABELS),
-    "numpy arrays": (IMAGES.numpy(), LABELS.numpy().astype("int32")),
     "numpy, big-endian": (IMAGES.numpy().astype(">f4"), LABELS.numpy().astype(">i2")),
-    "numpy, read only": (np.broadcast_to(IMAGES.numpy(), IMAGES.shape), LABELS.numpy()),
-    "pixel_values and labels": {"pixel_values": IMAGES, "labels": LABELS},
+    "numpy, read only": [np.broadcast_to(IMAGES.numpy(), IMAGES.shape), LABELS.numpy()],
     "image and label": {"image": IMAGES, "label": LABELS, "file": ["a"] * 6, "index": torch.arange(6)},
-    "images and label": {"images": IMAGES, "label": LABELS.numpy()},
     "pixel_values next to undecoded images": {"image": ["a"] * 6, "pixel_values": IMAGES, "labels": LABELS},
-    "another mapping": UserDict(pixel_values=IMAGES, labels=LABELS),
+    "another mapping": UserDict(images=IMAGES, labels=LABELS),
     "float64": (IMAGES.double(), LABELS),
-    "channels last in memory": (IMAGES.to(memory_format=torch.channels_last), LABELS),
     "with a graph": (IMAGES.clone().requires_grad_() * 1.0, LABELS),
 }
 
@@ -92,37 +85,25 @@ def test_every_door_reads_batches_of_any_form(door):
 
 
 REFUSED = {
-    "64 x 64": (torch.randn(6, 3, 64, 64), LABELS),
     "32 x 64": (torch.randn(6, 3, 32, 64), LABELS),
     "channels last": (IMAGES.permute(0, 2, 3, 1), LABELS),
     "one channel": (IMAGES[:, :1], LABELS),
-    "four channels": (torch.randn(6, 4, 32, 32), LABELS),
     "one image": (IMAGES[0], LABELS[:1]),
-    "no height": (IMAGES[:, :, :0], LABELS),
     "uint8 images": ((IMAGES * 50).to(torch.uint8), LABELS),
-    "bool images": (IMAGES > 0, LABELS),
-    "complex images": (IMAGES.to(torch.complex64), LABELS),
-    "numpy int images": ((IMAGES * 50).long().numpy(), LABELS.numpy()),
     "numpy objects": (np.array([object()] * 6), LABELS),
     "images that are not finite": (IMAGES / 0, LABELS),
     "float labels": (IMAGES, LABELS.float()),
     "bool labels": (IMAGES, LABELS > 0),
     "complex labels": (IMAGES, LABELS.to(torch.complex64)),
     "one-hot labels": (IMAGES, nn.functional.one_hot(LABELS, CLASSES)),
-    "labels of two axes": (IMAGES, LABELS[:, None]),
     "too few labels": (IMAGES, LABELS[:5]),
-    "one label": (IMAGES[:1], torch.tensor(3)),
     "labels in a list": (IMAGES, LABELS.tolist()),
-    "numpy words for labels": (IMAGES, np.array(["cat"] * 6)),
     "three parts": (IMAGES, LABELS, LABELS),
     "no parts": (),
     "nested": ((IMAGES, LABELS), LABELS),
     "a mapping without images": {"pixels": IMAGES, "labels": LABELS},
     "a mapping of two images": {"image": IMAGES, "pixel_values": IMAGES + 1, "labels": LABELS},
-    "a mapping of two labels": {"image": IMAGES, "label": LABELS, "labels": LABELS.flip(0)},
-    "a mapping of words": {"image": ["a"] * 6, "label": LABELS},
     "a mapping of labels in a list": {"image": IMAGES, "label": LABELS.tolist()},
-    "an empty mapping": {},
     "a word": "images",
     "nothing": None,
 }
@@ -158,20 +139,16 @@ def test_a_model_that_outputs_nan_is_not_measured():
 SMALL = {"embed_dim": 32, "num_classes": CLASSES}
 VIT = {**SMALL, "img_size": 32, "patch_size": 8, "depth": 1, "num_heads": 2}
 SWIN = {**SMALL, "img_size": 64, "depths": (1, 1), "num_heads": (2, 2), "window_size": 4}
-EVA = {**VIT, "use_rot_pos_emb": True}
 MODELS = {
-    "fixed": lambda: VisionTransformer(**VIT),
     "oblong": lambda: VisionTransformer(**VIT | {"img_size": (32, 48)}),
     "dynamic": lambda: VisionTransformer(**VIT, dynamic_img_size=True),
     "padded": lambda: VisionTransformer(**VIT, dynamic_img_size=True, dynamic_img_pad=True),
     "grey": lambda: VisionTransformer(**VIT, in_chans=1),
     "swin": lambda: timm.models.SwinTransformer(**SWIN),
     "swin, any size": lambda: timm.models.SwinTransformer(**SWIN, strict_img_size=False),
-    "eva": lambda: timm.models.Eva(**EVA),
-    "eva, dynamic": lambda: timm.models.Eva(**EVA, dynamic_img_size=True),
-    "beit": lambda: timm.models.Beit(**VIT, use_rel_pos_bias=True),
+    "eva, dynamic": lambda: timm.models.Eva(**VIT, use_rot_pos_emb=True, dynamic_img_size=True),
 }
-SIZES = [(3, 32, 32), (3, 64, 64), (3, 32, 48), (3, 48, 32), (3, 36, 36), (3, 40, 40), (3, 7, 9), (1, 32, 32)]
+SIZES = [(3, 32, 32), (3, 64, 64), (3, 32, 48), (3, 48, 32), (3, 36, 36), (3, 7, 9), (1, 32, 32)]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -191,8 +168,6 @@ def test_refused_are_just_the_images_that_the_model_cannot_run(name):
 
 def test_a_convolutional_stem_does_not_say_what_it_takes():
     hybrid = timm.create_model("vit_tiny_r_s16_p8_224", img_size=64, depth=1, num_classes=CLASSES).eval()
-    for size in SIZES:
-        check_images(hybrid, torch.randn(2, *size))
     assert stratavit.evaluate(hybrid, [(torch.randn(2, 3, 64, 64), LABELS[:2])]).n == 2
 
 
@@ -220,9 +195,7 @@ def test_what_a_model_of_ones_own_says_is_not_hidden():
 def test_batches_of_mixed_sizes_are_taken_where_the_model_takes_them():
     model = VisionTransformer(**VIT, dynamic_img_size=True).eval()
     mixed = [(torch.randn(3, 3, 32, 32), LABELS[:3]), (torch.randn(3, 3, 48, 64), LABELS[3:])]
-    net = SuperNet(model).contract(mixed).stratify(mixed, plan=PLAN)
-    assert net.strata is not None
-    assert stratavit.evaluate(net, mixed).n == 6
+    assert stratavit.evaluate(SuperNet(model).contract(mixed).stratify(mixed, plan=PLAN), mixed).n == 6
 
 
 # ---- training and export --------------------------------------------------------------------------------
@@ -243,15 +216,13 @@ class Items(torch.utils.data.Dataset):
 
 def finetuned(make, out):
     recipe = {"epochs": 1, "batch_size": 4, "workers": 0, "lr": 1e-3}
-    return stratavit.finetune(make_model("plain"), Items(make), config=recipe, out=out, cpu=True)
+    return stratavit.finetune(make_model("plain"), Items(make), config=recipe, out=out, cpu=True).state_dict()
 
 
 def test_training_takes_mappings_and_any_integers(tmp_path):
-    plain = finetuned(lambda image, label: (image, label), tmp_path / "plain").state_dict()
-    found = finetuned(
-        lambda image, label: {"image": image.numpy(), "label": np.int16(label), "index": 3}, tmp_path / "x"
-    )
-    assert all(torch.equal(value, plain[key]) for key, value in found.state_dict().items())
+    plain = finetuned(lambda image, label: (image, label), tmp_path / "plain")
+    found = finetuned(lambda image, label: {"image": image.numpy(), "label": np.int16(label)}, tmp_path / "x")
+    assert all(torch.equal(value, plain[key]) for key, value in found.items())
 
 
 @pytest.mark.parametrize(
@@ -283,8 +254,8 @@ def test_training_needs_images_by_their_numbers(train, data, tmp_path):
 
 @pytest.mark.parametrize(
     "images",
-    [torch.randn(2, 3, 64, 64), IMAGES[0], IMAGES[:0], IMAGES.long(), IMAGES * float("nan"), "images", [IMAGES]],
-    ids=["64 x 64", "one image", "none", "integers", "nan", "a word", "a list"],
+    [torch.randn(2, 3, 64, 64), IMAGES[0], IMAGES[:0], IMAGES * float("nan"), "images", [IMAGES]],
+    ids=["64 x 64", "one image", "none", "nan", "a word", "a list"],
 )
 def test_export_refuses_images_that_do_not_fit(images, tmp_path):
     with pytest.raises(StrataViTError, match=r"^export: [^\n]*images"):

@@ -33,7 +33,6 @@ NAMES = ["dog", "great white shark, white shark", "Ant", "crane", "crane, machin
     ("found", "expected"),
     [
         (["dog", "Ant"], [0, 2]),
-        (["DOG", "ant"], [0, 2]),
         (["white shark"], [1]),
         (["great_white_shark", "dog"], [1, 0]),
         (["Great White Shark, white shark"], [1]),
@@ -54,10 +53,8 @@ def test_folders_called_as_the_model_calls_its_classes(tmp_path, found, expected
     [
         (["dog", "tmp"], NAMES, "tmp"),
         (["b"], ["b", "b", "c"], "numbers 0, 1"),
-        (["B"], ["b", "b ", "c"], "numbers 0, 1"),
         (["y"], ["x, y", "y, z"], "numbers 0, 1"),
         (["white shark", "great white shark"], NAMES, "class 1"),
-        (["dog", "Dog"], NAMES, "class 0"),
     ],
 )
 def test_folders_that_the_names_leave_open(tmp_path, found, names, odd):
@@ -75,12 +72,12 @@ def test_names_that_fit_no_folder_leave_the_order_and_it_is_said(tmp_path, capsy
 # ---- class maps -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["b\na\n", "b\r\na\r\n", "\ufeffb\na\n", "\n b \n\na"])
-def test_a_class_map_of_any_editor_wins_over_names(tmp_path, text):
+@pytest.mark.parametrize("text", ["b\na\n", "\ufeffb\r\na\r\n", "\n b \n\na\nc"])
+def test_a_class_map_of_any_editor_wins_over_names_and_may_have_classes_without_a_folder(tmp_path, text):
     folders(tmp_path / "val", "a", "b")
     (tmp_path / "map.txt").write_bytes(text.encode())
     options = {"class_map": tmp_path / "map.txt", "class_names": ["a", "b"]}
-    assert numbers(tmp_path, classes=2, **options) == {"a": 1, "b": 0}
+    assert numbers(tmp_path, classes=2 + ("c" in text), **options) == {"a": 1, "b": 0}
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])  # letters and their accents in one, and apart as macOS writes them
@@ -90,12 +87,6 @@ def test_names_that_look_alike_are_alike(tmp_path, form):
     (tmp_path / "map.txt").write_text(f"{others}\nZebra\n", encoding="utf-8")
     for options in ({"class_names": [others, "Zebra"]}, {"class_map": tmp_path / "map.txt"}):
         assert numbers(tmp_path, classes=2, **options) == {ours: 0, "Zebra": 1}
-
-
-def test_a_class_map_may_have_classes_without_a_folder(tmp_path):
-    folders(tmp_path / "val", "n1", "n2", "n10")
-    (tmp_path / "map.txt").write_text("\n".join(f"n{i}" for i in range(1000)))
-    assert numbers(tmp_path, classes=1000, class_map=tmp_path / "map.txt") == {"n1": 1, "n2": 2, "n10": 10}
 
 
 @pytest.mark.parametrize(
@@ -125,10 +116,8 @@ def test_class_maps_that_do_not_fit(tmp_path, content, words):
     ("names", "differs"),
     [
         (["1", "2", "10"], True),
-        (["class9", "class10"], True),
         (["a", "B"], True),  # letters in any case alike, as timm has them
         (["01", "02", "10"], False),
-        (["n01440764", "n01443537"], False),
     ],
 )
 def test_where_another_order_is_usual_it_is_said(tmp_path, capsys, names, differs):
@@ -140,14 +129,11 @@ def test_where_another_order_is_usual_it_is_said(tmp_path, capsys, names, differ
 @pytest.mark.parametrize(
     ("train", "val", "classes", "expected"),
     [
-        ("abc", "abc", 3, {"a": 0, "b": 1, "c": 2}),
         ("abc", "bc", 3, {"b": 1, "c": 2}),
         ("abc", "bc", None, {"b": 1, "c": 2}),
         ("bc", "abc", 3, {"a": 0, "b": 1, "c": 2}),  # those of the head
         ("bc", "abc", None, "a is not among"),  # no neighbour could answer it
-        ("abcx", "abc", 3, "x is there to train on only"),
         ("abx", "abc", 3, "c is not among .* and x is there"),
-        ("abc", "bcx", 3, "x is not among"),
         ("abc", "bc", 2, "a is there to train on only"),
         ("abc", "abc", 10, "has 3 class folders.* 10 classes.*--class-map.*--num-classes"),
     ],
@@ -170,13 +156,11 @@ def test_both_splits_share_their_numbers(tmp_path, train, val, classes, expected
     [
         (None, None),
         (["a", "b", "c"], ["a", "b", "c"]),
-        (("a", "b", "c"), ["a", "b", "c"]),
         ({"2": "c", "0": "a", "1": "b"}, ["a", "b", "c"]),
         ({0: "a", 1: "b", 3: "c"}, None),
         (["a", "b"], None),  # of another head
         (["LABEL_0", "LABEL_1", "LABEL_2"], None),
         ([1, 2, 3], None),
-        ({"x": "a"}, None),
     ],
 )
 def test_names_of_a_timm_model(given, expected):
@@ -186,7 +170,7 @@ def test_names_of_a_timm_model(given, expected):
 
 
 @pytest.mark.parametrize("kind", ["vit_tiny_patch16_224", "ViTForImageClassification"])
-def test_names_stay_with_a_model(tmp_path, kind):
+def test_names_stay_with_a_model_until_a_new_head_has_those_of_its_folders(tmp_path, kind):
     model = make(kind)
     names = [f"kind {number}" for number in range(7)][::-1]
     assert class_names_of(model) is None
@@ -204,19 +188,11 @@ def test_names_stay_with_a_model(tmp_path, kind):
         again.append(stratavit.load_transformers(tmp_path / "theirs"))
     for found in (model, net, small, *again):
         assert class_names_of(found) == names
-
-
-@pytest.mark.parametrize(("name", "names"), [("vit_tiny_patch16_224", "abc"), ("ViTForImageClassification", "abcdefg")])
-def test_a_new_head_has_the_names_of_its_folders(tmp_path, name, names):
-    """The old ones would number the same folders in another way, where there are as many."""
-    model = make(name)
-    if hasattr(model, "config"):
-        model.config.id2label = dict(enumerate("gabcdef"))
     model = stratavit.as_timm(model)
-    new_head(model, list(names), 0)
-    assert class_names_of(model) == list(names)
-    stratavit.save(model, tmp_path / "small")
-    assert class_names_of(stratavit.load(tmp_path / "small")) == list(names)
+    for others in (names[::-1], ["a", "b", "c"]):  # the old ones would number as many folders in another way
+        new_head(model, others, 0)
+        stratavit.save(model, tmp_path / "other", overwrite=True)
+        assert class_names_of(model) == class_names_of(stratavit.load(tmp_path / "other")) == others
 
 
 @pytest.fixture(scope="module")
@@ -253,15 +229,3 @@ def test_neighbours_are_not_sought_among_the_images_themselves(named, capsys):
     options = ["--data", str(named / "data" / "val"), "--knn", "1", "--workers", "0", "--device", "cpu"]
     assert main(["evaluate", str(named / "small"), *options]) == 2
     assert "find themselves" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("names", ["abcdefg", [*range(7)], {"0": "a"}])
-def test_names_from_a_file_are_checked(named, tmp_path, names):
-    for path in (named / "small").iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    content = stratavit.files.folders.read_json(tmp_path / "stratavit.json")
-    content.pop("hashes")
-    (tmp_path / "stratavit.json").unlink()
-    stratavit.files.folders.write_json(tmp_path / "stratavit.json", content | {"label_names": names})
-    with pytest.raises(stratavit.ArtifactError, match="label_names"):
-        stratavit.load(tmp_path)

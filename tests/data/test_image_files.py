@@ -7,16 +7,12 @@ from stratavit import StrataViTError
 from stratavit.data.image_files import in_natural_order
 
 LAYOUTS = {
-    "plain": (["val/a/0.png", "val/b/0.jpg"], [0, 1]),
     "nested": (["val/cat/indoor/0.png", "val/cat/outdoor/0.png", "val/dog/indoor/0.png"], [0, 0, 1]),
-    "the name of another class inside": (["val/a/b/0.png", "val/b/0.png"], [0, 1]),
     "deep": (["val/a/0.png", "val/a/x/y/z/0.png", "val/b/0.png"], [0, 0, 1]),
     "no splits": (["a/0.png", "b/0.png"], [0, 1]),
     "a class that is called as a split": (["val/train/0.png", "val/bus/0.png"], [1, 0]),
     "numbers": (["val/2/0.png", "val/10/0.png", "val/1/0.png"], [1, 2, 0]),
-    "numbers that are not digits": (["val/²/0.png", "val/a/0.png"], [1, 0]),
     "alike but for the case": (["val/A/0.png", "val/a/0.png", "val/b/0.png"], [0, 1, 2]),
-    "blanks and signs": (["val/a b, c/0.png", "val/(d)/0.png"], [1, 0]),
     "train of Tiny-ImageNet": (["train/n1/images/0.JPEG", "train/n2/images/0.JPEG"], [0, 1]),
 }
 
@@ -28,9 +24,7 @@ def test_a_class_is_the_folder_below_the_split(tmp_path, name):
     assert found == dict(zip(paths, labels, strict=True))
 
 
-@pytest.mark.parametrize(
-    "aside", [".ipynb_checkpoints/0.png", "@eaDir/0.png", "__MACOSX/a/0.png", "a/@eaDir/1.png", "a/._0.png"]
-)
+@pytest.mark.parametrize("aside", [".ipynb_checkpoints/0.png", "__MACOSX/a/0.png", "a/@eaDir/1.png", "a/._0.png"])
 def test_hidden_and_tool_folders_are_left_out_with_a_count(tmp_path, capsys, aside):
     write(tmp_path, "train/a/0.png", "train/b/0.png", f"train/{aside}")
     assert labels_of(tmp_path, "train") == {"train/a/0.png": 0, "train/b/0.png": 1}
@@ -52,13 +46,10 @@ REFUSED = {
     "splits below": (["set/train/a/0.png", "set/val/a/0.png"], "set holds .*/, .*/"),
     "splits below the classes": (["a/train/0.png", "a/test/0.png", "b/train/0.png"], "train/a"),
     "other names of splits": (["training_set/cats/0.png", "test_set/cats/0.png"], "_set looks like a split"),
-    "a year": (["train2017/a/0.png", "val2017/a/0.png"], "2017 looks like a split"),
     "no images": (["val/a/0.txt"], r"\.txt 1"),
     "a drawing": (["val/a/0.eps"], r"\.eps 1"),
     "the other split only": (["Train/a/0.png"], "no val/"),
     "two names": (["val/a/0.png", "validation/a/0.png"], "val/ and validation/"),
-    "two cases": (["val/a/0.png", "VAL/a/0.png"], "VAL/ and val/"),
-    "two names of train": (["train/a/0.png", "Training/a/0.png", "val/a/0.png"], "Training/ and train/"),
     "another split's class": (["train/n1/images/0.JPEG", "test/images/0.JPEG"], "images is not among"),
 }
 
@@ -74,14 +65,10 @@ def test_layouts_that_are_refused(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("split", "name"),
-    [("train", name) for name in ("train", "TRAINING")]
-    + [("val", name) for name in ("val", "Valid", "VALIDATION", "Test", "testing")],
-)
-def test_names_of_the_splits(tmp_path, capsys, split, name):
+@pytest.mark.parametrize("name", ["train", "TRAINING", "val", "Valid", "VALIDATION", "Test", "testing"])
+def test_names_of_the_splits(tmp_path, capsys, name):
     write(tmp_path, f"{name}/a/0.png", "notes/x/0.png")
-    assert [*labels_of(tmp_path, split)] == [f"{name}/a/0.png"]
+    assert [*labels_of(tmp_path, "train" if name.lower().startswith("train") else "val")] == [f"{name}/a/0.png"]
     assert str(tmp_path / name) in capsys.readouterr().err
 
 

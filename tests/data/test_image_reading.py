@@ -22,22 +22,18 @@ def read(path, mode="RGB"):
 
 # ---- formats ----------------------------------------------------------------------------------------------------
 
-USUAL = ["bmp", "gif", "jpg", "JPG", "jpeg", "jpe", "jfif", "png", "tif", "TIF", "tiff", "webp", "avif", "jp2", "j2k"]
-OTHERS = ["apng", "dds", "dib", "icns", "ico", "pbm", "pcx", "pgm", "pnm", "ppm", "qoi", "sgi", "tga"]
-OPTIONAL = {"avif": "avif", "webp": "webp", "jp2": "jpg_2000", "j2k": "jpg_2000"}
+FORMATS = ["bmp", "gif", "JPG", "jfif", "png", "tif", "webp", "avif", "jp2", "ppm", "pbm", "tga", "ico", "qoi"]
+OPTIONAL = {"avif": "avif", "webp": "webp", "jp2": "jpg_2000"}
 
 
-@pytest.mark.parametrize("ending", USUAL + OTHERS)
-def test_every_format_that_pillow_reads(tmp_path, ending):
+@pytest.mark.parametrize("ending", FORMATS)
+def test_formats_that_pillow_reads(tmp_path, ending):
     """Written and read again: the color is still there, within what the format loses."""
     if ending in OPTIONAL and not features.check(OPTIONAL[ending]):
         pytest.skip(f"this Pillow has no {ending}")
-    mode, value = {"pbm": ("1", 1), "pgm": ("L", 100)}.get(ending, ("RGB", (200, 100, 50)))
+    mode, value = ("1", 1) if ending == "pbm" else ("RGB", (200, 100, 50))
     plain = Image.new(mode, (SIDE, SIDE), value)
-    try:
-        plain.save(tmp_path / f"0.{ending}")
-    except (KeyError, ValueError, OSError) as error:
-        pytest.skip(f"this Pillow does not write {ending}: {error}")
+    plain.save(tmp_path / f"0.{ending}")
     assert f".{ending.lower()}" in endings()
     found = np.asarray(read(tmp_path / f"0.{ending}")).mean((0, 1))
     assert found == pytest.approx(np.asarray(plain.convert("RGB")).mean((0, 1)), abs=2)
@@ -49,7 +45,7 @@ def test_programs_and_stubs_are_no_images():
 
 def test_the_first_frame_of_several(tmp_path):
     frames = [Image.new("RGB", (SIDE, SIDE), color) for color in ("red", "blue")]
-    for ending in ("gif", "tif", "png", "webp"):
+    for ending in ("gif", "tif", "png"):
         frames[0].save(tmp_path / f"0.{ending}", save_all=True, append_images=frames[1:])
         red, _, blue = read(tmp_path / f"0.{ending}").getpixel((8, 8))
         assert red > 200 > 50 > blue
@@ -58,18 +54,14 @@ def test_the_first_frame_of_several(tmp_path):
 # ---- more than 8 bits -------------------------------------------------------------------------------------------
 
 DEEP = {
-    "I;16 as PNG": ("png", (RAMP * 65535).astype(np.uint16)),
-    "I;16 as TIFF": ("tif", (RAMP * 65535).astype(np.uint16)),
-    "I;16B as TIFF": ("tif", (RAMP * 65535).astype(">u2")),
+    "16 bits as PNG": ("png", (RAMP * 65535).astype(np.uint16)),
+    "16 bits as TIFF": ("tif", (RAMP * 65535).astype(np.uint16)),
     "16 bits as PGM": ("pgm", (RAMP * 65535).astype(np.uint16)),
-    "16 bits as JPEG 2000": ("jp2", (RAMP * 65535).astype(np.uint16)),
     "I as TIFF": ("tif", (RAMP * 65535).astype(np.int32)),
     "F as TIFF": ("tif", RAMP.astype(np.float32)),
     "F as PFM": ("pfm", RAMP.astype(np.float32)),
     "black I": ("tif", np.zeros((SIDE, SIDE), np.int32)),
-    "black F": ("tif", np.zeros((SIDE, SIDE), np.float32)),
     "dark 16 bits": ("png", (RAMP * 200).astype(np.uint16)),  # as dark as it says, not stretched
-    "12 bits of 16": ("png", (RAMP * 4095).astype(np.uint16)),
 }
 
 
@@ -77,12 +69,8 @@ DEEP = {
 @pytest.mark.parametrize("name", DEEP)
 def test_more_bits_are_scaled_by_their_type(tmp_path, name, mode):
     ending, pixels = DEEP[name]
-    if pixels.dtype.byteorder == ">":
-        image = Image.frombytes("I;16B", (SIDE, SIDE), pixels.tobytes())
-    else:
-        image = Image.fromarray(pixels)
     try:
-        image.save(tmp_path / f"0.{ending}")
+        Image.fromarray(pixels).save(tmp_path / f"0.{ending}")
     except (KeyError, OSError) as error:
         pytest.skip(f"this Pillow does not write it: {error}")
     expected = pixels.astype(np.float64) / (1 if pixels.dtype.kind == "f" else 65535)
@@ -99,7 +87,6 @@ def test_more_bits_are_scaled_by_their_type(tmp_path, name, mode):
         (RAMP * 255).astype(np.float32),
         (RAMP - 0.5).astype(np.float32),
         np.full((SIDE, SIDE), np.nan, np.float32),
-        np.full((SIDE, SIDE), np.inf, np.float32),
     ],
 )
 def test_numbers_of_which_nothing_says_what_is_white_are_refused(tmp_path, pixels):
@@ -144,36 +131,30 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 
 COLOR = Image.new("RGB", (SIDE, SIDE), (200, 100, 50))
-CLEAR = Image.new("RGBA", (SIDE, SIDE), (200, 100, 50, 0))
 PALETTE = COLOR.quantize(4)
 INDEX = PALETTE.getpixel((0, 0))
 MODES = {
-    "RGBA": (CLEAR, {}, "png"),
-    "RGBA as TIFF": (CLEAR, {}, "tif"),
-    "P": (PALETTE, {}, "png"),
+    "RGBA": (Image.new("RGBA", (SIDE, SIDE), (200, 100, 50, 0)), {}, "png"),
     "P, transparent": (PALETTE, {"transparency": INDEX}, "png"),
     "P, half transparent": (PALETTE, {"transparency": bytes([0] * (INDEX + 1))}, "png"),
-    "P as GIF": (PALETTE, {"transparency": INDEX}, "gif"),
     "RGB, one color transparent": (COLOR, {"transparency": (200, 100, 50)}, "png"),
     "LA": (Image.new("LA", (SIDE, SIDE), (90, 0)), {}, "png"),
-    "L": (Image.new("L", (SIDE, SIDE), 90), {}, "png"),
     "1": (Image.new("1", (SIDE, SIDE), 1), {}, "png"),
-    "CMYK as TIFF": (COLOR.convert("CMYK"), {}, "tif"),
-    "CMYK as JPEG": (COLOR.convert("CMYK"), {"quality": 100}, "jpg"),
-    "YCbCr": (COLOR.convert("YCbCr"), {}, "tif"),
+    "CMYK": (COLOR.convert("CMYK"), {}, "tif"),
 }
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("name", MODES)
+@pytest.mark.filterwarnings("error")
 def test_modes_are_shown_as_timm_shows_them(tmp_path, name, mode):
     """Transparency is dropped: what timm trained its models on."""
     picture, options, ending = MODES[name]
     picture.save(tmp_path / f"0.{ending}", **options)
+    found = read(tmp_path / f"0.{ending}", mode)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = Image.open(tmp_path / f"0.{ending}").convert(mode)
-    found = read(tmp_path / f"0.{ending}", mode)
     assert found.mode == mode
     assert np.array_equal(np.asarray(found), np.asarray(expected))
     assert np.asarray(found).max() > 40
@@ -184,7 +165,7 @@ def test_modes_are_shown_as_timm_shows_them(tmp_path, name, mode):
 TURNS = [None, "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"]
 
 
-@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_images_are_upright(tmp_path, orientation, ending):
     """As browsers show them, not as they lie in the file."""
