@@ -3,27 +3,13 @@
 import copy
 import errno
 import json
-import stat
-import subprocess
-import sys
 from itertools import product
 
 import pytest
 import timm
 import torch
-from children import ENVIRONMENT
-from helpers import (
-    LOADERS,
-    MIXED,
-    copy_of,
-    enliven,
-    make_batches,
-    make_images,
-    make_model,
-    make_net,
-    older,
-    save_both,
-)
+from children import content, done
+from helpers import LOADERS, MIXED, copy_of, enliven, make_batches, make_images, make_model, make_net, older, save_both
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -49,12 +35,6 @@ def saved(root, tmp_path):
     return copy_of(root, tmp_path)
 
 
-def content(folder):
-    """Everything under a folder: path -> bytes, None for a folder."""
-    paths = sorted(folder.rglob("*"))
-    return {path.relative_to(folder): None if path.is_dir() else path.read_bytes() for path in paths}
-
-
 def assert_same_tensors(one: nn.Module, other: nn.Module):
     ours, theirs = one.state_dict(), other.state_dict()
     assert list(ours) == list(theirs)
@@ -64,24 +44,22 @@ def assert_same_tensors(one: nn.Module, other: nn.Module):
 # ---- round trips ----------------------------------------------------------------------------------------
 
 
-ELSEWHERE = """
-import sys, torch, stratavit
-from pathlib import Path
-from safetensors.torch import load_file
-
-torch.set_num_threads(int(sys.argv[2]))
-for folder in sorted(Path(sys.argv[1]).iterdir()):
-    known = load_file(folder / "known.safetensors")
-    net, small = stratavit.SuperNet.load(folder / "run"), stratavit.load(folder / "small")
-    with torch.inference_mode():
-        images = known["images"]
-        found = {"full": net(images), "half": net(images, net.spec(macs=0.5)), "small": small(images)}
-    wrong = [name for name in found if not torch.equal(found[name], known[name])]
-    print(folder.name, wrong)
-"""
+def same_bits(root, threads):
+    torch.set_num_threads(threads)
+    for folder in sorted(root.iterdir()):
+        known = load_file(folder / "known.safetensors")
+        net, small = SuperNet.load(folder / "run"), stratavit.load(folder / "small")
+        with torch.inference_mode():
+            images = known["images"]
+            for name, found in (
+                ("full", net(images)),
+                ("half", net(images, net.spec(macs=0.5))),
+                ("small", small(images)),
+            ):
+                assert torch.equal(found, known[name]), (folder.name, name)
 
 
-def test_a_fresh_process_gives_the_same_bits(tmp_path):
+def test_another_process_gives_the_same_bits(tmp_path):
     images = make_images(4, seed=2)
     for family, method in product(("plain", "distilled"), ("default", "paper")):
         folder, net = tmp_path / f"{family}-{method}", make_net(family, method, stratified=True)
@@ -91,10 +69,7 @@ def test_a_fresh_process_gives_the_same_bits(tmp_path):
         with torch.inference_mode():
             known = {"full": net(images), "half": net(images, net.spec(macs=0.5)), "small": small(images)}
         save_file({"images": images, **known}, folder / "known.safetensors")
-    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path), str(torch.get_num_threads())]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(" []\n") == 4 == len(done.stdout.splitlines()), done.stdout
+    done(same_bits, tmp_path, torch.get_num_threads())
 
 
 @pytest.mark.parametrize("method", ["default", "paper"])
@@ -148,18 +123,14 @@ def test_round_trip_keeps_the_type(dtype, tmp_path):
     assert_same_tensors(stratavit.load(tmp_path / "small"), net.extract(spec=MIXED))
 
 
-def test_fresh_super_network_can_be_saved(tmp_path):
+def test_a_super_network_can_be_saved_at_any_stage_and_converted_further(tmp_path):
     """Before any calibration: no list, no moments."""
     SuperNet(make_model("plain")).save(tmp_path / "run")
     read = SuperNet.load(tmp_path / "run")
     assert read.strata is None
     assert read.elastic["blocks.0.attn"].channel_mean.numel() == 0
-
-
-def test_loaded_super_network_can_be_converted_further(saved):
-    read = SuperNet.load(saved / "super")
-    read.contract(make_batches()).stratify(make_batches()).save(saved / "again")
-    assert SuperNet.load(saved / "again").strata is not None
+    read.contract(make_batches()).stratify(make_batches()).save(tmp_path / "run", overwrite=True)
+    assert SuperNet.load(tmp_path / "run").strata is not None
 
 
 def test_sub_network_can_be_cut_again(saved):
@@ -170,9 +141,7 @@ def test_sub_network_can_be_cut_again(saved):
     assert [site.width for site in again.sites] == [8, 64, 16, 40]
 
 
-@pytest.mark.parametrize(
-    "kwargs", [{}, {"global_pool": "avg"}, {"init_values": 0.1}, {"reg_tokens": 2}, {"qkv_bias": False}]
-)
+@pytest.mark.parametrize("kwargs", [{}, {"global_pool": "avg", "init_values": 0.1, "reg_tokens": 2, "qkv_bias": False}])
 def test_super_network_file_is_an_ordinary_checkpoint(kwargs, tmp_path):
     """Loads strictly into what `timm.create_model` makes, with no code of ours, and returns the same outputs."""
     source = enliven(timm.create_model("vit_tiny_patch16_224", **KWARGS, **kwargs)).eval()
@@ -216,7 +185,7 @@ def test_folders_that_are_not_ours(saved, kind):
             LOADERS[kind](path)
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "folder"])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_damaged_files_are_refused_by_name(root, tmp_path, damage):
     for kind, file in [*product(["super"], FILES), ("small", FILES[0]), ("small", FILES[2])]:
         folder = copy_of(root / kind, tmp_path / f"{kind} {file}")
@@ -224,8 +193,6 @@ def test_damaged_files_are_refused_by_name(root, tmp_path, damage):
         (folder / file).unlink()
         if damage == "truncated":
             (folder / file).write_bytes(original[: len(original) // 2])
-        if damage == "folder":
-            (folder / file).mkdir()
         with pytest.raises(ArtifactError, match=file.replace(".", r"\.")):
             LOADERS[kind](folder)
 
@@ -237,21 +204,10 @@ def edit_tensors(path, changes):
     older(path.parent)
 
 
-EDITS = {
-    "missing": ({"norm.bias": None}, r"norm\.bias"),
-    "unknown": ({"extra": torch.zeros(1)}, "extra"),
-    "wrong head": ({"head.weight": torch.zeros(9, 32)}, r"head\.weight.*\(9, 32\).*\(7, 32\).*--num-classes"),
-    "wrong width": ({"norm.weight": torch.zeros(9)}, r"norm\.weight .*\(9,\)"),
-    "NaN": ({"norm.weight": torch.full((32,), float("nan"))}, r"norm\.weight .*NaN"),
-}
-
-
 @pytest.mark.parametrize("kind", LOADERS)
-@pytest.mark.parametrize("edit", EDITS)
-def test_weights_that_do_not_fit_are_refused_by_name(saved, kind, edit):
-    changes, words = EDITS[edit]
-    edit_tensors(saved / kind / "model.safetensors", changes)
-    with pytest.raises(ArtifactError, match=words):
+def test_weights_that_do_not_fit_are_refused_by_name(saved, kind):
+    edit_tensors(saved / kind / "model.safetensors", {"head.weight": torch.zeros(9, 32)})
+    with pytest.raises(ArtifactError, match=r"head\.weight.*\(9, 32\).*\(7, 32\).*--num-classes"):
         LOADERS[kind](saved / kind)
 
 
@@ -259,9 +215,9 @@ MEAN, FACTOR, SCALARS = "blocks.0.attn.mean", "blocks.0.mlp.factor", "blocks.1.a
 MOMENTS = {  # each is refused by the name of its last tensor
     "mean of another shape": {MEAN: torch.zeros(3, 5)},
     "mean NaN": {MEAN: torch.full((2, 16), float("nan"))},
-    "mean of integers": {MEAN: torch.zeros(2, 16, dtype=torch.int32)},
     "mean finite in the file only": {MEAN: torch.full((2, 16), 1e300, dtype=torch.float64)},
     "mean missing": {MEAN: None},
+    "mean of integers": {MEAN: torch.zeros(2, 16, dtype=torch.int32)},
     "renamed": {FACTOR: None, "blocks.0.mlp.factoR": torch.ones(2080)},
     "factor missing": {FACTOR: None},
     "factor of another size": {FACTOR: torch.ones(5)},
@@ -320,17 +276,6 @@ def test_other_format_versions_are_refused(saved):
             load(saved / kind)
 
 
-def test_loading_runs_no_pickled_code(saved, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("unpickled")
-
-    for name in ("load", "loads", "Unpickler"):
-        monkeypatch.setattr(f"pickle.{name}", refuse)
-    monkeypatch.setattr(torch, "load", refuse)
-    for kind, load in LOADERS.items():
-        load(saved / kind)
-
-
 # ---- writing whole or not at all --------------------------------------------------------------------------
 
 
@@ -350,14 +295,11 @@ def test_a_folder_that_is_not_empty_is_kept_unless_asked(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_empty_folder_and_new_parents_are_fine(tmp_path):
+def test_an_empty_folder_and_new_parents_are_fine_and_a_file_in_the_way_is_kept(tmp_path):
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", tmp_path / "a" / "b", str(tmp_path / "text")):
         save(path)
         stratavit.load(path)
-
-
-def test_a_file_in_the_way_is_kept(tmp_path):
     (tmp_path / "out").write_text("mine")
     for path, overwrite in product((tmp_path / "out", tmp_path / "out" / "below"), (False, True)):
         with pytest.raises(ArtifactError, match="out is a file"):
@@ -373,8 +315,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-@pytest.mark.parametrize("function", ["save_file", "write_json"])
-@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize(("function", "old"), [("save_file", False), ("write_json", True)])
 def test_a_failed_write_leaves_nothing_and_keeps_the_old(failure, function, old, root, tmp_path, monkeypatch):
     if old:
         copy_of(root / "super", tmp_path / "new" / "out")
@@ -418,11 +359,7 @@ def test_errors_of_the_system_that_safetensors_passes_on(root, monkeypatch, said
         folders.read_tensors(root / "super" / FILES[1])
 
 
-def test_permissions_are_the_users_own_and_the_makers_are_named(root, tmp_path):
-    (tmp_path / "plain").mkdir()
-    (tmp_path / "plain" / "file").touch()
-    for path, like in ((root / "super", tmp_path / "plain"), (root / "super" / FILES[0], tmp_path / "plain" / "file")):
-        assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(like.stat().st_mode)
+def test_the_makers_of_a_folder_are_named(root):
     found = json.loads((root / "super" / "stratavit.json").read_text())
     assert (found["format"], found["format_version"]) == ("stratavit/super-network", 1)
     assert found["versions"].keys() == {"stratavit", "timm", "torch"}

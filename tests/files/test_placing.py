@@ -43,7 +43,7 @@ def test_permissions_are_those_of_the_umask_which_is_left_alone(umask, tmp_path,
     try:
         with monkeypatch.context() as patched:
             patched.setattr(os, "umask", None)  # which would change it for all threads
-            written(tmp_path / "folder", "x")
+            folders.write_folder(tmp_path / "folder", lambda path: (path / "file").touch(0o600))  # as safetensors does
             folders.write_file(tmp_path / "other", b"x")
     finally:
         assert os.umask(before) == umask
