@@ -378,17 +378,17 @@ for folder in sorted(root.iterdir()):
     content = json.loads(text)
     content.pop("hashes", None)
     args = content if kind == "transformers" else content["model"]["args"]
-    for key, old in sorted(args.items()):
+    for number, (key, old) in enumerate(sorted(args.items())):
         if type(old) is int or (isinstance(old, list) and old and type(old[0]) in (int, list)):
-            for huge in (10**6, 10**9):
-                args[key] = [huge] * len(old) if isinstance(old, list) else huge
-                file.write_text(json.dumps(content))
-                started, said = time.perf_counter(), "loaded"
-                try:
-                    load[kind](folder)
-                except stratavit.StrataViTError as error:
-                    said = str(error)
-                print(json.dumps([folder.name, key, huge, said, time.perf_counter() - started]))
+            huge = (10**6, 10**9)[number % 2]
+            args[key] = [huge] * len(old) if isinstance(old, list) else huge
+            file.write_text(json.dumps(content))
+            started, said = time.perf_counter(), "loaded"
+            try:
+                load[kind](folder)
+            except stratavit.StrataViTError as error:
+                said = str(error)
+            print(json.dumps([folder.name, key, huge, said, time.perf_counter() - started]))
             args[key] = old
     file.write_text(text)
 """

@@ -37,13 +37,13 @@ def unpack(batch: Any, said: str = "loader") -> tuple[Tensor, Tensor | None]:
         raise StrataViTError(f"{said}: expected images [B, 3, H, W] and labels [B], got shapes {shapes}{advice}")
     if not images.is_floating_point():
         raise StrataViTError(
-            f"{said}: images are {_type_of(images)}, expected floats; scale them to 0 .. 1 and normalise them as the "
+            f"{said}: images are {images.dtype}, expected floats; scale them to 0 .. 1 and normalise them as the "
             "model's data_config says"
         )
     if labels is not None:
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise StrataViTError(
-                f"{said}: labels are {_type_of(labels)}, expected the number of each image's class as integers; "
+                f"{said}: labels are {labels.dtype}, expected the number of each image's class as integers; "
                 "convert them by labels.long()"
             )
         labels = _free(labels.long())
@@ -89,10 +89,6 @@ def _tensor(part: Any) -> Tensor | None:
         return None
 
 
-def _type_of(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 def _free(tensor: Tensor) -> Tensor:
     """Without a graph, and free to take part in one: what was made in inference mode is copied."""
     tensor = tensor.detach()
@@ -106,7 +102,7 @@ def batches_of(
 
     Args:
         loader: See `unpack`.
-        model: Any, see `check_images`; None to check nothing.
+        model: See `check_images`; None to check nothing.
         finite: Look for NaN and infinite values, too.
 
     Raises:
@@ -161,10 +157,7 @@ def check_images(model: nn.Module, images: Tensor, said: str = "loader") -> None
 
 
 def _patches(model: Any) -> Any:
-    """The patch embedding, if it is timm's and images reach it as they are.
-
-    None of a convolutional stem, which does not say what it takes.
-    """
+    """The patch embedding, if it is timm's, without a convolutional stem, and images reach it as they are."""
     inner = model.model if is_super_network(model) else model
     patches = getattr(inner, "patch_embed", None)
     if not isinstance(patches, PatchEmbed) or inner._forward_pre_hooks or patches._forward_pre_hooks:
@@ -223,9 +216,7 @@ def watched(said: str, less: Callable[[], str] = lambda: OUT_OF_MEMORY_HINT) -> 
         before = error.__context__
         while before is not None and not isinstance(before, KeyboardInterrupt):
             before = before.__context__
-        if (
-            before is not None
-        ):  # a signal was being handled when torch noticed that a worker, which got it too, had ended
+        if before is not None:  # the worker got the signal that was being handled, too, and torch noticed its end
             raise before from error
         if out_of_memory(error):
             where = "in a process that reads images" if "DataLoader worker" in str(error) else "on the device or here"

@@ -136,10 +136,7 @@ def _by_class_map(folder: Path, found: Sequence[str], path: str | Path) -> Numbe
 
 
 def _by_names(folder: Path, found: Sequence[str], names: Sequence[str]) -> Numbering | None:
-    """The numbers of folders that are called as the model calls its classes; None if none of them is.
-
-    A folder may have one of several names that commas part, in other cases of letters, with ``_`` for a blank.
-    """
+    """By the model's class names, or one of several that commas part, whatever their case; None if none fits."""
     levels = [_indexed([name] for name in names), _indexed([_plain(name)] for name in names)]
     levels.append(_indexed([_plain(part) for part in name.split(",")] for name in names))
     index: dict[str, int] = {}
@@ -171,10 +168,7 @@ def _by_names(folder: Path, found: Sequence[str], names: Sequence[str]) -> Numbe
 def _by_order(
     folder: Path, found: Sequence[str], train: Sequence[str], classes: int | None, unmatched: bool
 ) -> Numbering:
-    """The numbers of folders in natural order of those of the training split.
-
-    Refused if the training split has other classes, and nothing says which of the two has those of the head.
-    """
+    """By natural order in the training split; refused if it has other classes and the head does not decide."""
     how = "in natural order of the class folders" + (", none of which the model names" if unmatched else "")
     missing, extra = [name for name in found if name not in train], [name for name in train if name not in found]
     names = train

@@ -31,8 +31,8 @@ class ImageFolder(Dataset[Sample]):
     """Labelled images under ``folder/<class>/``; an unreadable image is None in place of a tensor.
 
     Args:
-        listing: What the folder holds, see `image_files.list_images`.
-        numbering: Names and numbers of the classes, see `class_names.numbered`.
+        listing: See `image_files.list_images`.
+        numbering: See `class_names.numbered`.
         data_config: timm's data configuration (input size, mean, std, interpolation, crop).
 
     Attributes:
@@ -52,9 +52,8 @@ class ImageFolder(Dataset[Sample]):
             )
         self.mode = "L" if channels == 1 else "RGB"
         keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-        self.transform = create_transform(
-            **{key: data_config[key] for key in keys if key in data_config}, is_training=False
-        )
+        config = {key: data_config[key] for key in keys if key in data_config}
+        self.transform = create_transform(**config, is_training=False)
 
     def __len__(self) -> int:
         return len(self.samples)

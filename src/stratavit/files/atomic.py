@@ -145,12 +145,10 @@ def _put_file(new: Path, path: Path) -> None:
     """Gives a file its name; FileExistsError if another has it."""
     try:
         os.link(new, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without links
+    except OSError:
         if path.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
-        new.rename(path)
+        new.rename(path)  # on a file system without links
 
 
 def _put_folder(new: Path, path: Path) -> None:

@@ -33,11 +33,7 @@ _OPEN = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 class Lock:
-    """The lock of a run's folder.
-
-    Args:
-        folder: Of the run.
-    """
+    """The lock of a run's folder."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE

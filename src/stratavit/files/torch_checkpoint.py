@@ -50,8 +50,7 @@ def check_archive(path: Path, prefix: str, advice: str = "copy it again") -> Non
 
     Args:
         path: Of the file.
-        prefix: Of the message.
-        advice: What to do if the file is damaged.
+        prefix, advice: Begin and end the message.
 
     Raises:
         ArtifactError: A part differs, or the file holds what torch never writes for tensors and what may need any
