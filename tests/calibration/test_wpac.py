@@ -7,13 +7,12 @@ from hypothesis import strategies as st
 
 from stratavit.calibration.accumulators import RunningScatter
 from stratavit.calibration.statistics import SiteStatistics
-from stratavit.calibration.wpac import CRITERIA, attention_transform, mlp_order, principal_axes, scatter_needed
-from stratavit.elastic.base import fold_heads
+from stratavit.calibration.wpac import attention_transform, mlp_order, principal_axes
 
 GENERATOR = torch.Generator()
 
 
-def scatters(heads=3, dim=5, seed=0):
+def scatters(heads, dim, seed=0):
     """Random symmetric positive definite matrices ``[heads, dim, dim]``."""
     x = torch.randn(heads, 3 * dim, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return x.transpose(1, 2) @ x
@@ -54,25 +53,6 @@ def test_axes_are_orthonormal_and_diagonalise_in_falling_order(seed, dim):
     assert principal_axes(scatter.float()).dtype == torch.float64
 
 
-@pytest.mark.parametrize("criterion", [criterion for criterion in CRITERIA if criterion != "output"])
-def test_transform_leaves_products_of_q_and_k_and_of_v_and_o(criterion):
-    norms, scatter = torch.rand(3, 2, 6, dtype=torch.float64), scatters(6, 6).view(3, 2, 6, 6)
-    found = attention_transform(statistics_of(norms.flip(-1), norms.square(), scatter), criterion, norms, GENERATOR)
-    identity = torch.eye(6, dtype=torch.float64).expand(2, -1, -1)
-    torch.testing.assert_close(found.q.transpose(1, 2) @ found.k, identity)
-    torch.testing.assert_close(found.o @ found.v, identity)
-    assert {matrix.dtype for matrix in (found.q, found.k, found.v, found.o)} == {torch.float64}
-
-
-def test_wpac_and_pca_use_the_sum_of_both_scatters_for_q_and_k():
-    scatter = scatters(6, 4).view(3, 2, 4, 4)
-    for criterion in ("wpac", "pca"):
-        found = attention_transform(statistics_of(scatter=scatter), criterion, torch.empty(0), GENERATOR)
-        assert torch.equal(found.q, principal_axes(scatter[0] + scatter[1]).transpose(1, 2))
-        assert torch.equal(found.v, principal_axes(scatter[2]).transpose(1, 2))
-    assert (scatter_needed("wpac"), scatter_needed("pca"), scatter_needed("taylor")) == ("weighted", "plain", "none")
-
-
 @pytest.mark.parametrize("criterion", ["taylor", "hessian", "magnitude"])
 def test_rankings_sort_by_their_own_scores(criterion):
     """Head 0: v scores 1, 3, 2 and q + k scores 4, 5, 9; the other criteria would order differently."""
@@ -94,22 +74,3 @@ def test_mlp_orders(criterion, order):
     norms, same = torch.tensor([[[3.0, 1.0, 2.0]]]), torch.ones(1, 1, 40)
     assert mlp_order(statistics_of(taylor, hessian), criterion, norms, GENERATOR).tolist() == order
     assert mlp_order(statistics_of(same, same), criterion, same, GENERATOR).tolist() == list(range(40))  # ties stay
-
-
-def test_random_is_a_permutation_fixed_by_the_seed():
-    norms = torch.zeros(1, 1, 30)
-    first, again, other = (
-        mlp_order(statistics_of(norms, norms), "random", norms, torch.Generator().manual_seed(seed)).tolist()
-        for seed in (1, 1, 2)
-    )
-    assert first == again != other
-    assert sorted(first) == list(range(30))
-
-
-@pytest.mark.parametrize("columns", [(), (7,)])
-def test_fold_heads_multiplies_each_head_and_keeps_the_type(columns):
-    matrix, weight = torch.randn(2, 3, 3, dtype=torch.float64), torch.randn(6, *columns)
-    found = fold_heads(matrix, weight)
-    expected = torch.cat([matrix[h] @ weight[3 * h : 3 * h + 3].double() for h in (0, 1)]).float()
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected)
