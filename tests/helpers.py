@@ -105,6 +105,25 @@ def spec_strategy(family: str) -> st.SearchStrategy[dict[str, int]]:
     return st.fixed_dictionaries({}, optional=widths)
 
 
+def tensors_of(thing: Any) -> dict[int, int]:
+    """All tensors that an object holds, wherever: storage address -> bytes."""
+    found, seen, left = {}, set(), [thing]
+    while left:
+        one = left.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, Tensor):
+            found[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+        elif isinstance(one, dict):
+            left += one.values()
+        elif isinstance(one, list | tuple):
+            left += one
+        elif hasattr(one, "__dict__"):
+            left += vars(one).values()
+    return found
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """Largest difference over the largest expected value."""
     assert found.shape == expected.shape

@@ -96,6 +96,8 @@ def check(model, batches, method, tolerance=1e-3, images=IMAGES):
     net.stratify(batches, plan=PLAN) if method == "default" else net.stratify(batches)
     tensors = {**net.model.state_dict(), **{f"{name} mean": m.channel_mean for name, m in net.elastic.items()}}
     tensors |= {f"{name} factor": m.moments.factor for name, m in net.elastic.items() if m.moments is not None}
+    if net.final_mean is not None:
+        tensors["final mean"] = net.final_mean.vectors
     wrong = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     assert not wrong
     with torch.no_grad():
@@ -114,7 +116,7 @@ def test_weights_at_the_edge(change, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2])
 def test_fewer_images_than_dimensions(count, method):
     """One image gives 17 tokens for 64 hidden channels."""
     check(make_model("plain"), make_batches((count,)), method)
@@ -123,21 +125,17 @@ def test_fewer_images_than_dimensions(count, method):
 def extreme_pixel():
     images = make_images(12)
     images[0, :, 0, 0] = 1e4
-    return images
+    return images, torch.arange(12) % 7
 
 
-INPUTS = {
-    "alike": lambda: (make_images(1).expand(12, -1, -1, -1), torch.zeros(12, dtype=torch.long)),
-    "black": lambda: (torch.zeros(12, 3, 32, 32), torch.zeros(12, dtype=torch.long)),
-    "of one class": lambda: (make_images(12), torch.full((12,), 3)),
-    "with an extreme pixel": lambda: (extreme_pixel(), torch.arange(12) % 7),
-}
+def black():
+    return torch.zeros(12, 3, 32, 32), torch.zeros(12, dtype=torch.long)
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", INPUTS)
-def test_images_at_the_edge(kind, method):
-    check(make_model("plain"), [INPUTS[kind]()], method)
+@pytest.mark.parametrize("images", [black, extreme_pixel])
+def test_images_at_the_edge(images, method):
+    check(make_model("plain"), [images()], method)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -149,36 +147,24 @@ def test_a_head_of_one_or_two_outputs(classes, method):
     check(model, [x for x, _ in make_batches()], method)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e30])
-def test_images_that_give_no_numbers_are_refused(number, method):
-    batches = [(images.clone(), labels) for images, labels in make_batches()]
-    batches[0][0][0, 0, 0, 0] = number
-    model = make_model("plain")
-    if number == 1e30:  # finite as an image, not once it is squared
+@pytest.mark.parametrize("case", ["infinite", "too large to be squared", "beyond half precision"])
+def test_images_that_give_no_numbers_are_refused(case):
+    model, ((images, labels),) = make_model("plain"), make_batches((12,))
+    if case == "beyond half precision":
+        model.blocks[0].mlp.fc1.weight.data *= 3e5
+        model, images = model.half(), images.half()
+    else:
+        images[0, 0, 0, 0] = float("inf") if case == "infinite" else 1e30
         model.patch_embed.proj.weight.data *= 1e15
     with pytest.raises(StrataViTError, match="NaN or infinite"):
-        SuperNet(model).contract(batches, method=method)
+        SuperNet(model).contract([(images, labels)])
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("change", [None, dead_values, duplicated], ids=["plain", "dead_values", "duplicated"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(change, method, dtype):
-    model = (make_model("plain") if change is None else model_with(change)).to(dtype)
-    tolerance = 20 * torch.finfo(dtype).eps
+@pytest.mark.parametrize(("change", "dtype"), [(lambda model: None, torch.bfloat16), (dead_values, torch.float16)])
+def test_half_precision(change, dtype, method):
+    model, tolerance = model_with(change).to(dtype), 20 * torch.finfo(dtype).eps
     check(model, make_batches(dtype=dtype), method, tolerance, IMAGES.to(dtype))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_half_precision_that_overflows_is_refused(method):
-    """Hidden channels beyond 65,504."""
-    model = make_model("plain")
-    with torch.no_grad():
-        model.blocks[0].mlp.fc1.weight *= 3e5
-        model.half()
-    with pytest.raises(StrataViTError, match="NaN or infinite"):
-        SuperNet(model).contract(make_batches(dtype=torch.float16), method=method)
 
 
 @pytest.mark.parametrize("method", METHODS)

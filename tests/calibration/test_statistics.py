@@ -1,12 +1,11 @@
 """The calibration pass equals a direct computation by autograd on the stock timm model."""
 
-import copy
 from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CLASSES, make_batches, make_images, make_model
+from helpers import make_batches, make_images, make_model, tensors_of
 from torch import Tensor
 
 from stratavit import StrataViTError, SuperNet
@@ -114,30 +113,6 @@ def assert_same(found, expected, tolerance):
                 assert_close(value, other, f"{name}.crossed", tolerance)
 
 
-@pytest.mark.parametrize("objective", [*OBJECTIVES, "feature"])
-def test_equals_autograd_on_the_stock_model(family, objective):
-    model, batches = make_model(family, dtype=torch.float64), make_batches(dtype=torch.float64)
-    found = run(model, batches, objective=objective)
-    expected = by_autograd(model, *joined(batches), objective)
-    assert found.keys() == expected.keys()
-    for name, values in expected.items():
-        for key in ("taylor", "hessian", "channel_mean"):
-            assert_close(getattr(found[name], key), values[key], f"{name}.{key}")
-        if "weighted" in values:
-            assert_close(found[name].scatter, values["weighted"], f"{name}.scatter")
-        else:
-            assert found[name].scatter is None
-        assert found[name].images == 12
-
-
-def test_scatter_of_the_unweighted_and_of_no_kind():
-    model, batches = make_model("plain", dtype=torch.float64), make_batches(dtype=torch.float64)
-    expected = by_autograd(copy.deepcopy(model), *joined(batches), "label")
-    plain = run(model, batches, scatter="plain")
-    assert_close(plain["blocks.1.attn"].scatter, expected["blocks.1.attn"]["plain"], "plain")
-    assert all(result.scatter is None for result in run(model, batches, scatter="none").values())
-
-
 def mixed_moments(read, weight, share):
     """Mean and covariance of tokens ``[T, n]``, a share of their weight in proportion to `weight`."""
     mixed = (1 - share) / len(read) + share * weight / weight.sum()
@@ -146,33 +121,49 @@ def mixed_moments(read, weight, share):
     return mean, centred.T @ (centred * mixed[:, None])
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("objective", ["cross_entropy", "feature"])
-def test_covariances_equal_autograd_on_the_stock_model(family, objective, share):
-    """Tokens weighted by the gradient norm at the module's output, over all batches at once."""
+@pytest.mark.parametrize("objective", [*OBJECTIVES, "feature"])
+def test_equals_autograd_on_the_stock_model(family, objective):
+    """Covariances: tokens weighted by the gradient norm at the module's output, over all batches at once."""
     model, batches = make_model(family, dtype=torch.float64), make_batches(dtype=torch.float64)
-    found = run(model, batches, objective=objective, token_weight=share)
+    found = run(model, batches, objective=objective)
+    moments = run(model, batches, objective=objective, token_weight=0.5)
     expected = by_autograd(model, *joined(batches), objective)
-    assert found.keys() == expected.keys()
+    assert found.keys() == moments.keys() == expected.keys()
     for name, values in expected.items():
-        mean, covariance = mixed_moments(values["read"], values["weight"], share)
-        assert_close(found[name].channel_mean, mean.view(values["channel_mean"].shape), f"{name}.channel_mean")
-        assert_close(found[name].covariance, covariance, f"{name}.covariance")
-        assert found[name].taylor.numel() == found[name].hessian.numel() == 0
-        assert found[name].images == 12
-        if "weighted" in values:
-            assert_close(found[name].scatter, values["weighted"][:2], f"{name}.scatter")
+        one, other, scatter = found[name], moments[name], values.get("weighted")
+        for key in ("taylor", "hessian", "channel_mean"):
+            assert_close(getattr(one, key), values[key], f"{name}.{key}")
+        mean, covariance = mixed_moments(values["read"], values["weight"], 0.5)
+        assert_close(other.channel_mean, mean.view(values["channel_mean"].shape), f"{name}.channel_mean")
+        assert_close(other.covariance, covariance, f"{name}.covariance")
+        assert other.taylor.numel() == other.hessian.numel() == 0
+        assert one.images == other.images == 12
+        if scatter is None:
+            assert one.scatter is other.scatter is None
         else:
-            assert found[name].scatter is None
+            assert_close(one.scatter, scatter, f"{name}.scatter")
+            assert_close(other.scatter, scatter[:2], f"{name}.scatter")
 
 
-@pytest.mark.parametrize("token_weight", [None, 0.5])
-@pytest.mark.parametrize("sizes", [(12,), (7, 5), (1,) * 12])
-def test_the_result_does_not_depend_on_the_batch_size(sizes, token_weight):
-    found, expected = (
-        run(make_model("odd_widths"), make_batches(split), token_weight=token_weight) for split in (sizes, (5, 4, 3))
-    )
-    assert_same(found, expected, 5e-5)
+def test_scatter_of_the_unweighted_and_of_no_kind():
+    model, batches = make_model("plain", dtype=torch.float64), make_batches(dtype=torch.float64)
+    plain, none = (run(model, batches, scatter=kind) for kind in ("plain", "none"))
+    expected = by_autograd(model, *joined(batches), "label")
+    assert_close(plain["blocks.1.attn"].scatter, expected["blocks.1.attn"]["plain"], "plain")
+    assert all(result.scatter is None for result in none.values())
+
+
+@pytest.mark.parametrize(
+    ("token_weight", "objective", "tolerance"),
+    [(None, "label", 1e-5), (0.5, "cross_entropy", 1e-9), (0.5, "sampled", 1e-9)],
+)
+def test_order_and_batch_size_change_rounding_only(family, token_weight, objective, tolerance):
+    model, batches = make_model(family, dtype=torch.float64), make_batches(dtype=torch.float64)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
+    images, labels = (part[order].split(1) for part in joined(batches))
+    options = {"objective": objective, "token_weight": token_weight}
+    shuffled = run(model, list(zip(images, labels, strict=True)), **options)
+    assert_same(shuffled, run(model, batches, **options), tolerance)
 
 
 @pytest.mark.parametrize("token_weight", [None, 0.5])
@@ -199,41 +190,25 @@ def test_widths_in_use_are_observed_and_skipped_modules_left_out(token_weight):
         assert (attention.covariance.shape, mlp.covariance.shape) == ((16, 16), (40, 40))
 
 
-@pytest.mark.parametrize("seed", [0, 7])
-def test_sampled_is_the_cross_entropy_of_classes_drawn_from_the_prediction(family, seed):
+def test_sampled_is_the_cross_entropy_of_classes_drawn_from_the_prediction():
     """Labels of the loader are not looked at, and the global generator is left alone."""
-    model, batches, before = make_model(family), make_batches(), torch.get_rng_state()
+    model, batches, before = make_model("plain"), make_batches(), torch.get_rng_state()
     with torch.no_grad():
-        labelled = [(images, drawn_classes(model(images), keys_of(images), seed)) for images, _ in batches]
-    found = run(model, batches, objective="sampled", token_weight=0.5, seed=seed)
+        labelled = [(images, drawn_classes(model(images), keys_of(images), 7)) for images, _ in batches]
+    found = run(model, batches, objective="sampled", token_weight=0.5, seed=7)
     assert torch.equal(torch.get_rng_state(), before)
     assert_same(found, run(model, labelled, objective="cross_entropy", token_weight=0.5), 1e-5)
 
 
-def test_classes_are_drawn_as_often_as_the_prediction_says():
+def test_classes_are_drawn_as_often_as_the_prediction_says_and_by_image_and_seed_alone():
     """Within four standard errors; never one whose probability is 0."""
     images, chances = torch.randn(4000, 1, 2, 2), torch.tensor([0.5, 0.0, 0.2, 0.3, 0.0])
-    for seed in (0, 1):
-        drawn = drawn_classes(chances.log().expand(4000, -1), keys_of(images), seed)
-        shares = torch.bincount(drawn, minlength=5) / 4000
-        assert ((shares - chances).abs() <= 4 * (chances * (1 - chances) / 4000).sqrt()).all()
-
-
-def test_a_draw_depends_on_image_and_seed_alone():
-    images, logits = torch.randn(200, 1, 2, 2), torch.randn(200, 9)
-    drawn, order = drawn_classes(logits, keys_of(images), 3), torch.randperm(200)
-    assert torch.equal(drawn_classes(logits[order], keys_of(images[order]), 3), drawn[order])
-    assert not torch.equal(drawn_classes(logits, keys_of(images), 4), drawn)
-
-
-@pytest.mark.parametrize("objective", ["cross_entropy", "sampled"])
-def test_the_order_of_the_images_changes_rounding_only(family, objective):
-    model, batches = make_model(family, dtype=torch.float64), make_batches(dtype=torch.float64)
-    images, labels = joined(batches)
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
-    shuffled = list(zip(images[order].split(5), labels[order].split(5), strict=True))
-    found, expected = (run(model, loader, objective=objective, token_weight=0.5) for loader in (shuffled, batches))
-    assert_same(found, expected, 1e-9)
+    logits, keys = chances.log().expand(4000, -1), keys_of(images)
+    drawn, order = drawn_classes(logits, keys, 3), torch.randperm(4000)
+    shares = torch.bincount(drawn, minlength=5) / 4000
+    assert ((shares - chances).abs() <= 4 * (chances * (1 - chances) / 4000).sqrt()).all()
+    assert torch.equal(drawn_classes(logits, keys_of(images[order]), 3), drawn[order])
+    assert not torch.equal(drawn_classes(logits, keys, 4), drawn)
 
 
 def test_folds_keep_their_moments_apart():
@@ -281,23 +256,9 @@ def test_without_a_head_the_features_are_the_objective(token_weight):
             run(model, make_batches(), objective=name)
 
 
-def numbers_held(thing, visited):
-    """Tensor elements reachable from an object's attributes."""
-    if id(thing) in visited:
-        return 0
-    visited.add(id(thing))
-    if isinstance(thing, Tensor):
-        return thing.numel()
-    parts = thing if isinstance(thing, list | tuple) else (thing if isinstance(thing, dict) else vars(thing)).values()
-    return sum(numbers_held(part, visited) for part in parts if hasattr(part, "__dict__") or isinstance(part, HOLDERS))
-
-
-HOLDERS = (Tensor, list, tuple, dict)
-
-
 @pytest.mark.parametrize("token_weight", [None, 0.5])
 def test_accumulators_do_not_grow_with_the_number_of_images(monkeypatch, token_weight):
-    made = []
+    made, held = [], []
 
     class Recorded(statistics.SiteObserver):
         def __init__(self, *args):
@@ -305,23 +266,22 @@ def test_accumulators_do_not_grow_with_the_number_of_images(monkeypatch, token_w
             made.append(self)
 
     monkeypatch.setattr(statistics, "SiteObserver", Recorded)
-    held = []
     for batches in (2, 8):
         made.clear()
         run(make_model("plain"), make_batches((6,) * batches), token_weight=token_weight)
-        held.append([numbers_held(observer, set()) for observer in made])
+        held.append([sum(tensors_of(observer).values()) for observer in made])
     assert held[0] == held[1]
-    assert min(held[0]) > 32
+    assert min(held[0]) > 256
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_model_is_left_as_it_was(training):
+def test_model_is_left_as_it_was_and_gradients_may_be_switched_off(training):
     net = SuperNet(make_model("plain"))
     net.model.train(training)
     net.model.cls_token.requires_grad_(False)
     before = {name: (p.clone(), p.requires_grad) for name, p in net.model.named_parameters()}
     for loader, outcome in ((make_batches(), nullcontext()), ([torch.zeros(3)], pytest.raises(StrataViTError))):
-        with outcome:
+        with outcome, torch.no_grad():
             collect(net.model, loader)
         assert all(module.observer is None for module in net.elastic.values())
         assert all(module.training == training for module in net.model.modules())
@@ -331,21 +291,13 @@ def test_model_is_left_as_it_was(training):
             assert parameter.grad is None
 
 
-def test_works_where_gradients_are_switched_off():
-    expected = run(make_model("plain"), make_batches())
-    with torch.no_grad():
-        assert_same(run(make_model("plain"), make_batches()), expected, 0)
-
-
 IMAGES = make_images(2)
 BAD = {
     "no images": ([], {}, "no images"),
-    "labels needed": ([IMAGES], {"objective": "label"}, "'label' needs labels"),
-    "labels needed by cross-entropy": ([IMAGES], {"objective": "cross_entropy"}, "'cross_entropy' needs labels"),
-    "label too high": ([(IMAGES, torch.tensor([0, CLASSES]))], {}, f"labels: .*{CLASSES}"),
-    "negative label": ([(IMAGES, torch.tensor([-1, 0]))], {}, "labels: .*-1"),
-    "unknown objective": ([IMAGES], {"objective": "loss"}, "objective: .*'loss'"),
-    "NaN image": ([torch.full_like(IMAGES, float("nan"))], {}, "blocks.0.attn .*NaN"),
+    "labels needed": ([IMAGES], {"objective": "label"}, "'label'"),
+    "negative label": ([(IMAGES, torch.tensor([-1, 0]))], {}, "-1"),
+    "unknown objective": ([IMAGES], {"objective": "loss"}, "objective"),
+    "NaN image": ([torch.full_like(IMAGES, float("nan"))], {}, "blocks.0.attn"),
 }
 
 
