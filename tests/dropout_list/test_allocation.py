@@ -29,35 +29,31 @@ def floor(cost):
 
 
 @st.composite
-def tasks(draw, cost):
-    """Ratios, share and caps."""
-    caps = {site.name: draw(st.sampled_from(site.steps[1:])) for site in cost.sites}
-    return draw(ratios_of(cost)), draw(SHARES), caps
+def walks(draw, cost):
+    """Nested states and ratios, as a walk leaves them."""
+    states, caps = [], full(cost)
+    ratios = dict.fromkeys(caps, 0.0)
+    for share in sorted(draw(st.lists(SHARES, max_size=3, unique=True)), reverse=True):
+        ratios = draw(ratios_of(cost))
+        caps = allocate(cost, ratios, share, caps)
+        states.append(State(share, caps))
+    return states, ratios
 
 
 @given(data=st.data())
-def test_widths_are_unit_ends_within_caps_and_budget_and_no_unit_more_would_fit(family, data):
+def test_states_nest_within_their_budgets_and_no_unit_more_would_fit(family, data):
     cost = COSTS[family]
-    ratios, share, caps = data.draw(tasks(cost))
-    widths = allocate(cost, ratios, share, caps)
-    assert widths.keys() == caps.keys()
-    for site in cost.sites:
-        assert widths[site.name] in site.steps[1:]
-        assert widths[site.name] <= caps[site.name]
-        above = next((step for step in site.steps if step > widths[site.name]), math.inf)
-        if above <= caps[site.name]:
-            assert cost.macs(widths | {site.name: above}) > share * cost.macs()
-    assert cost.macs(widths) <= share * cost.macs() or widths == floor(cost)
-
-
-@given(data=st.data())
-def test_a_smaller_share_nests_in_a_larger_one(family, data):
-    """With the widths of the state before as caps, whatever the ratios have become."""
-    cost, caps, states = COSTS[family], full(COSTS[family]), []
-    for share in sorted(data.draw(st.lists(SHARES, min_size=1, max_size=4)), reverse=True):
-        widths = allocate(cost, data.draw(ratios_of(cost)), share, caps)
-        assert all(widths[name] <= caps[name] for name in caps)
-        states.append(widths)
+    caps = full(cost)
+    for state in data.draw(walks(cost))[0]:
+        budget, widths = state.share * cost.macs(), state.widths
+        assert widths.keys() == caps.keys()
+        for site in cost.sites:
+            assert widths[site.name] in site.steps[1:]
+            assert widths[site.name] <= caps[site.name]
+            above = next((step for step in site.steps if step > widths[site.name]), math.inf)
+            if above <= caps[site.name]:
+                assert cost.macs(widths | {site.name: above}) > budget
+        assert cost.macs(widths) <= budget or widths == floor(cost)
         caps = widths
 
 
@@ -71,16 +67,6 @@ def test_equal_ratios_keep_alike_within_two_units(family, share, level):
     assert max(kept) - min(kept) <= 2 * unit + 1e-9
 
 
-@given(share=SHARES, shift=st.floats(-3, 3), data=st.data())
-def test_a_constant_added_to_all_ratios_changes_nothing(share, shift, data):
-    cost = COSTS["plain"]
-    ratios = data.draw(ratios_of(cost))
-    moved = {name: ratio + shift for name, ratio in ratios.items()}
-    widths, other = (allocate(cost, r, share, full(cost)) for r in (ratios, moved))
-    unit = {site.name: site.steps[1] for site in cost.sites}
-    assert all(abs(widths[name] - other[name]) <= unit[name] for name in unit)  # rounding may tip a unit
-
-
 def test_a_larger_ratio_keeps_more(family):
     cost = COSTS[family]
     for site in cost.sites:
@@ -88,26 +74,6 @@ def test_a_larger_ratio_keeps_more(family):
         more, less = (allocate(cost, even | {site.name: tilt}, 0.85, full(cost)) for tilt in (3.0, -3.0))
         assert more[site.name] > less[site.name]
         assert sum(less.values()) - less[site.name] > sum(more.values()) - more[site.name]
-
-
-def test_everything_fits_the_full_budget(family):
-    cost = COSTS[family]
-    assert allocate(cost, dict.fromkeys(full(cost), 0.0), 1.0, full(cost)) == full(cost)
-
-
-# ---- the list ------------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def walks(draw, cost):
-    """Nested states and ratios, as a walk leaves them."""
-    states, caps = [], full(cost)
-    ratios = dict.fromkeys(caps, 0.0)
-    for share in sorted(draw(st.lists(SHARES, max_size=3, unique=True)), reverse=True):
-        ratios = draw(ratios_of(cost))
-        caps = allocate(cost, ratios, share, caps)
-        states.append(State(share, caps))
-    return states, ratios
 
 
 def prefixes_of(strata):

@@ -11,7 +11,6 @@ from stratavit import SuperNet
 from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.calibration.objectives import distance
 from stratavit.dropout_list import marginal_effects
-from stratavit.elastic.attention import ElasticAttention
 from stratavit.elastic.mlp import ElasticMlp
 from stratavit.models.cost import site_macs
 from stratavit.utils.model import temporarily
@@ -106,14 +105,6 @@ def test_effects_equal_finite_differences(family_name, cut, monkeypatch):
         assert found[site.name] == pytest.approx(sum(falls) / len(falls) / len(images), rel=1e-4)
 
 
-def test_effects_and_drift_do_not_depend_on_the_batch_size():
-    net, images = wide_net(), IMAGES.double()
-    all_at_once, one_by_one = (reference_of(net, batches) for batches in ([images], images.split(1)))
-    expected = all_at_once.effects(net.cost, CUT)
-    assert one_by_one.effects(net.cost, CUT) == pytest.approx(expected, rel=1e-3)  # the distance is in float32
-    torch.testing.assert_close(one_by_one.drift(CUT), all_at_once.drift(CUT))
-
-
 def probing(net, probes):
     return temporarily("probe", {net.elastic[name]: probe for name, probe in probes.items()})
 
@@ -157,32 +148,6 @@ def test_distance_of_logits_and_of_features():
     for classes in (0, 7):
         assert float(distance(dense, dense, classes)) == pytest.approx(0, abs=1e-6)
         assert distance(small.half(), dense.half(), classes).dtype == torch.float32
-
-
-def test_an_exception_inside_takes_the_probes_away():
-    net = make_net("plain")
-    probes = {name: marginal_effects.make_probe(m, 8, 16) for name, m in net.elastic.items()}
-    with pytest.raises(RuntimeError), probing(net, probes):
-        net.model(torch.zeros(1, 2, 32, 32))
-    assert all(module.probe is None for module in net.elastic.values())
-
-
-@pytest.mark.parametrize("module", [ElasticAttention, ElasticMlp])
-def test_gradients_of_a_probe_stay_in_the_probe(module):
-    net = copy.deepcopy(make_net("plain")).requires_grad_(False)
-    sites = {name: m for name, m in net.elastic.items() if isinstance(m, module)}
-    probes = {name: marginal_effects.make_probe(m, 8, 16) for name, m in sites.items()}
-    with probing(net, probes):
-        net.model(IMAGES).square().sum().backward()
-    assert all(p.grad is None for p in net.parameters())
-    for probe in probes.values():
-        assert probe.weights.out_weight.grad.any()
-        assert probe.weights.out_bias.grad.any()
-        assert (probe.gate is not None) == (module is ElasticAttention)
-        assert probe.gate is None or probe.gate.grad[8:].any()  # a cut coordinate of q would be felt
-
-
-# ---- drift ---------------------------------------------------------------------------------------------------------
 
 
 def test_drift_is_the_difference_of_what_the_heads_of_extracted_models_read(family):

