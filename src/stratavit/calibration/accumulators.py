@@ -117,13 +117,12 @@ class RunningCovariance:
         return found if any(part[0] > 0 for part in found) else []
 
 
-def gram(x: Tensor, blocks: int = 4) -> Tensor:
-    """``x^T x`` of ``[T, n]``: the blocks above the diagonal are mirrored, which saves 3/8 of the products."""
+def gram(x: Tensor) -> Tensor:
+    """``x^T x`` of ``[T, n]``; of 4 x 4 blocks those above the diagonal are mirrored, which saves 3/8 of the products."""
     n = x.shape[1]
-    if n < 64 * blocks:
+    if n < 256:
         return x.T @ x
-    result = x.new_empty(n, n)
-    size = -(-n // blocks)
+    result, size = x.new_empty(n, n), -(-n // 4)
     for start in range(0, n, size):
         stop = min(start + size, n)
         part = x[:, start:stop].T @ x[:, :stop]  # [stop - start, stop]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
@@ -32,11 +31,7 @@ TOKEN_WEIGHT = 0.5
 
 
 def known_method(method: Method) -> Method:
-    """The method, if it is one.
-
-    Raises:
-        StrataViTError: It is not.
-    """
+    """The same; a `StrataViTError` if it is neither of the two."""
     if method not in get_args(Method):
         raise StrataViTError(f"method: expected 'default' or 'paper', got {described(method)}")
     return method
@@ -94,21 +89,18 @@ def _sort_site(
     """Folds new coordinates into the weights, and keeps means and moments in these coordinates."""
     module.forget()
     mean, new = found.channel_mean, _new_coordinates(module, found, criterion, scale, generator)
-    change_mean: Callable[[Tensor], Tensor]
-    change_covariance: Callable[[Tensor], Tensor]
     if isinstance(new, AttentionTransform):
         module.fold(new)
-        v = new.v.to(mean)
-        change_mean, change_covariance = partial(_turned_mean, v), partial(_turned_covariance, v)
+        new = new.v
     else:
         module.permute(new)
-        order = new.to(mean.device)
-        change_mean, change_covariance = lambda x: x[:, order], lambda x: x[order][:, order]  # [1, m], [m, m]
-    set_mean(module, change_mean(mean))
+    new = new.to(mean.device)
+    set_mean(module, _moved_mean(new, mean))
     if found.covariance is not None:
-        module.moments = _moments(module, change_covariance(found.covariance))
+        module.moments = _moments(module, _moved_covariance(new, found.covariance))
         module.crossed = tuple(
-            (change_mean(m).to(module.out.weight), _moments(module, change_covariance(c))) for m, c in found.crossed
+            (_moved_mean(new, m).to(module.out.weight), _moments(module, _moved_covariance(new, c)))
+            for m, c in found.crossed
         )
 
 
@@ -132,16 +124,18 @@ def _new_coordinates(
     return AttentionTransform(qk, qk, v, o)
 
 
-def _turned_mean(matrix: Tensor, mean: Tensor) -> Tensor:
-    """Mean ``[H, d]`` after `matrix` ``[H, d, d]`` turned each head."""
-    return (matrix @ mean.unsqueeze(-1)).squeeze(-1)
+def _moved_mean(new: Tensor, mean: Tensor) -> Tensor:
+    """Mean ``[H, d]`` or ``[1, m]`` after heads were turned by `new` ``[H, d, d]``, or channels ordered by ``[m]``."""
+    return mean[:, new] if new.dim() == 1 else (new.to(mean) @ mean.unsqueeze(-1)).squeeze(-1)
 
 
-def _turned_covariance(matrix: Tensor, covariance: Tensor) -> Tensor:
-    """Covariance ``[H*d, H*d]`` after `matrix` ``[H, d, d]`` turned each head."""
-    shape = matrix.shape[:2]
+def _moved_covariance(new: Tensor, covariance: Tensor) -> Tensor:
+    """Covariance ``[H*d, H*d]`` or ``[m, m]`` after the same."""
+    if new.dim() == 1:
+        return covariance[new][:, new]
+    shape, turn = new.shape[:2], new.to(covariance)
     blocks = covariance.unflatten(0, shape).unflatten(2, shape)  # [H, d, H, d]
-    return torch.einsum("hij,hjgk,glk->higl", matrix, blocks, matrix).flatten(2).flatten(0, 1)
+    return torch.einsum("hij,hjgk,glk->higl", turn, blocks, turn).flatten(2).flatten(0, 1)
 
 
 def moments_of(module: ElasticSite, found: SiteStatistics) -> tuple[Tensor, Moments]:

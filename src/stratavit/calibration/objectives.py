@@ -37,16 +37,7 @@ class CalibrationObjective:
     headless: bool = False
 
     def __call__(self, parts: Stages, tokens: Tensor, labels: Tensor | None, keys: Sequence[bytes]) -> Tensor:
-        """The scalar, summed over the images.
-
-        Args:
-            parts: Of the model.
-            tokens: ``[B, N, C]``, as they leave the last block.
-            labels: ``[B]``.
-            keys: Of the images, see `pixels.keys_of`.
-
-        Returns:
-            The scalar, in float32 or wider.
+        """The scalar, in float32 or wider, summed over images; `tokens` ``[B, N, C]`` are those of the last block.
 
         Raises:
             StrataViTError: The objective needs labels and there are none, or they are out of range.

@@ -208,12 +208,10 @@ def collect(
         raise StrataViTError("calibration: the loader gave no images; check the data folder or the loader")
     results = {}
     for name in sites:
-        results[name] = result = observers.pop(name).result()  # popped, so that no site's sums outlive its result
-        result.images = images_seen
-        if not all(t.isfinite().all() for t in vars(result).values() if isinstance(t, Tensor)):
-            raise StrataViTError(
-                f"calibration: {name} produced NaN or infinite values; check the weights and the images"
-            )
+        results[name] = found = observers.pop(name).result()  # popped, so that no site's sums outlive its result
+        found.images = images_seen
+        if not all(t.isfinite().all() for t in vars(found).values() if isinstance(t, Tensor)):
+            raise StrataViTError(f"calibration: {name} produced NaN or infinite values; check weights and images")
     return results
 
 

@@ -40,7 +40,7 @@ def principal_axes(scatter: Tensor) -> Tensor:
 def attention_transform(
     statistics: SiteStatistics, criterion: Criterion, norms: Tensor, generator: torch.Generator
 ) -> AttentionTransform:
-    """Coordinates of an attention module, most important first.
+    """Coordinates of an attention module, most important first, in float64.
 
     Args:
         statistics: Of the site; `scatter` is needed for ``wpac`` and ``pca``.
@@ -49,9 +49,6 @@ def attention_transform(
         norms: L2 norms of each coordinate's weights for q, k, v, ``[3, H, d]``, or for v alone, where q and k stay
             uncut, ``[1, H, d]``; for ``magnitude``.
         generator: For ``random``.
-
-    Returns:
-        The transform, in float64.
     """
     turned = criterion in ("wpac", "pca")
     axes_of: Callable[[Tensor], Tensor] = principal_axes if turned else _sorting_axes
@@ -64,12 +61,9 @@ def attention_transform(
 
 
 def mlp_order(statistics: SiteStatistics, criterion: Criterion, norms: Tensor, generator: torch.Generator) -> Tensor:
-    """Hidden units of an MLP, most important first, ``[m]``.
-
-    ``wpac`` and ``pca`` use the second-order Taylor term, as the reference does.
-    """
-    mlp_criterion: Criterion = "hessian" if criterion in ("wpac", "pca") else criterion
-    return _descending(_scores(statistics, mlp_criterion, norms, generator).flatten())
+    """Hidden units of an MLP, most important first, ``[m]``; ``wpac`` and ``pca`` use ``hessian``, as the reference."""
+    ranking: Criterion = "hessian" if criterion in ("wpac", "pca") else criterion
+    return _descending(_scores(statistics, ranking, norms, generator).flatten())
 
 
 def _scores(statistics: SiteStatistics, criterion: Criterion, norms: Tensor, generator: torch.Generator) -> Tensor:
