@@ -195,8 +195,8 @@ def test_real_deit_tiny_keeps_its_function_and_is_closest_with_full_compensation
     """Half of every width: the distance to the dense model's outputs falls from none over mean to full."""
     net = SuperNet(deit_tiny)
     options = {"num_classes": 1000, "class_map": real_data / "imagenet" / "class_map.txt", "batch_size": 16}
-    net.contract(image_loader(real_data / "imagenet", net.data_config, "train", limit=32, **options))
-    loader = image_loader(real_data / "imagenet", net.data_config, "val", limit=32, **options)
+    net.contract(image_loader(real_data / "imagenet", net.data_config, "train", limit=16, **options))
+    loader = image_loader(real_data / "imagenet", net.data_config, "val", limit=16, **options)
     images, distances = torch.cat([images for images, _ in loader]), []
     with torch.no_grad():
         dense = deit_tiny(images)

@@ -22,7 +22,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stratavit import SuperNet, evaluate
-from stratavit.data.image_folder import image_loader
 from stratavit.elastic.compensation import LARGEST_RATIO, cholesky, compensate, factorise
 
 IMAGES = make_images(2, seed=9)
@@ -95,8 +94,6 @@ def test_without_gain_it_is_the_least_squares_optimum(seed, keep):
 DEGENERATE = {
     "all constant": lambda x: torch.ones_like(x) * 4,
     "one constant": lambda x: torch.cat([torch.full_like(x[:, :1], 3), x[:, 1:]], dim=1),
-    "one that varies": lambda x: torch.cat([torch.full_like(x[:, 1:], 3), x[:, :1]], dim=1),
-    "all alike": lambda x: x[:, :1].expand_as(x),
     "duplicates": lambda x: x[:, [0, 0, 1, 2, 2, 2, 3, 1, 4]],
     "tiny": lambda x: x * 1e-18,
     "huge": lambda x: x * 1e15,
@@ -104,7 +101,7 @@ DEGENERATE = {
 }
 
 
-@pytest.mark.parametrize("gain", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("gain", [0.0, 0.5])
 @pytest.mark.parametrize("case", DEGENERATE)
 def test_degenerate_channels_give_finite_numbers(case, gain):
     x, weight = problem(3)
@@ -117,14 +114,8 @@ def test_degenerate_channels_give_finite_numbers(case, gain):
         assert gain or float(kept.abs().max()) <= 10 * float(weight.abs().max())
         rounding = 1e-5 * float((kept.abs() @ mean[:keep].abs() + weight.abs() @ mean.abs()).max())
         assert float((kept @ mean[:keep] + bias - weight @ mean).abs().max()) <= rounding
-
-
-def test_maps_of_zeros_stay_zeros():
-    x, weight = problem(3)
-    mean, _, moments = moments_of(x, weight * 0)
-    kept, bias = cut(weight * 0, mean, moments, 4, 0.5)
-    assert not kept.any()
-    assert not bias.any()
+        zeros = weight * 0
+        assert not any(tensor.any() for tensor in cut(zeros, mean, moments_of(x, zeros)[2], keep, gain))
 
 
 @cache
@@ -182,11 +173,8 @@ def test_gradients_equal_the_stock_models_with_channels_predicted(family, data):
         assert float((found - wanted).abs().max()) <= 1e-3 * scale, name
 
 
-@pytest.mark.parametrize("gain", [0.0, 0.5])
-def test_gradients_reach_the_columns_that_are_cut(gain):
+def test_gradients_reach_the_columns_that_are_cut():
     net = copy.deepcopy(make_net("plain"))
-    for module in net.elastic.values():
-        module.gain = gain
     net(IMAGES, {"blocks.0.attn": 5, "blocks.0.mlp": 40}).square().sum().backward()
     assert net.elastic["blocks.0.attn"].proj.weight.grad.abs().amin() > 0
     assert net.elastic["blocks.0.mlp"].fc2.weight.grad.abs().amin() > 0
@@ -258,8 +246,9 @@ def test_a_network_that_was_made_in_inference_mode_runs():
         assert torch.equal(net.extract(spec=spec)(IMAGES), make_net("plain").extract(spec=spec)(IMAGES))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.01)])
-@pytest.mark.parametrize("name", ["plain", "no_bias", "odd_widths"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "tolerance"), [("plain", torch.bfloat16, 0.1), ("no_bias", torch.float16, 0.01)]
+)
 def test_half_precision_weights_are_the_float32_result_rounded_once(name, dtype, tolerance):
     half = copy.deepcopy(make_net(name)).to(dtype)
     wide = copy.deepcopy(half).float()
@@ -274,26 +263,6 @@ def test_half_precision_weights_are_the_float32_result_rounded_once(name, dtype,
     spec = {site.name: site.width // 2 for site in half.sites}
     with torch.no_grad():
         assert relative_error(half(IMAGES.to(dtype), spec).float(), wide(IMAGES, spec)) <= tolerance
-
-
-@pytest.mark.real_weights
-def test_real_deit_tiny_answers_closest_with_full_compensation(real_data, deit_tiny):
-    """Half of every width: the distance to the dense model's answers falls from none over mean to full."""
-    net = SuperNet(deit_tiny)
-    options = {"num_classes": 1000, "class_map": real_data / "imagenet" / "class_map.txt", "batch_size": 16}
-    net.contract(image_loader(real_data / "imagenet", net.data_config, "train", limit=32, **options))
-    spec = {site.name: site.width // 2 for site in net.sites}
-    loader = image_loader(real_data / "imagenet", net.data_config, "val", limit=32, **options)
-    images = torch.cat([images for images, _ in loader])
-    distances = []
-    with torch.no_grad():
-        dense = deit_tiny(images).log_softmax(dim=-1)
-        for compensation in ("full", "mean", "none"):
-            net.compensation = compensation
-            small = net(images, spec).log_softmax(dim=-1)
-            distances.append(float(F.kl_div(small, dense, reduction="batchmean", log_target=True)))
-    assert distances == sorted(distances)
-    assert distances[0] < 0.9 * distances[1]
 
 
 def test_a_module_whose_channels_hardly_vary_is_cut_saved_and_loaded(tmp_path):

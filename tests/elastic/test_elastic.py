@@ -20,8 +20,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stratavit import SuperNet
-from stratavit.elastic.attention import ElasticAttention
-from stratavit.elastic.mlp import ElasticMlp
 
 IMAGES = make_images(2, seed=9)
 MASKED = ["mean", "paper"]  # what switching channels off in the stock model can show
@@ -132,24 +130,11 @@ def test_gradients_reach_every_kept_channel():
     assert not mlp.fc2.weight.grad[:, 40:].any()
 
 
-def test_state_dict_is_the_stock_one(source):
+def test_an_uncalibrated_network_has_the_stock_state_dict_and_keeps_the_plain_bias(source):
     net = SuperNet(source)
     assert list(net.model.state_dict()) == list(source.state_dict())
     assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in net.model.state_dict().items())
-
-
-def test_uncalibrated_default_keeps_the_plain_bias(source):
-    net = SuperNet(source)
     for name, module in net.elastic.items():
         bias, expected = module.out_bias_at(0), out_layers(source)[name].bias
         assert (bias is None) == (expected is None)
         assert bias is None or torch.equal(bias, expected)
-
-
-@pytest.mark.parametrize("bypassed", [True, False])
-def test_bypassed_module_adds_nothing(source, bypassed):
-    tokens = torch.randn(2, 5, source.embed_dim)
-    for block in copy.deepcopy(source).blocks:
-        for module in (ElasticAttention(block.attn), ElasticMlp(block.mlp)):
-            module.bypassed = bypassed
-            assert bool(module(tokens).any()) != bypassed

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import CLASSES, make_batches, make_images, make_net
+from helpers import CLASSES, make_batches, make_images, make_net, tensors_of
 from torch.utils.data import TensorDataset
 
 import stratavit
@@ -19,25 +19,6 @@ def served(family="plain", **options):
     with torch.inference_mode():
         expected = [net(IMAGES, spec).clone() for spec in [{}, *specs]]
     return net, specs, expected, net.specialise(*specs, **options)
-
-
-def tensors_of(net):
-    """All tensors that a network holds, wherever: storage address -> bytes."""
-    found, seen, left = {}, set(), [net]
-    while left:
-        one = left.pop()
-        if id(one) in seen:
-            continue
-        seen.add(id(one))
-        if isinstance(one, torch.Tensor):
-            found[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
-        elif isinstance(one, dict):
-            left += one.values()
-        elif isinstance(one, (list, tuple)):
-            left += one
-        elif hasattr(one, "__dict__"):
-            left += vars(one).values()
-    return found
 
 
 @pytest.mark.parametrize("family", ["plain", "no_bias", "distilled"])
