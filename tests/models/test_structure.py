@@ -10,13 +10,15 @@ import torch
 from helpers import make_images, make_model
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import nn
 
-from stratavit import StrataViTError, SuperNet, UnsupportedModelError
+from stratavit import ArtifactError, StrataViTError, SuperNet, UnsupportedModelError
+from stratavit.artifacts import timm_config
 from stratavit.elastic.site import attention_steps, mlp_steps
-from stratavit.models.architecture import difference
+from stratavit.models import architecture
 from stratavit.models.families import elastic_sites, find_sites, stages
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
@@ -139,4 +141,30 @@ def test_what_is_saved_is_not_compared():
     model.patch_embed.norm = nn.BatchNorm1d(32)
     built = copy.deepcopy(model)
     built.patch_embed.norm.running_mean += 1
-    assert difference(built, model) is None
+    assert architecture.difference(built, model) is None
+
+
+def test_a_model_of_no_fixed_size():
+    model = make_model("plain")
+    model.patch_embed.img_size = None
+    assert architecture.resolve_data_config(model)["input_size"] == (3, 224, 224)
+
+
+def test_a_beit_without_biases_of_qkv_is_refused():
+    with pytest.raises(ArtifactError):
+        SuperNet(Beit(**SMALL, qkv_bias=False))
+
+
+def test_arguments_that_an_architecture_sets_itself(monkeypatch):
+    """Then there is no config.json that timm could load by."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32)
+    description, config = architecture.describe(model), architecture.resolve_data_config(model)
+    assert timm_config.timm_config(description, config) is not None
+    built = architecture.build(description, device="meta")
+
+    def twice(*args, **options):
+        raise TypeError("got multiple values for keyword argument 'depth'")
+
+    monkeypatch.setattr(architecture, "build", lambda *args, **options: built)
+    monkeypatch.setattr(timm, "create_model", twice)
+    assert timm_config.timm_config(description, config) is None

@@ -118,7 +118,7 @@ class RunningCovariance:
 
 
 def gram(x: Tensor) -> Tensor:
-    """``x^T x`` of ``[T, n]``; of 4 x 4 blocks those above the diagonal are mirrored, which saves 3/8 of the products."""
+    """``x^T x`` of ``[T, n]``; of 4 x 4 blocks those above the diagonal are mirrored: 3/8 of the products saved."""
     n = x.shape[1]
     if n < 256:
         return x.T @ x
