@@ -1,4 +1,4 @@
-"""Where along the dropout list all budgets hold, by bisection: costs fall along it, and so, nearly, does accuracy."""
+"""Finds where along the dropout list all budgets hold, by bisection: costs fall along it, accuracy nearly so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands that measure accuracy: ``evaluate``, ``curve``, and ``report``, which may."""
+"""The commands that measure accuracy: ``evaluate``, ``curve`` and, with images, ``report``."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def runner(model: nn.Module, image_size: Sequence[int], setting: Setting, sessio
 
 
 def pass_times(one: TimedCall, setting: Setting, at_least: int = AT_LEAST_RUNS) -> list[float]:
-    """Seconds of each of so many passes, or more, each waited for."""
+    """Seconds of each pass, `at_least` of them or more, each synchronised with the device."""
     times: list[float] = []
     device = model_device(one.model)
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""What the training loop asks of that which it trains."""
+"""What the training loop needs to know of a model that it trains: the base class of tasks."""
 
 from __future__ import annotations
 
