@@ -14,7 +14,7 @@ from stratavit.errors import StrataViTError, described, one_line
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
 class Spec(Mapping[str, int]):
-    """Site name -> kept width: head_dim of an attention module, hidden_features of an MLP.
+    """Site name -> kept width: head_dim of an attention module, hidden_features of an MLP, patch tokens of a block.
 
     Sites that are not named stay at full width. A `Spec` is immutable and hashable; a plain dict is accepted wherever
     a `Spec` is. Whether names and widths fit a model is checked where they meet one (`SuperNet.resolve`).
@@ -23,7 +23,8 @@ class Spec(Mapping[str, int]):
     ``{"qk": full, "v": width}`` as well, which says the same; of other attention modules ``qk`` and ``v`` are equal.
 
     Args:
-        widths: For example ``{"blocks.0.attn": 32, "blocks.0.mlp": 384}``; keys are timm module paths.
+        widths: For example ``{"blocks.0.attn": 32, "blocks.0.mlp": 384, "blocks.5.tokens": 100}``; keys are timm module
+            paths, and those of blocks with ``.tokens`` where a block merges tokens.
 
     Raises:
         StrataViTError: A key is not a string, or a width is not an int >= 0.

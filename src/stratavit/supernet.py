@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +22,14 @@ from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.calibration.objectives import Measure, Objective
 from stratavit.calibration.wpac import Criterion
 from stratavit.data.pixels import Seen
-from stratavit.dropout_list import build, strata
+from stratavit.dropout_list import build, joint, strata
 from stratavit.dropout_list.walk import Walk
+from stratavit.elastic import token_places
 from stratavit.elastic.base import Compensation, ElasticSite, known_compensation, run_at, site_of
 from stratavit.elastic.memory import Memory, memory_of, report_kept_moments, specialise
-from stratavit.elastic.site import HEAD_DIM_UNIT, MLP_UNITS, full_spec, with_units
-from stratavit.errors import BudgetError, StrataViTError
+from stratavit.elastic.site import HEAD_DIM_UNIT, MLP_UNITS, with_units
+from stratavit.elastic.tokens import token_counts
+from stratavit.errors import BudgetError
 from stratavit.evaluation.latency import Setting
 from stratavit.interop.convert import as_source, as_timm
 from stratavit.models import changes, conversion, source_checks
@@ -52,7 +54,7 @@ class SuperNet(nn.Module):
         model: The timm model, its attention and MLP modules elastic; its state dict is the stock one.
         sites: The modules that can be cut, in `units` (see `set_units`).
         uncut: Name -> reason of attention and MLP modules that cannot be cut and stay as they are.
-        strata: The dropout list, once `stratify` has run.
+        strata: The dropout list, once `stratify` has run; `joint_strata` that over both axes, widths and tokens.
         final_mean: Shift of the mean of what the head reads, by size; ``full`` compensation puts it back. None is off.
         data_config: How input images must be prepared.
         provenance: Plain facts about how this super-network was made.
@@ -85,6 +87,7 @@ class SuperNet(nn.Module):
         self._dense_outputs: DenseOutputs | None = None  # for the images of `contract`; `stratify` uses them
         self._seen: Seen | None = None  # the images of `contract`, if it kept moments of folds
         self.strata: strata.Strata | None = None
+        self.joint_strata: strata.Strata | None = None
         self.final_mean: FinalMean | None = None
         self.provenance: dict[str, Any] = {}
         self.frozen, self.frozen_for_serving = frozen_names(self.model), False
@@ -131,7 +134,7 @@ class SuperNet(nn.Module):
         if (head_dim_unit, mlp_units) != self.units:
             self.units, self.sites = (head_dim_unit, mlp_units), sites
             self._cost = replace(self.cost, sites=self.sites)
-            self.strata = self.final_mean = None
+            self.strata = self.joint_strata = self.final_mean = None
 
     # ---- run ---------------------------------------------------------------------------------------
 
@@ -165,7 +168,8 @@ class SuperNet(nn.Module):
         widths = self.resolve(spec)
         if torch.is_grad_enabled() and not fixed and widths != self.resolve(None):
             source_checks.check_not_recomputed(self.model)
-        with run_at(self.elastic, widths, fixed, {self._shift: conversion.final_shift(self, widths)}):
+        shift, tokens = conversion.final_shift(self, widths), token_counts(self.model, widths)
+        with run_at(self.elastic, widths, fixed, {self._shift: shift}, tokens):
             yield self.model
 
     def source_copy(self) -> nn.Module:
@@ -211,8 +215,8 @@ class SuperNet(nn.Module):
         if known is not None:
             known.seal(self.model)  # contraction keeps the function
         self._dense_outputs, self._seen = known, None if known is None else known.seen
-        self.frozen_for_serving = False
-        self.strata, self.final_mean, self.method = None, None, method
+        self.strata = self.joint_strata = self.final_mean = None
+        self.method, self.frozen_for_serving = method, False
         self.provenance["contract"] = {"method": method, **facts}
         return self
 
@@ -226,6 +230,7 @@ class SuperNet(nn.Module):
         seed: int = 0,
         price: Literal["macs", "latency"] = "macs",
         setting: Setting | None = None,
+        axes: Sequence[str] = ("width",),
     ) -> Self:
         """Makes the one-shot dropout list, down to the smallest size, in place; no training.
 
@@ -240,6 +245,7 @@ class SuperNet(nn.Module):
             seed: ``paper``: for the objective ``sampled``.
             price: What importance is divided by: MACs (paper), or ``latency`` where the weights are.
             setting: For ``latency``; one image, eager, if None.
+            axes: ``("width", "tokens")`` makes a second list (`joint_strata`) that also merges tokens.
 
         Returns:
             self.
@@ -249,17 +255,16 @@ class SuperNet(nn.Module):
         """
         method = self.method if method is None else known_method(method)
         cost = priced(self.cost, self.elastic, price, setting)
-        known = self._dense_outputs
-        known = known if known is not None and known.belong_to(self.model) else None
-        options: Any = {"objective": objective, "measure": measure, "plan": plan, "seed": seed}
+        known = self._dense_outputs if self._dense_outputs and self._dense_outputs.belong_to(self.model) else None
+        options: Any = {"objective": objective, "measure": measure, "plan": plan, "seed": seed, "known": known}
+        options |= {"seen": self._seen, "tokens": joint.token_search(axes, method, self.model, bool(self.cost.places))}
         with in_float32(self.model), self.at():
-            entries, final_mean, facts = build.make_list(
-                self.model, self.sites, cost, loader, method, **options, known=known, seen=self._seen
-            )
-        self._dense_outputs = None
+            made = build.make_list(self.model, self.sites, cost, loader, method, **options)
+        entries, self.final_mean, facts, both = made
         if method != self.method:
             self.method = method
-        self.strata, self.final_mean = strata.Strata(self.sites, entries), final_mean
+        self._dense_outputs, self.strata = None, strata.Strata(self.sites, entries)
+        self.joint_strata = None if both is None else strata.Strata((*self.sites, *cost.places), both)
         self.provenance["stratify"] = {"method": method, "price": price, "prices": cost.prices, **facts}
         return self
 
@@ -281,7 +286,7 @@ class SuperNet(nn.Module):
         Returns:
             A spec that names every site.
         """
-        return full_spec(self.sites, spec)
+        return token_places.resolve(self.sites, self._cost.places, spec)
 
     def macs(self, spec: Mapping[str, int] | None = None, attention: bool = False) -> int:
         """Multiply-accumulates (MACs) per image.
@@ -363,6 +368,7 @@ class SuperNet(nn.Module):
             latency_ms: Median milliseconds per batch in the setting on the weights' device, or ``"50%"``; timed.
             top1, max_drop: Percent of the images in `data` that must be right; points of it that may be lost.
             position: Number of entries of the dropout list to drop; 0 is the full model. Alone only.
+            axes: ``width``; ``both``: merge tokens, too; ``auto``: both if it can, but for params, memory and position.
             data: Labelled images for `top1` and `max_drop`, run through about ten times.
             setting: For `memory_mb` and `latency_ms`; one image, eager, the model's dtype if left out.
 
@@ -373,10 +379,7 @@ class SuperNet(nn.Module):
             BudgetError: No budget, an unreadable one, one that cannot be reached, or budgets that exclude each other.
             StrataViTError: There is no dropout list yet.
         """
-        if self.strata is None:
-            raise StrataViTError("no dropout list yet: call stratify(loader) first, or give a spec")
-        positions = range(len(self.strata) + 1) if self.method == "default" else self.strata.group_ends()
-        return find_sub_network(self, self.strata, positions, asked)
+        return find_sub_network(self, asked)
 
     def small_at(self, widths: Mapping[str, int]) -> nn.Module:
         """The plain small model of a spec in timm's form, see `extract`, also for errors.

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from stratavit.artifacts.folder_format import SUB, read_saved, write_saved
+from stratavit.elastic.token_places import SUFFIX
 from stratavit.errors import ArtifactError, UnsupportedModelError
 from stratavit.interop.convert import as_source, as_timm
 from stratavit.models import architecture, source_checks
@@ -77,6 +78,7 @@ def load(path: str | Path, device: torch.device | str = "cpu", timm_form: bool =
 
 
 def site_widths(model: nn.Module) -> dict[str, int]:
-    """The width kept at every site of a sub-network, read from its layers."""
-    sites = architecture.describe(model)["sites"]
-    return {name: site.get("head_dim", site.get("hidden_features", 0)) for name, site in sites.items()}
+    """The width kept at every site of a sub-network, and the tokens where it merges some, read from its layers."""
+    found = architecture.describe(model)
+    widths = {name: site.get("head_dim", site.get("hidden_features", 0)) for name, site in found["sites"].items()}
+    return widths | {name + SUFFIX: count for name, count in found.get("tokens", {}).get("keep", {}).items()}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from stratavit.artifacts import folder_format, moments
 from stratavit.dropout_list.strata import Strata
-from stratavit.errors import ArtifactError, StrataViTError
+from stratavit.elastic.token_places import check_tokens, place_of
+from stratavit.elastic.tokens import merging_blocks
+from stratavit.errors import ArtifactError, StrataViTError, described
 from stratavit.models import changes, source_checks
 from stratavit.models.freezing import frozen_names
 
@@ -37,6 +40,9 @@ def write(path: str | Path, net: Any, overwrite: bool, second: bool) -> None:
         "strata": None if net.strata is None else net.strata.to_json(),
         "provenance": net.provenance,
     }
+    if net.joint_strata is not None:
+        patches = net.cost.places[0].width
+        facts["joint_strata"] = {"patches": patches, "entries": net.joint_strata.to_json()}
     tensors = moments.to_tensors(net.elastic, net.final_mean, second)
     folder_format.write_saved(path, folder_format.SUPER, net.model, facts, overwrite, tensors)
 
@@ -62,3 +68,19 @@ def restore(net: Any, path: str | Path, content: Mapping[str, Any], second: bool
         net.compensation = "mean"
     if content.get("strata") is not None:
         net.strata = Strata.from_json(net.sites, content["strata"])
+    if content.get("joint_strata") is not None:
+        net.joint_strata = _joint(net, content["joint_strata"])
+
+
+def _joint(net: Any, saved: Any) -> Strata:
+    places = net.cost.places
+    if not isinstance(saved, dict) or type(saved.get("patches")) is not int or not places:
+        raise ArtifactError(f"joint_strata: expected a list for a model that can merge tokens, got {described(saved)}")
+    patches = saved["patches"]  # of images of the size that the list was made for
+    for block in merging_blocks(net.model).values():
+        block.full = patches
+    net._cost = replace(net.cost, places=tuple(place_of(p.block, patches, p.prefix) for p in places))
+    found = Strata.from_json((*net.sites, *net.cost.places), saved.get("entries"))
+    for position in range(len(found) + 1):
+        check_tokens(net.cost.places, found.spec(position))
+    return found

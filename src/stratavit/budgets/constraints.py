@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from operator import index
-from typing import Any, SupportsIndex, TypedDict
+from typing import Any, Literal, SupportsIndex, TypedDict, get_args
 
 import torch
 
 from stratavit.budgets.amounts import GOALS, KINDS, Amount, Bound, Budget
 from stratavit.budgets.search import Limit, meet
 from stratavit.dropout_list.strata import Strata
-from stratavit.errors import BudgetError
+from stratavit.errors import BudgetError, StrataViTError
 from stratavit.evaluation.accuracy import evaluate
 from stratavit.evaluation.latency import Setting, time_model
 from stratavit.spec import Spec
 
 MEGABYTE = 10**6
+Axes = Literal["auto", "width", "both"]
 
 
 class BudgetArgs(TypedDict, total=False):
@@ -32,15 +33,20 @@ class BudgetArgs(TypedDict, total=False):
     position: int | None
     data: Iterable[Any] | None
     setting: Setting | None
+    axes: Axes | None
 
 
-def find_sub_network(net: Any, strata: Strata, positions: Sequence[int], asked: BudgetArgs) -> Budget:
-    """The sub-network at one of these positions of a dropout list that keeps all budgets, see `SuperNet.budget`.
+def find_sub_network(net: Any, asked: BudgetArgs) -> Budget:
+    """The sub-network on a dropout list of a `SuperNet` that keeps all budgets, see `SuperNet.budget`.
 
     Raises:
         BudgetError: No budget, an unreadable one, one outside the reachable range, or budgets that exclude each other.
     """
+    if net.strata is None:
+        raise StrataViTError("no dropout list yet: call stratify(loader) first, or give a spec")
     amounts = _given(asked)
+    strata = _list_for(net, amounts, asked.get("axes") or "auto")
+    positions = range(len(strata) + 1) if net.method == "default" else strata.group_ends()
     if "position" in amounts:
         return _at(net, strata, amounts["position"])
     measures = _measures(net, strata, asked.get("data"), asked.get("setting") or Setting())
@@ -49,12 +55,25 @@ def find_sub_network(net: Any, strata: Strata, positions: Sequence[int], asked: 
     return meet(limits, strata.spec, positions)
 
 
+def _list_for(net: Any, amounts: Mapping[str, Any], axes: str) -> Strata:
+    """The width list, or that over both axes."""
+    if axes not in get_args(Axes):
+        raise BudgetError(f"axes: expected {', '.join(get_args(Axes))}, got {axes!r}")
+    if axes == "both" and net.joint_strata is None:
+        raise BudgetError("axes: there is no list over both axes; make one by stratify(axes=('width', 'tokens'))")
+    widths_alone = axes == "width" or (axes == "auto" and amounts.keys() & {"params", "memory_mb", "position"})
+    found: Strata = net.strata if widths_alone or net.joint_strata is None else net.joint_strata
+    return found
+
+
 def _given(asked: Mapping[str, Any]) -> dict[str, Any]:
     """The budgets that are not None."""
     for name in asked:
-        if name not in (*KINDS, "position", "data", "setting"):
+        if name not in (*KINDS, "position", "data", "setting", "axes"):
             raise BudgetError(f"unknown budget {name!r}; expected {', '.join(KINDS)} or position")
-    amounts = {kind: amount for kind, amount in asked.items() if kind not in ("data", "setting") and amount is not None}
+    amounts = {
+        kind: amount for kind, amount in asked.items() if kind not in ("data", "setting", "axes") and amount is not None
+    }
     if not amounts:
         raise BudgetError(f"give at least one budget of {', '.join(KINDS)}, or a position")
     if "position" in amounts and len(amounts) > 1:

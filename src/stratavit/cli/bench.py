@@ -108,7 +108,7 @@ def with_dense(small: nn.Module, name: str) -> dict[str, nn.Module]:
             return {name: small}
         nearest = min(alike, key=lambda other: abs(order.index(other) - place))
         full[site] = {key: width if key in WIDTHS else value for key, value in left[nearest].items()}
-    dense = architecture.build(description | {"sites": full})
+    dense = architecture.build({key: value for key, value in description.items() if key != "tokens"} | {"sites": full})
     size = architecture.resolve_data_config(small)["input_size"]
     if provenance.get("dense_macs") not in (None, linear_macs(dense, size)):
         return {name: small}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.table import Table
 
 from stratavit.artifacts import folder_format, sub_network
 from stratavit.artifacts.model_loading import model_at
+from stratavit.budgets.constraints import Axes
 from stratavit.calibration.objectives import OBJECTIVES
 from stratavit.calibration.wpac import CRITERIA
 from stratavit.cli import options
@@ -54,6 +55,8 @@ def convert_options(command: ArgumentParser) -> None:
     add("--objective", choices=OBJECTIVES, default="auto", help=text)
     text = "cost by which a unit's importance is divided (default: %(default)s)"
     add("--price", choices=("macs", "latency"), default="macs", help=text)
+    text = "both: make a second list that merges similar tokens, too (default: %(default)s)"
+    add("--axes", choices=("width", "both"), default="width", help=text)
     options.add_latency_batch(command)
     add("--threads", type=positive, default=0, help="CPU threads for timings (default: torch's setting)")
     add("--seed", type=int, default=0, help="seed of random choices (default: %(default)s)")
@@ -71,7 +74,8 @@ def convert(args: Namespace) -> Outcome:
     started = time.perf_counter()
     net.contract(loader, args.method, args.criterion, args.objective, args.seed)
     setting = Setting(args.latency_batch, threads=args.threads)
-    net.stratify(loader, objective=args.objective, seed=args.seed, price=args.price, setting=setting)
+    axes = ("width", "tokens") if args.axes == "both" else ("width",)
+    net.stratify(loader, objective=args.objective, seed=args.seed, price=args.price, setting=setting, axes=axes)
     seconds = time.perf_counter() - started
     weights = None if args.weights is None else Path(args.weights).name
     net.provenance["source"] = {"model": args.model, "weights": weights}
@@ -100,6 +104,10 @@ def extract_options(command: ArgumentParser) -> None:
     """RUN and budgets."""
     command.add_argument("run", metavar="RUN", help="folder of a super-network")
     options.add_budgets(command)
+    text = (
+        "width: narrower layers alone; both: merge tokens, too; auto: both for MACs, latency and accuracy, if RUN can"
+    )
+    command.add_argument("--axes", choices=get_args(Axes), default="auto", help=text)
     add = command.add_argument_group("budgets of accuracy: the smallest sub-network that keeps them").add_argument
     add("--top1", metavar="PERCENT", help="minimum top-1 accuracy on --data, in percent")
     add("--max-drop", metavar="POINTS", help="maximum loss of top-1 accuracy on --data, in points")
@@ -114,7 +122,7 @@ def extract(args: Namespace) -> Outcome:
     measured = args.latency_ms is not None or args.top1 is not None or args.max_drop is not None
     net = SuperNet.load(args.run, pick_device(args.device) if measured else "cpu")
     data = None if args.data is None else options.loader_of(args, net.data_config, "val", net)
-    met = net.budget(**options.budgets(args), data=data)
+    met = net.budget(**options.budgets(args), data=data, axes=args.axes)
     started = time.perf_counter()
     small = net.extract(spec=met.spec)
     seconds = time.perf_counter() - started

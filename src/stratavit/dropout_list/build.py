@@ -14,6 +14,7 @@ from stratavit.calibration.objectives import Measure, Objective
 from stratavit.calibration.statistics import SiteStatistics, collect
 from stratavit.data.pixels import Seen
 from stratavit.dropout_list.allocation import ordered_list
+from stratavit.dropout_list.joint import TokenSearch, joint_list
 from stratavit.dropout_list.sensitivity import measure_importance
 from stratavit.dropout_list.strata import Entry, removal_order
 from stratavit.dropout_list.walk import Walk, walk
@@ -37,7 +38,8 @@ def make_list(
     seed: int = 0,
     known: DenseOutputs | None = None,
     seen: Seen | None = None,
-) -> tuple[list[Entry], FinalMean | None, dict[str, Any]]:
+    tokens: TokenSearch | None = None,
+) -> tuple[list[Entry], FinalMean | None, dict[str, Any], list[Entry] | None]:
     """The one-shot dropout list, see `SuperNet.stratify`; sites that have no mean yet get theirs.
 
     Args:
@@ -50,9 +52,11 @@ def make_list(
         plan: Of the default's.
         known: The dense model's outputs, as far as they are known and still hold.
         seen: The images that the moments of folds come from.
+        tokens: Make the list over both axes, too; of the default's.
 
     Returns:
-        The entries, the shift of the final mean if it was measured, and facts for the provenance.
+        The entries, the shift of the final mean if it was measured, facts for the provenance, and the entries of the
+        list over both axes.
 
     Raises:
         StrataViTError: Bad images, labels or options.
@@ -63,17 +67,22 @@ def make_list(
         _fill_means(elastic, statistics)
         images = next(iter(statistics.values())).images
         facts: dict[str, Any] = {"objective": objective, "measure": measure, "images": images, "sensitivity": gamma}
-        return removal_order(sites, importance, cost.price), None, facts
+        return removal_order(sites, importance, cost.price), None, facts, None
     if any(module.channel_mean.numel() == 0 for module in elastic.values()):
         _fill_means(elastic, collect(model, loader, objective, "none", "means"))
     with temporarily("compensation", dict.fromkeys(elastic.values(), "full")):
         states, ratios, mean = walk(model, sites, cost, loader, plan, known, seen)
+        entries, joint = ordered_list(sites, states, ratios), None
+        if tokens is not None:
+            joint, both = joint_list(model, sites, cost, loader, entries, plan, tokens, known)
     facts = {
         "cross_fitted": all(module.crossed for module in elastic.values()),
         "walk": asdict(plan) | {"states": [list(state) for state in plan.states]},
         "states": [[state.share, dict(state.widths)] for state in states],
     }
-    return ordered_list(sites, states, ratios), mean, facts
+    if joint is not None:
+        facts["both_axes"] = both
+    return entries, mean, facts, joint
 
 
 def _fill_means(elastic: Mapping[str, ElasticSite], statistics: Mapping[str, SiteStatistics]) -> None:

@@ -20,6 +20,7 @@ from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.calibration.objectives import distance
 from stratavit.elastic.base import ElasticSite, Probe, Weights, run_at, site_of, sites_in
 from stratavit.elastic.site import Site
+from stratavit.elastic.tokens import token_counts
 from stratavit.models.cost import CostModel
 from stratavit.models.families import stages
 from stratavit.utils.model import classes_of, model_device, model_dtype, temporarily
@@ -51,7 +52,7 @@ class Reference:
         self.elastic = {site.name: site_of(model, site.name) for site in sites}
         self._batches = [batch.to(model_device(model), model_dtype(model)) for batch in batches]
         self.count = sum(len(batch) for batch in self._batches)
-        with torch.no_grad(), run_at(self.elastic, None):
+        with torch.no_grad(), run_at(self.elastic, None, tokens=token_counts(model, {})):
             dense = [dense_outputs.of(batch, self._outputs) for batch in self._batches]
         self._logits = [logits for logits, _ in dense]
         self._pooled = _total(features for _, features in dense)
@@ -70,6 +71,16 @@ class Reference:
         with run_at(self.elastic, widths, fixed=True):
             pooled = _total(self._stages.pool(self._tokens(batch)) for batch in self._batches)
         return (self._pooled - pooled) / self.count
+
+    @torch.no_grad()
+    def distance(self, widths: Mapping[str, int]) -> float:
+        """Mean distance of the network at `widths` to the dense model."""
+        with run_at(self.elastic, widths, fixed=True):
+            found = [
+                float(distance(self._stages.tail(self._tokens(batch)), dense, self.classes))
+                for batch, dense in zip(self._batches, self._logits, strict=True)
+            ]
+        return sum(found) / self.count
 
     def effects(self, cost: CostModel, widths: Mapping[str, int]) -> dict[str, float]:
         """By how much the mean distance falls, to first order, per price of what a site is given.

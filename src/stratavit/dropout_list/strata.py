@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from stratavit.elastic.site import Site
+from stratavit.elastic.token_places import SiteOrPlace
 from stratavit.errors import ArtifactError, described
 from stratavit.spec import Spec
 
@@ -34,14 +35,14 @@ class Strata:
     """An ordered dropout list. Position p means that the first p entries are dropped; 0 is the full model.
 
     Args:
-        sites: The sites of the model.
+        sites: The sites of the model, and where it merges tokens.
         entries: In order of removal; each drops one or more units off its site's tail.
 
     Raises:
         ArtifactError: An entry does not fit the sites, or does not shrink its site.
     """
 
-    def __init__(self, sites: Sequence[Site], entries: Sequence[Entry]) -> None:
+    def __init__(self, sites: Sequence[SiteOrPlace], entries: Sequence[Entry]) -> None:
         self.entries = tuple(entries)
         self._full = {site.name: site.width for site in sites}
         steps = {site.name: site.steps for site in sites}
@@ -80,7 +81,7 @@ class Strata:
         return [list(astuple(entry)) for entry in self.entries]
 
     @classmethod
-    def from_json(cls, sites: Sequence[Site], rows: Any) -> Strata:
+    def from_json(cls, sites: Sequence[SiteOrPlace], rows: Any) -> Strata:
         """Reads what `to_json` wrote.
 
         Raises:

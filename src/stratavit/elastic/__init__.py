@@ -1,1 +1,1 @@
-"""Attention and MLP modules that run any prefix of their channels."""
+"""Attention and MLP modules that run any prefix of their channels, and blocks that merge tokens."""

@@ -28,7 +28,7 @@ Compensation = Literal["none", "mean", "full"]
 
 
 def known_compensation(name: Compensation) -> Compensation:
-    """The same; a `StrataViTError` if it is none of the three."""
+    """Returns the value; a `StrataViTError` if it is not one of the three."""
     if name not in ("none", "mean", "full"):
         raise StrataViTError(f"compensation: expected 'none', 'mean' or 'full', got {described(name)}")
     return name
@@ -202,7 +202,7 @@ class ElasticSite(nn.Module):
         """Weights of the prefix of `width` channels (per head), 0 < width <= full width, computed from what is there.
 
         Raises:
-            StrataViTError: Only what `specialise` kept could say them, and the weights have changed since.
+            StrataViTError: They were computed by `specialise`, and the weights have changed since.
         """
         into = self.in_weight(width)
         if width == self.full_width:
@@ -326,13 +326,14 @@ def run_at(
     widths: Mapping[str, int] | None,
     fixed: bool = False,
     shifts: Mapping[Any, Tensor | None] | None = None,
+    tokens: Mapping[Any, int | None] | None = None,
 ) -> Iterator[None]:
-    """The sites run at these widths (None: full) inside, in this thread or task alone; `shifts` see `Run`.
+    """The sites run at these widths (None: full) inside, in this thread or task alone; `shifts`, `tokens` see `Run`.
 
     With `fixed`, no weight changes inside and none gets a gradient, so that compensated weights are computed once.
     """
     chosen = {module: module.full_width if widths is None else widths[name] for name, module in elastic.items()}
     pairs = {module: module.fixed_out(width) for module, width in chosen.items()} if fixed else {}
     known = {module: pair for module, pair in pairs.items() if pair is not None}
-    with running(Run(chosen, known, shifts or {})):
+    with running(Run(chosen, known, shifts or {}, tokens or {})):
         yield

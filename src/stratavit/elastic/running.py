@@ -23,11 +23,13 @@ class Run:
         widths: Elastic module -> kept width.
         fixed: Elastic module -> weight and bias of its second map, computed once for all of the run.
         shifts: Hook of a last norm -> what it adds, ``[C]``.
+        tokens: Block -> patch tokens that it passes on, see `token_places.TokenPlace`; None for all.
     """
 
     widths: Mapping[Any, int] = field(default_factory=dict)
     fixed: Mapping[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     shifts: Mapping[Any, Tensor | None] = field(default_factory=dict)
+    tokens: Mapping[Any, int | None] = field(default_factory=dict)
 
 
 _FULL = Run()
@@ -44,7 +46,8 @@ def running(run: Run) -> Iterator[None]:
     """The modules that a run names run as it says inside; those of other networks as outside."""
     outer = _RUNNING.get()
     fixed = {module: pair for module, pair in outer.fixed.items() if module not in run.widths}
-    token = _RUNNING.set(Run({**outer.widths, **run.widths}, {**fixed, **run.fixed}, {**outer.shifts, **run.shifts}))
+    widths, shifts = {**outer.widths, **run.widths}, {**outer.shifts, **run.shifts}
+    token = _RUNNING.set(Run(widths, {**fixed, **run.fixed}, shifts, {**outer.tokens, **run.tokens}))
     try:
         yield
     finally:

@@ -21,8 +21,10 @@ from torch import nn
 from stratavit.elastic.attention import ElasticBeit, ElasticSplit
 from stratavit.elastic.layers import build_layer, describe_layer
 from stratavit.elastic.plain import Constant, SplitAttention
+from stratavit.elastic.token_places import SUFFIX, TokenPlace, check_tokens
+from stratavit.elastic.tokens import merge_at
 from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, described, one_line
-from stratavit.models.families import family_of, kind_of
+from stratavit.models.families import blocks_of, family_of, kind_of, merging
 from stratavit.utils.classifier import with_plain_head
 from stratavit.utils.model import computed_buffers, model_device, model_dtype
 
@@ -82,6 +84,12 @@ def described_and_built(model: nn.Module) -> tuple[dict[str, Any], nn.Module]:
             site, module = f"{block_name}.{leaf}", getattr(block, leaf)
             if _is_cut(module):
                 description["sites"][site] = describe_layer(site, module)
+    keep = {name: block.keep for name, block in blocks if getattr(block, "keep", None) is not None}
+    if keep:
+        description["tokens"] = {
+            "patches": next(block.full for _, block in blocks if hasattr(block, "keep")),
+            "keep": keep,
+        }
     bare = next(model.parameters()).is_meta  # then its buffers are nothing to compare with
     built = build(description, "meta", computed=not bare)
     differs = difference(built, model)
@@ -136,8 +144,26 @@ def _built(description: Mapping[str, Any], device: torch.device | str, computed:
         like = getattr(block, leaf)
         out = like.proj if hasattr(like, "proj") else like.fc2
         setattr(block, leaf, build_layer(numbers, out.out_features, like, device))
+    if "tokens" in description:
+        merge_tokens(model, description["tokens"])
     made: nn.Module = model
     return made
+
+
+def merge_tokens(model: nn.Module, tokens: Mapping[str, Any]) -> None:
+    """Makes blocks of a plain model merge tokens, see `tokens.merge_at`; ``{"patches": N, "keep": {block: n}}``.
+
+    Raises:
+        ArtifactError: The model has no such blocks, or they cannot merge so.
+    """
+    prefix, blocks, full, keep = merging(model), blocks_of(model), tokens["patches"], tokens["keep"]
+    if isinstance(prefix, str):
+        raise ArtifactError(f"the model description merges tokens, but {prefix}")
+    places = [TokenPlace(name + SUFFIX, name, full, ()) for name in blocks]
+    if not keep.keys() <= {*blocks} or not all(type(n) is int for n in (full, *keep.values())):
+        raise ArtifactError(f"the model description merges tokens at {described(keep)} of {described(full)}")
+    check_tokens(places, {name + SUFFIX: count for name, count in keep.items()})
+    merge_at(model, blocks, keep, full, prefix)
 
 
 def filled(built: nn.Module, model: nn.Module) -> nn.Module:

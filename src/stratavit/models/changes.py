@@ -44,7 +44,7 @@ def follow(net: Any) -> tuple[dict[str, Any], dict[str, Any], CostModel, tuple[A
     description = {**net.description, "args": {**net.description["args"], **family_of(model).arguments(model)}}
     _check_tensors(model, architecture.build(description, "meta", computed=False))
     size: Any = architecture.own_size(model, net.data_config["input_size"])
-    cost = cost_model(model, net.sites, size)
+    cost = cost_model(model, net.sites, size, net.uncut, net._cost.places)
     _check_rebuilt(net, description, size)
     return description, {**net.data_config, "input_size": size}, cost, form_of(model)
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from stratavit.elastic.site import Site
+from stratavit.elastic.token_places import SUFFIX, TokenPlace, place_of
+from stratavit.elastic.tokens import ElasticMergingBlock, replace_block
 from stratavit.errors import UnsupportedModelError
 from stratavit.models import architecture
 from stratavit.models.changes import check_small, form_of
 from stratavit.models.cost import CostModel, cost_model
 from stratavit.models.equality import Subject, check_equal
 from stratavit.models.extraction import small_model
-from stratavit.models.families import elastic_sites, find_sites, last_norm, stages
+from stratavit.models.families import blocks_of, elastic_sites, find_sites, last_norm, merging, stages
 from stratavit.models.final_mean import Shift
 from stratavit.models.freezing import set_frozen
 from stratavit.models.source_checks import check, check_layers, drop_own_routines, whole_copy
@@ -66,24 +69,39 @@ def elastic_model(
         ours = Subject(rebuilt, rebuilt), Subject(model, stages(model).answers)
         check_equal("cut", UnsupportedModelError, Subject(source, source), ours, data_config["input_size"])
     description = {**description, **({"embedding": True} if model.embedding else {})}
-    cost, shift, norm = cost_model(model, sites, data_config["input_size"]), Shift(), last_norm(model)
+    cost, shift, norm = cost_model(model, sites, data_config["input_size"], uncut), Shift(), last_norm(model)
+    if getattr(plain, "origin", None) is None:  # transformers' classes have no block that merges tokens
+        cost = replace(cost, places=make_merging(model, next(iter(cost.tokens.values()))))
     if norm is not None:
         norm.register_forward_hook(shift)
     return Elastic(model, sites, uncut, description, data_config, cost, form_of(model), shift)
+
+
+def make_merging(model: Any, tokens: int) -> tuple[TokenPlace, ...]:
+    """Makes the blocks of a model able to merge tokens, where they can; the places, for images of so many tokens."""
+    prefix, names = merging(model), blocks_of(model)
+    if isinstance(prefix, str):
+        return ()
+    patches = tokens - prefix
+    for name in names:
+        block = ElasticMergingBlock(model.get_submodule(name), prefix, last=name == names[-1], full=patches)
+        replace_block(model, name, block)
+    return tuple(place_of(name, patches, prefix) for name in names)
 
 
 def final_shift(net: Any, widths: Mapping[str, int]) -> Tensor | None:
     """What is added to the last norm's bias of a `SuperNet` at widths of every site, ``[C]``; None for nothing."""
     if net.final_mean is None or net.compensation != "full" or widths == net.resolve(None):
         return None
-    shift: Tensor = net.final_mean.at(net.cost.macs(widths) / net.cost.macs())
+    channels = {name: width for name, width in widths.items() if not name.endswith(SUFFIX)}
+    shift: Tensor = net.final_mean.at(net.cost.macs(channels) / net.cost.macs())
     return shift
 
 
 def small_at(net: Any, widths: Mapping[str, int]) -> nn.Module:
     """The small timm model of a `SuperNet` at widths of every site; it knows where it comes from."""
     check_layers(net.model)
-    small: Any = small_model(net.model, net.sites, widths, final_shift(net, widths))
+    small: Any = small_model(net.model, net.sites, widths, final_shift(net, widths), net.cost.places)
     small.provenance = {
         "super_network": net.provenance,
         "spec": dict(widths),

@@ -6,9 +6,10 @@ what budgets mean. ``attention=True`` adds the two products QK^T and AV.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from stratavit.elastic.layers import ATTENTION, describe_layer
 from stratavit.elastic.site import Site
+from stratavit.elastic.token_places import TokenPlace, tokens_along
 from stratavit.utils.model import eval_mode, model_device, model_dtype
 
 
@@ -37,6 +39,8 @@ class CostModel:
         context: Site name -> tokens that each of them attends to: all, or those of its window.
         fixed_macs: MACs per image outside the sites.
         fixed_params: Parameters outside the sites.
+        uncut: Attention and MLP modules that are not cut -> their part of `fixed_macs`.
+        places: Where tokens can be merged, in order of execution.
         prices: Site name -> what takes the place of MACs where the importance of units is weighed against their cost;
             None is MACs. Budgets stay in MACs.
     """
@@ -47,6 +51,23 @@ class CostModel:
     fixed_macs: int
     fixed_params: int
     prices: Mapping[str, Price] | None = None
+    uncut: Mapping[str, int] = field(default_factory=dict)
+    places: tuple[TokenPlace, ...] = ()
+
+    def at_tokens(self, widths: Mapping[str, int]) -> CostModel:
+        """The cost of networks that merge tokens as a spec says; every place that it does not name passes all on."""
+        if not any(place.name in widths for place in self.places):
+            return self
+        tokens, context = dict(self.tokens), dict(self.context)
+        full, prefix = self.places[0].width, self.places[0].prefix
+        before, fixed = next(iter(tokens.values())), self.fixed_macs
+        for block, counts in tokens_along(self.places, widths).items():
+            for leaf, count in zip(("attn", "mlp"), counts, strict=True):
+                name, left = f"{block}.{leaf}", prefix + round((before - prefix) * count / full)
+                if name in tokens:
+                    tokens[name] = context[name] = left
+                fixed -= self.uncut.get(name, 0) // before * (before - left)
+        return replace(self, tokens=tokens, context=context, fixed_macs=fixed, places=())
 
     def price(self, site: Site, width: int) -> float:
         """What importance is weighed against: MACs per image of a site at a width, or its price."""
@@ -64,8 +85,9 @@ class CostModel:
         return self.site_macs(site, 2) - self.site_macs(site, 1)
 
     def macs(self, widths: Mapping[str, int] | None = None, attention: bool = False) -> int:
-        """Multiply-accumulates per image of the extracted sub-network."""
-        return self.fixed_macs + sum(self.site_macs(site, width, attention) for site, width in self._all(widths))
+        """Multiply-accumulates per image of the extracted sub-network; tokens that are merged away do not count."""
+        cost = self.at_tokens(widths or {})
+        return cost.fixed_macs + sum(cost.site_macs(site, width, attention) for site, width in self._all(widths))
 
     def params(self, widths: Mapping[str, int] | None = None, biased: bool = True, corrected: bool = True) -> int:
         """Parameters of the extracted sub-network.
@@ -107,13 +129,21 @@ def site_params(site: Site, width: int, biased: bool, corrected: bool) -> int:
     return ((site.maps + 1) * site.dim + site.in_biases) * channels + site.dim * out_bias + site.fixed_params
 
 
-def cost_model(model: nn.Module, sites: tuple[Site, ...], image_size: tuple[int, int, int]) -> CostModel:
+def cost_model(
+    model: nn.Module,
+    sites: tuple[Site, ...],
+    image_size: tuple[int, int, int],
+    uncut: Iterable[str] = (),
+    places: tuple[TokenPlace, ...] = (),
+) -> CostModel:
     """Measures what does not change with widths by one pass over a blank image.
 
     Args:
         model: The model, at full width.
         sites: Its sites.
         image_size: Channels, height, width of an input image.
+        uncut: Names of attention and MLP modules that are not cut.
+        places: See `CostModel`.
     """
     tokens: dict[str, int] = {}
     context: dict[str, int] = {}
@@ -127,9 +157,10 @@ def cost_model(model: nn.Module, sites: tuple[Site, ...], image_size: tuple[int,
         for site in sites:
             module = model.get_submodule(site.name)
             stack.enter_context(module.register_forward_pre_hook(partial(note, site.name), prepend=True))
-        fixed_macs = linear_macs(model, image_size, without=inside)
+        macs = macs_by_module(model, image_size, without=inside)
     fixed_params = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(inside))
-    return CostModel(sites, tokens, context, fixed_macs, fixed_params)
+    left = {leaf: sum(n for name, n in macs.items() if name.startswith(f"{leaf}.")) for leaf in uncut}
+    return CostModel(sites, tokens, context, sum(macs.values()), fixed_params, uncut=left, places=places)
 
 
 def _tokens(inputs: tuple[Tensor, ...]) -> int:
@@ -148,28 +179,34 @@ def linear_macs(
         without: Beginnings of the names of modules that do not count.
         attention: Add the products QK^T and AV.
     """
-    total = 0
+    return sum(macs_by_module(model, image_size, without, attention).values())
 
-    def count(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
+
+def macs_by_module(
+    model: nn.Module, image_size: tuple[int, int, int], without: tuple[str, ...] = (), attention: bool = False
+) -> dict[str, int]:
+    """The same by name of the module that has them, see `linear_macs`."""
+    found: dict[str, int] = defaultdict(int)
+
+    def count(name: str, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if isinstance(module, nn.Linear | nn.Conv2d):
-            total += output.numel() * module.weight[0].numel()
+            found[name] += output.numel() * module.weight[0].numel()
             return
         if (
             getattr(module, "q_bias", None) is not None and not module.qkv_bias_separate
         ):  # qkv is not called as a module
-            total += _tokens(inputs) * module.qkv.weight.numel()
+            found[name + ".qkv"] += _tokens(inputs) * module.qkv.weight.numel()
         if attention:
             numbers = describe_layer("", module)
             widths = numbers.get("qk_dim", 0) + numbers.get("v_dim", 0) or 2 * numbers["head_dim"]
-            total += _tokens(inputs) * inputs[0].shape[-2] * numbers["num_heads"] * widths
+            found[name] += _tokens(inputs) * inputs[0].shape[-2] * numbers["num_heads"] * widths
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
             counts = isinstance(module, (nn.Linear, nn.Conv2d, *ATTENTION)) and not f"{name}.".startswith(without)
             if counts and ".cpb_mlp." not in name:  # positions, the same for all images
-                stack.enter_context(module.register_forward_hook(count))
+                stack.enter_context(module.register_forward_hook(partial(count, name)))
         stack.enter_context(eval_mode(model))
         stack.enter_context(torch.inference_mode())
         model(torch.zeros(1, *image_size, device=model_device(model), dtype=model_dtype(model)))
-    return total
+    return found

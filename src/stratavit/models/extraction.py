@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from stratavit.elastic.base import ElasticSite, site_of
 from stratavit.elastic.layers import KEPT, build_layer
 from stratavit.elastic.site import Site
+from stratavit.elastic.token_places import TokenPlace
+from stratavit.elastic.tokens import merge_at
 from stratavit.models.families import last_norm
 from stratavit.models.freezing import freeze_like
 from stratavit.models.source_checks import drop_own_routines, whole_copy
@@ -20,7 +22,11 @@ from stratavit.models.source_checks import drop_own_routines, whole_copy
 
 @torch.inference_mode(False)
 def small_model(
-    model: nn.Module, sites: tuple[Site, ...], widths: Mapping[str, int], shift: Tensor | None = None
+    model: nn.Module,
+    sites: tuple[Site, ...],
+    widths: Mapping[str, int],
+    shift: Tensor | None = None,
+    places: tuple[TokenPlace, ...] = (),
 ) -> nn.Module:
     """Copies a sub-network out of a super-network's model.
 
@@ -29,6 +35,7 @@ def small_model(
         sites: Its sites.
         widths: Kept width of every site.
         shift: Added to the bias of the last norm, ``[C]``.
+        places: Where it can merge tokens.
 
     Returns:
         A timm model in eval mode that shares no storage with `model`.
@@ -41,6 +48,11 @@ def small_model(
         replaced[id(norm)] = _shifted(norm, shift)
     small = whole_copy(model, replaced)
     drop_own_routines(small)
+    if places:
+        keep = {
+            place.block: widths[place.name] for place in places if widths.get(place.name, place.width) < place.width
+        }
+        merge_at(small, [place.block for place in places], keep, places[0].width, places[0].prefix)
     return small.eval()
 
 

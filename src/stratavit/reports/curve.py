@@ -41,7 +41,7 @@ def judge_of(model: nn.Module, bank: Iterable[Any] | None = None, embeddings: Te
 
 
 def curve(net: SuperNet, loader: Iterable[Any], ladder: Sequence[str] = LADDER, judge: Judge = evaluate) -> list[Point]:
-    """Measures a super-network at a ladder of MACs budgets, largest first.
+    """Measures a super-network at a ladder of MACs budgets on its width list, largest first.
 
     Args:
         net: With a dropout list.
@@ -60,7 +60,7 @@ def curve(net: SuperNet, loader: Iterable[Any], ladder: Sequence[str] = LADDER, 
     for asked in ladder:
         if parse_share(asked) * net.macs() < lowest:
             continue
-        met = net.budget(macs=parse_share(asked))
+        met = net.budget(macs=parse_share(asked), axes="width")
         metrics = judge(net, loader, met.spec, description=f"MACs {asked}")
         size = {"share": met.got / net.macs(), "macs": met.got, "params": net.params(met.spec)}
         points.append(Point(asked, **size, **metrics.to_dict()))  # type: ignore[arg-type]

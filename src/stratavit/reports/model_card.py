@@ -98,6 +98,6 @@ def _sizes(net: SuperNet | None, model: nn.Module, points: Sequence[Point]) -> s
         for share in SHARES:
             part = int(share.removesuffix("/12")) / 12
             if part * net.macs() >= low:
-                spec = net.spec(macs=part)
+                spec = net.spec(macs=part, axes="width")
                 rows.append(f"| {share} | {human(net.macs(spec))} | {human(net.params(spec))} |")
     return "\n".join([f"{title}\n", head, *rows, "", note])

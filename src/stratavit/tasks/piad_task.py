@@ -128,7 +128,7 @@ class PiadTask(TrainingTask):
         self.refresh_means(net)
         if self.recipe.mode in ("plain", "channel"):
             self.set_list(self.grown(net, [], 0))
-        net.strata = self.strata
+        net.strata, net.joint_strata = self.strata, None  # measured on other weights
         return net
 
     def evaluate(self, loader: Iterable[Any]) -> list[curve_points.Point]:
@@ -146,7 +146,7 @@ class PiadTask(TrainingTask):
             for name, module in net.elastic.items():
                 contraction.set_mean(module, kept.elastic[name].channel_mean)
                 module.moments = kept.elastic[name].moments
-        net.strata = kept.strata
+        net.strata, net.joint_strata = kept.strata, None
         net.eval()
         net.provenance.pop("stratify", None)
         net.provenance["train"] = facts

@@ -120,6 +120,16 @@ def last_norm(model: nn.Module) -> nn.Module | None:
     return family_of(model).last_norm(model)
 
 
+def merging(model: nn.Module) -> int | str:
+    """Tokens in front of the patches, where the blocks of a model can merge tokens; else why they cannot."""
+    return family_of(model).merging(model)
+
+
+def blocks_of(model: nn.Module) -> list[str]:
+    """Names of the residual blocks, in order of execution."""
+    return [name for name, _ in family_of(model).blocks(model)]
+
+
 def layer_scale(model: nn.Module, site: str) -> Tensor | None:
     """LayerScale factors ``[C]`` of a site's output, or None."""
     return family_of(model).layer_scale(model, site)

@@ -89,6 +89,10 @@ class Family:
         factors: Tensor | None = getattr(block, f"gamma_{number}", getattr(scale, "gamma", None))
         return factors
 
+    def merging(self, model: Any) -> int | str:
+        """Class and register tokens in front of the patches, where blocks can merge tokens; else why they cannot."""
+        return f"merging tokens of a {type(model).__name__} is not supported"
+
     def arguments(self, model: Any) -> dict[str, Any]:
         """Arguments of `timm.create_model` that build the same model, but for the widths of its sites."""
         raise NotImplementedError

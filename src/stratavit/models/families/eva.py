@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from timm.models.beit import Beit
-from timm.models.eva import Eva
+from timm.models.eva import Eva, EvaBlock
 from torch import Tensor, nn
 
+from stratavit.elastic.merging import stock_class
 from stratavit.models.families.base import Family, Stages, head_stages, heads_of, sizes
 
 
@@ -20,6 +21,15 @@ class BeitFamily(Family):
     title = "BEiT"
     model = Beit
     fallback = "beit_base_patch16_224"
+
+    def merging(self, model: Any) -> int | str:
+        """Only without relative positions."""
+        relative = [
+            block.attn for block in model.blocks if getattr(block.attn, "relative_position_index", None) is not None
+        ]
+        if relative or model.rel_pos_bias is not None:
+            return "its attention has a bias for every pair of patches (relative positions)"
+        return 1
 
     def stages(self, model: Any) -> Stages:
         """Split at the blocks; a bias that all blocks share comes from the stem that ran last."""
@@ -49,6 +59,12 @@ class EvaFamily(BeitFamily):
     title = "EVA"
     model = Eva
     fallback = "eva02_tiny_patch14_224"
+
+    def merging(self, model: Any) -> int | str:
+        """A merged token keeps the position of the one that others joined."""
+        if any(stock_class(block) is not EvaBlock for block in model.blocks):
+            return "its blocks normalise after attention"
+        return int(model.num_prefix_tokens)
 
     def stages(self, model: Any) -> Stages:
         """Split at the blocks; sines and cosines come from the stem that ran last."""

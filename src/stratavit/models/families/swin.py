@@ -24,6 +24,10 @@ class Swin(Family):
         for number, stage in enumerate(model.layers):
             yield from ((f"layers.{number}.blocks.{index}", block) for index, block in enumerate(stage.blocks))
 
+    def merging(self, model: Any) -> int | str:
+        """Never."""
+        return "its windows have a fixed number of tokens"
+
     def stages(self, model: Any) -> Stages:
         """Split at the blocks and where patches are merged."""
         steps: list[tuple[str, nn.Module]] = []

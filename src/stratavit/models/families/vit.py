@@ -11,6 +11,7 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import Tensor, nn
 
 from stratavit.elastic.layers import ATTENTION, describe_layer
+from stratavit.elastic.merging import stock_class
 from stratavit.elastic.plain import Constant
 from stratavit.models.families.base import Family, Stages, head_stages, refuse, sizes
 
@@ -29,7 +30,7 @@ class Vit(Family):
     def blocks(self, model: VisionTransformer) -> Iterator[tuple[str, Any]]:
         """The blocks, each with one attention and then one MLP; others are refused."""
         for name, block in super().blocks(model):
-            if type(block) not in (Block, ResPostBlock):
+            if stock_class(block) not in (Block, ResPostBlock):
                 refuse(name, f"a {type(block).__name__} is not a sequential timm Block (attention, then MLP)")
             yield name, block
 
@@ -40,6 +41,12 @@ class Vit(Family):
             return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
 
         return head_stages(model, stem, self.blocks(model))
+
+    def merging(self, model: VisionTransformer) -> int | str:
+        """Tokens are compared by what attention reads, which a block that normalises afterwards does not have."""
+        if any(stock_class(block) is not Block for block in model.blocks):
+            return "its blocks normalise after attention"
+        return int(model.num_prefix_tokens)
 
     def last_norm(self, model: VisionTransformer) -> nn.Module | None:
         """None for two heads, and where tokens are pooled by attention after the norm."""

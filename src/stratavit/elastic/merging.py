@@ -1,0 +1,211 @@
+"""Blocks that merge similar tokens: plain torch, in need of nothing else from this library.
+
+Between attention and MLP of a block, patch tokens that say nearly the same become one. Every third token is a
+destination; of the others, those most like a destination join it. A token is the mean of the patches that it stands
+for, and attention sees it that many times. The last block puts every patch back in its place, so what comes after
+(norm, pooling, dense features) sees as many tokens as ever, each patch with what its token became.
+
+Source of the idea: token merging (Bolya et al., ICLR 2023, arXiv 2210.09461): bipartite matching, and the logarithm of
+the size added to the attention scores. Other here: few places, in the midst of the block, compared by what attention
+reads, one destination in three, no scatter.
+
+Shape legend: B images, N patches, n tokens that stand for them, P prefix tokens (class, registers), C token width.
+"""
+
+# ruff: noqa: UP045
+
+from typing import Any, NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EVERY = 3  # one token in so many is a destination: measured, better than one in two or in four
+
+
+class Merged(NamedTuple):
+    """What travels between blocks once tokens have been merged.
+
+    Attributes:
+        tokens: ``[B, P+n, C]``.
+        size: Number of patches that each stands for, ``[B, n]`` float32.
+        home: Which of the n tokens each patch is in, ``[B, N]``.
+        place: The patch whose position a token has, ``[B, n]``.
+    """
+
+    tokens: Tensor
+    size: Tensor
+    home: Tensor
+    place: Tensor
+
+
+def unmerged(tokens: Tensor, prefix: int) -> Merged:
+    """Tokens ``[B, P+N, C]`` of which each stands for itself."""
+    batch, count = tokens.shape[0], tokens.shape[1] - prefix
+    each = torch.arange(count, device=tokens.device).expand(batch, count)
+    return Merged(tokens, torch.ones(batch, count, device=tokens.device), each, each)
+
+
+def least(count: int) -> int:
+    """Tokens that are left at least when `count` are merged once: the destinations."""
+    return -(-count // EVERY)
+
+
+def merge(state: Merged, compared: Tensor, keep: int, prefix: int) -> Merged:
+    """Merges the most similar patch tokens until `keep` are left.
+
+    Args:
+        state: Tokens ``[B, P+n, C]`` and what they stand for.
+        compared: What similarity (cosine) is measured of, ``[B, P+n, *]``.
+        keep: Patch tokens afterwards, at least `least` of n.
+        prefix: P.
+    """
+    tokens, size, home, place = state
+    count = size.shape[1]
+    each = torch.arange(count, device=tokens.device)
+    sources = torch.cat([each[offset::EVERY] for offset in range(1, EVERY)])  # [S]
+    targets = each[::EVERY]  # [T]
+    unit = F.normalize(compared[:, prefix:].float(), dim=-1)
+    best, nearest = (unit[:, sources] @ unit[:, targets].transpose(1, 2)).max(dim=-1)  # [B, S]
+    order = best.topk(best.shape[1], dim=1).indices  # ONNX has no stable sort
+    gone, left = order[:, : count - keep], order[:, count - keep :]
+    goal = nearest.gather(1, gone)  # [B, r], among the targets
+    joins = (
+        goal.unsqueeze(1) == torch.arange(targets.shape[0], device=tokens.device).view(1, -1, 1)
+    ).float()  # [B, T, r]
+    joining, own = sources[gone], size[:, targets]  # [B, r], [B, T]
+    shares = joins * size.gather(1, joining).unsqueeze(1)  # [B, T, r]
+    total = own + shares.sum(dim=2)  # [B, T]
+    patches = tokens[:, prefix:]
+    mixed = patches[:, targets] * (own / total).unsqueeze(2).type_as(tokens)
+    mixed = mixed + (shares / total.unsqueeze(2)).type_as(tokens) @ rows(patches, joining)  # [B, T, C]
+    kept = torch.cat([sources[left], targets.expand(tokens.shape[0], -1)], dim=1)  # [B, keep]
+    kept, rank = kept.sort(dim=1)  # as they lie in the image, so that every third is a grid again
+    found = torch.cat([rows(patches, sources[left]), mixed], dim=1)
+    sizes = torch.cat([size.gather(1, sources[left]), total], dim=1)
+    # where each token went: its own new number, or that of the target it joined
+    position = rank.argsort(dim=1)  # [B, keep]: of the left sources, then of the targets
+    went = torch.cat([position, position[:, left.shape[1] :].gather(1, goal)], dim=1)  # [B, n], in order of `came`
+    came = torch.cat([sources[left], targets.expand(tokens.shape[0], -1), joining], dim=1)
+    home = went.gather(1, came.argsort(dim=1)).gather(1, home)
+    tokens = torch.cat([tokens[:, :prefix], rows(found, rank)], dim=1)
+    return Merged(tokens, sizes.gather(1, rank), home, place.gather(1, kept))
+
+
+def rows(tokens: Tensor, index: Tensor) -> Tensor:
+    """Tokens ``[B, n, C]`` at ``[B, m]``: ``[B, m, C]``."""
+    return tokens.gather(1, index.unsqueeze(2).expand(-1, -1, tokens.shape[2]))
+
+
+def unmerge(state: Merged, prefix: int) -> Tensor:
+    """Every patch with what its token became: ``[B, P+N, C]``."""
+    tokens, _, home, _ = state
+    return torch.cat([tokens[:, :prefix], rows(tokens[:, prefix:], home)], dim=1)
+
+
+class MergingBlock(nn.Module):
+    """A residual block (attention, then MLP) of timm that may merge tokens in between; its parts keep their names.
+
+    Without anything merged it computes exactly what the block did.
+
+    Args:
+        block: timm's `vision_transformer.Block`, `eva.EvaBlock` or `beit.Block`; its parts are taken over.
+        prefix: Tokens in front that are never merged (class, registers).
+        last: Whether it is the model's last block, which puts all patches back.
+        keep: Patch tokens that it passes on where there are `full` patches; None merges none.
+        full: Patches of an image of the size that `keep` is meant for; other sizes keep the same share.
+    """
+
+    stock: type[nn.Module]
+    norm1: nn.Module
+    norm2: nn.Module
+    attn: nn.Module
+    mlp: nn.Module
+    drop_path1: nn.Module
+    drop_path2: nn.Module
+
+    def __init__(
+        self, block: Any, prefix: int, last: bool = False, keep: Optional[int] = None, full: Optional[int] = None
+    ) -> None:
+        super().__init__()
+        vars(self).update(vars(block))
+        self.stock, self.prefix, self.last, self.keep, self.full = type(block), prefix, last, keep, full
+
+    def as_stock(self) -> nn.Module:
+        """The same parts as timm's own block, which merges nothing."""
+        block = object.__new__(self.stock)
+        ours = ("stock", "prefix", "last", "keep", "full")
+        vars(block).update({name: value for name, value in vars(self).items() if name not in ours})
+        return block
+
+    def kept(self) -> Optional[int]:
+        """Patch tokens to pass on at the size of `full`; None for all."""
+        return self.keep
+
+    def forward(
+        self,
+        x: Tensor | Merged,
+        rope: Optional[Tensor] = None,
+        attn_mask: Optional[Tensor] = None,
+        is_causal: bool = False,
+        shared_rel_pos_bias: Optional[Tensor] = None,
+    ) -> Tensor | Merged:
+        """Tokens ``[B, P+N, C]``, or those that a block before has merged, to the same."""
+        state = x if isinstance(x, Merged) else None
+        tokens = x.tokens if isinstance(x, Merged) else x
+        extra: dict[str, Any] = {}
+        if rope is not None:
+            extra["rope"] = rope if state is None else placed(rope, state.place)
+        bias = shared_rel_pos_bias if attn_mask is None else attn_mask
+        if state is not None:
+            bias = log_sizes(state.size, self.prefix, tokens) if bias is None else self.refuse(bias)
+        if bias is not None:
+            extra["shared_rel_pos_bias" if shared_rel_pos_bias is not None else "attn_mask"] = bias
+        if is_causal:
+            extra["is_causal"] = True
+        normed = self.norm1(tokens)
+        tokens = tokens + self.drop_path1(self.scaled(self.attn(normed, **extra), 1))
+        keep = self.kept()
+        if keep is not None:
+            before = unmerged(tokens, self.prefix) if state is None else state._replace(tokens=tokens)
+            patches = before.home.shape[1]
+            count = keep if self.full is None else round(patches * keep / self.full)
+            now = before.size.shape[1]
+            if count < now:
+                state = merge(before, normed, max(count, least(now)), self.prefix)
+                tokens = state.tokens
+        tokens = tokens + self.drop_path2(self.scaled(self.mlp(self.norm2(tokens)), 2))
+        if state is None:
+            return tokens
+        state = state._replace(tokens=tokens)
+        return unmerge(state, self.prefix) if self.last else state
+
+    def scaled(self, x: Tensor, branch: int) -> Tensor:
+        """What a branch adds, times its LayerScale if it has one."""
+        scale = getattr(self, f"ls{branch}", None)
+        gamma = getattr(self, f"gamma_{branch}", None)
+        if scale is not None:
+            scaled: Tensor = scale(x)
+            return scaled
+        return x if gamma is None else gamma * x
+
+    def refuse(self, mask: Tensor) -> Tensor:
+        """A mask or a bias is of patches, not of what they were merged into."""
+        raise ValueError("tokens were merged: a mask or a bias of all pairs of patches does not fit them")
+
+
+def stock_class(block: nn.Module) -> type[nn.Module]:
+    """timm's class of a block, also of one that was made to merge tokens."""
+    return block.stock if isinstance(block, MergingBlock) else type(block)
+
+
+def log_sizes(size: Tensor, prefix: int, tokens: Tensor) -> Tensor:
+    """What sizes add to the scores of attention, ``[B, 1, 1, P+n]``: a token is seen as often as it has patches."""
+    return F.pad(size.log(), (prefix, 0)).unsqueeze(1).unsqueeze(1).type_as(tokens)
+
+
+def placed(rope: Tensor, place: Tensor) -> Tensor:
+    """Sines and cosines ``[..., N, D]`` at the positions that tokens have kept: ``[B, 1 or H, n, D]``."""
+    rope = rope.view(1, *rope.shape[-3:]) if rope.dim() > 2 else rope.view(1, 1, *rope.shape)
+    index = place.unsqueeze(1).unsqueeze(3).expand(-1, rope.shape[1], -1, rope.shape[-1])
+    return rope.expand(place.shape[0], -1, -1, -1).gather(2, index)

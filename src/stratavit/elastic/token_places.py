@@ -1,0 +1,114 @@
+"""Places where a model may merge tokens, and how many tokens every block has under a spec. Numbers alone.
+
+A place is a block; its name in a spec is that of the block with ``.tokens``. Its width is the number of patch tokens
+that it passes on at the model's input size (class and register tokens come on top and are never merged).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stratavit.elastic.merging import least
+from stratavit.elastic.site import Site, full_spec
+from stratavit.errors import StrataViTError, described
+from stratavit.spec import Spec
+
+SUFFIX = ".tokens"
+UNIT = 8  # tokens that are merged together in a dropout list
+
+
+@dataclass(frozen=True)
+class TokenPlace:
+    """A block between whose attention and MLP tokens may be merged.
+
+    Attributes:
+        name: In a spec, ``blocks.5.tokens``.
+        block: Name of the block.
+        width: Patches of an image at the model's input size: all of them.
+        steps: Numbers of tokens at which units end, ascending, up to `width`.
+        prefix: Tokens in front of the patches, which are never merged.
+    """
+
+    name: str
+    block: str
+    width: int
+    steps: tuple[int, ...] = ()
+    prefix: int = 0
+
+
+SiteOrPlace = Site | TokenPlace  # what an entry of a dropout list may shrink
+
+
+def place_of(block: str, patches: int, prefix: int) -> TokenPlace:
+    """The place of a block, for images of so many patches behind a prefix."""
+    return TokenPlace(block + SUFFIX, block, patches, tuple(range(patches % UNIT or UNIT, patches + 1, UNIT)), prefix)
+
+
+def tokens_along(places: Sequence[TokenPlace], widths: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Patch tokens that attention and MLP of every block read.
+
+    Args:
+        places: In order of execution.
+        widths: A spec; places that are not named merge nothing.
+
+    Returns:
+        Block -> (tokens of attention, tokens of the MLP).
+    """
+    found, count = {}, places[0].width if places else 0
+    for place in places:
+        after = min(count, widths.get(place.name, place.width))
+        found[place.block] = count, after
+        count = after
+    return found
+
+
+def check_tokens(places: Sequence[TokenPlace], widths: Mapping[str, int]) -> None:
+    """Refuses counts that cannot be reached in one merge.
+
+    Raises:
+        StrataViTError: A place is to pass on more tokens than an image has, or less than a third of what it gets.
+    """
+    count = places[0].width if places else 0
+    for place in places:
+        asked = widths.get(place.name, place.width)
+        if asked > place.width:
+            raise StrataViTError(f"spec: {place.name} can keep at most {place.width} tokens, got {asked}")
+        if asked < least(count):
+            raise StrataViTError(
+                f"spec: {place.name} gets {count} tokens and can merge them into {least(count)} or more, got {asked}; "
+                "merge some in an earlier block"
+            )
+        count = min(count, asked)
+
+
+def resolve(sites: Sequence[Site], places: Sequence[TokenPlace], spec: Mapping[str, int] | None) -> Spec:
+    """A spec that names every site, and the places that merge tokens; see `site.full_spec`.
+
+    Raises:
+        StrataViTError: The spec names an unknown site or place, a width above the full one, or see `check_tokens`.
+    """
+    asked = spec if isinstance(spec, Spec) else Spec(spec)
+    tokens = {name: count for name, count in asked.items() if name.endswith(SUFFIX)}
+    if not tokens:
+        return full_spec(sites, asked)
+    known = {place.name: place for place in places}
+    for name in tokens:
+        if name not in known:
+            named = f"the places are {', '.join(list(known)[:2])}, ..." if known else "this model cannot merge tokens"
+            raise StrataViTError(f"spec: unknown site {described(name)}; {named}")
+    check_tokens(places, tokens)
+    rest: dict[str, Any] = {name: width for name, width in asked.items() if name not in tokens}
+    rest |= {name: {"qk": qk, "v": rest[name]} for name, qk in asked.qk.items()}
+    merging = {name: count for name, count in tokens.items() if count < known[name].width}
+    return Spec({**full_spec(sites, Spec(rest)), **merging})
+
+
+def can_merge(places: Sequence[TokenPlace], widths: Mapping[str, int]) -> bool:
+    """Whether every place can merge what a spec asks of it at once."""
+    try:
+        check_tokens(places, widths)
+    except StrataViTError:
+        return False
+    return True

@@ -1,0 +1,108 @@
+"""The list over both axes: it nests, can be merged at every position, and serves the budgets that count tokens."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from helpers import PLAN, make_batches, make_images, make_net
+
+from stratavit import BudgetError, StrataViTError, SuperNet
+from stratavit.dropout_list.joint import Search, chosen_places, reachable_merges
+from stratavit.dropout_list.strata import Entry
+from stratavit.elastic.token_places import check_tokens, place_of
+from stratavit.spec import Spec
+
+
+@pytest.fixture(scope="module")
+def net():
+    return copy.deepcopy(make_net("plain")).stratify(make_batches(), plan=PLAN, axes=("width", "tokens"))
+
+
+def test_every_position_nests_and_can_run(net):
+    specs = [net.joint_strata.spec(position) for position in range(len(net.joint_strata) + 1)]
+    assert any(entry.site.endswith(".tokens") for entry in net.joint_strata.entries)
+    for larger, smaller in pairwise(specs):
+        assert smaller <= larger
+        assert net.macs(smaller) <= net.macs(larger)
+        check_tokens(net.cost.places, smaller)
+    assert net.joint_strata.smallest().keys() >= net.resolve(None).keys()
+
+
+def test_the_width_list_is_the_one_that_is_made_alone(net):
+    alone = copy.deepcopy(make_net("plain")).stratify(make_batches(), plan=PLAN)
+    assert alone.strata.entries == net.strata.entries
+    assert alone.joint_strata is None
+
+
+def test_the_same_images_make_the_same_list(net):
+    again = copy.deepcopy(make_net("plain")).stratify(make_batches(), plan=PLAN, axes=("tokens", "width"))
+    assert again.joint_strata.entries == net.joint_strata.entries
+
+
+def test_budgets_take_the_list_of_their_axes(net):
+    merges = lambda **asked: any(n < 16 for name, n in net.spec(**asked).items() if name.endswith(".tokens"))  # noqa: E731
+    assert merges(macs=0.6)
+    assert merges(macs=0.6, axes="both")
+    assert not merges(macs=0.6, axes="width")
+    assert not merges(params=0.6)
+    assert not merges(macs=0.9, params=0.6)
+    assert net.macs(net.spec(macs=0.6)) <= 0.6 * net.macs()
+    with pytest.raises(BudgetError, match="axes"):
+        net.spec(macs=0.6, axes="depth")
+    with pytest.raises(BudgetError, match="axes"):
+        make_net("plain", stratified=True).spec(macs=0.6, axes="both")
+
+
+@pytest.mark.parametrize("axes", [("tokens",), "tokens", (), ("width", "depth")])
+def test_unknown_axes(axes):
+    with pytest.raises(StrataViTError, match="axes"):
+        make_net("plain").stratify(make_batches(), axes=axes)
+
+
+def test_saved_and_read_back(net, tmp_path):
+    net.save(tmp_path / "run")
+    again = SuperNet.load(tmp_path / "run")
+    assert again.joint_strata.entries == net.joint_strata.entries
+    images, spec = make_images(2), net.spec(macs=0.6)
+    with torch.no_grad():
+        assert torch.equal(again(images, spec), net(images, spec))
+
+
+def test_a_new_list_replaces_both(net):
+    changed = copy.deepcopy(net).stratify(make_batches(), plan=PLAN)
+    assert changed.joint_strata is None
+    changed = copy.deepcopy(net)
+    changed.set_units(4, 8)
+    assert changed.joint_strata is None
+
+
+def test_merges_wait_until_they_can_be_done():
+    places = [place_of(f"blocks.{n}", 64, 1) for n in range(2)]
+    entries = [Entry("blocks.1.tokens", 16, 0), Entry("blocks.0.attn", 8, 1), Entry("blocks.0.tokens", 32, 2)]
+    assert [entry.site for entry in reachable_merges(entries, places)] == [
+        "blocks.0.attn",
+        "blocks.0.tokens",
+        "blocks.1.tokens",
+    ]
+
+
+def test_places_are_spread_over_the_depth():
+    blocks = lambda depth: [place_of(f"blocks.{n}", 64, 1) for n in range(depth)]  # noqa: E731
+    assert [place.block for place in chosen_places(blocks(12), 5)] == [f"blocks.{n}" for n in (1, 3, 5, 7, 9)]
+    assert len(chosen_places(blocks(24), 5)) == 10
+    assert len(chosen_places(blocks(2), 5)) == 1
+
+
+def test_the_search_finds_the_best_counts(net):
+    """A distance that is known: tokens of the first place are worth much, those of the second nothing."""
+    places = [place_of(f"blocks.{n}", 16, 1) for n in range(2)]
+
+    def distance(spec):
+        width = sum(spec[site.name] / site.width for site in net.sites)
+        return -3 * spec["blocks.0.tokens"] - width
+
+    found = Search(net.cost, places, net.strata, distance).at(0.8)
+    assert found["blocks.0.tokens"] == 16
+    assert found["blocks.1.tokens"] == 8
+    assert net.macs(Spec(found)) <= 0.8 * net.macs()

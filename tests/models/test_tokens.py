@@ -1,0 +1,119 @@
+"""Blocks that merge tokens, of every family that can: elastic = extracted = read back, costs are exact."""
+
+import threading
+
+import architectures
+import pytest
+import torch
+from helpers import CLASSES, make_batches, make_images, make_model, make_net, relative_error
+
+import stratavit
+from stratavit import StrataViTError, SuperNet
+from stratavit.models.cost import linear_macs
+
+MERGE = (
+    "vit_tiny_patch16_224",
+    "vit_medium_patch16_gap_240",  # mean pooling
+    "vit_base_patch16_siglip_224",  # attention pooling
+    "vit_small_patch14_reg4_dinov2",
+    "aimv2_large_patch14_224",
+    "eva02_base_patch14_224",  # an MLP that is not cut
+    "vit_small_patch16_dinov3",
+    "vit_small_patch16_rope_mixed_224",
+    architectures.TORCHVISION,
+)
+SPEC = {"blocks.0.tokens": 9, "blocks.1.tokens": 5, "blocks.1.attn": 8}
+
+
+@pytest.mark.parametrize("name", MERGE)
+def test_merging_networks_keep_the_contract(name, tmp_path):
+    model, images = architectures.make(name), make_images(4, seed=9)
+    net = SuperNet(model).eval()
+    small = net.small_at(SPEC)
+    with torch.no_grad():
+        assert relative_error(net(images), model(images)) < 1e-6
+        elastic = net(images, SPEC)
+        assert relative_error(elastic, net(images)) > 1e-3
+        assert relative_error(small(images), elastic) < 1e-5
+        assert relative_error(torch.cat([net(image[None], SPEC) for image in images]), elastic) < 1e-4
+    size = net.data_config["input_size"]
+    for attention in (False, True):
+        uncut = linear_macs(model, size, attention=True) - linear_macs(model, size) if attention and net.uncut else 0
+        if not uncut:
+            assert linear_macs(small, size, attention=attention) == net.macs(SPEC, attention=attention)
+    assert net.macs(SPEC) < net.macs({"blocks.1.attn": 8})
+    assert sum(p.numel() for p in small.parameters()) == net.params(SPEC) == net.params({"blocks.1.attn": 8})
+    stratavit.save(small, tmp_path / "small")
+    with torch.no_grad():
+        assert torch.equal(stratavit.load(tmp_path / "small")(images), small(images))
+
+
+def test_blocks_that_merge_nothing_stay_stock():
+    kinds = lambda spec: [type(block).__name__ for block in make_net("plain").extract(spec=spec).blocks]  # noqa: E731
+    assert kinds({"blocks.1.mlp": 20}) == ["Block", "Block"]
+    assert kinds({"blocks.1.tokens": 8}) == ["Block", "MergingBlock"]
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "beit_base_patch16_224", "ViTForImageClassification"])
+def test_models_that_cannot_merge_refuse(name):
+    net = SuperNet(architectures.make(name))
+    with pytest.raises(StrataViTError, match=r"blocks\.0\.tokens"):
+        net.macs({"blocks.0.tokens": 8})
+    with pytest.raises(StrataViTError, match="axes"):
+        net.stratify(make_batches(), axes=("width", "tokens"))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"blocks.0.tokens": 17},
+        {"blocks.0.tokens": 5},
+        {"blocks.2.tokens": 9},
+        {"blocks.0.tokens": 12, "blocks.1.tokens": 3},
+    ],
+)
+def test_counts_that_cannot_be_are_refused(spec):
+    with pytest.raises(StrataViTError, match=list(spec)[-1]):
+        make_net("plain").resolve(spec)
+
+
+def test_all_tokens_are_the_full_width():
+    net = make_net("plain")
+    assert net.resolve({"blocks.0.tokens": 16}) == net.resolve(None)
+    assert net.macs({"blocks.0.tokens": 8, "blocks.1.tokens": 12}) == net.macs(
+        {"blocks.0.tokens": 8}
+    )  # only 8 are left
+
+
+def test_threads_merge_their_own_tokens():
+    net, images = make_net("plain"), make_images(4)
+    specs = [{}, {"blocks.0.tokens": 8}, {"blocks.1.tokens": 6}]
+    with torch.no_grad():
+        alone = [net(images, spec) for spec in specs]
+    wrong = []
+
+    def work(spec, expected):
+        with torch.no_grad():
+            wrong.extend(1 for _ in range(20) if not torch.equal(net(images, spec), expected))
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(specs, alone, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_images_of_another_size():
+    """Costs and outputs follow; the numbers still mean the size that the network was made for."""
+    net = SuperNet(make_model("plain"))
+    net.model.set_input_size((64, 64))
+    spec, size = {"blocks.0.tokens": 8}, (3, 64, 64)
+    assert net.macs(spec) == linear_macs(net.small_at(spec), size) < net.macs()
+    assert net(torch.randn(1, *size), spec).shape == (1, CLASSES)
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_exported_equals_eager(tmp_path, format):
+    parity = stratavit.export(make_net("plain").extract(spec=SPEC), tmp_path / "small", format, images=make_images(3))
+    assert parity.difference < 1e-4
