@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import PLAN, make_batches, make_images, make_net
+from helpers import PLAN, make_batches, make_images, make_net, older
 
-from stratavit import BudgetError, StrataViTError, SuperNet
+from stratavit import ArtifactError, BudgetError, StrataViTError, SuperNet
 from stratavit.dropout_list.joint import Search, chosen_places, reachable_merges
 from stratavit.dropout_list.strata import Entry
 from stratavit.elastic.token_places import check_tokens, place_of
@@ -54,7 +54,7 @@ def test_budgets_take_the_list_of_their_axes(net):
         make_net("plain", stratified=True).spec(macs=0.6, axes="both")
 
 
-@pytest.mark.parametrize("axes", [("tokens",), "tokens", (), ("width", "depth")])
+@pytest.mark.parametrize("axes", [("tokens",), "tokens", (), None, 5, ("width", "depth"), ("width", "width")])
 def test_unknown_axes(axes):
     with pytest.raises(StrataViTError, match="axes"):
         make_net("plain").stratify(make_batches(), axes=axes)
@@ -67,6 +67,16 @@ def test_saved_and_read_back(net, tmp_path):
     images, spec = make_images(2), net.spec(macs=0.6)
     with torch.no_grad():
         assert torch.equal(again(images, spec), net(images, spec))
+
+
+@pytest.mark.parametrize(
+    "damage", [{"patches": 10**9}, {"patches": "16"}, {"patches": 64}, {"joint_strata": []}, {"strata": None}]
+)
+def test_a_damaged_list_is_refused(net, tmp_path, damage):
+    net.save(tmp_path / "run")
+    older(tmp_path / "run", lambda content: content.update(damage))
+    with pytest.raises(ArtifactError, match=r"patches|dropout list|strata"):
+        SuperNet.load(tmp_path / "run")
 
 
 def test_a_new_list_replaces_both(net):

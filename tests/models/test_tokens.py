@@ -5,10 +5,10 @@ import threading
 import architectures
 import pytest
 import torch
-from helpers import CLASSES, make_batches, make_images, make_model, make_net, relative_error
+from helpers import make_batches, make_images, make_model, make_net, relative_error
 
 import stratavit
-from stratavit import StrataViTError, SuperNet
+from stratavit import StrataViTError, SuperNet, UnsupportedModelError
 from stratavit.models.cost import linear_macs
 
 MERGE = (
@@ -67,6 +67,7 @@ def test_models_that_cannot_merge_refuse(name):
         {"blocks.0.tokens": 17},
         {"blocks.0.tokens": 5},
         {"blocks.2.tokens": 9},
+        {"blocks.0.tokens": {"qk": 3, "v": 9}},
         {"blocks.0.tokens": 12, "blocks.1.tokens": 3},
     ],
 )
@@ -102,13 +103,29 @@ def test_threads_merge_their_own_tokens():
     assert not wrong
 
 
-def test_images_of_another_size():
-    """Costs and outputs follow; the numbers still mean the size that the network was made for."""
-    net = SuperNet(make_model("plain"))
-    net.model.set_input_size((64, 64))
-    spec, size = {"blocks.0.tokens": 8}, (3, 64, 64)
+@pytest.mark.parametrize("side", [16, 40, 64])
+@pytest.mark.parametrize("spec", [{"blocks.0.tokens": 8}, {"blocks.0.tokens": 6, "blocks.1.tokens": 2}])
+def test_images_of_another_size(tmp_path, side, spec):
+    """Costs and outputs follow; the numbers still mean the size that the network was made for, also in files."""
+    net = SuperNet(make_model("plain")).eval()
+    net.model.set_input_size((side, side))
+    size, images = (3, side, side), torch.randn(1, 3, side, side)
     assert net.macs(spec) == linear_macs(net.small_at(spec), size) < net.macs()
-    assert net(torch.randn(1, *size), spec).shape == (1, CLASSES)
+    net.save(tmp_path / "net")
+    again = SuperNet.load(tmp_path / "net")
+    assert again.macs(spec) == net.macs(spec)
+    with torch.no_grad():
+        assert torch.equal(again(images, spec), net(images, spec))
+
+
+def test_a_small_model_that_merges_is_no_source():
+    with pytest.raises(UnsupportedModelError, match="merges tokens"):
+        SuperNet(make_net("plain").extract(spec=SPEC))
+
+
+def test_patches_that_are_dropped_in_training_keep_their_positions():
+    net = SuperNet(architectures.make("vit_small_patch16_dinov3", patch_drop_rate=0.5)).train()
+    assert net(make_images(3), {"blocks.0.tokens": 9}).isfinite().all()
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch"])

@@ -40,9 +40,12 @@ def write(path: str | Path, net: Any, overwrite: bool, second: bool) -> None:
         "strata": None if net.strata is None else net.strata.to_json(),
         "provenance": net.provenance,
     }
+    if net.cost.places:
+        place = net.cost.places[0]
+        if net.joint_strata is not None or place.width != next(iter(net.cost.tokens.values())) - place.prefix:
+            facts["patches"] = place.width  # what numbers of tokens refer to; else that of the input size
     if net.joint_strata is not None:
-        patches = net.cost.places[0].width
-        facts["joint_strata"] = {"patches": patches, "entries": net.joint_strata.to_json()}
+        facts["joint_strata"] = net.joint_strata.to_json()
     tensors = moments.to_tensors(net.elastic, net.final_mean, second)
     folder_format.write_saved(path, folder_format.SUPER, net.model, facts, overwrite, tensors)
 
@@ -68,19 +71,30 @@ def restore(net: Any, path: str | Path, content: Mapping[str, Any], second: bool
         net.compensation = "mean"
     if content.get("strata") is not None:
         net.strata = Strata.from_json(net.sites, content["strata"])
+    source = str(Path(path) / folder_format.JSON_FILE)
+    if content.get("patches") is not None:
+        _count_tokens_of(net, content["patches"], source)
     if content.get("joint_strata") is not None:
-        net.joint_strata = _joint(net, content["joint_strata"])
+        net.joint_strata = _joint_list(net, content["joint_strata"], source)
 
 
-def _joint(net: Any, saved: Any) -> Strata:
-    places = net.cost.places
-    if not isinstance(saved, dict) or type(saved.get("patches")) is not int or not places:
-        raise ArtifactError(f"joint_strata: expected a list for a model that can merge tokens, got {described(saved)}")
-    patches = saved["patches"]  # of images of the size that the list was made for
+def _count_tokens_of(net: Any, patches: Any, source: str) -> None:
+    """Makes numbers of tokens mean those of images of so many patches, the size that a list was made for."""
+    if not net.cost.places or type(patches) is not int or not 1 <= patches <= 1 << 20:
+        raise ArtifactError(f"{source}: patches should be their number in an image, got {described(patches)}")
     for block in merging_blocks(net.model).values():
         block.full = patches
-    net._cost = replace(net.cost, places=tuple(place_of(p.block, patches, p.prefix) for p in places))
-    found = Strata.from_json((*net.sites, *net.cost.places), saved.get("entries"))
-    for position in range(len(found) + 1):
-        check_tokens(net.cost.places, found.spec(position))
+    places = tuple(place_of(place.block, patches, place.prefix) for place in net.cost.places)
+    net._cost = replace(net.cost, places=places)
+
+
+def _joint_list(net: Any, rows: Any, source: str) -> Strata:
+    found = Strata.from_json((*net.sites, *net.cost.places), rows)
+    try:
+        for position in range(len(found) + 1):
+            check_tokens(net.cost.places, found.spec(position))
+    except StrataViTError as error:
+        raise ArtifactError(f"{source}: joint_strata: {error}") from error
+    if net.strata is None or not len(found):
+        raise ArtifactError(f"{source}: joint_strata needs entries, and strata beside it; save the network again")
     return found

@@ -56,9 +56,10 @@ def token_search(axes: Sequence[str], method: str, model: nn.Module, merges: boo
     Raises:
         StrataViTError: Unknown axes, or a model or method that cannot merge tokens.
     """
-    if set(axes) == {"width"} and not isinstance(axes, str):
+    named = sorted(map(str, axes)) if isinstance(axes, list | tuple) else None
+    if named == ["width"]:
         return None
-    if set(axes) != {"width", "tokens"} or isinstance(axes, str):
+    if named != ["tokens", "width"]:
         raise StrataViTError(f"axes: expected ('width',) or ('width', 'tokens'), got {described(axes)}")
     if method != "default":
         raise StrataViTError(f"axes: method {method!r} has no list that merges tokens; leave 'tokens' out")

@@ -206,6 +206,6 @@ def log_sizes(size: Tensor, prefix: int, tokens: Tensor) -> Tensor:
 
 def placed(rope: Tensor, place: Tensor) -> Tensor:
     """Sines and cosines ``[..., N, D]`` at the positions that tokens have kept: ``[B, 1 or H, n, D]``."""
-    rope = rope.view(1, *rope.shape[-3:]) if rope.dim() > 2 else rope.view(1, 1, *rope.shape)
+    rope = rope if rope.dim() == 4 else rope.unsqueeze(0) if rope.dim() == 3 else rope.view(1, 1, *rope.shape)
     index = place.unsqueeze(1).unsqueeze(3).expand(-1, rope.shape[1], -1, rope.shape[-1])
     return rope.expand(place.shape[0], -1, -1, -1).gather(2, index)

@@ -46,21 +46,22 @@ def place_of(block: str, patches: int, prefix: int) -> TokenPlace:
     return TokenPlace(block + SUFFIX, block, patches, tuple(range(patches % UNIT or UNIT, patches + 1, UNIT)), prefix)
 
 
-def tokens_along(places: Sequence[TokenPlace], widths: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """Patch tokens that attention and MLP of every block read.
+def tokens_along(places: Sequence[TokenPlace], widths: Mapping[str, int], patches: int) -> dict[str, tuple[int, int]]:
+    """Patch tokens that attention and MLP of every block read, as `merging.MergingBlock` merges them.
 
     Args:
         places: In order of execution.
         widths: A spec; places that are not named merge nothing.
+        patches: Of an image.
 
     Returns:
         Block -> (tokens of attention, tokens of the MLP).
     """
-    found, count = {}, places[0].width if places else 0
+    found, now = {}, patches
     for place in places:
-        after = min(count, widths.get(place.name, place.width))
-        found[place.block] = count, after
-        count = after
+        count, before = round(patches * widths.get(place.name, place.width) / place.width), now
+        now = max(count, least(now)) if count < now else now
+        found[place.block] = before, now
     return found
 
 
@@ -95,6 +96,8 @@ def resolve(sites: Sequence[Site], places: Sequence[TokenPlace], spec: Mapping[s
         return full_spec(sites, asked)
     known = {place.name: place for place in places}
     for name in tokens:
+        if name in asked.qk:
+            raise StrataViTError(f"spec: {described(name)} is a number of tokens; it has no 'qk' and 'v'")
         if name not in known:
             named = f"the places are {', '.join(list(known)[:2])}, ..." if known else "this model cannot merge tokens"
             raise StrataViTError(f"spec: unknown site {described(name)}; {named}")

@@ -160,7 +160,7 @@ def merge_tokens(model: nn.Module, tokens: Mapping[str, Any]) -> None:
     if isinstance(prefix, str):
         raise ArtifactError(f"the model description merges tokens, but {prefix}")
     places = [TokenPlace(name + SUFFIX, name, full, ()) for name in blocks]
-    if not keep.keys() <= {*blocks} or not all(type(n) is int for n in (full, *keep.values())):
+    if not keep or not keep.keys() <= {*blocks} or not all(type(n) is int for n in (full, *keep.values())):
         raise ArtifactError(f"the model description merges tokens at {described(keep)} of {described(full)}")
     check_tokens(places, {name + SUFFIX: count for name, count in keep.items()})
     merge_at(model, blocks, keep, full, prefix)

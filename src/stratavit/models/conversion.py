@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stratavit.elastic.site import Site
 from stratavit.elastic.token_places import SUFFIX, TokenPlace, place_of
-from stratavit.elastic.tokens import ElasticMergingBlock, replace_block
+from stratavit.elastic.tokens import ElasticMergingBlock, merging_blocks, replace_block
 from stratavit.errors import UnsupportedModelError
 from stratavit.models import architecture
 from stratavit.models.changes import check_small, form_of
@@ -53,6 +53,11 @@ def elastic_model(
     """
     check(source)
     plain = with_plain_head(source)
+    if merging_blocks(plain):
+        raise UnsupportedModelError(
+            "this small model already merges tokens; make a super-network of the dense model, or extract this size by "
+            "axes='width'"
+        )
     sites, rebuilt = find_sites(plain), None
     if description is None:
         description, rebuilt = architecture.described_and_built(plain)

@@ -59,11 +59,10 @@ class CostModel:
         if not any(place.name in widths for place in self.places):
             return self
         tokens, context = dict(self.tokens), dict(self.context)
-        full, prefix = self.places[0].width, self.places[0].prefix
-        before, fixed = next(iter(tokens.values())), self.fixed_macs
-        for block, counts in tokens_along(self.places, widths).items():
+        before, prefix, fixed = next(iter(tokens.values())), self.places[0].prefix, self.fixed_macs
+        for block, counts in tokens_along(self.places, widths, before - prefix).items():
             for leaf, count in zip(("attn", "mlp"), counts, strict=True):
-                name, left = f"{block}.{leaf}", prefix + round((before - prefix) * count / full)
+                name, left = f"{block}.{leaf}", prefix + count
                 if name in tokens:
                     tokens[name] = context[name] = left
                 fixed -= self.uncut.get(name, 0) // before * (before - left)
