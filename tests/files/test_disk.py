@@ -134,7 +134,7 @@ def printed_on_a_full_disk(path):
 def test_an_answer_that_cannot_be_printed(work):
     ended = child(printed_on_a_full_disk, work / "small")
     assert ended.code == 2
-    assert ended.lines == [f"stratavit info: done, but cannot print the answer: {FULL}"]
+    assert ended.lines == [f"stratavit info: done, but cannot print the result: {FULL}"]
 
 
 # ---- full while training ----------------------------------------------------------------------------------------

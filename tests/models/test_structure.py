@@ -58,7 +58,7 @@ def test_units_cover_every_channel_once(width):
 def test_stages_compose_to_the_model(source):
     images = make_images(2)
     with torch.no_grad():
-        assert torch.equal(stages(source).answers(images), source(images))
+        assert torch.equal(stages(source).outputs(images), source(images))
 
 
 class NarrowForward(VisionTransformer):

@@ -96,5 +96,5 @@ def _joint_list(net: Any, rows: Any, source: str) -> Strata:
     except StrataViTError as error:
         raise ArtifactError(f"{source}: joint_strata: {error}") from error
     if net.strata is None or not len(found):
-        raise ArtifactError(f"{source}: joint_strata needs entries, and strata beside it; save the network again")
+        raise ArtifactError(f"{source}: joint_strata needs entries, and strata; save the network again")
     return found

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:  # as it is where the shell closed it
             sys.stdout.flush()
     except OSError as error:  # the disk that it goes to is full, or nobody reads it any more
-        print(f"stratavit {args.command}: done, but cannot print the answer: {reason_of(error)}", file=sys.stderr)
+        print(f"stratavit {args.command}: done, but cannot print the result: {reason_of(error)}", file=sys.stderr)
         with suppress(OSError), open(os.devnull, "wb") as nowhere:  # the interpreter tries again at its end
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return 2

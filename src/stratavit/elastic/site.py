@@ -87,6 +87,6 @@ def full_spec(sites: Sequence[Site], spec: Mapping[str, int] | None) -> Spec:
     for name, width in asked.qk.items():
         uncut, v = known[name].qk_width, asked[name]
         if width != (uncut if uncut and v else v):
-            why = f"stays whole, {uncut}" if uncut else "is as wide as v"
+            why = f"is never cut, {uncut}" if uncut else "is as wide as v"
             raise StrataViTError(f"spec: qk of {name} {why}; asked qk {described(width)} with v {v}")
     return Spec({site.name: site.width for site in sites} | dict(asked))

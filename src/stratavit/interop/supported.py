@@ -86,7 +86,7 @@ def _run(model: nn.Module) -> None:
         size = architecture.merged_data_config(model, None)["input_size"]
         cost_model(model, find_sites(model), size)
         with torch.no_grad():
-            stages(model).answers(torch.zeros(1, *size, device="meta"))
+            stages(model).outputs(torch.zeros(1, *size, device="meta"))
     except Exception as error:  # of timm or torch, whatever a form of model does that none of ours does
         raise UnsupportedModelError(f"it cannot be run: {type(error).__name__}: {one_line(error)}") from error
 

@@ -71,7 +71,7 @@ def elastic_model(
         setattr(model.get_submodule(block), leaf, module)
     if rebuilt is not None and compare:
         rebuilt = architecture.filled(rebuilt, plain)
-        ours = Subject(rebuilt, rebuilt), Subject(model, stages(model).answers)
+        ours = Subject(rebuilt, rebuilt), Subject(model, stages(model).outputs)
         check_equal("cut", UnsupportedModelError, Subject(source, source), ours, data_config["input_size"])
     description = {**description, **({"embedding": True} if model.embedding else {})}
     cost, shift, norm = cost_model(model, sites, data_config["input_size"], uncut), Shift(), last_norm(model)

@@ -33,5 +33,5 @@ def report_unused(recipe: Recipe, kind: str, classes: int, processes: int) -> No
         print(f"train: of no effect here ({what}): {', '.join(found)}", file=sys.stderr)
     rate = recipe.lr * recipe.batch_size * recipe.accumulate * processes / 512
     if rate < recipe.min_lr:
-        told = f"the learning rate for batches of this size is {rate:.3g}, below min_lr ({recipe.min_lr:.3g})"
-        print(f"train: {told}: it stays there throughout", file=sys.stderr)
+        low = f"the learning rate for batches of this size is {rate:.3g}, below min_lr ({recipe.min_lr:.3g})"
+        print(f"train: {low}: it stays there throughout", file=sys.stderr)

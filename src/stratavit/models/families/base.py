@@ -27,7 +27,7 @@ class Stages:
     tail: Callable[[Tensor], Tensor]
     pool: Callable[[Tensor], Tensor]
 
-    def answers(self, images: Tensor) -> Tensor:
+    def outputs(self, images: Tensor) -> Tensor:
         """All three parts: images ``[B, 3, H, W]`` to logits ``[B, classes]``."""
         return self.tail(self.through(self.stem(images)))
 
