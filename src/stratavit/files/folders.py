@@ -65,13 +65,12 @@ def write_file(path: str | Path, content: bytes, overwrite: bool = False) -> Pat
     return path
 
 
-def check_free(path: str | Path, overwrite: bool, whole: bool = True) -> Path:
+def check_free(path: str | Path, overwrite: bool) -> Path:
     """The path, if a folder may be written there; worth asking before long work.
 
     Args:
         path: The folder.
         overwrite: It may hold something.
-        whole: It will be written next to its place first, then moved there.
 
     Raises:
         ArtifactError: It is a file, cannot be written, or is a folder that is not empty while `overwrite` is off.
@@ -82,8 +81,7 @@ def check_free(path: str | Path, overwrite: bool, whole: bool = True) -> Path:
             raise ArtifactError(f"{path} is a file; give a folder to write to")
         if path.is_dir() and not overwrite and any(path.iterdir()):
             raise ArtifactError(f"{path} is not empty; give another folder or ask to overwrite (--overwrite)")
-        if whole:
-            _check_writable(path)
+        _check_writable(path)
     return path
 
 

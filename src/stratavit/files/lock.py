@@ -29,7 +29,7 @@ FILE = "training.lock"
 PATIENCE = 10  # attempts before a lock that is held is reported: another process may only be looking, too
 PAUSE = 0.05  # seconds between them
 _HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
-_OPEN = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+_OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 class Lock:
@@ -39,23 +39,14 @@ class Lock:
         self.path = folder / FILE
         self.handle: int | None = None
 
-    def check(self) -> None:
-        """Passes if the folder is free, or if that cannot be known.
-
-        Raises:
-            ArtifactError: A process holds the folder, or the file cannot be locked.
-        """
-        with suppress(OSError):
-            os.close(self._open(_OPEN))
-
     def take(self) -> None:
         """Locks the folder until `release` or the end of the process.
 
         Raises:
-            ArtifactError: See `check`; or the file cannot be written.
+            ArtifactError: Another process holds it, or the file cannot be locked or written.
         """
         try:
-            self.handle = self._open(_OPEN | os.O_CREAT)
+            self.handle = self._open()
             if hasattr(os, "register_at_fork"):  # workers that read images must not hold it after this process ended
                 mine = weakref.ref(self)
                 os.register_at_fork(after_in_child=lambda: _let_go(mine()))
@@ -78,10 +69,10 @@ class Lock:
             with suppress(OSError):
                 self.path.unlink()
 
-    def _open(self, flags: int) -> int:
+    def _open(self) -> int:
         """Opens and locks the file; OSError if it cannot be opened, ArtifactError if it cannot be locked."""
         for _ in range(PATIENCE):
-            handle = os.open(self.path, flags, 0o666)
+            handle = os.open(self.path, _OPEN, 0o666)
             try:
                 if not stat.S_ISREG(os.fstat(handle).st_mode):
                     raise ArtifactError(f"{self.path} is not a lock of StrataViT; remove it")
