@@ -168,7 +168,7 @@ class SuperNet(nn.Module):
         widths = self.resolve(spec)
         if torch.is_grad_enabled() and not fixed and widths != self.resolve(None):
             source_checks.check_not_recomputed(self.model)
-        shift, tokens = conversion.final_shift(self, widths), token_counts(self.model, widths)
+        shift, tokens = conversion.final_shift(self, widths), token_counts(self.model, self._cost.places, widths)
         with run_at(self.elastic, widths, fixed, {self._shift: shift}, tokens):
             yield self.model
 
@@ -243,8 +243,7 @@ class SuperNet(nn.Module):
             measure: ``paper``: of sensitivity, ``top1``, ``cost`` or ``auto``, see `sensitivity.bypass_sensitivity`.
             plan: ``default``: sizes and numbers of images.
             seed: ``paper``: for the objective ``sampled``.
-            price: What importance is divided by: MACs (paper), or ``latency`` where the weights are.
-            setting: For ``latency``; one image, eager, if None.
+            price, setting: Importance is divided by MACs (paper), or by ``latency`` in a setting (one image if None).
             axes: ``("width", "tokens")`` makes a second list (`joint_strata`) that also merges tokens.
 
         Returns:
@@ -254,10 +253,11 @@ class SuperNet(nn.Module):
             StrataViTError: Bad images, labels or options.
         """
         method = self.method if method is None else known_method(method)
+        tokens = joint.token_search(axes, method, self.model, self.cost.places)
         cost = priced(self.cost, self.elastic, price, setting)
         known = self._dense_outputs if self._dense_outputs and self._dense_outputs.belong_to(self.model) else None
-        options: Any = {"objective": objective, "measure": measure, "plan": plan, "seed": seed, "known": known}
-        options |= {"seen": self._seen, "tokens": joint.token_search(axes, method, self.model, bool(self.cost.places))}
+        options: Any = {"objective": objective, "measure": measure, "plan": plan, "seed": seed, "tokens": tokens}
+        options |= {"known": known, "seen": self._seen}
         with in_float32(self.model), self.at():
             made = build.make_list(self.model, self.sites, cost, loader, method, **options)
         entries, self.final_mean, facts, both = made

@@ -11,17 +11,8 @@ import stratavit
 from stratavit import StrataViTError, SuperNet, UnsupportedModelError
 from stratavit.models.cost import linear_macs
 
-MERGE = (
-    "vit_tiny_patch16_224",
-    "vit_medium_patch16_gap_240",  # mean pooling
-    "vit_base_patch16_siglip_224",  # attention pooling
-    "vit_small_patch14_reg4_dinov2",
-    "aimv2_large_patch14_224",
-    "eva02_base_patch14_224",  # an MLP that is not cut
-    "vit_small_patch16_dinov3",
-    "vit_small_patch16_rope_mixed_224",
-    architectures.TORCHVISION,
-)
+CANNOT = ("vit_base_patch16_rpn_224", "beit_base", "beitv2_base", "swin")
+MERGE = (*(name for name in architectures.NAMES if not name.startswith(CANNOT)), architectures.TORCHVISION)
 SPEC = {"blocks.0.tokens": 9, "blocks.1.tokens": 5, "blocks.1.attn": 8}
 
 
@@ -52,7 +43,10 @@ def test_blocks_that_merge_nothing_stay_stock():
     assert kinds({"blocks.1.tokens": 8}) == ["Block", "MergingBlock"]
 
 
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "beit_base_patch16_224", "ViTForImageClassification"])
+@pytest.mark.parametrize(
+    "name",
+    [*(name for name in architectures.NAMES if name.startswith(CANNOT)), *architectures.TRANSFORMERS],
+)
 def test_models_that_cannot_merge_refuse(name):
     net = SuperNet(architectures.make(name))
     with pytest.raises(StrataViTError, match=r"blocks\.0\.tokens"):

@@ -40,10 +40,9 @@ def write(path: str | Path, net: Any, overwrite: bool, second: bool) -> None:
         "strata": None if net.strata is None else net.strata.to_json(),
         "provenance": net.provenance,
     }
-    if net.cost.places:
-        place = net.cost.places[0]
-        if net.joint_strata is not None or place.width != next(iter(net.cost.tokens.values())) - place.prefix:
-            facts["patches"] = place.width  # what numbers of tokens refer to; else that of the input size
+    places = net.cost.places
+    if places and (net.joint_strata is not None or places[0].width != net.cost.patches):
+        facts["patches"] = places[0].width  # what numbers of tokens refer to; else that of the input size
     if net.joint_strata is not None:
         facts["joint_strata"] = net.joint_strata.to_json()
     tensors = moments.to_tensors(net.elastic, net.final_mean, second)

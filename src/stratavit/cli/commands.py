@@ -13,11 +13,13 @@ from rich.table import Table
 from stratavit.artifacts import folder_format, sub_network
 from stratavit.artifacts.model_loading import model_at
 from stratavit.budgets.constraints import Axes
+from stratavit.calibration.contraction import resolve_method
 from stratavit.calibration.objectives import OBJECTIVES
 from stratavit.calibration.wpac import CRITERIA
 from stratavit.cli import options
 from stratavit.cli.options import Outcome, positive
 from stratavit.data.splits import split_folder
+from stratavit.dropout_list.joint import token_search
 from stratavit.evaluation.curve_points import points_in
 from stratavit.evaluation.latency import Setting
 from stratavit.files.folders import check_free
@@ -70,11 +72,13 @@ def convert(args: Namespace) -> Outcome:
     split_folder(args.data, "train")
     device = pick_device(args.device)
     net = SuperNet(model_at(args.model, args.weights, args.num_classes, device), embedding=args.embedding or None)
+    method, _ = resolve_method(args.method, args.criterion)
+    axes = ("width", "tokens") if args.axes == "both" else ("width",)
+    token_search(axes, method, net.model, net.cost.places)  # refused before any work
     loader = options.loader_of(args, net.data_config, "train", net, args.images)
     started = time.perf_counter()
     net.contract(loader, args.method, args.criterion, args.objective, args.seed)
     setting = Setting(args.latency_batch, threads=args.threads)
-    axes = ("width", "tokens") if args.axes == "both" else ("width",)
     net.stratify(loader, objective=args.objective, seed=args.seed, price=args.price, setting=setting, axes=axes)
     seconds = time.perf_counter() - started
     weights = None if args.weights is None else Path(args.weights).name

@@ -50,7 +50,9 @@ class TokenSearch:
     places: int = 5
 
 
-def token_search(axes: Sequence[str], method: str, model: nn.Module, merges: bool) -> TokenSearch | None:
+def token_search(
+    axes: Sequence[str], method: str, model: nn.Module, places: Sequence[TokenPlace]
+) -> TokenSearch | None:
     """How the list over the named axes is measured; None for widths alone.
 
     Raises:
@@ -63,7 +65,7 @@ def token_search(axes: Sequence[str], method: str, model: nn.Module, merges: boo
         raise StrataViTError(f"axes: expected ('width',) or ('width', 'tokens'), got {described(axes)}")
     if method != "default":
         raise StrataViTError(f"axes: method {method!r} has no list that merges tokens; leave 'tokens' out")
-    if not merges:
+    if not places:
         reason = merging(model)
         why = reason if isinstance(reason, str) else "classes of transformers have no such block, use the timm model"
         raise StrataViTError(f"axes: this model cannot merge tokens: {why}; leave 'tokens' out")
@@ -142,10 +144,10 @@ class Search:
             for step in (-stride, stride):
                 behind = tuple(c + step if i >= index else c for i, c in enumerate(counts))
                 alone = tuple(c + step if i == index else c for i, c in enumerate(counts))
-                found += [self.sound(new, caps) for new in (behind, alone)]
+                found += [self.capped(new, caps) for new in (behind, alone)]
         return [new for new in dict.fromkeys(found) if new is not None and new != counts]
 
-    def sound(self, counts: Sequence[int], caps: Sequence[int]) -> tuple[int, ...] | None:
+    def capped(self, counts: Sequence[int], caps: Sequence[int]) -> tuple[int, ...] | None:
         """Counts brought inside the caps, falling along the depth; None if a place cannot merge so many at once."""
         found: list[int] = []
         before = self.places[0].width
@@ -189,7 +191,7 @@ def joint_list(
         reference = Reference(model, sites, Feed(loader, model).take(tokens.images, 0), known)
 
         def distance(spec: Mapping[str, int]) -> float:
-            with running(Run(tokens=token_counts(model, spec))):
+            with running(Run(tokens=token_counts(model, cost.places, spec))):
                 return reference.distance(spec)
 
         search = Search(cost, places, Strata(sites, widths), distance)

@@ -20,7 +20,6 @@ from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.calibration.objectives import distance
 from stratavit.elastic.base import ElasticSite, Probe, Weights, run_at, site_of, sites_in
 from stratavit.elastic.site import Site
-from stratavit.elastic.tokens import token_counts
 from stratavit.models.cost import CostModel
 from stratavit.models.families import stages
 from stratavit.utils.model import classes_of, model_device, model_dtype, temporarily
@@ -52,7 +51,7 @@ class Reference:
         self.elastic = {site.name: site_of(model, site.name) for site in sites}
         self._batches = [batch.to(model_device(model), model_dtype(model)) for batch in batches]
         self.count = sum(len(batch) for batch in self._batches)
-        with torch.no_grad(), run_at(self.elastic, None, tokens=token_counts(model, {})):
+        with torch.no_grad(), run_at(self.elastic, None):
             dense = [dense_outputs.of(batch, self._outputs) for batch in self._batches]
         self._logits = [logits for logits, _ in dense]
         self._pooled = _total(features for _, features in dense)

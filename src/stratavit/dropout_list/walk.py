@@ -101,8 +101,8 @@ def walk(
             merged = (tokens or {}).get(share, {})
             here = cost.at_tokens(merged)
             goal = share * cost.macs() / here.macs()
-            with crossed(model, fold), running(Run(tokens=token_counts(model, merged))):
-                reference = Reference(model, sites, batches, dense_outputs)
+            reference = Reference(model, sites, batches, dense_outputs)
+            with crossed(model, fold), running(Run(tokens=token_counts(model, cost.places, merged))):
                 ratios = moved(ratios, reference.effects(here, allocate(here, ratios, goal, caps)), plan.rate)
                 if left == 0:
                     caps = allocate(here, ratios, goal, caps)

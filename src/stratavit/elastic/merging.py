@@ -12,15 +12,15 @@ reads, one destination in three, no scatter.
 Shape legend: B images, N patches, n tokens that stand for them, P prefix tokens (class, registers), C token width.
 """
 
-# ruff: noqa: UP045
+from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-EVERY = 3  # one token in so many is a destination: measured, better than one in two or in four
+EVERY = 3  # one token in so many is a destination
 
 
 class Merged(NamedTuple):
@@ -109,7 +109,7 @@ class MergingBlock(nn.Module):
     Without anything merged it computes exactly what the block did.
 
     Args:
-        block: timm's `vision_transformer.Block`, `eva.EvaBlock` or `beit.Block`; its parts are taken over.
+        block: timm's `vision_transformer.Block` or `eva.EvaBlock`; its parts are taken over.
         prefix: Tokens in front that are never merged (class, registers).
         last: Whether it is the model's last block, which puts all patches back.
         keep: Patch tokens that it passes on where there are `full` patches; None merges none.
@@ -125,7 +125,7 @@ class MergingBlock(nn.Module):
     drop_path2: nn.Module
 
     def __init__(
-        self, block: Any, prefix: int, last: bool = False, keep: Optional[int] = None, full: Optional[int] = None
+        self, block: Any, prefix: int, last: bool = False, keep: int | None = None, full: int | None = None
     ) -> None:
         super().__init__()
         vars(self).update(vars(block))
@@ -138,31 +138,29 @@ class MergingBlock(nn.Module):
         vars(block).update({name: value for name, value in vars(self).items() if name not in ours})
         return block
 
-    def kept(self) -> Optional[int]:
+    def kept(self) -> int | None:
         """Patch tokens to pass on at the size of `full`; None for all."""
         return self.keep
 
     def forward(
         self,
         x: Tensor | Merged,
-        rope: Optional[Tensor] = None,
-        attn_mask: Optional[Tensor] = None,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        shared_rel_pos_bias: Optional[Tensor] = None,
     ) -> Tensor | Merged:
         """Tokens ``[B, P+N, C]``, or those that a block before has merged, to the same."""
         state = x if isinstance(x, Merged) else None
         tokens = x.tokens if isinstance(x, Merged) else x
-        extra: dict[str, Any] = {}
+        extra: dict[str, Any] = {"is_causal": True} if is_causal else {}
+        if state is not None and attn_mask is not None:
+            raise ValueError("tokens were merged: a mask of all pairs of patches does not fit them")
+        if state is not None:
+            attn_mask = log_sizes(state.size, self.prefix, tokens)
+        if attn_mask is not None:
+            extra["attn_mask"] = attn_mask
         if rope is not None:
             extra["rope"] = rope if state is None else placed(rope, state.place)
-        bias = shared_rel_pos_bias if attn_mask is None else attn_mask
-        if state is not None:
-            bias = log_sizes(state.size, self.prefix, tokens) if bias is None else self.refuse(bias)
-        if bias is not None:
-            extra["shared_rel_pos_bias" if shared_rel_pos_bias is not None else "attn_mask"] = bias
-        if is_causal:
-            extra["is_causal"] = True
         normed = self.norm1(tokens)
         tokens = tokens + self.drop_path1(self.scaled(self.attn(normed, **extra), 1))
         keep = self.kept()
@@ -188,10 +186,6 @@ class MergingBlock(nn.Module):
             scaled: Tensor = scale(x)
             return scaled
         return x if gamma is None else gamma * x
-
-    def refuse(self, mask: Tensor) -> Tensor:
-        """A mask or a bias is of patches, not of what they were merged into."""
-        raise ValueError("tokens were merged: a mask or a bias of all pairs of patches does not fit them")
 
 
 def stock_class(block: nn.Module) -> type[nn.Module]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from stratavit.elastic.merging import MergingBlock
 from stratavit.elastic.running import current_run
-from stratavit.elastic.token_places import SUFFIX
+from stratavit.elastic.token_places import TokenPlace
 
 
 class ElasticMergingBlock(MergingBlock):
@@ -25,15 +25,11 @@ def merging_blocks(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MergingBlock)}
 
 
-def token_counts(model: nn.Module, widths: Mapping[str, int]) -> dict[Any, int | None]:
-    """Block -> patch tokens that it passes on under a spec; None for all."""
-    return {block: widths.get(name + SUFFIX) for name, block in merging_blocks(model).items()}
-
-
-def replace_block(model: nn.Module, name: str, block: nn.Module) -> None:
-    """Puts another block in the place of one."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, block)
+def token_counts(
+    model: nn.Module, places: Iterable[TokenPlace], widths: Mapping[str, int]
+) -> dict[nn.Module, int | None]:
+    """Block of every place -> patch tokens that it passes on under a spec; None for all."""
+    return {model.get_submodule(place.block): widths.get(place.name) for place in places}
 
 
 def merge_at(model: nn.Module, blocks: Sequence[str], keep: Mapping[str, int], full: int, prefix: int) -> None:
@@ -53,4 +49,4 @@ def merge_at(model: nn.Module, blocks: Sequence[str], keep: Mapping[str, int], f
         merging = merging or name in keep
         if merging:
             block = MergingBlock(block, prefix, name == blocks[-1], keep.get(name), full)
-        replace_block(model, name, block)
+        model.set_submodule(name, block)

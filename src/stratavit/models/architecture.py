@@ -139,11 +139,9 @@ def _built(description: Mapping[str, Any], device: torch.device | str, computed:
         return _built(description, "cpu", computed)
     model.embedding = bool(description.get("embedding", False))
     for site, numbers in description["sites"].items():
-        parent, _, leaf = site.rpartition(".")
-        block = model.get_submodule(parent)
-        like = getattr(block, leaf)
+        like: Any = model.get_submodule(site)
         out = like.proj if hasattr(like, "proj") else like.fc2
-        setattr(block, leaf, build_layer(numbers, out.out_features, like, device))
+        model.set_submodule(site, build_layer(numbers, out.out_features, like, device))
     if "tokens" in description:
         merge_tokens(model, description["tokens"])
     made: nn.Module = model

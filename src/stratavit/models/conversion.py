@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stratavit.elastic.site import Site
 from stratavit.elastic.token_places import SUFFIX, TokenPlace, place_of
-from stratavit.elastic.tokens import ElasticMergingBlock, merging_blocks, replace_block
+from stratavit.elastic.tokens import ElasticMergingBlock, merging_blocks
 from stratavit.errors import UnsupportedModelError
 from stratavit.models import architecture
 from stratavit.models.changes import check_small, form_of
@@ -67,8 +67,7 @@ def elastic_model(
     model.embedding = bool(getattr(source, "embedding", False) if embedding is None else embedding)
     modules, uncut = elastic_sites(model)
     for name, module in modules.items():
-        block, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(block), leaf, module)
+        model.set_submodule(name, module)
     if rebuilt is not None and compare:
         rebuilt = architecture.filled(rebuilt, plain)
         ours = Subject(rebuilt, rebuilt), Subject(model, stages(model).outputs)
@@ -90,7 +89,7 @@ def make_merging(model: Any, tokens: int) -> tuple[TokenPlace, ...]:
     patches = tokens - prefix
     for name in names:
         block = ElasticMergingBlock(model.get_submodule(name), prefix, last=name == names[-1], full=patches)
-        replace_block(model, name, block)
+        model.set_submodule(name, block)
     return tuple(place_of(name, patches, prefix) for name in names)
 
 

@@ -54,13 +54,19 @@ class CostModel:
     uncut: Mapping[str, int] = field(default_factory=dict)
     places: tuple[TokenPlace, ...] = ()
 
+    @property
+    def patches(self) -> int:
+        """Patch tokens of an image of the model's input size, where tokens can be merged."""
+        return next(iter(self.tokens.values())) - self.places[0].prefix
+
     def at_tokens(self, widths: Mapping[str, int]) -> CostModel:
         """The cost of networks that merge tokens as a spec says; every place that it does not name passes all on."""
         if not any(place.name in widths for place in self.places):
             return self
         tokens, context = dict(self.tokens), dict(self.context)
-        before, prefix, fixed = next(iter(tokens.values())), self.places[0].prefix, self.fixed_macs
-        for block, counts in tokens_along(self.places, widths, before - prefix).items():
+        prefix, fixed = self.places[0].prefix, self.fixed_macs
+        before = prefix + self.patches
+        for block, counts in tokens_along(self.places, widths, self.patches).items():
             for leaf, count in zip(("attn", "mlp"), counts, strict=True):
                 name, left = f"{block}.{leaf}", prefix + count
                 if name in tokens:

@@ -23,13 +23,8 @@ class BeitFamily(Family):
     fallback = "beit_base_patch16_224"
 
     def merging(self, model: Any) -> int | str:
-        """Only without relative positions."""
-        relative = [
-            block.attn for block in model.blocks if getattr(block.attn, "relative_position_index", None) is not None
-        ]
-        if relative or model.rel_pos_bias is not None:
-            return "its attention has a bias for every pair of patches (relative positions)"
-        return 1
+        """Never."""
+        return "its attention has a bias for every pair of patches (relative positions)"
 
     def stages(self, model: Any) -> Stages:
         """Split at the blocks; a bias that all blocks share comes from the stem that ran last."""
