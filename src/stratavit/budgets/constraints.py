@@ -60,7 +60,10 @@ def _list_for(net: Any, amounts: Mapping[str, Any], axes: str) -> Strata:
     if axes not in get_args(Axes):
         raise BudgetError(f"axes: expected {', '.join(get_args(Axes))}, got {axes!r}")
     if axes == "both" and net.joint_strata is None:
-        raise BudgetError("axes: there is no list over both axes; make one by stratify(axes=('width', 'tokens'))")
+        raise BudgetError(
+            "axes: there is no list over both axes; make one by stratify(axes=('width', 'tokens')) or by "
+            "convert --axes both"
+        )
     widths_alone = axes == "width" or (axes == "auto" and amounts.keys() & {"params", "memory_mb", "position"})
     found: Strata = net.strata if widths_alone or net.joint_strata is None else net.joint_strata
     return found
