@@ -24,8 +24,8 @@ from stratavit.calibration.wpac import Criterion
 from stratavit.data.pixels import Seen
 from stratavit.dropout_list import build, joint, strata
 from stratavit.dropout_list.walk import Walk
-from stratavit.elastic import token_places
-from stratavit.elastic.base import Compensation, ElasticSite, known_compensation, run_at, site_of
+from stratavit.elastic import network, token_places
+from stratavit.elastic.base import Compensation, ElasticSite, known_compensation
 from stratavit.elastic.memory import Memory, memory_of, report_kept_moments, specialise
 from stratavit.elastic.site import HEAD_DIM_UNIT, MLP_UNITS, with_units
 from stratavit.elastic.tokens import token_counts
@@ -98,7 +98,7 @@ class SuperNet(nn.Module):
     @property
     def elastic(self) -> dict[str, ElasticSite]:
         """Site name -> elastic module; a `StrataViTError` if one was taken out of the model or replaced."""
-        return {site.name: site_of(self.model, site.name) for site in self.sites}
+        return {site.name: network.site_of(self.model, site.name) for site in self.sites}
 
     @property
     def method(self) -> Method:
@@ -169,7 +169,7 @@ class SuperNet(nn.Module):
         if torch.is_grad_enabled() and not fixed and widths != self.resolve(None):
             source_checks.check_not_recomputed(self.model)
         shift, tokens = conversion.final_shift(self, widths), token_counts(self.model, self._cost.places, widths)
-        with run_at(self.elastic, widths, fixed, {self._shift: shift}, tokens):
+        with network.run_at(self.elastic, widths, fixed, {self._shift: shift}, tokens):
             yield self.model
 
     def source_copy(self) -> nn.Module:

@@ -20,8 +20,9 @@ from stratavit.calibration.wpac import (
     principal_axes,
     scatter_needed,
 )
-from stratavit.elastic.base import AttentionTransform, ElasticSite, site_of
+from stratavit.elastic.base import AttentionTransform, ElasticSite
 from stratavit.elastic.compensation import Moments, factorise
+from stratavit.elastic.network import site_of
 from stratavit.errors import StrataViTError, described
 from stratavit.models.families import layer_scale
 from stratavit.utils.progress import track

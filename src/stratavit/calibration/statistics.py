@@ -17,7 +17,8 @@ from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.calibration.objectives import OBJECTIVES, CalibrationObjective, Objective
 from stratavit.data.batches import batches_of
 from stratavit.data.pixels import folds_of, keys_of
-from stratavit.elastic.base import ElasticSite, sites_in
+from stratavit.elastic.base import ElasticSite
+from stratavit.elastic.network import sites_in
 from stratavit.errors import StrataViTError
 from stratavit.models.families import stages
 from stratavit.utils.model import (

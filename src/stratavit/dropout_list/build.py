@@ -18,7 +18,8 @@ from stratavit.dropout_list.joint import TokenSearch, joint_list
 from stratavit.dropout_list.sensitivity import measure_importance
 from stratavit.dropout_list.strata import Entry, removal_order
 from stratavit.dropout_list.walk import Walk, walk
-from stratavit.elastic.base import ElasticSite, sites_in
+from stratavit.elastic.base import ElasticSite
+from stratavit.elastic.network import sites_in
 from stratavit.elastic.site import Site
 from stratavit.models.cost import CostModel
 from stratavit.models.final_mean import FinalMean

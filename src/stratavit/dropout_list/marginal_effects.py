@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.calibration.objectives import distance
-from stratavit.elastic.base import ElasticSite, Probe, Weights, run_at, site_of, sites_in
+from stratavit.elastic.base import ElasticSite, Probe, Weights
+from stratavit.elastic.network import run_at, site_of, sites_in
 from stratavit.elastic.site import Site
 from stratavit.models.cost import CostModel
 from stratavit.models.families import stages

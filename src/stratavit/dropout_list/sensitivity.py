@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stratavit.calibration.objectives import Measure, Objective, distance
 from stratavit.calibration.statistics import SiteStatistics, collect
 from stratavit.data.batches import batches_of, check_labels
-from stratavit.elastic.base import site_of
+from stratavit.elastic.network import site_of
 from stratavit.elastic.site import Site
 from stratavit.errors import StrataViTError
 from stratavit.models.families import stages

@@ -9,8 +9,6 @@ Shape legend: B images, N tokens, C token width, H heads, d full head_dim, m ful
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 
 from stratavit.elastic.compensation import GAIN, Moments, compensate
 from stratavit.elastic.corrected import Corrected, stale
-from stratavit.elastic.running import Run, current_run, running
+from stratavit.elastic.running import current_run
 from stratavit.elastic.site import Site
 from stratavit.errors import StrataViTError, described
 
@@ -296,44 +294,3 @@ class ElasticSite(nn.Module):
         bias = None if self.bypassed else self.out_bias_at(0)
         zeros = torch.zeros_like(x)
         return zeros if bias is None else zeros + bias
-
-
-def site_of(model: nn.Module, name: str) -> ElasticSite:
-    """The elastic module of a name.
-
-    Raises:
-        StrataViTError: The owner of the super-network has taken it out, or put another one in its place.
-    """
-    module: Any = model
-    for part in name.split("."):
-        module = getattr(module, part, None)
-    if not isinstance(module, ElasticSite):
-        raise StrataViTError(
-            f"{name} of this super-network was taken out of its model or replaced; undo it, or change the model before "
-            "SuperNet(model)"
-        )
-    return module
-
-
-def sites_in(model: nn.Module) -> dict[str, ElasticSite]:
-    """Name -> elastic module, of all that a model has."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, ElasticSite)}
-
-
-@contextmanager
-def run_at(
-    elastic: Mapping[str, ElasticSite],
-    widths: Mapping[str, int] | None,
-    fixed: bool = False,
-    shifts: Mapping[Any, Tensor | None] | None = None,
-    tokens: Mapping[Any, int | None] | None = None,
-) -> Iterator[None]:
-    """The sites run at these widths (None: full) inside, in this thread or task alone; `shifts`, `tokens` see `Run`.
-
-    With `fixed`, no weight changes inside and none gets a gradient, so that compensated weights are computed once.
-    """
-    chosen = {module: module.full_width if widths is None else widths[name] for name, module in elastic.items()}
-    pairs = {module: module.fixed_out(width) for module, width in chosen.items()} if fixed else {}
-    known = {module: pair for module, pair in pairs.items() if pair is not None}
-    with running(Run(chosen, known, shifts or {}, tokens or {})):
-        yield

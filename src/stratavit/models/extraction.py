@@ -10,8 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from stratavit.elastic.base import ElasticSite, site_of
+from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.layers import KEPT, build_layer
+from stratavit.elastic.network import site_of
 from stratavit.elastic.site import Site
 from stratavit.elastic.token_places import TokenPlace
 from stratavit.elastic.tokens import merge_at
