@@ -21,7 +21,8 @@ from common import write_results
 from torch.utils.data import DataLoader, Subset
 
 import stratavit
-from stratavit import Recipe, SuperNet, demo
+from stratavit import Recipe, SuperNet
+from stratavit.tasks import demo
 
 ARMS = ("plain", "channel", "weighted", "layerdrop", "piad")
 TWELFTHS = (12, 10, 8, 6, 4)

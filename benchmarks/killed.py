@@ -34,8 +34,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 import stratavit
-from stratavit import Recipe, SuperNet, demo
+from stratavit import Recipe, SuperNet
 from stratavit.artifacts.folder_format import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
+from stratavit.tasks import demo
 from stratavit.tasks.piad_task import PiadTask
 from stratavit.training import run_files
 from stratavit.training.order import Seeded

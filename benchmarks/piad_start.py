@@ -20,7 +20,8 @@ from common import write_results
 from torch.utils.data import DataLoader, Subset
 
 import stratavit
-from stratavit import Recipe, SuperNet, demo
+from stratavit import Recipe, SuperNet
+from stratavit.tasks import demo
 
 
 def main() -> None:

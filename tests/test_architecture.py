@@ -23,7 +23,7 @@ ORDER = (
     # object
     *("artifacts", "supernet"),
     # use
-    *("training", "reports", "tasks", "demo", "cli"),
+    *("training", "reports", "tasks", "cli"),
 )
 OUTSIDE = ("plain", "__init__", "__main__")  # names for pickles, users and ``python -m``
 

@@ -20,7 +20,7 @@ FLOORS = {  # from ground to use; tests/test_architecture.py holds every import 
     "networks": ("elastic", "models", "interop"),
     "method": ("calibration", "dropout_list", "evaluation", "budgets"),
     "object": ("artifacts", "supernet"),
-    "use": ("training", "reports", "tasks", "demo", "cli"),
+    "use": ("training", "reports", "tasks", "cli"),
 }
 COLOURS = {"ground": "#eceff1", "networks": "#e3f2fd", "method": "#e8f5e9", "object": "#fff8e1", "use": "#fce4ec"}
 WIDTH, LABEL, GAP, LINE, PAD = 1080, 86, 10, 15, 10

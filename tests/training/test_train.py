@@ -32,9 +32,10 @@ from training_runs import (
 )
 
 import stratavit
-from stratavit import StrataViTError, SuperNet, demo
+from stratavit import StrataViTError, SuperNet
 from stratavit.calibration import contraction, statistics
 from stratavit.dropout_list.strata import Strata
+from stratavit.tasks import demo
 from stratavit.tasks.piad import train_piad
 from stratavit.tasks.piad_task import evaluations
 from stratavit.training import augmentation, order, run_files

@@ -266,6 +266,6 @@ def demo_options(command: ArgumentParser) -> None:
 
 def demo(args: Namespace) -> Outcome:
     """The main job end to end on embedded images."""
-    from stratavit.demo import run
+    from stratavit.tasks.demo import run
 
     return run(Path(args.out or "stratavit-demo"), pick_device(args.device), args.epochs, args.overwrite)

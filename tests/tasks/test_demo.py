@@ -9,8 +9,8 @@ import torch
 from command_line import refusal
 
 import stratavit
-from stratavit import demo
 from stratavit.cli.parser import main
+from stratavit.tasks import demo
 
 
 @pytest.fixture(scope="module")
