@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from stratavit.evaluation.latency import Setting as Setting
     from stratavit.evaluation.latency import Timing as Timing
     from stratavit.evaluation.latency import time_model as time_model
-    from stratavit.interop.convert import as_timm as as_timm
     from stratavit.interop.export import Parity as Parity
     from stratavit.interop.export import export as export
+    from stratavit.interop.libraries import as_timm as as_timm
     from stratavit.interop.transformers.folders import load_transformers as load_transformers
     from stratavit.reports.curve import curve as curve
     from stratavit.reports.html import write_report as write_report
@@ -57,7 +57,7 @@ _NAMES = {  # module -> public names that it defines
     "evaluation.curve_points": "Point",
     "evaluation.features": "knn zero_shot",
     "evaluation.latency": "Setting Timing time_model",
-    "interop.convert": "as_timm",
+    "interop.libraries": "as_timm",
     "interop.export": "Parity export",
     "interop.transformers.folders": "load_transformers",
     "reports.curve": "curve",

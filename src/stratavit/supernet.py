@@ -16,7 +16,7 @@ from typing_extensions import Self, Unpack
 from stratavit.artifacts import folder_format, super_network
 from stratavit.budgets.amounts import Budget
 from stratavit.budgets.constraints import BudgetArgs, find_sub_network
-from stratavit.budgets.latency_cost import priced
+from stratavit.budgets.prices import priced
 from stratavit.calibration.contraction import TOKEN_WEIGHT, Method, known_method, resolve_method, sort_channels
 from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.calibration.objectives import Measure, Objective
@@ -31,8 +31,8 @@ from stratavit.elastic.site import HEAD_DIM_UNIT, MLP_UNITS, with_units
 from stratavit.elastic.tokens import token_counts
 from stratavit.errors import BudgetError
 from stratavit.evaluation.latency import Setting
-from stratavit.interop.convert import as_source, as_timm
-from stratavit.models import changes, conversion, source_checks
+from stratavit.interop.libraries import as_source, as_timm
+from stratavit.models import changes, elastic_model, small_model, source_checks
 from stratavit.models.cost import CostModel
 from stratavit.models.final_mean import FinalMean
 from stratavit.models.freezing import frozen_names
@@ -78,7 +78,7 @@ class SuperNet(nn.Module):
     ) -> None:
         super().__init__()
         source = as_timm(given := unwrapped(model))  # which has compared what it made
-        made = conversion.elastic_model(source, data_config, embedding, _description, compare=source is given)
+        made = elastic_model.elastic_model(source, data_config, embedding, _description, compare=source is given)
         self.model, self.sites, self.uncut = made.model, made.sites, made.uncut
         self.description, self.data_config = made.description, made.data_config
         self._cost, self._form, self._shift = made.cost, made.form, made.shift
@@ -168,7 +168,7 @@ class SuperNet(nn.Module):
         widths = self.resolve(spec)
         if torch.is_grad_enabled() and not fixed and widths != self.resolve(None):
             source_checks.check_not_recomputed(self.model)
-        shift, tokens = conversion.final_shift(self, widths), token_counts(self.model, self._cost.places, widths)
+        shift, tokens = small_model.final_shift(self, widths), token_counts(self.model, self._cost.places, widths)
         with network.run_at(self.elastic, widths, fixed, {self._shift: shift}, tokens):
             yield self.model
 
@@ -390,7 +390,7 @@ class SuperNet(nn.Module):
         Returns:
             A timm model in eval mode.
         """
-        return conversion.small_at(self, self.resolve(widths))
+        return small_model.small_at(self, self.resolve(widths))
 
     # ---- keep --------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import pytest
 from helpers import PLAN, make_batches, make_net
 
 from stratavit import Setting, StrataViTError, SuperNet
-from stratavit.budgets.latency_cost import fit, latency_prices
+from stratavit.budgets.prices import fit, latency_prices
 from stratavit.evaluation import latency
 from stratavit.models.cost import Price, site_macs
 
@@ -64,7 +64,7 @@ def test_prices_in_proportion_to_macs_give_the_list_of_macs(method, monkeypatch)
         return {site.name: Price(0.0, 0.125 * per_channel[site.kind] * 17 * site.dim) for site in cost.sites}
 
     assert all(8 * prices(net.cost, None, None)[s.name].each == site_macs(s, 1, 17) for s in net.sites)
-    monkeypatch.setattr("stratavit.budgets.latency_cost.latency_prices", prices)
+    monkeypatch.setattr("stratavit.budgets.prices.latency_prices", prices)
     assert net.stratify(images, plan=PLAN, price="latency").strata.entries == macs
     assert net.provenance["stratify"]["price"] == "latency"
 
@@ -81,7 +81,7 @@ def test_what_is_slow_is_cut_more(method, monkeypatch, tmp_path):
             slow = {site.name: 10.0 if site.name.endswith(slow_kind) else 1.0 for site in cost.sites}
             return {site.name: Price(0.0, slow[site.name] * cost.site_macs(site, 1)) for site in cost.sites}
 
-        monkeypatch.setattr("stratavit.budgets.latency_cost.latency_prices", prices)
+        monkeypatch.setattr("stratavit.budgets.prices.latency_prices", prices)
         net.stratify(images, plan=PLAN, price="latency")
         specs = [net.spec(macs=share / 40) for share in range(16, 40)]
         kept = [spec[name] / net.elastic[name].full_width for spec in specs for name in spec if name.endswith("attn")]

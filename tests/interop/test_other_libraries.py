@@ -16,7 +16,7 @@ import stratavit
 from stratavit import ArtifactError, StrataViTError, SuperNet
 from stratavit.artifacts.model_loading import model_at
 from stratavit.cli.parser import main
-from stratavit.interop.equivalence import tensor_of
+from stratavit.interop.timm_equivalent import tensor_of
 from stratavit.interop.torchvision_vit import NAMES
 from stratavit.interop.transformers.folders import PROCESSOR, load_equivalent
 from stratavit.interop.transformers.models import OLDEST, library

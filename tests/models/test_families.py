@@ -15,7 +15,7 @@ from helpers import PLAN, enliven, make_images, relative_error
 import stratavit
 from stratavit import StrataViTError, SuperNet
 from stratavit.calibration.objectives import distance
-from stratavit.interop.equivalence import tensor_of
+from stratavit.interop.timm_equivalent import tensor_of
 from stratavit.models.architecture import describe
 from stratavit.models.cost import linear_macs
 from stratavit.utils.model import classes_of

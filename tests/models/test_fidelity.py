@@ -11,7 +11,7 @@ from torch import nn
 
 import stratavit
 from stratavit import ArtifactError, SuperNet, UnsupportedModelError
-from stratavit.models.equality import Subject, check_equal
+from stratavit.models.output_checks import Subject, check_same_outputs
 
 VIT, EVA, BEIT = "vit_tiny_patch16_224", "eva02_tiny_patch14_224", "beit_base_patch16_224"
 NAMES = (VIT, EVA, BEIT, "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256")
@@ -187,7 +187,7 @@ def test_out_of_memory_is_raised_as_it_is(error):
         SuperNet(broken)
     assert caught.value is error
     with pytest.raises(type(error)) as caught:
-        check_equal("save", ArtifactError, Subject(sound, sound), [Subject(broken, broken)], (3, 32, 32))
+        check_same_outputs("save", ArtifactError, Subject(sound, sound), [Subject(broken, broken)], (3, 32, 32))
     assert caught.value is error
 
 
@@ -201,8 +201,8 @@ def test_random_numbers_stay_as_they_were():
 
 
 def test_loading_does_not_run_the_model(tmp_path, monkeypatch):
-    from stratavit.models import conversion
+    from stratavit.models import elastic_model
 
     SuperNet(make_model("plain")).save(tmp_path / "net")
-    monkeypatch.setattr(conversion, "check_equal", None)
+    monkeypatch.setattr(elastic_model, "check_same_outputs", None)
     SuperNet.load(tmp_path / "net")

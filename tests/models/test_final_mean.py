@@ -9,9 +9,9 @@ from helpers import FAMILIES, PLAN, make_batches, make_images, make_model, make_
 
 from stratavit.data.pixels import folds_of, keys_of
 from stratavit.dropout_list import marginal_effects, walk
-from stratavit.models.conversion import final_shift
 from stratavit.models.families import last_norm
 from stratavit.models.final_mean import FinalMean
+from stratavit.models.small_model import final_shift
 
 IMAGES = make_images(3, seed=9)
 SHIFTED = [name for name in FAMILIES if name != "distilled"]

@@ -11,10 +11,10 @@ from torch import nn
 from stratavit.artifacts.folder_format import SUB, read_saved, write_saved
 from stratavit.elastic.token_places import SUFFIX
 from stratavit.errors import ArtifactError, UnsupportedModelError
-from stratavit.interop.convert import as_source, as_timm
+from stratavit.interop.libraries import as_source, as_timm
 from stratavit.models import architecture, source_checks
-from stratavit.models.equality import Subject, check_equal
 from stratavit.models.freezing import frozen_names
+from stratavit.models.output_checks import Subject, check_same_outputs
 from stratavit.utils.classifier import with_plain_head
 from stratavit.utils.model import is_super_network
 from stratavit.utils.wrappers import unwrapped
@@ -46,7 +46,9 @@ def save(model: nn.Module, path: str | Path, overwrite: bool = False) -> None:
     data_config = architecture.resolve_data_config(plain)
     if source is given:  # else `as_timm` has compared
         built = architecture.filled(built, plain)
-        check_equal("save", ArtifactError, Subject(source, source), [Subject(built, built)], data_config["input_size"])
+        check_same_outputs(
+            "save", ArtifactError, Subject(source, source), [Subject(built, built)], data_config["input_size"]
+        )
     facts = {
         "model": description,
         "origin": getattr(plain, "origin", None),

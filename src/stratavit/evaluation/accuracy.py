@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stratavit.data.batches import batches_of, check_labels
 from stratavit.errors import StrataViTError
-from stratavit.interop.equivalence import tensor_of
+from stratavit.interop.timm_equivalent import tensor_of
 from stratavit.utils.model import classes_of, measured_at, model_device, model_dtype
 from stratavit.utils.progress import track
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.evaluation.accuracy import Metrics, Tally, labelled
 from stratavit.files.folders import read_tensors
-from stratavit.interop.convert import as_timm
-from stratavit.interop.equivalence import tensor_of
+from stratavit.interop.libraries import as_timm
+from stratavit.interop.timm_equivalent import tensor_of
 from stratavit.utils.model import classes_of, measured_at, model_device, model_dtype
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # as DINO and DINOv2 are evaluated

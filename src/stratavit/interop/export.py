@@ -17,8 +17,8 @@ from stratavit.data.batches import check_finite, check_images, unpack
 from stratavit.errors import StrataViTError
 from stratavit.files.atomic import followed, move_into_place, temporary_sibling
 from stratavit.files.folders import check_free, check_free_file
-from stratavit.interop.convert import as_timm
-from stratavit.interop.equivalence import tensor_of
+from stratavit.interop.libraries import as_timm
+from stratavit.interop.timm_equivalent import tensor_of
 from stratavit.interop.transformers.folders import load_transformers, save_transformers
 from stratavit.models.architecture import resolve_data_config
 from stratavit.utils.model import eval_mode, is_super_network, model_device, model_dtype

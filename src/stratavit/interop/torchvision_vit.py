@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stratavit.errors import UnsupportedModelError
 from stratavit.files.state_dicts import load_weights, unreachable
-from stratavit.interop.equivalence import fill
+from stratavit.interop.timm_equivalent import fill_equivalent
 from stratavit.interop.timm_filter import report_left_out, unwrapped, without_counters
 from stratavit.models import architecture
 from stratavit.models.freezing import frozen_names
@@ -79,7 +79,7 @@ def to_timm(model: Any) -> nn.Module:
         "crop_pct": 0.875,
         "crop_mode": "center",
     }
-    return fill(made, model, state, frozen, data_config)
+    return fill_equivalent(made, model, state, frozen, data_config)
 
 
 def named(name: str, weights: Mapping[str, Tensor] | None, source: str, num_classes: int | None = None) -> nn.Module:

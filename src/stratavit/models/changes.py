@@ -15,9 +15,9 @@ from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.files.state_dicts import check_fit
 from stratavit.models import architecture
 from stratavit.models.cost import CostModel, cost_model
-from stratavit.models.equality import Subject, check_equal
 from stratavit.models.families import family_of
 from stratavit.models.final_mean import Shift
+from stratavit.models.output_checks import Subject, check_same_outputs
 from stratavit.models.source_checks import own_routines
 from stratavit.utils.classifier import head_layers, with_plain_head
 
@@ -73,7 +73,7 @@ def _check_rebuilt(net: Any, description: Mapping[str, Any], size: Any) -> None:
     built = architecture.build(description)
     _check_tensors(net.model, built)
     built = architecture.filled(built, net.model)
-    check_equal("save", ArtifactError, Subject(net.model, net), [Subject(built, built)], size)
+    check_same_outputs("save", ArtifactError, Subject(net.model, net), [Subject(built, built)], size)
 
 
 def check_small(net: Any, small: nn.Module, widths: Mapping[str, int]) -> None:
@@ -86,4 +86,4 @@ def check_small(net: Any, small: nn.Module, widths: Mapping[str, int]) -> None:
     hooks = [hook for one in modules for hook in (*one._forward_hooks.values(), *one._forward_pre_hooks.values())]
     if any(not isinstance(hook, Shift) for hook in hooks) or any(map(own_routines, modules)):
         prefix, size = Subject(net.model, lambda images: net(images, widths)), net.data_config["input_size"]
-        check_equal("extract from", StrataViTError, prefix, [Subject(small, small)], size)
+        check_same_outputs("extract from", StrataViTError, prefix, [Subject(small, small)], size)

@@ -22,7 +22,7 @@ from stratavit.models.source_checks import drop_own_routines, whole_copy
 
 
 @torch.inference_mode(False)
-def small_model(
+def cut_model(
     model: nn.Module,
     sites: tuple[Site, ...],
     widths: Mapping[str, int],

@@ -20,7 +20,7 @@ from stratavit.artifacts.timm_config import FILE as TIMM_FILE
 from stratavit.errors import StrataViTError
 from stratavit.evaluation import curve_points
 from stratavit.evaluation.accuracy import evaluate
-from stratavit.interop.convert import as_source, as_timm
+from stratavit.interop.libraries import as_source, as_timm
 from stratavit.interop.transformers.models import is_transformers
 from stratavit.models import architecture
 from stratavit.models.architecture import resolve_data_config

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stratavit.elastic.plain import Constant
 from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, described, one_line
-from stratavit.interop.equivalence import fill
+from stratavit.interop.timm_equivalent import fill_equivalent
 from stratavit.interop.transformers.layouts import LAYOUTS, Layout
 from stratavit.interop.transformers.weights import (
     blocks_of,
@@ -121,7 +121,7 @@ def to_timm(model: Any) -> nn.Module:
     data_config: dict[str, Any] = {"input_size": size, "interpolation": "bicubic", **layout.normal}
     data_config |= {"crop_pct": 0.9, "crop_mode": "center"}
     built = architecture.build(description)
-    made: Any = fill(built, model, to_state(model, layout), frozen_of(model, layout), data_config)
+    made: Any = fill_equivalent(built, model, to_state(model, layout), frozen_of(model, layout), data_config)
     for attribute in CARRIED:  # of a small model
         if hasattr(model, attribute):
             setattr(made, attribute, getattr(model, attribute))

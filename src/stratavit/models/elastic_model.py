@@ -1,4 +1,4 @@
-"""Both ends of a super-network: a plain model made elastic, and a small model that knows where it comes from."""
+"""A plain model made elastic: what a super-network is made of."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from stratavit.elastic.site import Site
-from stratavit.elastic.token_places import SUFFIX, TokenPlace, place_of
+from stratavit.elastic.token_places import TokenPlace, place_of
 from stratavit.elastic.tokens import ElasticMergingBlock, merging_blocks
 from stratavit.errors import UnsupportedModelError
 from stratavit.models import architecture
-from stratavit.models.changes import check_small, form_of
+from stratavit.models.changes import form_of
 from stratavit.models.cost import CostModel, cost_model
-from stratavit.models.equality import Subject, check_equal
-from stratavit.models.extraction import small_model
 from stratavit.models.families import blocks_of, elastic_sites, find_sites, last_norm, merging, stages
 from stratavit.models.final_mean import Shift
-from stratavit.models.freezing import set_frozen
-from stratavit.models.source_checks import check, check_layers, drop_own_routines, whole_copy
+from stratavit.models.output_checks import Subject, check_same_outputs
+from stratavit.models.source_checks import check, drop_own_routines, whole_copy
 from stratavit.utils.classifier import with_plain_head
 
 
@@ -71,7 +69,7 @@ def elastic_model(
     if rebuilt is not None and compare:
         rebuilt = architecture.filled(rebuilt, plain)
         ours = Subject(rebuilt, rebuilt), Subject(model, stages(model).outputs)
-        check_equal("cut", UnsupportedModelError, Subject(source, source), ours, data_config["input_size"])
+        check_same_outputs("cut", UnsupportedModelError, Subject(source, source), ours, data_config["input_size"])
     description = {**description, **({"embedding": True} if model.embedding else {})}
     cost, shift, norm = cost_model(model, sites, data_config["input_size"], uncut), Shift(), last_norm(model)
     if getattr(plain, "origin", None) is None:  # transformers' classes have no block that merges tokens
@@ -91,33 +89,3 @@ def make_merging(model: Any, tokens: int) -> tuple[TokenPlace, ...]:
         block = ElasticMergingBlock(model.get_submodule(name), prefix, last=name == names[-1], full=patches)
         model.set_submodule(name, block)
     return tuple(place_of(name, patches, prefix) for name in names)
-
-
-def final_shift(net: Any, widths: Mapping[str, int]) -> Tensor | None:
-    """What is added to the last norm's bias of a `SuperNet` at widths of every site, ``[C]``; None for nothing."""
-    if net.final_mean is None or net.compensation != "full" or widths == net.resolve(None):
-        return None
-    channels = {name: width for name, width in widths.items() if not name.endswith(SUFFIX)}
-    shift: Tensor = net.final_mean.at(net.cost.macs(channels) / net.cost.macs())
-    return shift
-
-
-def small_at(net: Any, widths: Mapping[str, int]) -> nn.Module:
-    """The small timm model of a `SuperNet` at widths of every site; it knows where it comes from."""
-    check_layers(net.model)
-    small: Any = small_model(net.model, net.sites, widths, final_shift(net, widths), net.cost.places)
-    small.provenance = {
-        "super_network": net.provenance,
-        "spec": dict(widths),
-        "macs": net.macs(widths),
-        "params": net.params(widths),
-        "dense_macs": net.macs(),
-        "dense_params": net.params(),
-        "dense_spec": dict(net.resolve(None)),
-    }
-    small.origin, small.embedding, small.data_config = net.origin, net.embedding, dict(net.data_config)
-    small.source_args = dict(net.description["args"])
-    if net.frozen_for_serving:  # see `SuperNet.specialise`
-        set_frozen(small, net.frozen)
-    check_small(net, small, widths)
-    return small

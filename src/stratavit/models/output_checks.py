@@ -37,7 +37,7 @@ class Subject(NamedTuple):
     run: Callable[[Tensor], Any]
 
 
-def check_equal(
+def check_same_outputs(
     verb: str, error: type[StrataViTError], source: Subject, others: Sequence[Subject], size: Sequence[int]
 ) -> None:
     """Whether all of `others` compute what `source` does, on one random image.

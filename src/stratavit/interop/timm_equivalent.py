@@ -17,7 +17,7 @@ TOLERANCE = 1e-3  # of the largest output, in float32; what is rounded more coar
 COARSE = 0.1
 
 
-def fill(
+def fill_equivalent(
     made: Any, source: nn.Module, state: Mapping[str, Tensor], frozen: Iterable[str], data_config: Mapping[str, Any]
 ) -> Any:
     """Makes a fresh timm model the equivalent of another library's: in eval mode, of its type, on its device.

@@ -1,0 +1,44 @@
+"""The small model of a super-network: cut out of it, the final mean shifted, and a record of its origin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from stratavit.elastic.token_places import SUFFIX
+from stratavit.models.changes import check_small
+from stratavit.models.extraction import cut_model
+from stratavit.models.freezing import set_frozen
+from stratavit.models.source_checks import check_layers
+
+
+def final_shift(net: Any, widths: Mapping[str, int]) -> Tensor | None:
+    """What is added to the last norm's bias of a `SuperNet` at widths of every site, ``[C]``; None for nothing."""
+    if net.final_mean is None or net.compensation != "full" or widths == net.resolve(None):
+        return None
+    channels = {name: width for name, width in widths.items() if not name.endswith(SUFFIX)}
+    shift: Tensor = net.final_mean.at(net.cost.macs(channels) / net.cost.macs())
+    return shift
+
+
+def small_at(net: Any, widths: Mapping[str, int]) -> nn.Module:
+    """The small timm model of a `SuperNet` at widths of every site; it knows where it comes from."""
+    check_layers(net.model)
+    small: Any = cut_model(net.model, net.sites, widths, final_shift(net, widths), net.cost.places)
+    small.provenance = {
+        "super_network": net.provenance,
+        "spec": dict(widths),
+        "macs": net.macs(widths),
+        "params": net.params(widths),
+        "dense_macs": net.macs(),
+        "dense_params": net.params(),
+        "dense_spec": dict(net.resolve(None)),
+    }
+    small.origin, small.embedding, small.data_config = net.origin, net.embedding, dict(net.data_config)
+    small.source_args = dict(net.description["args"])
+    if net.frozen_for_serving:  # see `SuperNet.specialise`
+        set_frozen(small, net.frozen)
+    check_small(net, small, widths)
+    return small
