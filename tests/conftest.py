@@ -12,11 +12,12 @@ import pytest
 import timm
 import torch
 from children import unmountable
-from helpers import FAMILIES, make_batches, make_images, make_model
+from helpers import FAMILIES, make_batches, make_images, make_model, make_net
 from hypothesis import settings
 from safetensors.torch import load_file
 
 from stratavit.files import atomic
+from stratavit.reports.curve import curve
 
 settings.register_profile("stratavit", deadline=None, max_examples=20, derandomize=True, database=None)
 settings.load_profile("stratavit")
@@ -112,6 +113,18 @@ def family(request):
 def source(family):
     """A small random model of the family, stock timm."""
     return make_model(family)
+
+
+@pytest.fixture(scope="session")
+def net():
+    """A small super-network with a dropout list, which no test may change."""
+    return make_net("plain", stratified=True)
+
+
+@pytest.fixture(scope="session")
+def points(net):
+    """Its curve."""
+    return curve(net, make_batches(), ("1", "75%", "0.5"))
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from stratavit import ArtifactError, Setting, StrataViTError, write_report
 from stratavit.cli.parser import main
 from stratavit.dropout_list.strata import Strata
 from stratavit.evaluation.curve_points import Point, write_csv
-from stratavit.reports.curve import curve
 from stratavit.reports.html import SCRIPTS
 
 BATCHES = make_batches()
@@ -46,16 +45,6 @@ def net_of(name):
         net.strata = Strata(net.sites, net.strata.entries[:20])
         return net
     return stratavit.SuperNet(architectures.make(name)).contract(BATCHES).stratify(BATCHES, plan=PLAN).eval()
-
-
-@pytest.fixture(scope="module")
-def net():
-    return make_net("plain", stratified=True)
-
-
-@pytest.fixture(scope="module")
-def points(net):
-    return curve(net, BATCHES, ("1", "75%", "0.5"))
 
 
 def hostile_net():
@@ -352,8 +341,8 @@ def test_between_and_beyond_the_points(net, points, look):
     for position in range(0, len(net.strata) + 1, 7):
         move(page, len(net.strata) - position)
         macs = net.macs(net.spec(position=position))
-        away = {point.top1: abs(point.macs - macs) for point in reversed(points)}
-        nearest = [f"top-1 {top1:.2f} %" for top1, far in away.items() if far == min(away.values())]
+        away = [abs(point.macs - macs) for point in points]
+        nearest = [f"top-1 {p.top1:.2f} %" for p, far in zip(points, away, strict=True) if far == min(away)]
         assert page.text_content("#nearest") in nearest
     page = look(net, points[-1:])
     for axis in ("macs", "params"):

@@ -14,7 +14,6 @@ import stratavit
 from stratavit import ArtifactError, BudgetError, StrataViTError, SuperNet, from_pretrained, push_to_hub
 from stratavit.cli.parser import main
 from stratavit.evaluation import curve_points
-from stratavit.reports import curve
 from stratavit.reports.model_card import model_card
 from stratavit.utils.text import human
 
@@ -26,16 +25,6 @@ IMAGES = make_images(3, seed=4)
 def hub():
     with fake_hub() as found:
         yield found
-
-
-@pytest.fixture(scope="module")
-def net():
-    return make_net("plain", stratified=True)
-
-
-@pytest.fixture(scope="module")
-def points(net):
-    return curve.curve(net, make_batches(), ("12/12", "8/12", "6/12"))
 
 
 def get(hub, tmp_path, name=NAME, **options):

@@ -16,16 +16,6 @@ from stratavit.reports.plots import plot
 BATCHES = make_batches()
 
 
-@pytest.fixture(scope="module")
-def net():
-    return make_net("plain", stratified=True)
-
-
-@pytest.fixture(scope="module")
-def points(net):
-    return curve(net, BATCHES, ("1", "75%", "0.5"))
-
-
 def test_points_are_what_evaluate_returns_at_the_budget(net, points):
     assert [point.asked for point in points] == ["1", "75%", "0.5"]
     for point, share in zip(points, (1.0, 0.75, 0.5), strict=True):
