@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,13 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     """Largest difference over the largest expected value."""
     assert found.shape == expected.shape
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+def same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two state dicts have the same tensors of the same types under the same names, bit for bit."""
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )
 
 
 def out_layers(model: nn.Module) -> dict[str, nn.Linear]:

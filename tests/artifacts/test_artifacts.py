@@ -9,7 +9,19 @@ import pytest
 import timm
 import torch
 from children import content, done
-from helpers import LOADERS, MIXED, copy_of, enliven, make_batches, make_images, make_model, make_net, older, save_both
+from helpers import (
+    LOADERS,
+    MIXED,
+    copy_of,
+    enliven,
+    make_batches,
+    make_images,
+    make_model,
+    make_net,
+    older,
+    same_tensors,
+    save_both,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -36,9 +48,7 @@ def saved(root, tmp_path):
 
 
 def assert_same_tensors(one: nn.Module, other: nn.Module):
-    ours, theirs = one.state_dict(), other.state_dict()
-    assert list(ours) == list(theirs)
-    assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
+    assert same_tensors(one.state_dict(), other.state_dict())
 
 
 # ---- round trips ----------------------------------------------------------------------------------------

@@ -322,17 +322,3 @@ def written_to_a_disk_itself(place):
 
 def test_a_mounted_disk_itself(place):
     done(written_to_a_disk_itself, place)
-
-
-# ---- files from the future --------------------------------------------------------------------------------------
-
-
-def test_files_of_another_time(work, whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "run")
-    shutil.copytree(work, tmp_path / "work")
-    for path in tmp_path.rglob("*"):
-        os.utime(path, (4102444800, 4102444800))  # 2100
-    run(tmp_path / "run", resume=True)
-    assert_same(outcome(tmp_path / "run"), outcome(whole))
-    for command in ("convert", "extract", "report"):
-        assert main([*argv(tmp_path / "work", command), "--out", str(tmp_path / command / "out")]) == 0
