@@ -18,7 +18,7 @@ from stratavit.elastic.site import HEAD_DIM_UNIT, MLP_UNITS
 from stratavit.errors import ArtifactError, described
 from stratavit.files import checksums
 from stratavit.files.folders import read_json, read_shapes, read_tensors, write_folder, write_json
-from stratavit.files.state_dicts import check_one_type, load_weights
+from stratavit.files.state_dicts import load_weights
 from stratavit.interop.transformers.layouts import LAYOUTS
 from stratavit.models import architecture, size_checks
 from stratavit.models.freezing import set_frozen
@@ -172,8 +172,6 @@ def _load_model(content: Mapping[str, Any], folder: Path) -> nn.Module:
     checksums.check_file(content, weights)
     model: Any = size_checks.build_model(content["model"], read_shapes(weights), source, str(weights))
     tensors = read_tensors(weights)
-    if checksums.KEY not in content:
-        check_one_type(tensors, str(weights))
     load_weights(model, tensors, str(weights), assign=True)
     frozen, names = content.get("frozen", []), content.get("label_names", [])
     for key, value in (("frozen", frozen), ("label_names", names)):

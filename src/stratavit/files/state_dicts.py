@@ -47,22 +47,6 @@ def check_numbers(name: str, tensor: Tensor, source: str) -> None:
         raise ArtifactError(f"{source}: {shown(name)} {shape} is of type {_kind(tensor)}, not {shape} dense numbers")
 
 
-def check_one_type(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Checks that all floats of a file without a hash are of one type: a flipped bit changes the type of one tensor.
-
-    Raises:
-        ArtifactError: They are not; the first one that differs is named.
-    """
-    kinds = {name: _kind(tensor) for name, tensor in sorted(tensors.items()) if tensor.is_floating_point()}
-    first = next(iter(kinds), "")
-    for name, kind in kinds.items():
-        if kind != kinds[first]:
-            raise ArtifactError(
-                f"{source}: {first} is of type {kinds[first]}, {name} of {kind}; "
-                "without a hash in the JSON file, which vouches for it, one type is expected: copy it or save it again"
-            )
-
-
 def check_fit(model: nn.Module, shapes: Mapping[str, Shape], source: str) -> None:
     """Compares names and shapes of tensors with those of a model, which may be without storage.
 
