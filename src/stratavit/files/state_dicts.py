@@ -36,7 +36,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str, a
     model.requires_grad_(True)
 
 
-def check_numbers(name: str, tensor: Tensor, source: str) -> None:
+def check_dense(name: str, tensor: Tensor, source: str) -> None:
     """Checks that all numbers of a tensor are there, so that work on it costs no more than the file is large.
 
     Raises:

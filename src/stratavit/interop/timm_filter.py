@@ -15,7 +15,7 @@ import timm
 from torch import Tensor, nn
 
 from stratavit.errors import ArtifactError, one_line, out_of_memory, shown
-from stratavit.files.state_dicts import check_numbers
+from stratavit.files.state_dicts import check_dense
 
 INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # wrappers that sit at any depth
 IN_FRONT = ("module.", "model.")  # wrappers around the full model
@@ -58,11 +58,11 @@ def fitted(name: str, model: nn.Module, tensors: Tensors, source: str) -> dict[s
         ArtifactError: timm's filter cannot read them, or two come to one name.
     """
     own = model.state_dict()
-    named = unwrapped(tensors, own, source)
+    named = without_prefixes(tensors, own, source)
     given = without_counters(named, own)
     for key, tensor in given.items():
         if key not in own or own[key].shape != tensor.shape:
-            check_numbers(key, tensor, source)
+            check_dense(key, tensor, source)
     made, run = given, filter_of(name)
     if run is not None:
         try:
@@ -85,7 +85,7 @@ def fitted(name: str, model: nn.Module, tensors: Tensors, source: str) -> dict[s
     return kept
 
 
-def unwrapped(tensors: Tensors, own: Tensors, source: str) -> dict[str, Tensor]:
+def without_prefixes(tensors: Tensors, own: Tensors, source: str) -> dict[str, Tensor]:
     """Tensors under their names without what `torch.compile`, DDP, FSDP, Lightning and the like put in front.
 
     A prefix that one of the model's `own` tensors has is kept.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stratavit.errors import UnsupportedModelError
 from stratavit.files.state_dicts import load_weights, unreachable
 from stratavit.interop.timm_equivalent import fill_equivalent
-from stratavit.interop.timm_filter import report_left_out, unwrapped, without_counters
+from stratavit.interop.timm_filter import report_left_out, without_counters, without_prefixes
 from stratavit.models import architecture
 from stratavit.models.freezing import frozen_names
 
@@ -98,7 +98,7 @@ def named(name: str, weights: Mapping[str, Tensor] | None, source: str, num_clas
     if weights is not None:
         model = torchvision.models.get_model(name, num_classes=num_classes or 1000)
         own = model.state_dict()
-        short = unwrapped(weights, own, source)
+        short = without_prefixes(weights, own, source)
         kept = without_counters(short, own)
         report_left_out(short, kept, source)
         load_weights(model, kept, source)
