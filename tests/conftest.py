@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from children import unmountable
-from helpers import FAMILIES, make_batches, make_images, make_model, make_net
+from helpers import FAMILIES, copy_of, make_batches, make_images, make_model, make_net, save_both
 from hypothesis import settings
 from safetensors.torch import load_file
 
@@ -125,6 +125,18 @@ def net():
 def points(net):
     """Its curve."""
     return curve(net, make_batches(), ("1", "75%", "0.5"))
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    """Folders of a super-network and of a sub-network, which tests leave as they were."""
+    return save_both(tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture
+def saved(root, tmp_path):
+    """A copy of them."""
+    return copy_of(root, tmp_path)
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from helpers import (
     make_net,
     older,
     same_tensors,
-    save_both,
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -34,17 +33,6 @@ from stratavit.files import atomic, folders
 IMAGES = make_images(2, seed=9)
 FILES = ["model.safetensors", "moments.safetensors", "stratavit.json"]
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return save_both(tmp_path_factory.mktemp("saved"))
-
-
-@pytest.fixture
-def saved(root, tmp_path):
-    """Folders of a super-network and of a sub-network."""
-    return copy_of(root, tmp_path)
 
 
 def assert_same_tensors(one: nn.Module, other: nn.Module):

@@ -15,7 +15,7 @@ import architectures
 import pytest
 import torch
 from children import ENVIRONMENT
-from helpers import LOADERS, MIXED, Bomb, copy_of, make_images, make_model, make_net, older, same_tensors, save_both
+from helpers import LOADERS, MIXED, Bomb, copy_of, make_images, make_model, make_net, older, same_tensors
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
@@ -100,18 +100,8 @@ def same(one, other):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return save_both(tmp_path_factory.mktemp("saved"))
-
-
-@pytest.fixture(scope="module")
 def known(root):
     return {kind: fingerprint(load(root / kind)) for kind, load in LOADERS.items()}
-
-
-@pytest.fixture
-def saved(root, tmp_path):
-    return copy_of(root, tmp_path)
 
 
 # ---- hashes -------------------------------------------------------------------------------------------------------
