@@ -72,9 +72,9 @@ def write_saved(
     """
     versions = {"stratavit": __version__, "timm": timm.__version__, "torch": torch.__version__}
     content = {"format": f"stratavit/{kind}", "format_version": FORMAT_VERSION, "versions": versions, **facts}
-    names = class_names_of(model) if (getattr(model, "pretrained_cfg", None) or {}).get("label_names") else None
-    if names:
-        content["label_names"] = names
+    names = class_names_of(model)
+    named = {"label_names": names} if names else {}
+    content |= named
 
     def write(folder: Path) -> None:
         files = [folder / WEIGHTS_FILE]
@@ -85,7 +85,7 @@ def write_saved(
         write_json(folder / JSON_FILE, checksums.added(content, JSON_FILE, files))
         config = timm_config.timm_config(content["model"], content["data_config"])
         if config is not None:
-            write_json(folder / timm_config.FILE, config)
+            write_json(folder / timm_config.FILE, config | named)
 
     write_folder(path, write, overwrite)
 

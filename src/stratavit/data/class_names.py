@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from timm.data import ImageNetInfo
+
 from stratavit.data.image_files import some
 from stratavit.errors import StrataViTError, described
 from stratavit.files.folders import read_small
@@ -60,15 +62,39 @@ def class_names_of(model: Any) -> list[str] | None:
 
 
 def set_class_names(model: Any, names: Sequence[str]) -> None:
-    """Names the classes of a head that was put into timm's form of a model, in place of those that it had."""
-    model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), "label_names": list(names)}
-    origin = getattr(model, "origin", None)
+    """Names the classes of a timm model or a `SuperNet`, in place of the names that it had."""
+    inner = model.model if is_super_network(model) else model
+    inner.pretrained_cfg = {**(getattr(inner, "pretrained_cfg", None) or {}), "label_names": list(names)}
+    origin = getattr(inner, "origin", None)
     if origin:
         labels = {
             "id2label": {str(index): name for index, name in enumerate(names)},
             "label2id": {name: index for index, name in enumerate(names)},
         }
-        model.origin = {**origin, "config": {**origin["config"], **labels}}
+        inner.origin = {**origin, "config": {**origin["config"], **labels}}
+        model.origin = inner.origin
+
+
+def full_names(folders: Sequence[str], known: Sequence[str] | None = None) -> list[str]:
+    """Names to keep of classes: those of their folders, and after a comma what is known to people.
+
+    `numbered` finds a class by either.
+
+    Args:
+        folders: Names of class folders, by number.
+        known: Names that the model had; None: of folders called by WordNet numbers, as of ImageNet, what they stand for.
+    """
+    meant = known or _of_wordnet(folders)
+    pairs = zip(folders, meant, strict=True)
+    return [name if not more or _plain(name) == _plain(more) else f"{name}, {more}" for name, more in pairs]
+
+
+def _of_wordnet(names: Sequence[str]) -> list[str]:
+    """What WordNet's numbers (n01440764) stand for; nothing of any other name."""
+    if not all(re.fullmatch(r"n\d{8}", name) for name in names):
+        return [""] * len(names)
+    known = ImageNetInfo().label_descriptions(as_dict=True)
+    return [known.get(name, "") for name in names]
 
 
 def _in_order(given: Any) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stratavit.data.batches import check_finite, check_images, unpack
+from stratavit.data.class_names import class_names_of
 from stratavit.errors import StrataViTError
 from stratavit.files.atomic import followed, move_into_place, temporary_sibling
 from stratavit.files.folders import check_free, check_free_file
@@ -30,6 +32,7 @@ TOLERANCE = 1e-4  # of the largest logit of an image
 FLOOR = 1e-10  # and this: what is left where logits cancel out
 NOISE_IMAGES = 8
 INPUT, OUTPUT = "images", "logits"
+METADATA = "stratavit.json"  # what a program of torch.export holds `metadata_of` under
 FREE_BATCH = ({0: torch.export.Dim("batch", min=1)},)
 Runner = Callable[[Tensor], Tensor]
 
@@ -167,9 +170,15 @@ def without_their_warnings() -> Iterator[None]:
         yield
 
 
+def metadata_of(model: nn.Module) -> dict[str, Any]:
+    """What a file says of its images and classes: ``data_config``, and ``label_names`` if they are known."""
+    names = class_names_of(model)
+    return {"data_config": resolve_data_config(model), **({"label_names": names} if names else {})}
+
+
 def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
     try:
-        import onnx  # noqa: F401
+        import onnx
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
@@ -186,6 +195,9 @@ def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
             external_data=False,
             verbose=False,
         )
+    made = onnx.load(path)
+    onnx.helper.set_model_props(made, {key: json.dumps(value) for key, value in metadata_of(model).items()})
+    onnx.save(made, path)
 
 
 def onnx_session(path: Path, threads: int = 0) -> Any:
@@ -206,7 +218,7 @@ def _to_program(model: nn.Module, example: Tensor, path: Path) -> None:
     with without_their_warnings():
         program = torch.export.export(model, (example,), dynamic_shapes=FREE_BATCH)
         content = io.BytesIO()  # torch aborts the process if the end of a file cannot be written
-        torch.export.save(program, content)
+        torch.export.save(program, content, extra_files={METADATA: json.dumps(metadata_of(model))})
         path.write_bytes(content.getbuffer())
 
 
