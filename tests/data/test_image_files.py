@@ -46,6 +46,12 @@ REFUSED = {
     "splits below": (["set/train/a/0.png", "set/val/a/0.png"], "set holds .*/, .*/"),
     "splits below the classes": (["a/train/0.png", "a/test/0.png", "b/train/0.png"], "train/a"),
     "other names of splits": (["training_set/cats/0.png", "test_set/cats/0.png"], "_set looks like a split"),
+    "a data set two levels below": (
+        ["sets/flowers/train/a/0.png", "sets/flowers/val/a/0.png"],
+        "flowers holds .*/, .*/",
+    ),
+    "a data set of one split below": (["flowers/train/a/0.png"], "flowers looks like"),
+    "splits named at the end": (["cats-train/a/0.png", "cats-val/a/0.png"], "cats-.*/ and cats-.*/"),
     "no images": (["val/a/0.txt"], r"\.txt 1"),
     "a drawing": (["val/a/0.eps"], r"\.eps 1"),
     "the other split only": (["Train/a/0.png"], "no val/"),
@@ -84,6 +90,12 @@ def test_the_log_is_of_the_first_process_alone(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     labels_of(write(tmp_path, "val/a/0.png"))
     assert capsys.readouterr().err == ""
+
+
+def test_classes_may_be_called_like_the_end_of_a_split(tmp_path):
+    """Folders of images are classes, whatever their names end with; and so are those of different beginnings."""
+    write(tmp_path, "crash_test/0.png", "crash_train/0.png", "acid_test/x/0.png", "wagon_train/x/0.png")
+    assert [*labels_of(tmp_path).values()] == [0, 1, 2, 3]
 
 
 def test_natural_order():

@@ -82,7 +82,7 @@ def full_names(folders: Sequence[str], known: Sequence[str] | None = None) -> li
 
     Args:
         folders: Names of class folders, by number.
-        known: Names that the model had; None: of folders called by WordNet numbers, as of ImageNet, what they stand for.
+        known: Names that the model had; None: of folders called by WordNet's numbers, what ImageNet calls them.
     """
     meant = known or _of_wordnet(folders)
     pairs = zip(folders, meant, strict=True)

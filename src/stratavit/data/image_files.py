@@ -7,11 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NoReturn
 
 from stratavit.data.image_reading import endings
-from stratavit.data.splits import kind_of_split, looks_like_split
+from stratavit.data.splits import kind_of_split, looks_like_split, split_at_the_end
 from stratavit.errors import StrataViTError, shown
 
 _TOOLS = {"@eadir", "__macosx", "__pycache__", "$recycle.bin", "system volume information", "lost+found"}
@@ -24,6 +25,7 @@ class Listing:
     Attributes:
         samples: Path and class folder of every image, in natural order of the paths.
         inner: Class folder -> names of the folders in it.
+        splits: Folder that holds splits of two kinds, at any depth -> names of the folders in it.
         hidden: Names of hidden and tool folders and files, which are left out.
         passed: Ending -> number of files that Pillow does not decode.
         loose: Images next to the class folders, which are of no class.
@@ -33,6 +35,7 @@ class Listing:
     folder: Path
     samples: list[tuple[str, str]] = field(default_factory=list)
     inner: dict[str, list[str]] = field(default_factory=dict)
+    splits: dict[str, list[str]] = field(default_factory=dict)
     hidden: list[str] = field(default_factory=list)
     passed: Counter[str] = field(default_factory=Counter)
     loose: list[str] = field(default_factory=list)
@@ -119,6 +122,8 @@ def _walk(top: str, parts: tuple[str, ...], found: Listing) -> Iterator[tuple[st
         found.hidden += filter(_is_aside, (*names, *files))
         names[:] = [name for name in names if not _is_aside(name)]  # the others are not walked
         ways |= {os.path.join(path, name): ((*parts, name), (*above, real)) for name in names}
+        if parts and len({kind_of_split(name) for name in names} - {None}) > 1:
+            found.splits[path] = list(names)
         for name in names:
             if len(parts) < 2:
                 found.inner.setdefault(parts[0] if parts else name, []).extend([name] if parts else [])
@@ -140,22 +145,37 @@ def _is_aside(name: str) -> bool:
 def _check_depth(found: Listing, bare: bool) -> None:
     """Refuses folders that are not classes, as far as names can tell."""
     folder = found.folder
+    for path, inner in found.splits.items():
+        raise StrataViTError(
+            f"data: {path} holds {some(f'{inside}/' for inside in inner)}, which are splits, not images of one class; "
+            f"give that folder, or put the splits above the classes, such as train/{os.path.basename(path)}"
+        )
     for name, inner in found.inner.items():
-        if len({kind_of_split(inside) for inside in inner} - {None}) > 1:
+        only = len(found.classes) == 1 and any(map(kind_of_split, inner))
+        if bare and inner and (only or looks_like_split(name)):
             raise StrataViTError(
-                f"data: {folder / name} holds {some(f'{inside}/' for inside in inner)}, which are splits, not "
-                f"images of one class; give that folder, or put the splits above the classes, such as train/{name}"
+                f"data: {folder / name} looks like a split or a data set, not like a class (it holds "
+                f"{some(f'{inside}/' for inside in inner)}); give that folder, or rename it to train or val"
             )
-        if bare and looks_like_split(name) and inner:
-            raise StrataViTError(
-                f"data: {folder / name} looks like a split, not like a class; rename it to train or val"
-            )
+    if bare:
+        _check_endings(found)
     lists = [name for name in found.files if "annotation" in name.casefold()]
     if len(found.classes) == 1 and lists:
         raise StrataViTError(
             f"data: {folder} holds all images in one folder, {found.classes[0]}, and {lists[0]}; expected "
             "<class>/<image>: sort the images into class folders by that file"
         )
+
+
+def _check_endings(found: Listing) -> None:
+    """Refuses splits whose names say so at their end, such as ``flowers_train`` and ``flowers_val``."""
+    ends = [(name, *end) for name, inner in found.inner.items() if inner and (end := split_at_the_end(name))]
+    for (one, stem, kind), (other, other_stem, other_kind) in combinations(ends, 2):
+        if stem == other_stem and kind != other_kind:
+            raise StrataViTError(
+                f"data: {found.folder} holds {one}/ and {other}/, which look like splits, not like classes; rename "
+                f"them to {kind} and {other_kind}"
+            )
 
 
 def _reason(found: Listing) -> str:

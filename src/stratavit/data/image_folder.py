@@ -90,10 +90,10 @@ class ImageLoader:
         self.dataset = dataset
         count = len(dataset) if limit is None else min(limit, len(dataset))
         # evenly spread over the classes, which lie one after another in the folder's order
-        subset = Subset(dataset, [index * len(dataset) // count for index in range(count)])
+        self.chosen = [index * len(dataset) // count for index in range(count)]
         self._torch_loader = partial(
             DataLoader,
-            subset,
+            Subset(dataset, self.chosen),
             batch_size,
             num_workers=workers,
             collate_fn=_collate,

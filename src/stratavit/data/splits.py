@@ -11,6 +11,7 @@ from stratavit.errors import StrataViTError
 SPLITS = {"train": (("train", "training"),), "val": (("val", "valid", "validation"), ("test", "testing"))}
 _KIND = {name: names[0] for groups in SPLITS.values() for names in groups for name in names}
 _LIKE = re.compile(rf"({'|'.join(sorted(_KIND, key=len, reverse=True))}|dev|eval)($|[^a-z])")
+_ENDS = re.compile(rf"(.+)[_\- .]({'|'.join(sorted(_KIND, key=len, reverse=True))})$")
 _EXPECTED = "expected train/ and val/ with one folder of images per class"
 
 
@@ -22,6 +23,12 @@ def kind_of_split(name: str) -> str | None:
 def looks_like_split(name: str) -> bool:
     """Whether a folder's name begins as that of a split, such as ``test_set``."""
     return _LIKE.match(name.casefold()) is not None
+
+
+def split_at_the_end(name: str) -> tuple[str, str] | None:
+    """What stands before a usual name of a split at the end of a folder's name, and its kind: ``flowers_train``."""
+    found = _ENDS.match(name.casefold())
+    return None if found is None else (found[1], _KIND[found[2]])
 
 
 def find_split(data: str | Path, split: str) -> Path | None:
