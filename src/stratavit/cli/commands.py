@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -18,9 +19,13 @@ from stratavit.calibration.objectives import OBJECTIVES
 from stratavit.calibration.wpac import CRITERIA
 from stratavit.cli import options
 from stratavit.cli.options import Outcome, positive
+from stratavit.data.class_names import class_names_of, full_names, set_class_names
+from stratavit.data.image_folder import ImageLoader
+from stratavit.data.shared_images import report_shared_images
 from stratavit.data.splits import split_folder
 from stratavit.dropout_list.joint import token_search
 from stratavit.evaluation.curve_points import points_in
+from stratavit.evaluation.dense_check import DenseCheck, check_dense
 from stratavit.evaluation.latency import Setting
 from stratavit.files.folders import check_free
 from stratavit.interop import supported
@@ -76,6 +81,7 @@ def convert(args: Namespace) -> Outcome:
     axes = ("width", "tokens") if args.axes == "both" else ("width",)
     token_search(axes, method, net.model, net.cost.places)  # refused before any work
     loader = options.loader_of(args, net.data_config, "train", net, args.images)
+    check = _looked_at(args, net, loader)
     started = time.perf_counter()
     net.contract(loader, args.method, args.criterion, args.objective, args.seed)
     setting = Setting(args.latency_batch, threads=args.threads)
@@ -95,13 +101,29 @@ def convert(args: Namespace) -> Outcome:
         "smallest_macs": net.macs(net.strata.smallest()),
         "entries": len(net.strata),
         "moments_bytes": folder_format.moments_bytes(args.out),
+        "dense": None if check is None else check.to_dict(),
+        "classes_named": class_names_of(net) is not None,
     }
     text = (
         f"{args.model}: calibrated on {result['images']} images in {seconds:.0f} s; "
         f"any size from {human(result['smallest_macs'])} to {human(net.macs())} MACs is now a slice of {args.out} "
         f"({result['moments_bytes'] / 2**20:.3g} MiB of it are moments)"
     )
-    return result, [text]
+    return result, [text] if check is None else [str(check), text]
+
+
+def _looked_at(args: Namespace, net: SuperNet, loader: ImageLoader) -> DenseCheck | None:
+    """Looks at images and dense model before the work; the classes get names if nothing speaks against them."""
+    report_shared_images(loader, args.data, "val")
+    check = check_dense(net, loader, net.data_config)
+    if check is None:
+        return None
+    if check.doubt:
+        print(f"data: warning: {check}; {check.doubt}", file=sys.stderr)
+    if check.numbered:
+        set_class_names(net, full_names(loader.class_names, class_names_of(net)))
+    net.provenance["dense"] = check.to_dict()
+    return check
 
 
 def extract_options(command: ArgumentParser) -> None:

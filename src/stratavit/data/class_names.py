@@ -84,9 +84,12 @@ def full_names(folders: Sequence[str], known: Sequence[str] | None = None) -> li
         folders: Names of class folders, by number.
         known: Names that the model had; None: of folders called by WordNet's numbers, what ImageNet calls them.
     """
-    meant = known or _of_wordnet(folders)
-    pairs = zip(folders, meant, strict=True)
-    return [name if not more or _plain(name) == _plain(more) else f"{name}, {more}" for name, more in pairs]
+    return [_full(name, more) for name, more in zip(folders, known or _of_wordnet(folders), strict=True)]
+
+
+def _full(name: str, more: str) -> str:
+    called = _plain(name) in (_plain(more), *(_plain(part) for part in more.split(",")))
+    return more if called else f"{name}, {more}" if more else name
 
 
 def _of_wordnet(names: Sequence[str]) -> list[str]:
