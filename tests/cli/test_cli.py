@@ -296,7 +296,7 @@ def test_started_as_a_module():
 
 def test_every_command_has_help(capsys):
     commands = next(action.choices for action in parser()._actions if isinstance(action.choices, dict))
-    assert len(commands) == 13
+    assert len(commands) == 14
     for command in commands:
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])

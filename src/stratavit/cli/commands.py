@@ -139,6 +139,7 @@ def extract_options(command: ArgumentParser) -> None:
     add("--max-drop", metavar="POINTS", help="maximum loss of top-1 accuracy on --data, in points")
     what = "labelled images for --top1 and --max-drop: a folder with val/, or class folders"
     options.add_data(command, what, required=False)
+    options.add_limit(command)
     options.add_out(command, "SMALL", "folder to write the small model to")
 
 

@@ -12,13 +12,16 @@ from stratavit.artifacts import folder_format
 from stratavit.artifacts.model_loading import model_at
 from stratavit.cli import options
 from stratavit.cli.options import Outcome, positive
+from stratavit.data.class_names import full_names, read_class_map
 from stratavit.data.image_folder import ImageLoader
+from stratavit.data.shared_images import report_shared_images
 from stratavit.data.splits import split_folder
 from stratavit.errors import BudgetError, StrataViTError
-from stratavit.evaluation import curve_points
+from stratavit.evaluation import curve_points, prediction
 from stratavit.evaluation.accuracy import evaluate as evaluate_model
 from stratavit.evaluation.features import knn, read_embeddings
 from stratavit.evaluation.latency import Precision, Runtime, Setting
+from stratavit.evaluation.prediction import image_paths
 from stratavit.files.folders import check_free, check_free_file, write_folder
 from stratavit.models.architecture import resolve_data_config
 from stratavit.reports import curve as curves
@@ -28,6 +31,7 @@ from stratavit.spec import Spec
 from stratavit.supernet import SuperNet
 from stratavit.utils.devices import pick_device
 
+TARGET = "a saved folder, a folder of transformers, or a model's name as for convert"
 LABELLED = "labelled images: a folder with val/, or the class folders themselves"
 
 
@@ -51,6 +55,7 @@ def judge_and_images(args: Namespace, model: nn.Module, config: dict[str, Any]) 
             "images that are in both would find themselves"
         )
     bank, images = (options.loader_of(args, config, split) for split in ("train", "val"))
+    report_shared_images(images, args.data, "train")
     return lambda model, loader, spec=None, description="nearest neighbours": knn(
         model, bank, loader, spec, args.knn, description=description
     ), images
@@ -58,10 +63,10 @@ def judge_and_images(args: Namespace, model: nn.Module, config: dict[str, Any]) 
 
 def evaluate_options(command: ArgumentParser) -> None:
     """A model, images, how to measure, and budgets."""
-    target = "a saved folder, a folder of transformers, or a model's name as for convert"
-    command.add_argument("target", metavar="SMALL|RUN|MODEL", help=target)
+    command.add_argument("target", metavar="SMALL|RUN|MODEL", help=TARGET)
     options.add_model(command)
     options.add_data(command, LABELLED)
+    options.add_limit(command)
     options.add_judge(command)
     options.add_budgets(command)
 
@@ -69,30 +74,58 @@ def evaluate_options(command: ArgumentParser) -> None:
 def evaluate(args: Namespace) -> Outcome:
     """Accuracy of a saved folder or a timm model."""
     split_folder(args.data, "val")
-    device, asked = pick_device(args.device), options.budgets(args)
-    spec: Spec | None = None
-    view: list[Any] = []
-    if folder_format.is_supernet(args.target):
-        net = SuperNet.load(args.target, device)
-        if asked:
-            met = net.budget(**asked)
-            spec, view = met.spec, [str(met)]
-        model: nn.Module = net
-        config = net.data_config
-    else:
-        model = model_at(args.target, args.weights, args.num_classes, device)
-        config = resolve_data_config(model)
-        if asked:
-            raise BudgetError(f"{args.target} has one size only; budgets are for super-networks")
+    model, config, spec, view = _asked_for(args)
     judge, images = judge_and_images(args, model, config)
     metrics = judge(model, images, spec, description="evaluate")
     return metrics.to_dict() | {"unreadable": len(images.unreadable)}, [*view, str(metrics)]
+
+
+def _asked_for(args: Namespace) -> tuple[nn.Module, dict[str, Any], Spec | None, list[Any]]:
+    """The model of a folder or a name, how its images are prepared, the size that is asked for, and what is said of it.
+
+    Raises:
+        BudgetError: It has one size only.
+    """
+    device, asked = pick_device(args.device), options.budgets(args)
+    if not folder_format.is_supernet(args.target):
+        model = model_at(args.target, args.weights, args.num_classes, device)
+        if asked:
+            raise BudgetError(f"{args.target} has one size only; budgets are for super-networks")
+        return model, resolve_data_config(model), None, []
+    net = SuperNet.load(args.target, device)
+    met = net.budget(**asked) if asked else None
+    return net, net.data_config, *((None, []) if met is None else (met.spec, [str(met)]))
+
+
+def predict_options(command: ArgumentParser) -> None:
+    """A model, images, and how many classes."""
+    add = command.add_argument
+    add("target", metavar="SMALL|RUN|MODEL", help=TARGET)
+    add("images", nargs="+", metavar="IMAGE", help="image files, or folders with images directly in them")
+    options.add_model(command)
+    add("--class-map", metavar="FILE", help=f"{options.CLASS_MAP} (default: the names that the model has)")
+    add("--top", type=positive, default=5, metavar="K", help="classes per image (default: %(default)s)")
+    options.add_budgets(command)
+
+
+def predict(args: Namespace) -> Outcome:
+    """The most likely classes of a few images, by name."""
+    paths = image_paths(args.images)
+    names = None if args.class_map is None else full_names([*read_class_map(Path(args.class_map))])
+    model, config, spec, view = _asked_for(args)
+    found = prediction.predict(model, paths, config, spec, args.top, names)
+    for path, classes in zip(paths, found, strict=True):
+        view.append(path)
+        view += [f"  {100 * one['probability']:5.1f} %  {one['name'] or ''} ({one['class']})" for one in classes]
+    images = [{"image": path, "classes": classes} for path, classes in zip(paths, found, strict=True)]
+    return {"images": images}, view
 
 
 def curve_options(command: ArgumentParser) -> None:
     """RUN, images, how to measure, and at which sizes."""
     command.add_argument("run", metavar="RUN", help="folder of a super-network")
     options.add_data(command, LABELLED)
+    options.add_limit(command)
     options.add_judge(command)
     options.add_ladder(command)
     options.add_out(command, "DIR", "folder for curve.csv and curve.png (default: RUN-curve)", required=False)
@@ -148,6 +181,7 @@ def report_options(command: ArgumentParser) -> None:
     group.add_argument("--threads", type=positive, default=0, help="CPU threads (default: torch's setting)")
     what = "labelled images to measure accuracy on: a folder with val/, or class folders"
     options.add_data(command, what, required=False)
+    options.add_limit(command)
     options.add_judge(command)
     options.add_ladder(command)
     options.add_out(command, "FILE", "page to write (default: RUN-report.html)", required=False)

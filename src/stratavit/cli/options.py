@@ -59,6 +59,12 @@ def add_data(command: ArgumentParser, what: str, required: bool = True) -> None:
     add("--workers", type=int, default=default_workers(), help="image-loading processes (default: %(default)s)")
 
 
+def add_limit(command: ArgumentParser) -> None:
+    """Images to measure on, at most."""
+    text = "for a quick look: measure on at most N images, spread evenly over the classes (default: all)"
+    command.add_argument("--limit", type=positive, metavar="N", help=text)
+
+
 def add_out(command: ArgumentParser, name: str, what: str, required: bool = True) -> None:
     """Where the result goes."""
     command.add_argument("--out", required=required, metavar=name, help=what)
@@ -127,8 +133,8 @@ def loader_of(
     classes: int = 0,
 ) -> ImageLoader:
     """Images of ``--data``, checked against the head of a model, or against so many classes (0: any)."""
-    names = None
+    names, quick = None, getattr(args, "limit", None) if split == "val" else None
     if head is not None:
         classes, names = classes_of(head), class_names_of(head)
-    options = (args.class_map, args.batch_size, max(args.workers, 0), limit, names)
+    options = (args.class_map, args.batch_size, max(args.workers, 0), limit or quick, names)
     return image_loader(args.data, data_config, split, classes, *options)

@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         ("finetune", train, "train one small model further"),
         ("extract", commands, "slice a plain small model out of a super-network"),
         ("evaluate", measure, "measure accuracy on labelled images"),
+        ("predict", measure, "name the most likely classes of a few images"),
         ("curve", measure, "measure accuracy at a ladder of budgets: table, CSV, PNG"),
         ("report", measure, "write one HTML page: every size, its accuracy, the dropout list"),
         ("export", commands, "write a small model for other libraries: ONNX, torch.export, transformers"),
