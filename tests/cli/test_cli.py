@@ -207,7 +207,7 @@ def test_a_model_that_cannot_be_cut(capsys, work, bad, tmp_path):
 
 
 def test_images_are_looked_for_before_weights_are_fetched(tmp_path, capsys, monkeypatch):
-    for module in ("commands", "measure"):
+    for module in ("convert", "measure"):
         monkeypatch.setattr(f"stratavit.cli.{module}.model_at", None)
     for arguments in (["convert", MODEL, "--out", tmp_path / "out"], ["evaluate", MODEL]):
         assert f"{tmp_path / 'none'} is not a folder" in refusal(capsys, *arguments, "--data", tmp_path / "none")

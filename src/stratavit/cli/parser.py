@@ -33,7 +33,7 @@ _EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """All commands: `convert` of a module does the work of a command, `convert_options` adds its options."""
-    from stratavit.cli import bench, commands, measure, train
+    from stratavit.cli import bench, commands, convert, measure, train
 
     main_parser = argparse.ArgumentParser(
         prog="stratavit",
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     main_parser.add_argument("--version", action="version", version=f"stratavit {__version__}")
     group = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module, summary in (
-        ("convert", commands, "make a super-network from a pre-trained model"),
+        ("convert", convert, "make a super-network from a pre-trained model"),
         ("train", train, "train a super-network so that no size needs fine-tuning"),
         ("finetune", train, "train one small model further"),
         ("extract", commands, "slice a plain small model out of a super-network"),

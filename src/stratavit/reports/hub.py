@@ -91,6 +91,7 @@ def push_to_hub(
     *,
     points: Sequence[curve_points.Point] = (),
     licence: str | None = None,
+    base_model: str | None = None,
     moments: bool = True,
     private: bool | None = None,
     token: str | None = None,
@@ -105,6 +106,7 @@ def push_to_hub(
         repo_id: ``user/name``.
         points: Accuracy against size (`curve`), for the card; a folder's own ``curve.csv`` if empty.
         licence: Of the weights, the hub's name for it, such as ``apache-2.0``: that of the model they come from.
+        base_model: Repository of the model that it was made from; the one that `convert` recorded if None.
         moments: Upload the second moments of a super-network, see `SuperNet.save`.
         private: Make the repository private.
         token: With write access; None is the one that is logged in.
@@ -120,7 +122,7 @@ def push_to_hub(
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "upload"
-        write_upload(model, folder, repo_id, points, licence, moments)
+        write_upload(model, folder, repo_id, points, licence, moments, base_model=base_model)
         try:
             api = HfApi(endpoint=endpoint, token=token)
             url = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -146,16 +148,18 @@ def write_upload(
     licence: str | None = None,
     moments: bool = True,
     overwrite: bool = False,
+    base_model: str | None = None,
 ) -> Path:
     """Writes what `push_to_hub` uploads: the saved files, the card, and the curve's picture if there is a curve.
 
     Raises:
         ArtifactError: The hub does not allow the name, the model cannot be saved, or the folder cannot be written.
     """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ArtifactError(f"cannot upload to {repo_id!r}: {_line(error)}") from error
+    for name, what in ((repo_id, "upload to"), (base_model, "name the base model")):
+        try:
+            validate_repo_id(repo_id if name is None else name)
+        except HFValidationError as error:
+            raise ArtifactError(f"cannot {what} {name!r}: {_line(error)}") from error
     if not points and isinstance(model, str | Path):
         points = curve_points.read_csv(Path(model) / "curve.csv")
     if isinstance(model, str | Path):
@@ -170,7 +174,8 @@ def write_upload(
             sub_network.save(model, folder)
         if points:
             plots.plot(points, folder / CURVE_FILE, title)
-        (folder / CARD_FILE).write_text(model_card(model, repo_id, points, licence), encoding="utf-8")
+        card = model_card(model, repo_id, points, licence, base_model)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
     return write_folder(out, write, overwrite)
 

@@ -11,6 +11,8 @@ from torch import nn
 
 from stratavit.artifacts.sub_network import site_widths
 from stratavit.artifacts.timm_config import timm_config
+from stratavit.data.class_names import class_names_of
+from stratavit.data.image_files import some
 from stratavit.evaluation.curve_points import Point
 from stratavit.models.architecture import describe
 from stratavit.utils.model import is_super_network
@@ -24,7 +26,13 @@ CARD_FILE, CURVE_FILE = "README.md", "curve.png"
 SHARES = ("12/12", "10/12", "8/12", "6/12", "4/12")
 
 
-def model_card(model: nn.Module, repo_id: str, points: Sequence[Point] = (), licence: str | None = None) -> str:
+def model_card(
+    model: nn.Module,
+    repo_id: str,
+    points: Sequence[Point] = (),
+    licence: str | None = None,
+    base_model: str | None = None,
+) -> str:
     """The card of a `SuperNet` or a small model as Markdown with the hub's front matter.
 
     Args:
@@ -32,6 +40,7 @@ def model_card(model: nn.Module, repo_id: str, points: Sequence[Point] = (), lic
         repo_id: ``user/name``.
         points: Accuracy against size, if it was measured.
         licence: Of the weights, the hub's name for it.
+        base_model: Repository of the model that it was made from; the one that `convert` recorded if None.
     """
     net: Any = model if is_super_network(model) else None
     provenance: Mapping[str, Any] = getattr(model, "provenance", {})
@@ -39,6 +48,7 @@ def model_card(model: nn.Module, repo_id: str, points: Sequence[Point] = (), lic
     description = net.description if net else describe(model)
     data = ModelCardData(
         license=licence,
+        base_model=base_model or _source(provenance).get("base_model"),
         library_name="stratavit",
         pipeline_tag="image-classification",
         tags=["stratavit", "timm", "vision-transformer", "pruning", "super-network" if net else "sub-network"],
@@ -48,6 +58,7 @@ def model_card(model: nn.Module, repo_id: str, points: Sequence[Point] = (), lic
         f"# {repo_id.rpartition('/')[2]}",
         _what(net, description["architecture"], provenance),
         _use(net, repo_id, bool(data_config) and timm_config(description, data_config) is not None),
+        *_classes(model),
         _sizes(net, model, points),
         f"## Licence\n\n{f'`{licence}`' if licence else 'Not stated. It follows that of the source weights.'}",
         "## Provenance\n\n```json\n" + json.dumps(provenance, indent=1, default=str)[:20_000] + "\n```",
@@ -55,9 +66,21 @@ def model_card(model: nn.Module, repo_id: str, points: Sequence[Point] = (), lic
     return str(ModelCard("\n\n".join(parts) + "\n"))
 
 
-def _what(net: SuperNet | None, architecture: str, provenance: Mapping[str, Any]) -> str:
+def _source(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What `convert` recorded of the source, or a friend's words under ``model``; empty if nothing."""
     source = provenance.get("source") or dict(provenance.get("super_network") or {}).get("source")
-    origin = f"`{source.get('model', architecture) if isinstance(source, dict) else source or architecture}`"
+    return dict(source) if isinstance(source, Mapping) else {"model": source} if source else {}
+
+
+def _classes(model: nn.Module) -> list[str]:
+    names = class_names_of(model)
+    if names is None:
+        return []
+    return [f"## Classes\n\n{len(names)}, in the order of the head: {some(names)}. All are in `stratavit.json`."]
+
+
+def _what(net: SuperNet | None, architecture: str, provenance: Mapping[str, Any]) -> str:
+    origin = f"`{_source(provenance).get('model', architecture)}`"
     if net is None:
         return f"A small model, sliced out of a super-network of {origin} by StrataViT."
     return (
