@@ -13,6 +13,7 @@ import stratavit
 from stratavit import StrataViTError, SuperNet, class_names_of
 from stratavit.cli.parser import main
 from stratavit.cli.train import new_head
+from stratavit.data.class_names import full_names
 
 
 def folders(root, *names):
@@ -167,6 +168,24 @@ def test_names_of_a_timm_model(given, expected):
     model = timm.create_model("test_vit", num_classes=3)
     model.pretrained_cfg = {**model.pretrained_cfg, "label_names": given}
     assert class_names_of(model) == expected
+
+
+@pytest.mark.parametrize(
+    ("found", "known", "expected"),
+    [
+        (["a", "b"], None, ["a", "b"]),
+        (["n01440764", "n01443537"], None, ["n01440764, tench, Tinca tinca", "n01443537, goldfish, Carassius auratus"]),
+        (["n01440764", "n00000000"], None, ["n01440764, tench, Tinca tinca", "n00000000"]),
+        (["n01440764", "b"], None, ["n01440764", "b"]),
+        (["n1", "white shark"], ["dog", "shark, White Shark"], ["n1, dog", "shark, White Shark"]),
+    ],
+)
+def test_a_class_keeps_the_name_of_its_folder_and_what_it_is_called(tmp_path, found, known, expected):
+    names = full_names(found, known)
+    assert names == expected
+    assert full_names(found, names) == names  # said once, however often
+    folders(tmp_path / "val", *found)
+    assert numbers(tmp_path, classes=2, class_names=names) == {found[0]: 0, found[1]: 1}
 
 
 @pytest.mark.parametrize("kind", ["vit_tiny_patch16_224", "ViTForImageClassification"])

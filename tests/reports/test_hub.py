@@ -8,11 +8,12 @@ import timm
 import torch
 import yaml
 from fake_hub import fake_hub
-from helpers import FAMILIES, make_batches, make_images, make_net
+from helpers import CLASSES, FAMILIES, make_batches, make_images, make_net
 
 import stratavit
 from stratavit import ArtifactError, BudgetError, StrataViTError, SuperNet, from_pretrained, push_to_hub
 from stratavit.cli.parser import main
+from stratavit.data.class_names import set_class_names
 from stratavit.evaluation import curve_points
 from stratavit.reports.model_card import model_card
 from stratavit.utils.text import human
@@ -137,6 +138,24 @@ def test_the_card_of_a_sub_network_and_cards_without_measurements(net, points):
         assert "license" not in front_matter(card)
     assert "hf-hub" not in model_card(small, NAME)
     assert 'macs="50%"' not in model_card(make_net("plain"), NAME)  # no list yet
+
+
+def test_the_card_names_base_model_and_classes(net, tmp_path):
+    net = copy.deepcopy(net)
+    assert "base_model" not in front_matter(model_card(net, NAME))
+    assert "## Classes" not in model_card(net, NAME)
+    net.provenance["source"] = {"model": "m", "weights": None, "base_model": "timm/m.tag"}
+    set_class_names(net, [f"kind {number}" for number in range(CLASSES)])
+    small = net.extract(macs=0.5, verbose=False)
+    for model in (net, small):
+        assert front_matter(model_card(model, NAME))["base_model"] == "timm/m.tag"
+        assert front_matter(model_card(model, NAME, base_model="me/other"))["base_model"] == "me/other"
+        assert f"{CLASSES}, in the order of the head: kind 0, kind 1" in model_card(model, NAME)
+    net.save(tmp_path / "run")
+    push = ["push", str(tmp_path / "run"), NAME, "--dry-run", str(tmp_path / "shown"), "--base-model"]
+    assert main([*push, "me/other"]) == 0
+    assert front_matter((tmp_path / "shown/README.md").read_text())["base_model"] == "me/other"
+    assert main([*push, "not a name", "--overwrite"]) == 2
 
 
 def test_a_card_leaves_out_sizes_that_cannot_be_had(net, monkeypatch):

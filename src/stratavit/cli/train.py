@@ -15,9 +15,10 @@ from torch import nn
 from stratavit.artifacts import sub_network
 from stratavit.artifacts.model_loading import model_at
 from stratavit.cli.options import CLASS_MAP, Outcome, default_workers
-from stratavit.data.class_names import MEND, class_names_of, set_class_names
+from stratavit.data.class_names import MEND, class_names_of, full_names, set_class_names
 from stratavit.data.image_files import class_folders
 from stratavit.data.image_folder import ImageLoader, image_loader
+from stratavit.data.shared_images import report_shared_images
 from stratavit.data.splits import find_split
 from stratavit.errors import StrataViTError
 from stratavit.evaluation import curve_points
@@ -115,6 +116,7 @@ def images_of(args: Namespace, config: Mapping[str, Any], head: nn.Module | None
                 f"their numbers would too; {MEND}"
             )
         evaluation = image_loader(args.data, config, "val", classes, *options, class_names=names)
+        report_shared_images(proxy, args.data, "val")
     train = TrainingFolder(copy.copy(proxy.dataset), training_transform(config, recipe))
     return Images(train, proxy, evaluation)
 
@@ -203,7 +205,7 @@ def new_head(model: Any, names: Sequence[str], seed: int) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model.reset_classifier(len(names))
-    set_class_names(model, names)
+    set_class_names(model, full_names(names))
     for key in ("macs", "params", "dense_macs", "dense_params"):  # counted with the old head
         getattr(model, "provenance", {}).pop(key, None)
 
