@@ -10,6 +10,7 @@ from torch import nn
 
 from stratavit.artifacts import folder_format
 from stratavit.artifacts.model_loading import model_at
+from stratavit.budgets.amounts import Budget
 from stratavit.cli import options
 from stratavit.cli.options import Outcome, positive
 from stratavit.data.class_names import full_names, read_class_map
@@ -27,7 +28,6 @@ from stratavit.models.architecture import resolve_data_config
 from stratavit.reports import curve as curves
 from stratavit.reports import plots
 from stratavit.reports.html import write_report
-from stratavit.spec import Spec
 from stratavit.supernet import SuperNet
 from stratavit.utils.devices import pick_device
 
@@ -74,27 +74,27 @@ def evaluate_options(command: ArgumentParser) -> None:
 def evaluate(args: Namespace) -> Outcome:
     """Accuracy of a saved folder or a timm model."""
     split_folder(args.data, "val")
-    model, config, spec, view = _asked_for(args)
+    model, config, met = asked_for(args)
     judge, images = judge_and_images(args, model, config)
-    metrics = judge(model, images, spec, description="evaluate")
-    return metrics.to_dict() | {"unreadable": len(images.unreadable)}, [*view, str(metrics)]
+    metrics = judge(model, images, None if met is None else met.spec, description="evaluate")
+    result = metrics.to_dict() | {"unreadable": len(images.unreadable)}
+    return result, [*([] if met is None else [str(met)]), str(metrics)]
 
 
-def _asked_for(args: Namespace) -> tuple[nn.Module, dict[str, Any], Spec | None, list[Any]]:
-    """The model of a folder or a name, how its images are prepared, the size that is asked for, and what is said of it.
+def asked_for(args: Namespace) -> tuple[nn.Module, dict[str, Any], Budget | None]:
+    """A model by folder or name, how its images are prepared, and the size of it that is asked for.
 
     Raises:
         BudgetError: It has one size only.
     """
     device, asked = pick_device(args.device), options.budgets(args)
-    if not folder_format.is_supernet(args.target):
-        model = model_at(args.target, args.weights, args.num_classes, device)
-        if asked:
-            raise BudgetError(f"{args.target} has one size only; budgets are for super-networks")
-        return model, resolve_data_config(model), None, []
-    net = SuperNet.load(args.target, device)
-    met = net.budget(**asked) if asked else None
-    return net, net.data_config, *((None, []) if met is None else (met.spec, [str(met)]))
+    if folder_format.is_supernet(args.target):
+        net = SuperNet.load(args.target, device)
+        return net, net.data_config, net.budget(**asked) if asked else None
+    if asked:
+        raise BudgetError(f"{args.target} has one size only; budgets are for super-networks")
+    model = model_at(args.target, args.weights, args.num_classes, device)
+    return model, resolve_data_config(model), None
 
 
 def predict_options(command: ArgumentParser) -> None:
@@ -112,8 +112,9 @@ def predict(args: Namespace) -> Outcome:
     """The most likely classes of a few images, by name."""
     paths = image_paths(args.images)
     names = None if args.class_map is None else full_names([*read_class_map(Path(args.class_map))])
-    model, config, spec, view = _asked_for(args)
-    found = prediction.predict(model, paths, config, spec, args.top, names)
+    model, config, met = asked_for(args)
+    found = prediction.predict(model, paths, config, None if met is None else met.spec, args.top, names)
+    view = [] if met is None else [str(met)]
     for path, classes in zip(paths, found, strict=True):
         view.append(path)
         view += [f"  {100 * one['probability']:5.1f} %  {one['name'] or ''} ({one['class']})" for one in classes]
