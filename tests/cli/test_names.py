@@ -99,6 +99,13 @@ def test_convert_says_how_good_the_dense_model_is(work, capsys):
     assert "label_names" not in json.loads((work / "doubtful/stratavit.json").read_text())
 
 
+def test_an_accuracy_near_chance_is_told(work, capsys):
+    for class_map, told in (("map.txt", False), ("wrong.txt", True)):
+        arguments = ["evaluate", work / "run", "--data", work / "data", "--class-map", work / class_map, *PLAIN]
+        assert main([*map(str, arguments)]) == 0
+        assert ("near chance" in capsys.readouterr().err) == told
+
+
 def test_images_in_both_splits_are_told(work, tmp_path, capsys):
     image = next((work / "data/train/ant").iterdir())
     copied = work / "data/val/mule/copy.png"

@@ -6,7 +6,7 @@ from PIL import Image
 from torch import nn
 
 from stratavit import image_loader
-from stratavit.evaluation.dense_check import NORMALISATIONS, check_dense
+from stratavit.evaluation.dense_check import NORMALISATIONS, check_dense, near_chance
 
 CLASSES = 12
 NAMES = [str(number) for number in range(CLASSES)]
@@ -75,6 +75,14 @@ def test_a_model_near_chance_is_told(data, tmp_path):
     assert found.top1 == pytest.approx(100 / CLASSES)
     assert "near chance" in found.doubt
     assert not found.numbered
+
+
+@pytest.mark.parametrize(
+    ("share", "images", "classes", "near"),
+    [(0, 256, 1000, True), (0.01, 256, 1000, False), (0.5, 100, 2, True), (0.7, 100, 2, False), (0, 2, 2, False)],
+)
+def test_near_chance_is_what_guessing_may_give_and_few_images_say_nothing(share, images, classes, near):
+    assert near_chance(share, images, classes) == near
 
 
 def test_features_have_no_accuracy(data, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any, get_args
@@ -20,6 +21,7 @@ from stratavit.data.splits import split_folder
 from stratavit.errors import BudgetError, StrataViTError
 from stratavit.evaluation import curve_points, prediction
 from stratavit.evaluation.accuracy import evaluate as evaluate_model
+from stratavit.evaluation.dense_check import near_chance
 from stratavit.evaluation.features import knn, read_embeddings
 from stratavit.evaluation.latency import Precision, Runtime, Setting
 from stratavit.evaluation.prediction import image_paths
@@ -30,6 +32,7 @@ from stratavit.reports import plots
 from stratavit.reports.html import write_report
 from stratavit.supernet import SuperNet
 from stratavit.utils.devices import pick_device
+from stratavit.utils.model import classes_of
 
 TARGET = "a saved folder, a folder of transformers, or a model's name as for convert"
 LABELLED = "labelled images: a folder with val/, or the class folders themselves"
@@ -77,8 +80,20 @@ def evaluate(args: Namespace) -> Outcome:
     model, config, met = asked_for(args)
     judge, images = judge_and_images(args, model, config)
     metrics = judge(model, images, None if met is None else met.spec, description="evaluate")
+    _warn_near_chance(args, model, metrics.top1, metrics.n)
     result = metrics.to_dict() | {"unreadable": len(images.unreadable)}
     return result, [*([] if met is None else [str(met)]), str(metrics)]
+
+
+def _warn_near_chance(args: Namespace, model: nn.Module, top1: float, images: int) -> None:
+    """Says so on standard error where the classes of the head are measured and are no better than guessing."""
+    classes = classes_of(model) if args.knn is None and args.zero_shot is None else 0
+    if classes and near_chance(top1 / 100, images, classes):
+        print(
+            f"data: warning: top-1 {top1:.2f} % is near chance ({100 / classes:.2g} %): is the model so small, or are "
+            "the classes not in the order of its head (--class-map)?",
+            file=sys.stderr,
+        )
 
 
 def asked_for(args: Namespace) -> tuple[nn.Module, dict[str, Any], Budget | None]:
@@ -151,7 +166,9 @@ def measured(args: Namespace, net: SuperNet) -> list[curve_points.Point]:
     """
     judge, images = judge_and_images(args, net, net.data_config)
     points = curves.curve(net, images, args.shares, judge)
-    if not points:
+    if points:
+        _warn_near_chance(args, net, points[0].top1, points[0].n)
+    else:
         raise BudgetError(
             f"none of the shares {', '.join(args.shares)} is reachable; `stratavit info {args.run}` shows the range"
         )

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from stratavit.data.image_files import in_natural_order
 from stratavit.data.image_folder import ImageLoader
 from stratavit.evaluation.accuracy import labelled
-from stratavit.interop.equivalence import tensor_of
+from stratavit.interop.timm_equivalent import tensor_of
 from stratavit.utils.model import classes_of, measured_at, model_device, model_dtype
 
 IMAGES, COMPARED = 256, 64  # the latter for each normalisation
@@ -92,16 +92,21 @@ def check_dense(model: nn.Module, loader: ImageLoader, config: Mapping[str, Any]
     if not len(labels):
         return None
     share, n = float((found == labels).float().mean()), len(labels)
-    chance = 1 / classes + 2 * sqrt((1 - 1 / classes) / classes / n)
     doubt = _other_numbers(loader.dataset.numbering.names, labels, found)
     numbered = doubt is None
     if doubt is None and share < SURE:
         doubt = _other_normalisation(model, loader, config)
-    if doubt is None and share <= chance < 1:
+    if doubt is None and near_chance(share, n, classes):
         doubt, numbered = f"that is near chance ({100 / classes:.2g} %): {_CHECK}", False
     elif doubt is None and classes == IMAGENET_CLASSES and share < TRAINED:
         doubt = f"models for ImageNet have more than {TRAINED:.0%}: {_CHECK}"
     return DenseCheck(100 * share, 100 * sqrt(share * (1 - share) / n), n, doubt, numbered)
+
+
+def near_chance(share: float, images: int, classes: int) -> bool:
+    """Whether a share of right images is no more than guessing may give: two standard errors above it at most."""
+    limit = 1 / classes + 2 * sqrt((1 - 1 / classes) / classes / images)
+    return share <= limit < 1  # else even all of them right would say nothing
 
 
 def _as_is(images: Tensor) -> Tensor:

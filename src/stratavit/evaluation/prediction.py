@@ -15,7 +15,7 @@ from stratavit.data.image_files import Listing, in_natural_order
 from stratavit.data.image_folder import ImageFolder
 from stratavit.data.image_reading import endings
 from stratavit.errors import StrataViTError, shown
-from stratavit.interop.equivalence import tensor_of
+from stratavit.interop.timm_equivalent import tensor_of
 from stratavit.utils.model import classes_of, measured_at, model_device, model_dtype
 
 
