@@ -43,7 +43,7 @@ def main() -> None:
         settings = [
             Setting(args.batch_size, runtime, None, args.threads, args.seconds) for runtime in ("eager", "onnx")
         ]
-        for row in bench(models, SIZE, settings, rounds=5):
+        for row in bench(models, SIZE, settings):
             rows.append(
                 {
                     "model": name,
@@ -59,7 +59,7 @@ def main() -> None:
                 }
             )
     note = (
-        "MACs ratio: dense over small, attention products counted. DeiT-Tiny: the list made from 1,000 images; "
+        "MACs ratio: dense over small. DeiT-Tiny: the list made from 1,000 images; "
         "DeiT-Small: random weights, one keep ratio for all sites."
     )
     write_results("latency", rows, note)

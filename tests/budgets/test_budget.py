@@ -9,7 +9,7 @@ from helpers import make_batches, make_net
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stratavit import BudgetError, Setting, StrataViTError, SuperNet, Timing, evaluate
+from stratavit import BudgetError, Setting, StrataViTError, SuperNet, evaluate
 from stratavit.budgets.amounts import parse
 from stratavit.utils.text import human
 
@@ -173,26 +173,6 @@ def test_memory_is_that_of_the_weights_that_are_saved(dtype, size):
         assert met.got <= met.asked
         assert met.position == net.budget(params=0.5).position
     assert net.budget(memory_mb=1e6).position == 0
-
-
-def test_a_latency_budget_times_the_small_model(monkeypatch):
-    """Under a clock that shows the parameters, the sub-network is that of a budget of parameters."""
-    net = make_net("plain", stratified=True)
-    seen = []
-
-    def clock(model, image_size, setting):
-        seen.append((tuple(image_size), setting))
-        return Timing(sum(p.numel() for p in model.parameters()) / 1000, 0, 0, 5)
-
-    monkeypatch.setattr("stratavit.budgets.constraints.time_model", clock)
-    setting = Setting(batch_size=7)
-    for share in (0.9, 0.5, 0.4):
-        met = net.budget(latency_ms=share * net.params() / 1000, setting=setting)
-        assert met.spec == net.spec(params=share)
-        assert met.got == net.params(met.spec) / 1000
-    assert set(seen) == {((3, 32, 32), setting)}
-    assert len(seen) < 3 * (3 + len(net.strata).bit_length())
-    assert net.budget(latency_ms="50%", params=0.4).spec == net.spec(params=0.4)
 
 
 def test_accuracy_budgets_are_measured_on_the_data():

@@ -35,9 +35,11 @@ def test_rows(monkeypatch):
         assert row.speedup == pytest.approx(weights["dense"] / weights[row.model])
         assert row.median_ms == 1000 * weights[row.model]
         assert row.images_per_second == pytest.approx(row.batch_size / weights[row.model])
-        assert row.macs == net.macs({} if row.model == "dense" else SMALL, attention=True)
-        assert row.ideal == net.macs(attention=True) / row.macs
-    assert [weight for weight, batch in turns if batch == 1] == [weights["dense"], weights["small"]] * 3
+        spec = {} if row.model == "dense" else SMALL
+        assert (row.macs, row.macs_with_attention) == (net.macs(spec), net.macs(spec, attention=True))
+        assert row.ideal == net.macs() / row.macs
+        assert (row.spread, row.unrest) == (0, 0)
+    assert [weight for weight, batch in turns if batch == 1] == [weights["dense"], weights["small"]] * 5
 
 
 def test_nothing_to_time():

@@ -1,5 +1,6 @@
 """Timing: what is timed is the model as asked, and what is reported adds up."""
 
+import random
 import shutil
 import sys
 import time
@@ -11,7 +12,8 @@ from helpers import make_model
 from torch import nn
 
 from stratavit import Setting, StrataViTError, Timing, time_model
-from stratavit.evaluation import latency
+from stratavit.evaluation import latency, turns
+from stratavit.evaluation.turns import Ratio
 
 SIZE = (3, 32, 32)
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
@@ -105,3 +107,33 @@ def test_a_runtime_that_is_not_installed_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(StrataViTError, match="pip install"):
         time_model(make_model("plain"), SIZE, Setting(runtime="onnx", seconds=0.01))
+
+
+def test_ratios_and_their_spread():
+    times = [[2.0, 2.0, 2.2], [3.0, 3.0], [2.0, 9.0, 2.0]]
+    exact = Ratio.of([[seconds / 2 for seconds in part] for part in times], times)
+    assert (exact.value, exact.spread) == (0.5, 0)
+    assert Ratio.of([[1.0], [2.0], [1.1]], [[2.0], [2.0], [2.0]]).spread > 0.01
+
+
+@pytest.mark.parametrize(("shaky", "rounds"), [(False, 10), (True, 30)])
+def test_models_take_turns_until_their_ratio_is_known(monkeypatch, shaky, rounds):
+    monkeypatch.setattr(latency, "pass_times", lambda run, setting, at_least: [run()])
+    chance, seen = random.Random(0), []
+
+    def first():
+        seen.append("first")
+        return 0.1
+
+    def second():
+        seen.append("second")
+        return 0.1 * (1 + shaky * chance.random())
+
+    times = turns.take_turns([first, second], Setting(seconds=1.0), precision=1e-4)
+    assert seen == ["first", "second"] * len(times[0])
+    assert len(times[0]) == len(times[1]) == pytest.approx(rounds, abs=1)
+
+
+def test_a_busy_machine_is_noticed():
+    assert turns.noise_note(turns.unrest([[1.0] * 9 + [1.01]])) == ""
+    assert "busy" in turns.noise_note(turns.unrest([[1.0, 1.0, 1.8, 2.0]]))

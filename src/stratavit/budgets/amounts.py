@@ -30,6 +30,7 @@ class Bound:
         asked: What was asked for, in absolute units.
         got: What the sub-network costs or reaches.
         low, high: The reachable range.
+        spread: Standard error of `got`, where it is timed.
     """
 
     kind: str
@@ -37,10 +38,12 @@ class Bound:
     got: float
     low: float
     high: float
+    spread: float = 0.0
 
     def __str__(self) -> str:
         share = "" if self.kind in GOALS else f" ({self.got / self.high:.1%} of the dense model)"
         asked, got, low, high = (amount_text(self.kind, x) for x in (self.asked, self.got, self.low, self.high))
+        got += f" ± {self.spread:.2g}" if self.spread else ""
         return f"{self.kind}: asked {asked}, got {got}{share}; reachable {low} to {high}"
 
 

@@ -10,11 +10,12 @@ from typing import Any, Literal, SupportsIndex, TypedDict, get_args
 import torch
 
 from stratavit.budgets.amounts import GOALS, KINDS, Amount, Bound, Budget
+from stratavit.budgets.latency_curve import LatencyCurve
 from stratavit.budgets.search import Limit, meet
 from stratavit.dropout_list.strata import Strata
 from stratavit.errors import BudgetError, StrataViTError
 from stratavit.evaluation.accuracy import evaluate
-from stratavit.evaluation.latency import Setting, time_model
+from stratavit.evaluation.latency import Setting
 from stratavit.spec import Spec
 
 MEGABYTE = 10**6
@@ -49,9 +50,11 @@ def find_sub_network(net: Any, asked: BudgetArgs) -> Budget:
     positions = range(len(strata) + 1) if net.method == "default" else strata.group_ends()
     if "position" in amounts:
         return _at(net, strata, amounts["position"])
-    measures = _measures(net, strata, asked.get("data"), asked.get("setting") or Setting())
-    ends = positions[0], positions[-1]
-    limits = [Limit(kind, amount, measures[kind], ends) for kind, amount in amounts.items()]
+    setting = asked.get("setting") or Setting()
+    measures, ends = _measures(net, strata, asked.get("data"), setting), (positions[0], positions[-1])
+    measures["latency_ms"] = curve = LatencyCurve(net, strata, positions, setting)
+    timing = {"latency_ms": curve}
+    limits = [Limit(kind, amount, measures[kind], ends, timing.get(kind)) for kind, amount in amounts.items()]
     return meet(limits, strata.spec, positions)
 
 
@@ -103,16 +106,13 @@ def _at(net: Any, strata: Strata, position: Any) -> Budget:
 def _measures(
     net: Any, strata: Strata, data: Iterable[Any] | None, setting: Setting
 ) -> dict[str, Callable[[int], float]]:
-    """Kind of budget -> what it measures at a position of the dropout list."""
+    """Kind of budget -> what it measures at a position of the dropout list; all but latency."""
 
     def at(cost: Callable[[Spec], float]) -> Callable[[int], float]:
         return lambda position: cost(strata.spec(position))
 
     def memory(spec: Spec) -> float:
         return net.params(spec) * torch.empty(0, dtype=setting.dtype_of(net)).element_size() / MEGABYTE
-
-    def latency(spec: Spec) -> float:
-        return time_model(net.small_at(spec), net.data_config["input_size"], setting).median_ms
 
     @cache
     def top1(position: int) -> float:
@@ -124,7 +124,6 @@ def _measures(
         "macs": at(net.macs),
         "params": at(net.params),
         "memory_mb": at(memory),
-        "latency_ms": at(latency),
         "top1": top1,
         "max_drop": lambda position: top1(0) - top1(position),
     }

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from stratavit.budgets.amounts import COUNTS, GOALS, Amount, Bound, Budget, amount_text, parse
+from stratavit.budgets.latency_curve import LatencyCurve
 from stratavit.errors import BudgetError
+from stratavit.evaluation import turns
 from stratavit.spec import Spec
 from stratavit.utils.progress import track
 
@@ -20,6 +22,7 @@ class Limit:
         written: The amount as the user wrote it.
         measure: Value of the sub-network at a position of the list.
         ends: First and last position that may be chosen.
+        timing: For a latency, what times it and knows how certain it is; its values are those of `measure`.
         known: Position -> value, as far as measured.
         asked: The amount in absolute units, once `open` has read it.
     """
@@ -28,22 +31,18 @@ class Limit:
     written: Amount
     measure: Callable[[int], float]
     ends: tuple[int, int]
+    timing: LatencyCurve | None = None
     known: dict[int, float] = field(default_factory=dict)
     asked: float = 0.0
-
-    @property
-    def timed(self) -> bool:
-        """The value varies between measurements: it is taken again before it is trusted."""
-        return self.kind == "latency_ms"
 
     @property
     def is_goal(self) -> bool:
         """An accuracy; else a cost."""
         return self.kind in GOALS
 
-    def value(self, position: int, again: bool = False) -> float:
-        """At a position; measured once, unless asked to do so again."""
-        if again or position not in self.known:
+    def value(self, position: int) -> float:
+        """At a position; measured once."""
+        if position not in self.known:
             self.known[position] = self.measure(position)
         return self.known[position]
 
@@ -58,10 +57,10 @@ class Limit:
         A count above the dense model's is refused: who asks for it may have meant something else.
         """
         dense, end = self.ends[0], self.ends[0 if self.is_goal else 1]
-        self.asked = parse(self.kind, self.written, self.value(dense))
-        if self.timed and not self.holds(end):  # the machine may have been busy
-            self.asked = parse(self.kind, self.written, self.value(dense, again=True))
-            self.value(end, again=True)
+        if self.timing is not None:
+            self.asked = self.timing.aim(lambda whole: parse(self.kind, self.written, whole))
+        else:
+            self.asked = parse(self.kind, self.written, self.value(dense))
         if not self.holds(end) or (self.kind in COUNTS and self.asked > self.value(dense)):
             raise self.unreachable()
 
@@ -69,17 +68,27 @@ class Limit:
         """The error where nothing on the list keeps this budget."""
         low, high = sorted(self.value(end) for end in self.ends)
         shares = "" if self.is_goal else f" ({low / high:.1%} to 100%)"
-        hint = "; a share is written 1.0 or 100%" if self.kind in COUNTS and self.written in (1, "1") else ""
         asked, *reachable = (amount_text(self.kind, amount) for amount in (self.asked, low, high))
         return BudgetError(
             f"{self.kind}: asked {self.written!r} = {asked}, but the reachable range is {' to '.join(reachable)}"
-            f"{shares}{hint}"
+            f"{shares}{self._hint()}"
         )
+
+    def _hint(self) -> str:
+        """What may have been meant, or what may have gone wrong."""
+        if self.kind in COUNTS and self.written in (1, "1"):
+            return "; a share is written 1.0 or 100%"
+        percent = self.asked if self.kind in COUNTS else 100 * self.asked
+        if not self.is_goal and 1 <= percent <= 100:
+            return f"; did you mean {percent:g}%?"
+        note = "" if self.timing is None else turns.noise_note(turns.unrest(self.timing.dense))
+        return f"; {note}" if note else ""
 
     def bound(self, position: int) -> Bound:
         """What was asked for and got."""
         low, high = sorted(self.value(end) for end in self.ends)
-        return Bound(self.kind, self.asked, self.value(position), low, high)
+        spread = 0.0 if self.timing is None else self.timing.spread(position)
+        return Bound(self.kind, self.asked, self.value(position), low, high, spread)
 
 
 def meet(limits: Sequence[Limit], spec_at: Callable[[int], Spec], positions: Sequence[int]) -> Budget:
@@ -91,25 +100,19 @@ def meet(limits: Sequence[Limit], spec_at: Callable[[int], Spec], positions: Seq
     Raises:
         BudgetError: A budget cannot be read or is outside the reachable range, or they exclude each other.
     """
-    costs = sorted((limit for limit in limits if not limit.is_goal), key=lambda limit: limit.timed)
+    costs = sorted((limit for limit in limits if not limit.is_goal), key=lambda limit: limit.timing is not None)
     goals = [limit for limit in limits if limit.is_goal]
     index = 0
     for limit in costs:
         limit.open()
         if not limit.holds(positions[index]):
             index = _bisected(limit, positions, len(positions) - 1, index)
-    for limit in costs:
-        if limit.timed and not goals:
-            index = _confirmed(limit, positions, index)
     for limit in goals:
         limit.open()
         if not limit.holds(positions[index]):
             raise _conflict(limit, costs, positions[index])
     if goals:
         index = min(_bisected(limit, positions, index, len(positions)) for limit in goals)
-        for limit in costs:
-            if limit.timed and limit.value(positions[index], again=True) > limit.asked:
-                raise _conflict(limit, goals, positions[index])
     position = positions[index]
     return Budget(tuple(limit.bound(position) for limit in limits), position, spec_at(position))
 
@@ -125,21 +128,9 @@ def _conflict(limit: Limit, others: Sequence[Limit], position: int) -> BudgetErr
 def _bisected(limit: Limit, positions: Sequence[int], holds: int, fails: int) -> int:
     """An index that holds while its neighbour does not, between an index that holds and one that does not."""
     steps = range(abs(holds - fails).bit_length())
-    for _ in track(steps, f"find {limit.kind}") if limit.timed or limit.is_goal else steps:
+    for _ in track(steps, f"find {limit.kind}") if limit.is_goal else steps:
         middle = (holds + fails) // 2
         if middle in (holds, fails):
             break
         holds, fails = (middle, fails) if limit.holds(positions[middle]) else (holds, middle)
     return holds
-
-
-def _confirmed(limit: Limit, positions: Sequence[int], index: int) -> int:
-    """The index, or one further on whose value, taken again, still holds: a lucky timing is not trusted."""
-    step = max(1, len(positions) // 100)
-    while True:
-        limit.value(positions[index], again=True)
-        if limit.holds(positions[index]):
-            return index
-        if index == len(positions) - 1:
-            raise limit.unreachable()
-        index = min(index + step, len(positions) - 1)

@@ -108,7 +108,7 @@ def time_model(model: nn.Module, image_size: Sequence[int], setting: Setting | N
         StrataViTError: The runtime needs packages that are not there, or cannot run the model.
     """
     setting = setting or Setting()
-    return Timing.of(pass_times(runner(model, image_size, setting), setting), setting.batch_size)
+    return Timing.of(pass_times(runner(model, image_size, setting), setting, AT_LEAST_RUNS), setting.batch_size)
 
 
 class TimedCall(NamedTuple):
@@ -163,7 +163,7 @@ def runner(model: nn.Module, image_size: Sequence[int], setting: Setting, sessio
     return TimedCall(run, timed)
 
 
-def pass_times(one: TimedCall, setting: Setting, at_least: int = AT_LEAST_RUNS) -> list[float]:
+def pass_times(one: TimedCall, setting: Setting, at_least: int) -> list[float]:
     """Seconds of each pass, `at_least` of them or more, each synchronised with the device."""
     times: list[float] = []
     device = model_device(one.model)
@@ -187,14 +187,11 @@ def _clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def in_turns(passes: Sequence[TimedCall], setting: Setting, rounds: int, at_least: int = AT_LEAST_RUNS) -> list[Timing]:
-    """Times several in turns, so that a machine that slows down slows all.
-
-    The setting's `seconds` are for all rounds together, `at_least` so many passes are in each.
-    """
+def in_turns(passes: Sequence[TimedCall], setting: Setting, rounds: int) -> list[Timing]:
+    """Times several in turns, so that a machine that slows down slows all; `seconds` are for all rounds together."""
     part = dataclasses.replace(setting, seconds=setting.seconds / rounds)
     times: list[list[float]] = [[] for _ in passes]
     for _ in range(rounds):
         for known, one in zip(times, passes, strict=True):
-            known += pass_times(one, part, at_least)
+            known += pass_times(one, part, AT_LEAST_RUNS)
     return [Timing.of(known, setting.batch_size) for known in times]

@@ -15,15 +15,16 @@ import shlex
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
 
 from stratavit.errors import ArtifactError, StrataViTError
-from stratavit.evaluation.benchmark import ROUNDS
 from stratavit.evaluation.curve_points import Point
-from stratavit.evaluation.latency import AT_LEAST_RUNS, Setting, in_turns, runner
+from stratavit.evaluation.latency import Setting, runner
+from stratavit.evaluation.turns import flat, take_turns
 from stratavit.files.folders import check_free_file, write_file
 from stratavit.reports.curve import title_of
 from stratavit.version import __version__
@@ -124,8 +125,8 @@ def _add_latency(data: dict[str, Any], net: SuperNet, setting: Setting) -> None:
     assert net.strata is not None
     models = [net.small_at(net.strata.spec(point["position"])) for point in data["points"]]
     runs = [runner(model, net.data_config["input_size"], setting) for model in models]
-    for point, found in zip(data["points"], in_turns(runs, setting, ROUNDS, -(-AT_LEAST_RUNS // ROUNDS)), strict=True):
-        point["ms"] = found.median_ms
+    for point, times in zip(data["points"], take_turns(runs, setting), strict=True):
+        point["ms"] = 1000 * median(flat(times))
     dtype = str(setting.dtype_of(models[0])).removeprefix("torch.")
     device = next(net.parameters()).device.type
     threads = f"{setting.used_threads} thread{'s' * (setting.used_threads != 1)}"
