@@ -53,7 +53,7 @@ def test_a_busy_machine_is_told_and_changes_little(clock, capsys):
     sizes = []
     for _ in range(10):
         clock.slower = lambda: chance.choice((1.0, 1.0, 1.3, 1.6, 2.0))
-        met = net.budget(latency_ms="50%", setting=Setting(seconds=0.01))
+        met = net.budget(latency_ms="50%", setting=Setting())
         sizes.append(net.params(met.spec) / net.params())
         assert met.got <= met.asked
     exact = net.params(net.spec(params=0.5)) / net.params()
