@@ -79,23 +79,49 @@ def test_suffixes_mean_what_decimals_say(number, suffix):
     assert parse("macs", f"{number}{suffix}", DENSE) == int(number * 10**power)
 
 
+@given(st.integers(1, 12), st.integers(12, 10**10))
+def test_a_fraction_is_a_share(twelfths, dense):
+    assert (
+        parse("macs", f"{twelfths}/12", dense) == dense * twelfths // 12 == parse("params", f"{twelfths} / 12", dense)
+    )
+
+
 @given(st.integers(0, 10**15))
 def test_counts_are_taken_as_they_are(count):
     assert parse("macs", count, DENSE) == parse("macs", str(count), DENSE) == count
 
 
 def test_measured_amounts():
-    amounts = (12, 12.5, "12.5", " 50 % ", 100)
-    assert [parse("latency_ms", amount, 80) for amount in amounts] == [12, 12.5, 12.5, 40, 100]
+    amounts = (12, 12.5, "12.5", " 50 % ", 100, "8ms", "8 ms", "6/12")
+    assert [parse("latency_ms", amount, 80) for amount in amounts] == [12, 12.5, 12.5, 40, 100, 8, 8, 40]
+    assert [parse("memory_mb", amount, 80) for amount in ("12MB", "0.5 GB", "900kB", "3/4")] == [12, 500, 0.9, 60]
     assert [parse("top1", amount, 0) for amount in (75, 75.5, "75%", "0.5")] == [75, 75.5, 75, 0.5]
     assert parse("max_drop", 0.5, 0) == 0.5
 
 
 NAN, INF = float("nan"), float("inf")
-TEXTS = ["", "half", "50 percent", "1e9", "-1G", "2.1GMACs", "%", "G", ".", "1,5G", "0x10"]
+TEXTS = [
+    "",
+    "half",
+    "50 percent",
+    "1e9",
+    "-1G",
+    "2.1GMACs",
+    "%",
+    "G",
+    ".",
+    "1,5G",
+    "0x10",
+    "1/0",
+    "0/12",
+    "13/12",
+    "8/",
+    "8ms",
+    "8MB",
+]
 BAD = {
     "macs": [0.0, -0.5, 1.01, NAN, INF, "0%", "101%", "1.5", "0.0", True, None, [0.5], 1j, *TEXTS],
-    "latency_ms": [0, -1, NAN, INF, "fast", "12ms", "12K", "", True, None, "0%", "101%"],
+    "latency_ms": [0, -1, NAN, INF, "fast", "12MB", "12K", "13/12", "s", "", True, None, "0%", "101%"],
     "top1": [-1, 100.5, NAN, 0.75, "high", "1K", None, True],
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
@@ -17,7 +18,9 @@ Amount = float | int | str
 COUNTS = ("macs", "params")  # whole numbers, where a share is a float; the rest are absolute
 GOALS = ("top1", "max_drop")  # accuracies; the rest are costs
 KINDS = (*COUNTS, "memory_mb", "latency_ms", *GOALS)
-_TEXT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|[KMGT]?)", re.IGNORECASE)
+_TEXT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|[KMG]B|ms|[KMGT]?)", re.IGNORECASE)
+_FRACTION = re.compile(r"(\d+)\s*/\s*(\d+)")
+_UNITS = {"memory_mb": {"": 1.0, "KB": 1e-3, "MB": 1.0, "GB": 1e3}, "latency_ms": {"": 1.0, "MS": 1.0}}
 
 
 @dataclass(frozen=True)
@@ -99,37 +102,42 @@ def parse(kind: str, amount: Amount, dense: float) -> float:
     """The absolute amount of a budget, given the dense model's.
 
     Args:
-        kind: Counts (``macs``, ``params``) are a share (``0.5``, ``"50%"``) or absolute (an int, ``"2.1G"``);
-            ``memory_mb`` and ``latency_ms`` a number (``12``, ``"12.5"``) or a share (``"50%"``); accuracies are
-            percent of images (``75``, ``"75"``, ``"75%"``).
+        kind: Counts (``macs``, ``params``) are a share (``0.5``, ``"50%"``, ``"8/12"``) or absolute (an int,
+            ``"2.1G"``); ``memory_mb`` and ``latency_ms`` a number (``12``, ``"12.5"``, ``"12MB"``, ``"8ms"``) or a
+            share (``"50%"``, ``"8/12"``); accuracies are percent of images (``75``, ``"75"``, ``"75%"``).
         amount: What was written.
         dense: Of the dense model; accuracies do not need it.
 
     Raises:
         BudgetError: The amount is none of these, or out of range.
     """
-    if kind in COUNTS:
-        return _count(kind, amount, dense)
     if kind in GOALS:
         expected = "percent of images from 0 to 100, such as 75 or '75%'"
-        value, _ = _number(kind, amount, expected)
+        value, _ = _number(kind, amount, expected, ("", "%"))
         if not 0 <= value <= 100 or (kind == "top1" and 0 < value < 1 and not isinstance(amount, str)):
             raise BudgetError(f"{kind}: expected {expected}, got {amount!r}")
         return value
-    expected = "a number above 0, or a share such as '50%'"
-    value, unit = _number(kind, amount, expected)
-    if unit:
+    fraction = _FRACTION.fullmatch(amount.strip()) if isinstance(amount, str) else None
+    if fraction is not None:
+        share = _share(kind, int(fraction[1]) / max(int(fraction[2]), 1e-9), amount)
+        return int(round(share * dense, 3)) if kind in COUNTS else share * dense
+    if kind in COUNTS:
+        return _count(kind, amount, dense)
+    units = _UNITS[kind]
+    expected = f"a number above 0, also with a unit ({', '.join(filter(None, units))}), or a share such as '50%'"
+    value, unit = _number(kind, amount, expected, ("%", *units))
+    if unit == "%":
         return _share(kind, value / 100, amount) * dense
     if not 0 < value < float("inf"):
         raise BudgetError(f"{kind}: expected {expected}, got {amount!r}")
-    return value
+    return value * units[unit]
 
 
 def _count(kind: str, amount: Any, dense: float) -> int:
     with suppress(TypeError):  # a float, a text, or an array of one share
         if not isinstance(amount, bool):
             return index(amount)
-    number, unit = _number(kind, amount, "a share (0.5, '50%') or a count ('2.1G')", "%KMGT")
+    number, unit = _number(kind, amount, "a share (0.5, '50%', '8/12') or a count ('2.1G')", ("%", *SUFFIXES))
     if unit == "%":
         number /= 100
     elif unit or (isinstance(amount, str) and "." not in amount):
@@ -139,7 +147,7 @@ def _count(kind: str, amount: Any, dense: float) -> int:
     )  # down, but a count over dense, times dense, is the count
 
 
-def _number(kind: str, amount: Any, expected: str, units: str = "%") -> tuple[float, str]:
+def _number(kind: str, amount: Any, expected: str, units: Sequence[str]) -> tuple[float, str]:
     """The number, and the unit that follows it in a text."""
     match = _TEXT.fullmatch(amount.strip()) if isinstance(amount, str) else None
     if match is not None and match[2].upper() in units:
