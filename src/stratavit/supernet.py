@@ -334,7 +334,7 @@ class SuperNet(nn.Module):
             **asked: Budgets, see `budget`.
 
         Returns:
-            A module in eval mode; maps images ``[B, C, H, W]`` to logits ``[B, classes]``.
+            A module in eval mode, in the setting's dtype; images ``[B, C, H, W]`` to logits ``[B, classes]``.
 
         Raises:
             BudgetError, StrataViTError: See `budget` and `resolve`; or layers or hooks were put into `model` since.
@@ -344,9 +344,9 @@ class SuperNet(nn.Module):
             spec = met.spec
             if verbose:
                 print(met, file=sys.stderr)
-        elif any(value is not None for value in asked.values()):
+        elif any(value is not None for name, value in asked.items() if name != "setting"):
             raise BudgetError("give either a spec or a budget, not both")
-        return as_source(self.small_at(spec))
+        return as_source(small_model.small_at(self, self.resolve(spec), getattr(asked.get("setting"), "dtype", None)))
 
     def spec(self, **asked: Unpack[BudgetArgs]) -> Spec:
         """The widths of the sub-network that `budget` finds.

@@ -1,6 +1,7 @@
 """The command line end to end on a tiny image folder, and each way to get it wrong."""
 
 import errno
+import json
 import re
 import subprocess
 import sys
@@ -95,6 +96,56 @@ def test_extract_keeps_several_budgets(run, data, tmp_path, capsys):
     dense = output(capsys, "evaluate", run, *data)
     small = output(capsys, "evaluate", tmp_path / "small", *data)
     assert dense["top1"] - small["top1"] == pytest.approx(got["bounds"][2]["got"])
+
+
+def test_extract_writes_the_type_that_was_asked_for(run, data, tmp_path, capsys):
+    got = output(capsys, "extract", run, "--memory", "50%", "--dtype", "float16", "--out", tmp_path / "half")
+    weights = load_file(tmp_path / "half" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    assert got["dtype"] == "float16"
+    assert got["memory_mb"] == pytest.approx(got["got"]) == 2e-6 * got["params"]
+    whole = output(capsys, "extract", run, "--position", got["position"], "--out", tmp_path / "whole")
+    assert whole["memory_mb"] == pytest.approx(2 * got["memory_mb"])
+    losses = [output(capsys, "evaluate", tmp_path / name, *data)["loss"] for name in ("half", "whole")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert output(capsys, "export", tmp_path / "half", "--half")["difference"] < 0.05
+
+
+def test_extract_several_sizes(run, tmp_path, capsys):
+    got = output(capsys, "extract", run, "--macs", "10/12,60%", "--params", "99%", "--out", tmp_path / "small")
+    places = [tmp_path / "small-10of12", tmp_path / "small-60pct"]
+    assert [model["small"] for model in got["models"]] == list(map(str, places))
+    for model, place, share in zip(got["models"], places, (10 / 12, 0.6), strict=True):
+        assert output(capsys, "info", place)["macs"] == model["macs"] <= share * stratavit.SuperNet.load(run).macs()
+    for amounts in (["--macs", "60%,0.0001"], ["--macs", "60%,70%", "--params", "60%,70%"], ["--macs", "60%,60%"]):
+        refusal(capsys, "extract", run, *amounts, "--out", tmp_path / "other")
+    assert sorted(tmp_path.iterdir()) == places
+
+
+def test_evaluate_an_onnx_file(work, data, tmp_path, capsys):
+    output(capsys, "export", work / "small", "--out", tmp_path / "small.onnx")
+    found = output(capsys, "evaluate", tmp_path / "small.onnx", *data)
+    eager = output(capsys, "evaluate", work / "small", *data)
+    assert found["loss"] == pytest.approx(eager["loss"], rel=1e-4)
+    assert (found["top1"], found["n"], found["model"]) == (eager["top1"], 9, str(tmp_path / "small.onnx"))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_evaluate_in_mixed_precision_and_name_the_size(run, data, capsys, precision):
+    exact, mixed = (
+        output(capsys, "evaluate", run, "--macs", "60%", *data, "--precision", kind) for kind in ("no", precision)
+    )
+    assert exact["loss"] != mixed["loss"] == pytest.approx(exact["loss"], rel=0.05)
+    assert exact["model"] == str(run)
+    assert [bound["kind"] for bound in exact["budget"]] == ["macs"]
+    assert exact["budget"][0]["got"] <= exact["budget"][0]["asked"]
+
+
+def test_errors_are_objects_under_json(run, tmp_path, capsys):
+    assert main(["extract", str(run), "--macs", "50", "--out", str(tmp_path / "x"), "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert (found["command"], found["type"], found["exit_code"]) == ("extract", "BudgetError", 2)
+    assert "did you mean 50%?" in found["error"]
 
 
 def test_extract_within_a_latency(run, tmp_path, capsys):

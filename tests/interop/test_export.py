@@ -14,6 +14,7 @@ import stratavit
 from stratavit import ArtifactError, StrataViTError
 from stratavit.cli.parser import main
 from stratavit.interop.export import FLOOR, SUFFIXES, TOLERANCE, _difference
+from stratavit.interop.onnx_model import OnnxModel
 
 SPEC = {"blocks.0.attn": 8, "blocks.0.mlp": 0, "blocks.1.attn": 0, "blocks.1.mlp": 20}
 
@@ -68,7 +69,7 @@ def test_exported_is_eager_at_any_batch_size(exported, name):
 @pytest.mark.parametrize(("name", "part"), [("onnx", "onnx"), ("torch", "program")])
 def test_a_file_whose_outputs_differ_is_not_kept(tmp_path, monkeypatch, name, part):
     module, output = sys.modules["stratavit.interop.export"], partial(torch.full_like, fill_value=0.01)
-    monkeypatch.setattr(module, f"_to_{part}", lambda model, example, path: path.touch())
+    monkeypatch.setattr(module, f"_to_{part}", lambda model, example, path, **options: path.touch())
     monkeypatch.setattr(module, f"_run_{part}", lambda path: lambda images: output(images[:, 0, 0, :CLASSES]))
     (tmp_path / "old").write_text("kept")
     with pytest.raises(StrataViTError, match=f"{name} file"):
@@ -99,6 +100,8 @@ def test_mistakes(tmp_path, monkeypatch):
         (StrataViTError, r"model\.float\(\)", small().half(), "m", []),
         (StrataViTError, "transformers", small(), "m", ["transformers"]),
         (StrataViTError, "images", small(), "m", ["torch", make_images(2)[:0]]),
+        (StrataViTError, "half", small(), "m", ["transformers", None, False, 1e-4, True]),
+        (StrataViTError, "opset", small(), "m", ["torch", None, False, 1e-4, False, 18]),
         (StrataViTError, r"pip install 'stratavit\[export\]'", small(), "m.onnx", []),
         (ArtifactError, "taken exists", small(), "taken", []),
         (ArtifactError, "cannot write", small(), "taken/m.pt2", ["torch"]),
@@ -106,6 +109,58 @@ def test_mistakes(tmp_path, monkeypatch):
         with pytest.raises(error, match=words):
             stratavit.export(model, tmp_path / name, *options)
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def opset_of(path):
+    import onnx
+
+    return next(one.version for one in onnx.load(path).opset_import if one.domain == "")
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_in_half_precision_images_and_logits_stay_as_they_are(tmp_path, name):
+    model, path = small(), tmp_path / f"half{SUFFIXES[name]}"
+    parity = stratavit.export(model, path, name, COMPARED, half=True)
+    images = make_images(3, seed=9)
+    with torch.no_grad():
+        found, expected = RUN[name](path, images), model(images)
+    assert found.dtype is torch.float32
+    off = float((found - expected).abs().max() / expected.abs().max())
+    assert 1e-5 < off < 0.02
+    assert parity.difference > 1e-5
+    assert next(model.parameters()).dtype is torch.float32
+
+
+def test_the_opset_is_the_one_that_was_asked_for(tmp_path):
+    stratavit.export(small(), tmp_path / "new.onnx", opset=20)
+    assert opset_of(tmp_path / "new.onnx") == 20
+    with pytest.raises(StrataViTError, match="opset 13"):  # it has no layer norm
+        stratavit.export(small(), tmp_path / "old.onnx", opset=13)
+    assert not (tmp_path / "old.onnx").exists()
+
+
+def test_a_file_is_a_model_that_can_be_measured(exported):
+    model, path, _ = exported["onnx"]
+    file, images = OnnxModel(path), make_images(5, seed=9)
+    assert torch.allclose(file(images), RUN["onnx"](path, images))
+    assert file.num_classes == CLASSES
+    assert file.data_config["input_size"] == [3, 32, 32]
+    loader = [(images, torch.arange(5) % CLASSES)]
+    assert stratavit.evaluate(file, loader).loss == pytest.approx(stratavit.evaluate(model, loader).loss, rel=1e-4)
+
+
+def test_files_that_are_no_such_model(tmp_path, exported):
+    import onnx
+
+    (tmp_path / "text.onnx").write_text("no model")
+    foreign = onnx.load(exported["onnx"][1])
+    del foreign.metadata_props[:]
+    onnx.save(foreign, tmp_path / "foreign.onnx")
+    for name, words in (("none", "not a file"), ("text", "cannot|not an ONNX"), ("foreign", "data_config")):
+        with pytest.raises(ArtifactError, match=words):
+            OnnxModel(tmp_path / f"{name}.onnx")
+    with pytest.raises(StrataViTError, match="cannot run images"):
+        OnnxModel(exported["onnx"][1])(make_images(2)[:, :1])
 
 
 def test_the_command(tmp_path, capsys):

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from timm.layers import Attention, Mlp
 from torch.utils.flop_counter import FlopCounterMode
 
-from stratavit import SuperNet
+from stratavit import Setting, StrataViTError, SuperNet
+from stratavit.models.number_types import in_type
 
 IMAGES = make_images(2, seed=9)
 
@@ -141,3 +142,22 @@ def test_small_model_runs_without_this_library(tmp_path):
         "with torch.no_grad(): assert torch.allclose(small(images), expected, atol=1e-5)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_extracted_in_the_type_that_the_budget_counts(dtype):
+    net, spec = make_net("plain"), {"blocks.0.attn": 8}
+    small = net.extract(spec=spec, setting=Setting(dtype=str(dtype).removeprefix("torch.")))
+    assert {parameter.dtype for parameter in small.parameters()} == {dtype}
+    with torch.no_grad():
+        assert 0 < relative_error(small(IMAGES.to(dtype)).float(), net(IMAGES, spec)) < 0.05
+
+
+def test_a_type_in_which_a_model_overflows_is_refused():
+    net = make_net("plain")
+    model = net.extract(spec={})
+    with torch.no_grad():
+        model.patch_embed.proj.weight.mul_(1e6)
+    with pytest.raises(StrataViTError, match="float16"):
+        in_type(model, torch.float16)
+    assert in_type(model, torch.float32) is model

@@ -11,7 +11,8 @@ import torch
 from rich.table import Table
 
 from stratavit.artifacts import folder_format, sub_network
-from stratavit.budgets.constraints import Axes
+from stratavit.budgets.amounts import Budget
+from stratavit.budgets.constraints import MEGABYTE, Axes
 from stratavit.cli import options
 from stratavit.cli.options import Outcome, positive
 from stratavit.data.class_names import class_names_of
@@ -42,38 +43,49 @@ def extract_options(command: ArgumentParser) -> None:
     what = "labelled images for --top1 and --max-drop: a folder with val/, or class folders"
     options.add_data(command, what, required=False)
     options.add_limit(command)
-    options.add_out(command, "SMALL", "folder to write the small model to")
+    where = "folder to write the small model to; of several sizes (--macs 10/12,8/12) each gets its amount appended"
+    options.add_out(command, "SMALL", where)
 
 
 def extract(args: Namespace) -> Outcome:
-    """RUN and a budget to a small model's folder."""
-    check_free(args.out, args.overwrite)
+    """RUN and a budget to a small model's folder, or several amounts of one budget to as many folders."""
+    folders = options.several(args)
+    for folder in folders:
+        check_free(folder, args.overwrite)
     measured = args.latency_ms is not None or args.top1 is not None or args.max_drop is not None
     net = SuperNet.load(args.run, pick_device(args.device) if measured else "cpu")
     data = None if args.data is None else options.loader_of(args, net.data_config, "val", net)
-    met = net.budget(**options.budgets(args), data=data, axes=args.axes)
+    met = [net.budget(**asked, data=data, axes=args.axes) for asked in folders.values()]  # all, or nothing is written
+    made = [_sliced(net, one, folder, args) for one, folder in zip(met, folders, strict=True)]
+    view = [line for _, lines in made for line in lines]
+    return made[0][0] if len(made) == 1 else {"models": [result for result, _ in made]}, view
+
+
+def _sliced(net: SuperNet, met: Budget, folder: str, args: Namespace) -> Outcome:
+    """Writes one small model."""
     started = time.perf_counter()
-    small = net.extract(spec=met.spec)
+    small = net.extract(spec=met.spec, setting=Setting(dtype=args.dtype))
     seconds = time.perf_counter() - started
-    sub_network.save(small, args.out, args.overwrite)
-    macs, params = net.macs(met.spec), net.params(met.spec)
+    sub_network.save(small, folder, args.overwrite)
+    macs, params, weights = net.macs(met.spec), net.params(met.spec), list(small.parameters())
     result = {
-        "small": str(args.out),
+        "small": folder,
         "kind": met.kind,
         "asked": met.asked,
         "got": met.got,
         "reachable": [met.low, met.high],
         "bounds": [vars(bound) for bound in met.bounds],
         "macs": macs,
+        "macs_with_attention": net.macs(met.spec, attention=True),
         "params": params,
+        "memory_mb": sum(weight.numel() * weight.element_size() for weight in weights) / MEGABYTE,
+        "dtype": str(weights[0].dtype).removeprefix("torch."),
         "position": met.position,
         "spec": dict(met.spec),
         "seconds": seconds,
     }
-    text = f"wrote {args.out}: {human(macs)} MACs, {human(params)} parameters (sliced in {seconds:.2f} s)"
-    if args.dtype not in (None, "float32"):
-        text += f"; weights are saved as they were, cast them to {args.dtype} when you load them"
-    return result, [str(met), text]
+    size = f"{human(params)} parameters, {result['memory_mb']:.3g} MB in {result['dtype']}"
+    return result, [str(met), f"wrote {folder}: {human(macs)} MACs, {size} (sliced in {seconds:.2f} s)"]
 
 
 def export_options(command: ArgumentParser) -> None:
@@ -81,6 +93,10 @@ def export_options(command: ArgumentParser) -> None:
     command.add_argument("small", metavar="SMALL", help="folder of a small model")
     command.add_argument("--format", choices=tuple(SUFFIXES), default="onnx", help="file format (default: %(default)s)")
     command.add_argument("--images", type=positive, default=32, help="images to compare on (default: %(default)s)")
+    text = "weights and arithmetic in float16; images and logits stay in float32"
+    command.add_argument("--half", action="store_true", help=text)
+    text = "version of ONNX operators (default: torch's choice)"
+    command.add_argument("--opset", type=positive, metavar="N", help=text)
     what = "images to compare on, a folder with val/ or the class folders (default: noise)"
     options.add_data(command, what, required=False)
     where = "file to write (default: SMALL.onnx, SMALL.pt2, or the folder SMALL-transformers)"
@@ -90,12 +106,12 @@ def export_options(command: ArgumentParser) -> None:
 def export(args: Namespace) -> Outcome:
     """SMALL to one ONNX file, a torch.export program, or a folder of transformers."""
     file = Path(args.out or f"{str(args.small).rstrip('/')}{SUFFIXES[args.format]}")
-    model: Any = sub_network.load(args.small, timm_form=True)
+    model: Any = sub_network.load(args.small, timm_form=True).float()  # exact, whatever it was saved in
     images = None
     if args.data is not None:
         loader = options.loader_of(args, resolve_data_config(model), "val", model, args.images)
         images = torch.cat([batch for batch, _ in loader])
-    parity = export_model(model, file, args.format, images, args.overwrite)
+    parity = export_model(model, file, args.format, images, args.overwrite, half=args.half, opset=args.opset)
     return parity.to_dict(), [str(parity)]
 
 

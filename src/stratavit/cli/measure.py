@@ -7,6 +7,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from torch import nn
 
 from stratavit.artifacts import folder_format
@@ -26,20 +27,30 @@ from stratavit.evaluation.features import knn, read_embeddings
 from stratavit.evaluation.latency import Precision, Runtime, Setting
 from stratavit.evaluation.prediction import image_paths
 from stratavit.files.folders import check_free, check_free_file, write_folder
+from stratavit.interop.onnx_model import OnnxModel
 from stratavit.models.architecture import resolve_data_config
 from stratavit.reports import curve as curves
 from stratavit.reports import plots
 from stratavit.reports.html import write_report
 from stratavit.supernet import SuperNet
 from stratavit.utils.devices import pick_device
-from stratavit.utils.model import classes_of
+from stratavit.utils.model import classes_of, model_device
 
-TARGET = "a saved folder, a folder of transformers, or a model's name as for convert"
+TARGET = "a saved folder, an ONNX file, a folder of transformers, or a model's name as for convert"
 LABELLED = "labelled images: a folder with val/, or the class folders themselves"
 
 
 def judge_and_images(args: Namespace, model: nn.Module, config: dict[str, Any]) -> tuple[curves.Judge, ImageLoader]:
-    """How a model is measured, as `add_judge` lets one choose, and on what.
+    """How a model is measured, as `add_judge` lets one choose, and on what; see `_judge_and_images` for errors."""
+    judge, images = _judge_and_images(args, model, config)
+    if args.precision == "no":
+        return judge, images
+    dtype = torch.float16 if args.precision == "fp16" else torch.bfloat16
+    return torch.autocast(model_device(model).type, dtype)(judge), images
+
+
+def _judge_and_images(args: Namespace, model: nn.Module, config: dict[str, Any]) -> tuple[curves.Judge, ImageLoader]:
+    """The same in the model's own precision.
 
     Raises:
         StrataViTError: Two ways are asked for, or the images do not suit the one.
@@ -66,7 +77,7 @@ def judge_and_images(args: Namespace, model: nn.Module, config: dict[str, Any]) 
 
 def evaluate_options(command: ArgumentParser) -> None:
     """A model, images, how to measure, and budgets."""
-    command.add_argument("target", metavar="SMALL|RUN|MODEL", help=TARGET)
+    command.add_argument("target", metavar="SMALL|RUN|FILE.onnx|MODEL", help=TARGET)
     options.add_model(command)
     options.add_data(command, LABELLED)
     options.add_limit(command)
@@ -75,13 +86,14 @@ def evaluate_options(command: ArgumentParser) -> None:
 
 
 def evaluate(args: Namespace) -> Outcome:
-    """Accuracy of a saved folder or a timm model."""
+    """Accuracy of a saved folder, an ONNX file or a timm model."""
     split_folder(args.data, "val")
     model, config, met = asked_for(args)
     judge, images = judge_and_images(args, model, config)
     metrics = judge(model, images, None if met is None else met.spec, description="evaluate")
     _warn_near_chance(args, model, metrics.top1, metrics.n)
-    result = metrics.to_dict() | {"unreadable": len(images.unreadable)}
+    budget = [] if met is None else [vars(bound) for bound in met.bounds]
+    result = {"model": str(args.target), "budget": budget, **metrics.to_dict(), "unreadable": len(images.unreadable)}
     return result, [*([] if met is None else [str(met)]), str(metrics)]
 
 
@@ -97,7 +109,7 @@ def _warn_near_chance(args: Namespace, model: nn.Module, top1: float, images: in
 
 
 def asked_for(args: Namespace) -> tuple[nn.Module, dict[str, Any], Budget | None]:
-    """A model by folder or name, how its images are prepared, and the size of it that is asked for.
+    """A model by folder, file or name, how its images are prepared, and the size of it that is asked for.
 
     Raises:
         BudgetError: It has one size only.
@@ -108,6 +120,9 @@ def asked_for(args: Namespace) -> tuple[nn.Module, dict[str, Any], Budget | None
         return net, net.data_config, net.budget(**asked) if asked else None
     if asked:
         raise BudgetError(f"{args.target} has one size only; budgets are for super-networks")
+    if str(args.target).endswith(".onnx"):
+        file = OnnxModel(args.target)
+        return file, file.data_config, None
     model = model_at(args.target, args.weights, args.num_classes, device)
     return model, resolve_data_config(model), None
 
@@ -115,7 +130,7 @@ def asked_for(args: Namespace) -> tuple[nn.Module, dict[str, Any], Budget | None
 def predict_options(command: ArgumentParser) -> None:
     """A model, images, and how many classes."""
     add = command.add_argument
-    add("target", metavar="SMALL|RUN|MODEL", help=TARGET)
+    add("target", metavar="SMALL|RUN|FILE.onnx|MODEL", help=TARGET)
     add("images", nargs="+", metavar="IMAGE", help="image files, or folders with images directly in them")
     options.add_model(command)
     add("--class-map", metavar="FILE", help=f"{options.CLASS_MAP} (default: the names that the model has)")

@@ -11,6 +11,7 @@ from torch import nn
 from stratavit.budgets.amounts import KINDS
 from stratavit.data.class_names import class_names_of
 from stratavit.data.image_folder import ImageLoader, image_loader
+from stratavit.errors import BudgetError
 from stratavit.evaluation.curve_points import LADDER, parse_share
 from stratavit.evaluation.features import NEIGHBOURS
 from stratavit.evaluation.latency import Precision, Runtime, Setting
@@ -78,6 +79,8 @@ def add_judge(command: ArgumentParser) -> None:
     texts = "by text embeddings of the classes: a .safetensors file, one tensor [classes, width]"
     add("--knn", nargs="?", type=int, const=NEIGHBOURS, metavar="K", help=neighbours)
     add("--zero-shot", metavar="FILE", help=texts)
+    text = "mixed precision while measuring (default: %(default)s)"
+    add("--precision", choices=("no", "fp16", "bf16"), default="no", help=text)
 
 
 def add_ladder(command: ArgumentParser) -> None:
@@ -96,11 +99,12 @@ def add_costs(command: ArgumentParser) -> Any:
     """Budgets of what can be computed; returns their group."""
     group = command.add_argument_group("budgets: the largest sub-network within all given budgets")
     add = group.add_argument
-    add("--macs", metavar="BUDGET", help="a share of the dense model (50%%, 0.5) or a count (2.1G)")
-    add("--params", metavar="BUDGET", help="likewise (50%%, 12M)")
-    add("--memory", metavar="MB", dest="memory_mb", help="megabytes of weights, or a share (50%%)")
+    add("--macs", metavar="BUDGET", help="a share of the dense model (50%%, 0.5, 8/12) or a count (2.1G)")
+    add("--params", metavar="BUDGET", help="likewise (50%%, 8/12, 12M)")
+    add("--memory", metavar="MB", dest="memory_mb", help="megabytes of weights (12, 12MB), or a share (50%%)")
     add("--position", type=int, metavar="N", help="drop the first N entries of the dropout list")
-    add("--dtype", choices=get_args(Precision), help="type of the weights, in --memory and timings (default: as saved)")
+    text = "type of the weights, in the result, --memory and timings (default: as saved)"
+    add("--dtype", choices=get_args(Precision), help=text)
     add("--threads", type=positive, default=0, help="CPU threads for timings (default: torch's setting)")
     return group
 
@@ -108,7 +112,7 @@ def add_costs(command: ArgumentParser) -> Any:
 def add_budgets(command: ArgumentParser) -> None:
     """Budgets of costs, latency among them."""
     group = add_costs(command)
-    text = "milliseconds per batch on this device (8.5), or a share (50%%)"
+    text = "milliseconds per batch on this device (8.5, 8ms), or a share of the dense model's (50%%)"
     group.add_argument("--latency", metavar="MS", dest="latency_ms", help=text)
     add_latency_batch(group)
     text = "runtime for --latency (default: %(default)s)"
@@ -122,6 +126,32 @@ def budgets(args: Namespace) -> Any:
         return {}
     setting = Setting(getattr(args, "latency_batch", 1), getattr(args, "runtime", "eager"), args.dtype, args.threads)
     return asked | {"setting": setting}
+
+
+def several(args: Namespace) -> dict[str, Any]:
+    """The folders to write, with what `budgets` reads for each: one, or one for each amount of a list.
+
+    Raises:
+        BudgetError: Two budgets are lists, or two amounts give one name.
+    """
+    lists = {kind: str(getattr(args, kind)).split(",") for kind in KINDS if "," in str(getattr(args, kind))}
+    if not lists:
+        return {str(args.out): budgets(args)}
+    if len(lists) > 1:
+        raise BudgetError(f"{' and '.join(lists)}: one budget may name several amounts, the others one")
+    ((kind, amounts),) = lists.items()
+    base = str(args.out).rstrip("/")
+    found = {f"{base}-{_in_a_name(amount)}": budgets(Namespace(**vars(args) | {kind: amount})) for amount in amounts}
+    if len(found) < len(amounts):
+        raise BudgetError(f"{kind}: {', '.join(amounts)}: two of these would be written to one folder; leave one out")
+    return found
+
+
+def _in_a_name(amount: str) -> str:
+    """An amount as part of a folder's name: 8/12 becomes 8of12, 50% 50pct."""
+    return "".join(
+        letter for letter in amount.replace("/", "of").replace("%", "pct") if letter.isalnum() or letter == "."
+    )
 
 
 def loader_of(

@@ -79,12 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with signals.raised(), watched("", lambda: less):
             result, view = args.run_command(args)
     except StrataViTError as error:
-        print(f"stratavit {args.command}: {error}", file=sys.stderr)
-        return 2
+        return _failed(args, str(error), type(error).__name__, 2)
     except KeyboardInterrupt as stop:
         said = "terminated" if isinstance(stop, signals.Terminated) else "interrupted"
-        print(f"stratavit {args.command}: {str(stop) or f'{said}; nothing half-written was left'}", file=sys.stderr)
-        return signals.exit_code(stop)
+        text = str(stop) or f"{said}; nothing half-written was left"
+        return _failed(args, text, type(stop).__name__, signals.exit_code(stop))
     try:
         if args.json:
             print(json.dumps(result, indent=1))
@@ -98,6 +97,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return 2
     return 0
+
+
+def _failed(args: argparse.Namespace, text: str, kind: str, code: int) -> int:
+    """Says what went wrong on standard error, and with ``--json`` as an object on standard output, too."""
+    print(f"stratavit {args.command}: {text}", file=sys.stderr)
+    if args.json:
+        with suppress(OSError):
+            print(json.dumps({"command": args.command, "error": text, "type": kind, "exit_code": code}, indent=1))
+    return code
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +25,7 @@ from stratavit.interop.libraries import as_timm
 from stratavit.interop.timm_equivalent import tensor_of
 from stratavit.interop.transformers.folders import load_transformers, save_transformers
 from stratavit.models.architecture import resolve_data_config
+from stratavit.models.number_types import HALF_TOLERANCE, InHalf
 from stratavit.utils.model import eval_mode, is_super_network, model_device, model_dtype
 from stratavit.utils.wrappers import unwrapped
 
@@ -75,6 +78,8 @@ def export(
     images: Tensor | None = None,
     overwrite: bool = False,
     tolerance: float = TOLERANCE,
+    half: bool = False,
+    opset: int | None = None,
 ) -> Parity:
     """Writes a model to one file that needs neither this library nor timm; the batch size is free.
 
@@ -90,18 +95,25 @@ def export(
         images: To compare on, ``[B, C, H, W]``, prepared for the model; noise if None.
         overwrite: Replace the file if it is there.
         tolerance: Largest difference of a logit that passes, as a share of the largest logit of its image (and
-            `FLOOR` more), so that logits of any scale are judged alike.
+            `FLOOR` more), so that logits of any scale are judged alike; with `half` at least `HALF_TOLERANCE`.
+        half: Weights and arithmetic in float16; images and logits stay in float32. Not for ``transformers``.
+        opset: Version of ONNX operators; torch's choice if None.
 
     Returns:
         Where it was written, its size in bytes, and by how much its outputs differ from the model's.
 
     Raises:
-        StrataViTError: Not a small model in float32, an unknown format, images that do not fit the model, packages
-            are missing, or the outputs of the file differ from the model's; then nothing is left.
+        StrataViTError: Not a small model in float32, an unknown format, options that it does not have, images that do
+            not fit the model, packages are missing, or the outputs of the file differ from the model's; then nothing
+            is left.
         ArtifactError: The file exists or cannot be written.
     """
     if format not in SUFFIXES:
         raise StrataViTError(f"export: expected a format of {', '.join(SUFFIXES)}, got {format!r}")
+    if half and format == "transformers":
+        raise StrataViTError("export: half is for onnx and torch; save_pretrained keeps the type of the weights")
+    if opset is not None and format != "onnx":
+        raise StrataViTError(f"export: opset is a version of ONNX operators, and the format is {format}; leave it out")
     model = unwrapped(model)
     if is_super_network(model):
         raise StrataViTError("export: a super-network has many sizes; extract one first")
@@ -123,23 +135,35 @@ def export(
     device = model_device(model)
     try:
         with eval_mode(model), torch.no_grad():
-            return _checked(model.cpu(), path, format, images, tolerance, overwrite)
+            written = InHalf(model.cpu()).eval() if half else model.cpu()
+            tolerance = max(tolerance, HALF_TOLERANCE) if half else tolerance
+            return _checked(model, written, path, format, images, tolerance, overwrite, opset)
     finally:
         model.to(device)
 
 
-def _checked(model: nn.Module, path: Path, format: Format, images: Tensor, tolerance: float, overwrite: bool) -> Parity:
-    """Writes next to `path`, compares, moves it there."""
-    write, run = {
-        "onnx": (_to_onnx, _run_onnx),
+def _checked(
+    model: nn.Module,
+    written: nn.Module,
+    path: Path,
+    format: Format,
+    images: Tensor,
+    tolerance: float,
+    overwrite: bool,
+    opset: int | None,
+) -> Parity:
+    """Writes next to `path`, compares with the model, moves it there."""
+    writers: dict[Format, tuple[Callable[[nn.Module, Tensor, Path], None], Callable[[Path], Runner]]] = {
+        "onnx": (partial(_to_onnx, opset=opset), _run_onnx),
         "torch": (_to_program, _run_program),
         "transformers": (_to_folder, _run_folder),
-    }[format]
+    }
+    write, run = writers[format]
     target = followed(path)
     with temporary_sibling(target) as place:
         new = place if format == "transformers" else place.with_suffix(SUFFIXES[format])  # torch asks for its own
         # a copy: the program keeps its example, and a view would keep all images
-        write(model, images[:2].clone() if len(images) > 1 else images.repeat(2, 1, 1, 1), new)
+        write(written, images[:2].clone() if len(images) > 1 else images.repeat(2, 1, 1, 1), new)
         expected, exported = model(images), run(new)
         batches = [images] if format == "transformers" else [images, images[:1]]  # what is eager has no fixed size
         found = torch.cat([exported(batch) for batch in batches])
@@ -170,20 +194,31 @@ def without_their_warnings() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _quiet_log() -> Iterator[None]:
+    """Drops what is logged of attempts to reach an older opset; whether it was reached is looked at afterwards."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def metadata_of(model: nn.Module) -> dict[str, Any]:
     """What a file says of its images and classes: ``data_config``, and ``label_names`` if they are known."""
     names = class_names_of(model)
     return {"data_config": resolve_data_config(model), **({"label_names": names} if names else {})}
 
 
-def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
+def _to_onnx(model: nn.Module, example: Tensor, path: Path, opset: int | None = None) -> None:
     try:
         import onnx
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise StrataViTError("export to ONNX needs more packages: pip install 'stratavit[export]'") from error
-    with without_their_warnings(), redirect_stdout(io.StringIO()):  # some releases print what they did
+    with without_their_warnings(), _quiet_log(), redirect_stdout(io.StringIO()):  # some releases print what they did
         torch.onnx.export(
             model,
             (example,),
@@ -194,8 +229,12 @@ def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
             dynamo=True,
             external_data=False,
             verbose=False,
+            opset_version=opset,
         )
     made = onnx.load(path)
+    got = next(one.version for one in made.opset_import if one.domain in ("", "ai.onnx"))
+    if opset not in (None, got):
+        raise StrataViTError(f"export: this model cannot be written in opset {opset}; torch wrote {got}, take that")
     onnx.helper.set_model_props(made, {key: json.dumps(value) for key, value in metadata_of(model).items()})
     onnx.save(made, path)
 

@@ -25,7 +25,9 @@ class InHalf(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model).half()
+        self.model: Any = copy.deepcopy(model).half()
+        self.data_config, self.num_classes = resolve_data_config(model), getattr(model, "num_classes", 0)
+        self.pretrained_cfg, self.origin = getattr(model, "pretrained_cfg", None), getattr(model, "origin", None)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images to logits."""

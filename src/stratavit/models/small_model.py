@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stratavit.elastic.token_places import SUFFIX
 from stratavit.models.changes import check_small
 from stratavit.models.extraction import cut_model
 from stratavit.models.freezing import set_frozen
+from stratavit.models.number_types import in_type
 from stratavit.models.source_checks import check_layers
 
 
@@ -23,8 +25,16 @@ def final_shift(net: Any, widths: Mapping[str, int]) -> Tensor | None:
     return shift
 
 
-def small_at(net: Any, widths: Mapping[str, int]) -> nn.Module:
-    """The small timm model of a `SuperNet` at widths of every site; it knows where it comes from."""
+def small_at(net: Any, widths: Mapping[str, int], dtype: str | None = None) -> nn.Module:
+    """The small timm model of a `SuperNet` at widths of every site; it knows where it comes from.
+
+    Args:
+        net, widths: The super-network, and a width for every site.
+        dtype: Of the weights; None is the super-network's own.
+
+    Raises:
+        StrataViTError: The model does not compute nearly the same in that type, see `number_types.in_type`.
+    """
     check_layers(net.model)
     small: Any = cut_model(net.model, net.sites, widths, final_shift(net, widths), net.cost.places)
     small.provenance = {
@@ -41,4 +51,4 @@ def small_at(net: Any, widths: Mapping[str, int]) -> nn.Module:
     if net.frozen_for_serving:  # see `SuperNet.specialise`
         set_frozen(small, net.frozen)
     check_small(net, small, widths)
-    return small
+    return small if dtype is None else in_type(small, getattr(torch, dtype))
