@@ -17,7 +17,8 @@ HEAD = """# Command line
 
 Generated from the parsers by `python docs/tools/cli_page.py`; every command prints the same with `--help`.
 
-With `--json` a command prints one JSON object instead of text. Exit codes are 0 for success, 2 for wrong input, which
+With `--json` a command prints one JSON object instead of text; if it fails, one with `error`, `type` and `exit_code`.
+Exit codes are 0 for success, 2 for wrong input, which
 is reported in one line, 130 after Ctrl-C and 143 after SIGTERM. A budget is a share of the dense model (`50%`, `0.5`)
 or a count (`2.1G`): [choosing a budget](budgets.md). [Folders of images](files.md#folders-of-images) describes what
 `--data` accepts and how class folders are numbered, [Recipe](api.md#stratavit.Recipe) every key of a recipe.

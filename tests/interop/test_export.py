@@ -149,7 +149,7 @@ def test_a_file_is_a_model_that_can_be_measured(exported):
     assert stratavit.evaluate(file, loader).loss == pytest.approx(stratavit.evaluate(model, loader).loss, rel=1e-4)
 
 
-def test_files_that_are_no_such_model(tmp_path, exported):
+def test_files_that_are_no_such_model(tmp_path, exported, monkeypatch):
     import onnx
 
     (tmp_path / "text.onnx").write_text("no model")
@@ -161,6 +161,9 @@ def test_files_that_are_no_such_model(tmp_path, exported):
             OnnxModel(tmp_path / f"{name}.onnx")
     with pytest.raises(StrataViTError, match="cannot run images"):
         OnnxModel(exported["onnx"][1])(make_images(2)[:, :1])
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(StrataViTError, match="pip install"):
+        OnnxModel(exported["onnx"][1])
 
 
 def test_the_command(tmp_path, capsys):

@@ -161,3 +161,11 @@ def test_a_type_in_which_a_model_overflows_is_refused():
     with pytest.raises(StrataViTError, match="float16"):
         in_type(model, torch.float16)
     assert in_type(model, torch.float32) is model
+
+    def only_float32(module, inputs):
+        if inputs[0].dtype is not torch.float32:
+            raise RuntimeError("no kernel")
+
+    model.register_forward_pre_hook(only_float32)
+    with pytest.raises(StrataViTError, match="no kernel"):
+        in_type(model, torch.float16)

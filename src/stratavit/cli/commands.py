@@ -18,6 +18,7 @@ from stratavit.cli.options import Outcome, positive
 from stratavit.data.class_names import class_names_of
 from stratavit.data.image_files import some
 from stratavit.evaluation.curve_points import points_in
+from stratavit.evaluation.latency import Setting
 from stratavit.files.folders import check_free
 from stratavit.interop import supported
 from stratavit.interop.export import SUFFIXES
