@@ -122,6 +122,25 @@ def test_patches_that_are_dropped_in_training_keep_their_positions():
     assert net(make_images(3), {"blocks.0.tokens": 9}).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "name", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3", "vit_base_patch16_siglip_224"]
+)
+def test_dense_features_have_every_patch(name):
+    """timm's own readers of features run; a patch has what its token became, told by the map in the block's output."""
+    small, images = SuperNet(architectures.make(name)).extract(spec=SPEC), make_images(2)
+    seen = []
+    small.blocks[0].register_forward_hook(lambda block, inputs, output: seen.append(output))
+    with torch.no_grad():
+        _, features = small.forward_intermediates(images, indices=[0, 1], norm=False, output_fmt="NLC")
+        first, state = features[0], seen[0]
+        patches = state.tokens[:, state.prefix :]
+        for image in range(2):
+            assert torch.equal(first[image], patches[image, state.home[image]])
+        assert len(set(state.home[0].tolist())) == 9
+        assert torch.equal(small.norm(features[1]), small.forward_features(images)[:, state.prefix :])
+        assert small.forward_intermediates(images, indices=[0], intermediates_only=True)[0].dim() == 4
+
+
 @pytest.mark.parametrize("format", ["onnx", "torch"])
 def test_exported_equals_eager(tmp_path, format):
     parity = stratavit.export(make_net("plain").extract(spec=SPEC), tmp_path / "small", format, images=make_images(3))

@@ -14,11 +14,13 @@ Shape legend: B images, N patches, n tokens that stand for them, P prefix tokens
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 EVERY = 3  # one token in so many is a destination
 
@@ -26,10 +28,12 @@ EVERY = 3  # one token in so many is a destination
 class Merged(NamedTuple):
     """What travels between blocks once tokens have been merged.
 
+    All other code (a norm, an index, timm's `forward_intermediates`) sees the tensor ``[B, P+N, C]`` of all patches.
+
     Attributes:
         tokens: ``[B, P+n, C]``.
         size: Number of patches that each stands for, ``[B, n]`` float32.
-        home: Which of the n tokens each patch is in, ``[B, N]``.
+        home: Which of the n tokens each patch is in, ``[B, N]``: the map of all merges so far.
         place: The patch whose position a token has, ``[B, n]``.
     """
 
@@ -37,6 +41,31 @@ class Merged(NamedTuple):
     size: Tensor
     home: Tensor
     place: Tensor
+
+    @property
+    def prefix(self) -> int:
+        """P."""
+        return self.tokens.shape[1] - self.size.shape[1]
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs a function of torch on the tensor of all patches."""
+        whole = tree_map(_unmerged_if_merged, (args, kwargs or {}), is_leaf=lambda value: isinstance(value, cls))
+        return function(*whole[0], **whole[1])
+
+    def __getitem__(self, index: Any) -> Any:
+        return unmerge(self)[index]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(unmerge(self), name)
+
+
+def _unmerged_if_merged(value: Any) -> Any:
+    return unmerge(value) if isinstance(value, Merged) else value
 
 
 def unmerged(tokens: Tensor, prefix: int) -> Merged:
@@ -97,10 +126,10 @@ def rows(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.gather(1, index.unsqueeze(2).expand(-1, -1, tokens.shape[2]))
 
 
-def unmerge(state: Merged, prefix: int) -> Tensor:
+def unmerge(state: Merged) -> Tensor:
     """Every patch with what its token became: ``[B, P+N, C]``."""
-    tokens, _, home, _ = state
-    return torch.cat([tokens[:, :prefix], rows(tokens[:, prefix:], home)], dim=1)
+    tokens, prefix = state.tokens, state.prefix
+    return torch.cat([tokens[:, :prefix], rows(tokens[:, prefix:], state.home)], dim=1)
 
 
 class MergingBlock(nn.Module):
@@ -176,7 +205,7 @@ class MergingBlock(nn.Module):
         if state is None:
             return tokens
         state = state._replace(tokens=tokens)
-        return unmerge(state, self.prefix) if self.last else state
+        return unmerge(state) if self.last else state
 
     def scaled(self, x: Tensor, branch: int) -> Tensor:
         """What a branch adds, times its LayerScale if it has one."""
