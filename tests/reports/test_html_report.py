@@ -38,6 +38,8 @@ def any_net(request):
 @cache
 def net_of(name):
     """Nets of both methods, with a list that ends early, of stages, with modules left uncut."""
+    if name == "merging":
+        return copy.deepcopy(make_net("plain")).stratify(BATCHES, plan=PLAN, axes=("width", "tokens")).eval()
     if name == "paper":
         return make_net("plain", "paper", stratified=True)
     if name == "short":
@@ -45,6 +47,30 @@ def net_of(name):
         net.strata = Strata(net.sites, net.strata.entries[:20])
         return net
     return stratavit.SuperNet(architectures.make(name)).contract(BATCHES).stratify(BATCHES, plan=PLAN).eval()
+
+
+def test_the_list_over_both_axes_is_shown(tmp_path):
+    net = net_of("merging")
+    found = curve(net, BATCHES, ("1", "0.6"))
+    for points, axes in (((), "both"), (found, "both"), (found[:2], "width")):
+        data = data_of(
+            write_report(
+                net, tmp_path / f"{axes}{len(points)}.html", points, latency=(points and QUICK) or None
+            ).read_text()
+        )
+        assert data["list"] == axes
+        assert ("--axes both" in data["extract"]) == (axes == "both")
+        assert any(kind == "tokens" for _, kind, *_ in data["sites"]) == (axes == "both")
+        strata = net.joint_strata if axes == "both" else net.strata
+        widths = dict(net.resolve(None))
+        for position, (site, width) in enumerate(data["entries"], 1):
+            widths[data["sites"][site][0]] = width
+            assert data["macs"][position] == net.macs(strata.spec(position)) == net.macs(widths)
+        for row, point in zip(data["points"], points, strict=True):
+            spec = net.spec(macs=float(point.asked), axes=point.axes)
+            assert net.macs(
+                {"width": net.strata, "both": net.joint_strata}[row["axes"]].spec(row["position"])
+            ) == net.macs(spec)
 
 
 def hostile_net():
@@ -289,6 +315,26 @@ def test_all_works_by_keyboard(net, points, look):
     for key, expected in (("ArrowDown", 0), ("ArrowDown", 1), ("ArrowRight", 1), ("ArrowUp", 0)):
         page.keyboard.press(key)
         assert page.text_content("#heat-status").startswith(f"{net.sites[expected].name}, unit ")
+
+
+@pytest.mark.browser
+def test_the_page_of_both_axes(look):
+    net = net_of("merging")
+    page = look(net, curve(net, BATCHES, ("1", "0.6")))
+    assert page.locator(".point").count() == 4
+    assert page.locator(".point[data-position]").count() == 2
+    assert page.locator(".tokens-only").first.is_visible()
+    for share in ("60", "100"):
+        page.fill("#share", share)
+        spec = net.spec(macs=f"{share}%", axes="both")
+        number, kept = texts(page)
+        assert number["macs"] == net.macs(spec)
+        assert {name: width for name, (width, _) in kept.items()} == {name: spec.get(name, 16) for name in kept}
+        assert any(name.endswith(".tokens") for name in kept)
+    page.focus(".point.other")
+    page.wait_for_selector("#tip", state="visible")
+    assert "width" in page.text_content("#tip")
+    assert not look(net_of("short")).locator(".tokens-only").first.is_visible()
 
 
 @pytest.mark.browser

@@ -1,17 +1,20 @@
 """The curve: measured where it says, largest first, the same numbers in table, CSV and picture."""
 
+import copy
 import csv
 import io
 import struct
 
 import pytest
-from helpers import make_batches, make_net
+from helpers import PLAN, make_batches, make_net
 from rich.console import Console
 
-from stratavit import StrataViTError, evaluate
-from stratavit.evaluation.curve_points import LADDER, Point, parse_share, write_csv
+from stratavit import ArtifactError, StrataViTError, evaluate
+from stratavit.evaluation.curve_points import LADDER, Point, by_list, parse_share, read_csv, write_csv
 from stratavit.reports.curve import curve, table
+from stratavit.reports.model_card import model_card
 from stratavit.reports.plots import plot
+from stratavit.utils.text import human
 
 BATCHES = make_batches()
 
@@ -58,7 +61,7 @@ def test_csv_holds_every_number(points, tmp_path):
     write_csv(points, tmp_path / "curve.csv")
     with (tmp_path / "curve.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    kinds = {"asked": str, "macs": int, "params": int, "n": int}
+    kinds = {"asked": str, "macs": int, "params": int, "n": int, "axes": str}
     assert points == [Point(**{name: kinds.get(name, float)(text) for name, text in row.items()}) for row in rows]
 
 
@@ -82,3 +85,40 @@ def test_picture_shows_the_numbers(points, tmp_path):
         assert pictures[-1][:8] == b"\x89PNG\r\n\x1a\n"
         assert struct.unpack(">II", pictures[-1][16:24]) == (1050, 630)
     assert pictures[0] == pictures[1] != pictures[2]
+
+
+# ---- two lists ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def merging():
+    return copy.deepcopy(make_net("plain")).stratify(BATCHES, plan=PLAN, axes=("width", "tokens"))
+
+
+def test_both_lists_are_measured_where_there_are_two(merging, tmp_path):
+    found = curve(merging, BATCHES, ("1", "0.6"))
+    assert [(point.axes, point.asked) for point in found] == [(a, b) for a in ("width", "both") for b in ("1", "0.6")]
+    for point in found:
+        met = merging.budget(macs=float(point.asked), axes=point.axes)
+        assert (point.top1, point.macs) == (evaluate(merging, BATCHES, met.spec).top1, merging.macs(met.spec))
+    assert curve(merging, BATCHES, ("1", "0.6"), axes=("width",)) == found[:2]
+    assert by_list(found[::-1]) == {"width": found[1::-1], "both": found[:1:-1]}
+    assert table(found).row_count == 4
+    assert len(table(found).columns) == len(table(found[:2]).columns) + 1
+    write_csv(found, tmp_path / "curve.csv")
+    assert read_csv(tmp_path / "curve.csv") == found
+    text = (tmp_path / "curve.csv").read_text().replace(",axes", "").replace(",width", "").replace(",both", "")
+    (tmp_path / "curve.csv").write_text(text)
+    assert {point.axes for point in read_csv(tmp_path / "curve.csv")} == {"width"}  # of the version before
+    (tmp_path / "curve.csv").write_text(text.replace(",n", ",n,axes").replace(f",{found[0].n}", f",{found[0].n},odd"))
+    with pytest.raises(ArtifactError, match="curve"):
+        read_csv(tmp_path / "curve.csv")
+
+
+def test_the_card_names_the_list_of_a_row(merging):
+    found = curve(merging, BATCHES, ("1", "0.6"))
+    card = model_card(merging, "user/name", found)
+    assert card.count("| width and tokens |") == card.count("| width |") == 2
+    assert "cut along" not in model_card(merging, "user/name", found[:2])
+    smallest = model_card(merging, "user/name")
+    assert human(merging.macs(merging.spec(macs=4 / 12))) in smallest

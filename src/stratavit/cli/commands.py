@@ -185,7 +185,10 @@ def info(args: Namespace) -> Outcome:
             "compensation": net.compensation,
             "moments_bytes": folder_format.moments_bytes(args.target),
             "entries": 0 if net.strata is None else len(net.strata),
+            "joint_entries": 0 if net.joint_strata is None else len(net.joint_strata),
         }
+        if net.joint_strata is not None:
+            facts["joint_smallest_macs"] = net.macs(net.joint_strata.smallest())
     else:
         model = sub_network.load(args.target, timm_form=True)
         provenance, config = dict(getattr(model, "provenance", {})), resolve_data_config(model)

@@ -13,6 +13,7 @@ from stratavit.errors import ArtifactError, StrataViTError, one_line
 from stratavit.files.folders import read_small
 
 LADDER = tuple(f"{twelfths}/12" for twelfths in range(12, 1, -1))
+LISTS = {"width": "width", "both": "width and tokens"}  # axes of a list -> what a reader calls it
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Point:
         top1, top5: Percent.
         loss: Mean cross-entropy.
         n: Images it was measured on.
+        axes: The list that it lies on: ``width``, or ``both``, which merges tokens, too.
     """
 
     asked: str
@@ -36,6 +38,15 @@ class Point:
     top5: float
     loss: float
     n: int
+    axes: str = "width"
+
+
+def by_list(points: Iterable[Point]) -> dict[str, list[Point]]:
+    """The points of every list, in their order; the width list first."""
+    found: dict[str, list[Point]] = {}
+    for point in sorted(points, key=lambda point: point.axes != "width"):
+        found.setdefault(point.axes, []).append(point)
+    return found
 
 
 def parse_share(text: str) -> float:
@@ -113,6 +124,7 @@ def _checked(point: Point) -> Point:
     parse_share(point.asked)
     percent = 0 <= point.top1 <= 100 and 0 <= point.top5 <= 100
     counts = all(0 < count < 2**63 for count in (point.macs, point.params, point.n))
-    if not (percent and counts and 0 < point.share <= 1 and 0 <= point.loss < float("inf")):
+    known = point.axes in LISTS
+    if not (known and percent and counts and 0 < point.share <= 1 and 0 <= point.loss < float("inf")):
         raise ValueError(f"{point.asked}: a number is out of range")
     return point

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rich.table import Table
 from torch import Tensor, nn
 
 from stratavit.evaluation.accuracy import Metrics, evaluate
-from stratavit.evaluation.curve_points import LADDER, Point, parse_share
+from stratavit.evaluation.curve_points import LADDER, LISTS, Point, by_list, parse_share
 from stratavit.evaluation.features import knn, zero_shot
+from stratavit.spec import Spec
 from stratavit.utils.model import classes_of
 from stratavit.utils.text import human
 
@@ -40,41 +41,56 @@ def judge_of(model: nn.Module, bank: Iterable[Any] | None = None, embeddings: Te
     )
 
 
-def curve(net: SuperNet, loader: Iterable[Any], ladder: Sequence[str] = LADDER, judge: Judge = evaluate) -> list[Point]:
-    """Measures a super-network at a ladder of MACs budgets on its width list, largest first.
+def curve(
+    net: SuperNet,
+    loader: Iterable[Any],
+    ladder: Sequence[str] = LADDER,
+    judge: Judge = evaluate,
+    axes: Sequence[Literal["width", "both"]] = ("width", "both"),
+) -> list[Point]:
+    """Measures a super-network at a ladder of MACs budgets, largest first, on one list after the other.
 
     Args:
         net: With a dropout list.
         loader: Labelled images; run through once per budget.
         ladder: Shares such as ``"8/12"`` or ``"0.5"``; those below the reachable range are left out.
         judge: How accuracy is measured, see `judge_of`.
+        axes: The lists to measure; ``both``, of widths and tokens, is left out where there is none.
 
     Returns:
-        One point per budget: MACs and parameters as counts, top-1 and top-5 in percent, loss in nats.
+        One point per budget and list: MACs and parameters as counts, top-1 and top-5 in percent, loss in nats.
 
     Raises:
         StrataViTError: There is no dropout list, or the images do not fit the model.
     """
-    lowest = 0 if net.strata is None else net.macs(net.strata.smallest())
+    lists = {"width": net.strata, "both": net.joint_strata}
     points: list[Point] = []
-    for asked in ladder:
-        if parse_share(asked) * net.macs() < lowest:
+    known: dict[Spec, Metrics] = {}
+    for name in axes:
+        strata = lists[name]
+        if strata is None and name == "both":
             continue
-        met = net.budget(macs=parse_share(asked), axes="width")
-        metrics = judge(net, loader, met.spec, description=f"MACs {asked}")
-        size = {"share": met.got / net.macs(), "macs": met.got, "params": net.params(met.spec)}
-        points.append(Point(asked, **size, **metrics.to_dict()))  # type: ignore[arg-type]
+        lowest = 0 if strata is None else net.macs(strata.smallest())
+        for asked in (share for share in ladder if parse_share(share) * net.macs() >= lowest):
+            met = net.budget(macs=parse_share(asked), axes=name)
+            if (spec := net.resolve(met.spec)) not in known:  # the full model is on both lists
+                known[spec] = judge(net, loader, spec, description=f"MACs {asked}, {LISTS[name]}")
+            size = {"share": met.got / net.macs(), "macs": met.got, "params": net.params(spec)}
+            points.append(Point(asked, **size, **known[spec].to_dict(), axes=name))  # type: ignore[arg-type]
     return points
 
 
 def table(points: Sequence[Point]) -> Table:
     """The curve as a table for the terminal."""
     rows = Table(title="accuracy against size")
+    several = len(by_list(points)) > 1
+    if several:
+        rows.add_column("list")
     for heading in ("MACs asked", "MACs got", "share", "params", "top-1 %", "top-5 %", "loss"):
         rows.add_column(heading, justify="right")
     for p in points:
         cells = (human(p.macs), f"{p.share:.1%}", human(p.params), f"{p.top1:.2f}", f"{p.top5:.2f}", f"{p.loss:.3f}")
-        rows.add_row(p.asked, *cells)
+        rows.add_row(*([LISTS[p.axes]] if several else []), p.asked, *cells)
     return rows
 
 

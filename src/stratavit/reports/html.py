@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import timm
 import torch
 
+from stratavit.dropout_list.strata import Strata
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.evaluation.curve_points import Point
 from stratavit.evaluation.latency import Setting, runner
@@ -76,26 +77,28 @@ def _data(net: SuperNet, points: Sequence[Point], title: str | None, run: str) -
     """What the page shows, as plain values; of each entry of the list, number of the site and width afterwards."""
     if net.strata is None:
         raise StrataViTError("no dropout list yet: call stratify(loader) first; the report shows what is dropped when")
-    number = {site.name: i for i, site in enumerate(net.sites)}
-    widths = {site.name: site.width for site in net.sites}
-    sizes = [(net.macs(widths), net.params(widths))]
-    for entry in net.strata.entries:
-        widths[entry.site] = entry.width
-        sizes.append((net.macs(widths), net.params(widths)))
+    merges = net.joint_strata is not None and (not points or any(point.axes == "both" for point in points))
+    strata = net.joint_strata if net.joint_strata is not None and merges else net.strata
+    merging = {entry.site for entry in strata.entries}
+    rows = [[site.name, site.kind, list(site.steps), site.heads] for site in net.sites]
+    rows += [[place.name, "tokens", [0, *place.steps], 0] for place in net.cost.places if place.name in merging]
+    number = {row[0]: i for i, row in enumerate(rows)}
+    sizes = {"width": _sizes(net, net.strata), "both": _sizes(net, strata)}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
     return {
         "title": title_of(net) if title is None else title,
         "method": net.method,
         "compensation": net.compensation,
-        "extract": f"stratavit extract {shlex.quote(run)}",
+        "extract": f"stratavit extract {shlex.quote(run)}{' --axes both' * merges}",
+        "list": "both" if merges else "width",
         "curve": f"stratavit curve {shlex.quote(run)}",
-        "sites": [[site.name, site.kind, list(site.steps), site.heads] for site in net.sites],
+        "sites": rows,
         "whole": dict(net.uncut),
-        "entries": [[number[entry.site], entry.width] for entry in net.strata.entries],
-        "stops": net.strata.group_ends() if net.method == "paper" else None,
-        "macs": [macs for macs, _ in sizes],
-        "params": [params for _, params in sizes],
-        "points": [_shown(point, sizes) for point in points],
+        "entries": [[number[entry.site], entry.width] for entry in strata.entries],
+        "stops": strata.group_ends() if net.method == "paper" else None,
+        "macs": [macs for macs, _ in sizes["both"]],
+        "params": [params for _, params in sizes["both"]],
+        "points": [_shown(point, sizes[point.axes]) for point in points],
         "latency": None,
         "facts": {
             "method": {"method": net.method, "compensation": net.compensation, "units": list(net.units)},
@@ -105,6 +108,12 @@ def _data(net: SuperNet, points: Sequence[Point], title: str | None, run: str) -
             "versions": {"stratavit": __version__, **versions},
         },
     }
+
+
+def _sizes(net: SuperNet, strata: Strata) -> list[tuple[int, int]]:
+    """MACs and parameters at every position of a list."""
+    specs = (strata.spec(position) for position in range(len(strata) + 1))
+    return [(net.macs(spec), net.params(spec)) for spec in specs]
 
 
 def _shown(point: Point, sizes: list[tuple[int, int]]) -> dict[str, Any]:
@@ -122,8 +131,8 @@ def _add_latency(data: dict[str, Any], net: SuperNet, setting: Setting) -> None:
     """Times the points of a page side by side, in turns, and notes how."""
     if not data["points"]:
         raise StrataViTError("latency is measured at the points of the curve; give points (--curve or --data)")
-    assert net.strata is not None
-    models = [net.small_at(net.strata.spec(point["position"])) for point in data["points"]]
+    lists = {"width": net.strata, "both": net.joint_strata}
+    models = [net.small_at(lists[point["axes"]].spec(point["position"])) for point in data["points"]]  # type: ignore[union-attr]
     runs = [runner(model, net.data_config["input_size"], setting) for model in models]
     for point, times in zip(data["points"], take_turns(runs, setting), strict=True):
         point["ms"] = 1000 * median(flat(times))

@@ -13,7 +13,7 @@ from stratavit.artifacts.sub_network import site_widths
 from stratavit.artifacts.timm_config import timm_config
 from stratavit.data.class_names import class_names_of
 from stratavit.data.image_files import some
-from stratavit.evaluation.curve_points import Point
+from stratavit.evaluation.curve_points import LISTS, Point, by_list
 from stratavit.models.architecture import describe
 from stratavit.utils.model import is_super_network
 from stratavit.utils.text import human
@@ -93,7 +93,10 @@ def _use(net: SuperNet | None, repo_id: str, plain: bool) -> str:
     load = f'stratavit.from_pretrained("{repo_id}"'
     lines = [f"model = {load})"] if net is None else [f"net = {load})  # all sizes"]
     if net is not None and net.strata is not None:
-        lines.append(f'small = {load}, macs="50%")  # one, a plain timm model')
+        kind = (
+            "a plain timm model" if net.joint_strata is None else 'it merges tokens; axes="width": a plain timm model'
+        )
+        lines.append(f'small = {load}, macs="50%")  # one, {kind}')
     used = "## Use\n\n```python\nimport stratavit\n\n" + "\n".join(lines) + "\n```"
     if plain:
         what = "The full-size model" if net else "It"
@@ -114,13 +117,18 @@ def _sizes(net: SuperNet | None, model: nn.Module, points: Sequence[Point]) -> s
     if points:
         title += f"\n\n![accuracy against size]({CURVE_FILE})"
         head = "| MACs, share | MACs | parameters | top-1 % | top-5 % |\n|---|---|---|---|---|"
-        sizes = [f"| {p.share:.1%} | {human(p.macs)} | {human(p.params)} |" for p in points]
-        rows = [f"{size} {p.top1:.2f} | {p.top5:.2f} |" for size, p in zip(sizes, points, strict=True)]
-    elif net is not None and net.strata is not None:
-        low = net.macs(net.strata.smallest())
+        if several := len(by_list(points)) > 1:
+            head = "| cut along " + head.replace("\n", "\n|---")
+        rows = [
+            f"{f'| {LISTS[p.axes]} ' if several else ''}| {p.share:.1%} | {human(p.macs)} | {human(p.params)} | "
+            f"{p.top1:.2f} | {p.top5:.2f} |"
+            for p in points
+        ]
+    elif net is not None and (strata := net.joint_strata or net.strata) is not None:
+        low = net.macs(strata.smallest())
         for share in SHARES:
             part = int(share.removesuffix("/12")) / 12
             if part * net.macs() >= low:
-                spec = net.spec(macs=part, axes="width")
+                spec = net.spec(macs=part)
                 rows.append(f"| {share} | {human(net.macs(spec))} | {human(net.params(spec))} |")
     return "\n".join([f"{title}\n", head, *rows, "", note])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stratavit.evaluation.curve_points import Point
+from stratavit.evaluation.curve_points import LISTS, Point, by_list
 from stratavit.utils.text import human
 
 if TYPE_CHECKING:
@@ -16,13 +16,19 @@ _INK, _LINE, _MUTED = "#1f2937", "#2563eb", "#9ca3af"
 
 
 def plot(points: Sequence[Point], path: Path, title: str) -> None:
-    """The curve as a PNG: top-1 against MACs, every point labelled."""
+    """The curve as a PNG: top-1 against MACs, a line for each list, every point labelled."""
     figure, axes = _axes(title)
-    axes.plot([p.macs for p in points], [p.top1 for p in points], color=_LINE, marker="o", linewidth=2)
-    for p in points:
-        axes.annotate(
-            f"{p.top1:.1f}", (p.macs, p.top1), (0, 7), textcoords="offset points", ha="center", color=_INK, fontsize=8
+    lines = by_list(points)
+    for name, colour, below in ((list(lines)[-1], _LINE, False), *((name, _MUTED, True) for name in list(lines)[:-1])):
+        line = lines[name]
+        axes.plot(
+            [p.macs for p in line], [p.top1 for p in line], color=colour, marker="o", linewidth=2, label=LISTS[name]
         )
+        for p in line[1 if below else 0 :]:
+            where = {"xytext": (0, -14 if below else 7), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(f"{p.top1:.1f}", (p.macs, p.top1), **where, color=_INK, fontsize=8)
+    if len(lines) > 1:
+        axes.legend(fontsize=8, frameon=False, loc="lower right")
     axes.axhline(points[0].top1, color=_MUTED, linewidth=1, linestyle="--", zorder=0)
     axes.set_xlabel("MACs per image (linear count)")
     axes.set_ylabel(f"top-1 %, {points[0].n} images")

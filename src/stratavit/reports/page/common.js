@@ -26,6 +26,7 @@ function human(count) {
 }
 
 const exact = (count) => String(count).replace(/\B(?=(\d{3})+$)/g, ",");
+const NAMES = { width: "width", both: "width and tokens" }; // of the lists
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 const shareOf = (position) => data.macs[position] / data.macs[0];
 

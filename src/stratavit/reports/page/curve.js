@@ -5,7 +5,9 @@ const AXES = {
   ms: { label: "latency", title: "milliseconds per batch", of: (point) => point.ms, at: () => null },
 };
 const MARGIN = { left: 44, right: 16, top: 22, bottom: 44 };
-const points = [...data.points].sort((a, b) => a.position - b.position); // largest first
+const largest = (list) => data.points.filter(list).sort((a, b) => a.position - b.position); // first
+const points = largest((point) => point.axes === data.list);
+const others = largest((point) => point.axes !== data.list); // of the list that the page does not show
 let axis = AXES.macs;
 let place = null; // of the mark of the size that is shown
 
@@ -18,6 +20,7 @@ function describe(point) {
   if (point.ms !== null) lines.push(`${point.ms.toFixed(2)} ms`);
   if (point.top5 !== null) lines.push(`top-5 ${point.top5.toFixed(2)} %`);
   if (point.loss !== null) lines.push(`loss ${point.loss.toFixed(3)}`);
+  if (others.length > 0) lines.push(`cut along ${NAMES[point.axes]}`);
   return [...lines, `asked ${point.asked}, ${exact(point.n)} images, position ${point.position}`];
 }
 
@@ -34,8 +37,8 @@ function drawCurve() {
   const width = Math.max(260, Math.floor(box.clientWidth));
   const height = Math.round(Math.min(380, Math.max(250, width * 0.46)));
   const bottom = height - MARGIN.bottom;
-  const highest = Math.max(axis.at(0), ...points.map(axis.of)) * 1.04;
-  const levels = ticks(Math.max(1, ...points.map((point) => point.top1)), 5);
+  const highest = Math.max(axis.at(0), ...data.points.map(axis.of)) * 1.04;
+  const levels = ticks(Math.max(1, ...data.points.map((point) => point.top1)), 5);
   const x = (value) => MARGIN.left + (value / highest) * (width - MARGIN.left - MARGIN.right);
   const y = (value) => bottom - (value / levels[levels.length - 1]) * (bottom - MARGIN.top);
   const svg = drawn("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": `top-1 against ${axis.title}, ${points.length} points` });
@@ -53,7 +56,9 @@ function drawCurve() {
   svg.append(drawn("text", { x: 4, y: 12 }, `top-1 %, ${exact(points[0].n)} images`));
   line("dense", MARGIN.left, y(points[0].top1), width - MARGIN.right, y(points[0].top1));
   place = { x, mark: line("here", 0, MARGIN.top, 0, bottom) };
-  svg.append(drawn("polyline", { class: "curve", points: points.map((p) => `${x(axis.of(p))},${y(p.top1)}`).join(" ") }));
+  for (const [kind, list] of [["curve other", others], ["curve", points]])
+    svg.append(drawn("polyline", { class: kind, points: list.map((p) => `${x(axis.of(p))},${y(p.top1)}`).join(" ") }));
+  for (const point of others) svg.append(dot(point, x(axis.of(point)), y(point.top1)));
   labels(svg, x, y);
   for (const point of points) svg.append(dot(point, x(axis.of(point)), y(point.top1)));
   box.replaceChildren(svg);
@@ -74,7 +79,10 @@ function labels(svg, x, y) {
 }
 
 function dot(point, x, y) {
-  const group = drawn("g", { class: "point", tabindex: 0, role: "button", "aria-label": `${describe(point).join(", ")}; show this size`, "data-position": point.position });
+  const chosen = point.axes === data.list; // others are not sizes of this page
+  const role = chosen ? { class: "point", role: "button", "data-position": point.position } : { class: "point other", role: "img" };
+  const label = describe(point).join(", ") + (chosen ? "; show this size" : "");
+  const group = drawn("g", { ...role, tabindex: 0, "aria-label": label });
   group.append(drawn("circle", { class: "hit", cx: x, cy: y, r: 12 }), drawn("circle", { class: "dot", cx: x, cy: y, r: 5.5 }));
   const tellHere = () => {
     const { left, top, width, height } = group.getBoundingClientRect();
@@ -86,6 +94,7 @@ function dot(point, x, y) {
     if (document.activeElement === group) tellHere();
   }));
   group.addEventListener("blur", hush);
+  if (!chosen) return group;
   group.addEventListener("click", () => show(point.position));
   group.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" && event.key !== " ") return;
@@ -124,8 +133,9 @@ function curveTable() {
   if (data.latency !== null) columns.push(["ms", (p) => p.ms.toFixed(2)]);
   const measured = (value, digits) => (value === null ? "" : value.toFixed(digits));
   columns.push(["top-1 %", (p) => p.top1.toFixed(2)], ["top-5 %", (p) => measured(p.top5, 2)], ["loss", (p) => measured(p.loss, 3)]);
+  if (others.length > 0) columns.unshift(["cut along", (p) => NAMES[p.axes]]);
   const head = element("tr", {}, ...columns.map(([name]) => element("th", { scope: "col" }, name)));
-  const rows = points.map((point) => element("tr", {}, ...columns.map(([, text]) => element("td", {}, text(point)))));
+  const rows = [...points, ...others].map((point) => element("tr", {}, ...columns.map(([, text]) => element("td", {}, text(point)))));
   at("curve-table").querySelector("div").append(element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows)));
   at("curve-table").hidden = false;
 }
@@ -133,12 +143,13 @@ function curveTable() {
 function startCurve() {
   const note = at("curve-note");
   if (points.length === 0) {
-    const report = data.extract.replace("extract", "report");
+    const report = data.extract.replace("extract", "report").replace(" --axes both", "");
     const curve = element("code", {}, `${data.curve} --data DIR --out curve`);
     note.append("Accuracy was not measured, so this page shows sizes only. To add it: ", curve, ", then ", element("code", {}, `${report} --curve curve`), ".");
     return;
   }
   note.append("Point at a dot for its numbers; choose it to show that size below. The upright line is the size shown, the dashed one the largest measured.");
+  if (others.length > 0) note.append(` Grey: cut along ${NAMES[others[0].axes]} alone.`);
   if (data.latency !== null) note.append(` Latency: ${data.latency}.`);
   axisChoice();
   curveTable();

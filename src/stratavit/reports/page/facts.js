@@ -31,7 +31,7 @@ function startSummary() {
     ["dense model", `${human(data.macs[0])} MACs`, `${human(data.params[0])} parameters`],
     ["smallest size", `${human(data.macs[smallest])} MACs`, `${percent(shareOf(smallest))} of the dense model's`],
     ["sizes", exact(stops.length), `along a list of ${exact(last)} entries`],
-    ["modules that are cut", exact(data.sites.length), `${data.method} method`],
+    ["modules that are cut", exact(data.sites.filter(([, kind]) => kind !== "tokens").length), `${data.method} method`],
   ];
   for (const [name, value, more] of cards)
     at("summary").append(element("div", {}, element("dt", {}, name), element("dd", {}, value, element("small", {}, more))));

@@ -9,7 +9,7 @@ function widthsAt(position) {
 
 function nearest(position) {
   const away = (point) => Math.abs(point.macs - data.macs[position]);
-  return data.points.reduce((best, point) => (best === null || away(point) < away(best) ? point : best), null);
+  return points.reduce((best, point) => (best === null || away(point) < away(best) ? point : best), null);
 }
 
 function tellSize(position) {
@@ -42,7 +42,9 @@ function tellNearest(position) {
   at("nearest-more").textContent = where;
 }
 
-// One row for each block, attention and MLP side by side; `whole` modules are named, too.
+const KINDS = ["attention", "mlp", ...(data.list === "both" ? ["tokens"] : [])];
+
+// One row for each block, attention, MLP and tokens side by side; `whole` modules are named, too.
 function bars() {
   const rows = [];
   const byName = new Map();
@@ -61,7 +63,7 @@ function bars() {
   const cells = [];
   for (const row of rows) {
     const line = element("div", { class: "row", role: "listitem" }, element("span", { class: "name" }, row.name));
-    for (const kind of ["attention", "mlp"]) line.append(...cell(row[kind], kind, cells));
+    for (const kind of KINDS) line.append(...cell(row[kind], kind, cells));
     at("bars").append(line);
   }
   return cells;
@@ -76,6 +78,8 @@ function cell(content, kind, cells) {
 }
 
 function startSizes() {
+  at("bars").style.setProperty("--kinds", KINDS.length);
+  for (const key of document.querySelectorAll(".tokens-only")) key.hidden = data.list !== "both";
   const cells = bars();
   const slider = at("slider");
   slider.max = stops.length - 1;
