@@ -5,11 +5,12 @@ import dataclasses
 import os
 import random
 import signal
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from helpers import CLASSES, make_batches, make_images, make_model, make_net
+from helpers import CLASSES, PLAN, make_batches, make_images, make_model, make_net
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -74,9 +75,16 @@ def fresh(method="default", stratified=False):
     return copy.deepcopy(make_net("plain", method, stratified))
 
 
+@cache
+def merging():
+    """A network with a list over widths and tokens."""
+    return fresh().stratify(make_batches(), plan=PLAN, axes=("width", "tokens"))
+
+
 def run(out, method="default", data=None, recipe=TINY, resume=False, evaluation=None):
     held_out = evaluation or make_batches()
-    net = fresh(method, stratified=recipe.list_source == "given")
+    both = recipe.axes == "both"
+    net = copy.deepcopy(merging()) if both else fresh(method, stratified=recipe.list_source == "given")
     return train_piad(net, data or Images(), held_out, recipe, out, proxy=make_batches(), resume=resume, cpu=True)
 
 

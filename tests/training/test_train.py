@@ -23,6 +23,7 @@ from training_runs import (
     crash,
     fresh,
     interrupted,
+    merging,
     names,
     outcome,
     rows,
@@ -47,6 +48,7 @@ CASES = {
     "default": TINY,
     "paper": TINY,
     "everything": dataclasses.replace(TINY, precision="bf16", distil=0.5, sampling="sandwich", clip=1.0, growths=3),
+    "tokens": dataclasses.replace(TINY, list_source="given", axes="both", sampling="sandwich"),
     "full": dataclasses.replace(TINY, compensation="full", precision="bf16", list_source="given", sampling="budget"),
 }
 
@@ -252,6 +254,17 @@ def test_what_a_given_list_lacks_is_measured():
     assert net.macs(net.strata.smallest()) <= (1 - recipe.reduction) * net.macs()
 
 
+def test_training_along_the_list_over_both_axes(finished):
+    """Both lists stay as they came; what is drawn of the one over both axes merges tokens."""
+    folder, net = finished["tokens"]
+    assert net.joint_strata.entries == merging().joint_strata.entries
+    assert net.strata.entries == merging().strata.entries
+    assert SuperNet.load(folder).joint_strata.entries == net.joint_strata.entries
+    (_, points), *_ = evaluations(folder)
+    assert {point.axes for point in points} == {"both"}
+    assert [point.macs for point in points if point.asked == "9/12"] == [net.macs(net.spec(macs=9 / 12, axes="both"))]
+
+
 @pytest.mark.parametrize("mode", ["plain", "channel", "weighted", "layerdrop", "piad"])
 def test_what_the_arms_draw(tmp_path, mode):
     found = trainer(tmp_path, dataclasses.replace(TINY, mode=mode, list_epochs=1))
@@ -448,6 +461,7 @@ def test_full_compensation_is_refused_with_the_papers_method(tmp_path):
         (TensorDataset(make_images(24)), {}, "labels"),
         (Images(), {"growths": 4}, r"growths \(4\) .* 3 steps"),
         (Images(), {"list_source": "given"}, "list_source 'given' .* stratify"),
+        (Images(), {"list_source": "given", "axes": "both"}, "axes"),
     ],
 )
 def test_data_that_a_recipe_cannot_be_followed_with(data, changes, message):

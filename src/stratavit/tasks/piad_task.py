@@ -43,6 +43,7 @@ class PiadTask(TrainingTask):
 
     Attributes:
         kind: The method, so that a state of one is not resumed with the other.
+        listed: The sites, and the places that merge tokens if the recipe goes by the list over both axes.
         given: The list that the network came with, if the recipe goes by it; else empty.
         entries: The dropout list so far.
         prefixes: Its prefixes.
@@ -55,6 +56,7 @@ class PiadTask(TrainingTask):
         self.kind, self.proxy = net.method, proxy
         _drop_stale(net, recipe)
         net.set_units(recipe.head_dim_unit, recipe.mlp_units)
+        self.listed = (*net.sites, *net.cost.places) if recipe.axes == "both" else net.sites
         self.given = _given_list(net, recipe)
         super().__init__(net, net.macs(), recipe, steps, accelerator)
         self.set_list([])
@@ -62,7 +64,7 @@ class PiadTask(TrainingTask):
     @property
     def strata(self) -> Strata:
         """The list so far."""
-        return Strata(self.net.sites, self.entries)
+        return Strata(self.listed, self.entries)
 
     def facts(self) -> dict[str, Any]:
         """Length of the list, and the share of the dense MACs that its smallest network costs, for the log."""
@@ -70,7 +72,7 @@ class PiadTask(TrainingTask):
 
     def set_list(self, entries: list[Entry]) -> None:
         """Sets the list, to the first process's where there are several."""
-        rows = distributed.broadcast(Strata(self.net.sites, entries).to_json())
+        rows = distributed.broadcast(Strata(self.listed, entries).to_json())
         self.entries = [Entry(*row) for row in rows]
         self.prefixes = prefixes_of(self.strata, self.net.cost, whole_groups=self.net.method == "paper")
 
@@ -89,6 +91,8 @@ class PiadTask(TrainingTask):
         growth = progressive_list.Growth(recipe.reduction, stages, recipe.objective, recipe.measure)
         target = growth.target(self.full_macs, stage)
         entries = progressive_list.extend(entries, self.given[len(entries) :], net.cost, target)
+        if recipe.axes == "both":
+            return entries
         return progressive_list.grow(net, self.proxy, entries, stage, growth)
 
     def draw(self, generator: random.Random) -> list[SampledNetwork]:
@@ -128,14 +132,21 @@ class PiadTask(TrainingTask):
         self.refresh_means(net)
         if self.recipe.mode in ("plain", "channel"):
             self.set_list(self.grown(net, [], 0))
-        net.strata, net.joint_strata = self.strata, None  # measured on other weights
+        self._give_lists(net)
         return net
+
+    def _give_lists(self, net: SuperNet) -> None:
+        """Gives a network the list; one that does not grow stays as it came, and the width list with it."""
+        if self.recipe.axes == "both":
+            net.strata, net.joint_strata = self.net.strata, Strata(self.listed, self.given)
+        else:
+            net.strata, net.joint_strata = self.strata, None  # measured on other weights
 
     def evaluate(self, loader: Iterable[Any]) -> list[curve_points.Point]:
         """The ladder of budgets, largest first, its rungs shared out among the processes."""
         rungs = curve_points.LADDER[self.accelerator.process_index :: self.accelerator.num_processes]
         judge = curve.judge_of(self.net, bank=self.proxy)
-        points = distributed.gather(curve.curve(self.settle(), loader, rungs, judge))
+        points = distributed.gather(curve.curve(self.settle(), loader, rungs, judge, (self.recipe.axes,)))
         return sorted(points, key=lambda point: -point.macs)
 
     def graduate(self, facts: dict[str, Any]) -> None:
@@ -146,7 +157,7 @@ class PiadTask(TrainingTask):
             for name, module in net.elastic.items():
                 contraction.set_mean(module, kept.elastic[name].channel_mean)
                 module.moments = kept.elastic[name].moments
-        net.strata, net.joint_strata = kept.strata, None
+        self._give_lists(net)
         net.eval()
         net.provenance.pop("stratify", None)
         net.provenance["train"] = facts
@@ -169,7 +180,7 @@ class PiadTask(TrainingTask):
         modules = self.net.elastic
         return {
             "strata": self.strata.to_json(),
-            "given": Strata(self.net.sites, self.given).to_json(),
+            "given": Strata(self.listed, self.given).to_json(),
             **super().state(),
             "means": {name: module.channel_mean for name, module in modules.items()},
             "moments": {name: None if m.moments is None else vars(m.moments) for name, m in modules.items()},
@@ -182,8 +193,8 @@ class PiadTask(TrainingTask):
             contraction.set_mean(module, state["means"][name])
             moments = state["moments"][name]
             module.moments = None if moments is None else Moments(**moments).to(module.out.weight.device)
-        self.given = list(Strata.from_json(self.net.sites, state["given"]).entries)
-        self.set_list(list(Strata.from_json(self.net.sites, state["strata"]).entries))
+        self.given = list(Strata.from_json(self.listed, state["given"]).entries)
+        self.set_list(list(Strata.from_json(self.listed, state["strata"]).entries))
 
 
 def evaluations(folder: Path) -> list[tuple[int, list[curve_points.Point]]]:
@@ -204,6 +215,13 @@ def _drop_stale(net: SuperNet, recipe: Recipe) -> None:
 
 def _given_list(net: SuperNet, recipe: Recipe) -> list[Entry]:
     """The list that a network came with in the recipe's units, if the recipe goes by it."""
+    if recipe.axes == "both":
+        if net.joint_strata is None or recipe.mode != "piad" or recipe.list_source != "given":
+            raise StrataViTError(
+                "train: axes 'both' needs list_source 'given', mode 'piad' and a network with a list over widths and "
+                "tokens (convert --axes both) in the recipe's units"
+            )
+        return list(net.joint_strata.entries)
     if recipe.list_source == "progressive":
         return []
     if net.strata is None:

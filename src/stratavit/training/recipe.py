@@ -73,6 +73,8 @@ class Recipe:
         reduction: r, share of the dense MACs that the finished list drops (P).
         list_source: ``progressive`` measures what to append whenever the list grows (P); ``given`` follows the
             list that the network came with, and measures only what that list lacks (S).
+        axes: ``width``, or ``both``: prefixes of the list over widths and tokens are drawn, which the network must have
+            come with; both of its lists stay as they are (S).
         list_epochs: P_e, epochs in which the list grows (P).
         growths: Times per epoch that the list grows and means are measured (P: 1); more for runs of few epochs (S).
         head_dim_unit: Coordinates of the head width that are dropped together (P).
@@ -117,6 +119,7 @@ class Recipe:
     keep: Keep = "ema"
     reduction: Share = 0.875
     list_source: ListSource = "progressive"
+    axes: Literal["width", "both"] = "width"
     list_epochs: Count = 50
     growths: Count = 1
     head_dim_unit: Count = 8
