@@ -22,11 +22,17 @@ from torch import Tensor, nn
 
 import stratavit
 from stratavit.data.image_folder import image_loader
+from stratavit.errors import BudgetError
 from stratavit.evaluation.features import knn
 from stratavit.files.state_dicts import load_weights
 
 ARCHITECTURE = "vit_small_patch14_dinov2"
-TWELFTHS = (12, 10, 8)
+TWELFTHS = (12, 10, 8, 6)
+ROWS = (
+    ("paper", "paper", ("width",)),
+    ("default", "default", ("width",)),
+    ("default, width and tokens", "default", ("width", "tokens")),
+)
 CALIBRATION, BATCH = 1000, 50
 
 
@@ -46,17 +52,21 @@ def main() -> None:
 
     bank, queries = images("train", args.bank), images("val", args.queries)
     calibration = images("train", CALIBRATION)
-    rows = []
-    for method in ("paper", "default"):
+    rows: list[dict[str, str | float]] = []
+    for title, method, axes in ROWS:
         started = time.perf_counter()
-        net = stratavit.SuperNet(model).contract(calibration, method=method).stratify(calibration)
+        net = stratavit.SuperNet(model).contract(calibration, method=method).stratify(calibration, axes=axes)
         seconds = time.perf_counter() - started
-        row: dict[str, str | float] = {"method": method}
+        row: dict[str, str | float] = {"method": title}
         for twelfths in TWELFTHS:
             if twelfths == max(TWELFTHS) and rows:
-                row["12/12"] = rows[0]["12/12"]  # both methods keep the function
+                row["12/12"] = rows[0]["12/12"]  # all methods keep the function
                 continue
-            spec = net.spec(macs=twelfths / 12)
+            try:
+                spec = net.spec(macs=twelfths / 12)
+            except BudgetError:
+                row[f"{twelfths}/12"] = "out of reach"
+                continue
             row[f"{twelfths}/12"] = round(knn(net, bank, queries, spec).top1, 2)
             print(json.dumps(row), flush=True)
         rows.append(row | {"seconds to convert": round(seconds)})

@@ -21,6 +21,7 @@ from unittest import mock
 
 import fastnas
 import peers
+import tome
 from common import MODELS, Batches, draw_lines, real_batches, real_model, write_results
 from torch import nn
 
@@ -30,13 +31,16 @@ from stratavit.dropout_list import sensitivity
 
 TWELFTHS = (10, 8, 6, 4)
 TITLES = {"wpac": "paper: WPAC", "pca": "criterion: PCA"}
-OURS = "StrataViT, default"
+OURS, BOTH = "StrataViT, default", "StrataViT, width and tokens"
+TOME = "tokens: r merged in every block"
 GROUPS = {  # label in the picture -> beginning of the rows' titles
     "the paper, one-shot": TITLES["wpac"],
     "best of five pruning criteria": "criterion:",
     "Torch-Pruning, best of six settings": "Torch-Pruning",
     "ModelOpt FastNAS (MLPs only), best of two": "ModelOpt",
+    TOME: TOME,
     OURS: OURS,
+    BOTH: BOTH,
 }
 Row = dict[str, Any]
 Made = tuple[str, Callable[[], Row]]  # title of a row, and how to measure it
@@ -45,7 +49,9 @@ Made = tuple[str, Callable[[], Row]]  # title of a row, and how to measure it
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--model", choices=MODELS, default="deit_tiny")
-    arguments.add_argument("--only", nargs="+", choices=("ours", "criteria", "peers"), help="parts (default: all)")
+    arguments.add_argument(
+        "--only", nargs="+", choices=("ours", "criteria", "peers", "tokens"), help="parts (default: all)"
+    )
     arguments.add_argument("--picture", help="PNG of the best of each group of rows")
     arguments.add_argument(
         "--journal", type=Path, help="file that rows are kept in; an interrupted run goes on from it"
@@ -54,7 +60,7 @@ def main() -> None:
     model = real_model(args.model)
     calibration, validation = real_batches(model, "train"), real_batches(model, "val")
     dense = stratavit.evaluate(model, validation)
-    parts = {"criteria": criteria_rows, "peers": peer_rows, "ours": our_rows}
+    parts = {"criteria": criteria_rows, "peers": peer_rows, "tokens": token_rows, "ours": our_rows}
     lines = args.journal.read_text().splitlines() if args.journal and args.journal.exists() else []
     known = {row["what"]: row for row in map(json.loads, lines)}
     rows: list[Row] = []
@@ -84,11 +90,11 @@ def row_of(what: str, size: Callable[[int], tuple[float, float] | None]) -> Row:
     return {"what": what, **top1, **kept}
 
 
-def sliced(net: stratavit.SuperNet, validation: Batches) -> Callable[[int], tuple[float, float]]:
+def sliced(net: stratavit.SuperNet, validation: Batches, axes: str = "width") -> Callable[[int], tuple[float, float]]:
     """Top-1 and share of the sub-networks of a super-network."""
 
     def size(twelfths: int) -> tuple[float, float]:
-        spec = net.spec(macs=twelfths / 12)
+        spec = net.spec(macs=twelfths / 12, axes=axes)
         return stratavit.evaluate(net, validation, spec).top1, net.macs(spec) / net.macs()
 
     return size
@@ -118,13 +124,24 @@ def criteria_rows(model: nn.Module, calibration: Batches, validation: Batches) -
 
 
 def our_rows(model: nn.Module, calibration: Batches, validation: Batches) -> Iterator[Made]:
-    """The default method."""
+    """The default method: the width list, and the list over width and tokens that the same run makes."""
 
-    def make() -> Row:
-        net = stratavit.SuperNet(model).contract(calibration).stratify(calibration)
-        return row_of(OURS, sliced(net, validation))
+    @cache
+    def net() -> stratavit.SuperNet:
+        return stratavit.SuperNet(model).contract(calibration).stratify(calibration, axes=("width", "tokens"))
 
-    yield OURS, make
+    yield OURS, lambda: row_of(OURS, sliced(net(), validation))
+    yield BOTH, lambda: row_of(BOTH, sliced(net(), validation, "both"))
+
+
+def token_rows(model: nn.Module, calibration: Batches, validation: Batches) -> Iterator[Made]:
+    """Merging alone, the smallest number in every block that keeps the budget."""
+
+    def size(twelfths: int) -> tuple[float, float] | None:
+        found = tome.within(model, twelfths / 12)
+        return found and (stratavit.evaluate(found[0], validation).top1, found[1])
+
+    yield TOME, lambda: row_of(TOME, size)
 
 
 def peer_rows(model: nn.Module, calibration: Batches, validation: Batches) -> Iterator[Made]:

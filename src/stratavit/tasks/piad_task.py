@@ -15,6 +15,7 @@ from stratavit.calibration.objectives import Objective
 from stratavit.calibration.statistics import collect
 from stratavit.dropout_list.strata import Entry, Strata
 from stratavit.elastic.compensation import Moments
+from stratavit.elastic.token_places import SiteOrPlace
 from stratavit.errors import StrataViTError
 from stratavit.evaluation import curve_points
 from stratavit.reports import curve, plots
@@ -56,7 +57,7 @@ class PiadTask(TrainingTask):
         self.kind, self.proxy = net.method, proxy
         _drop_stale(net, recipe)
         net.set_units(recipe.head_dim_unit, recipe.mlp_units)
-        self.listed = (*net.sites, *net.cost.places) if recipe.axes == "both" else net.sites
+        self.listed: tuple[SiteOrPlace, ...] = (*net.sites, *net.cost.places) if recipe.axes == "both" else net.sites
         self.given = _given_list(net, recipe)
         super().__init__(net, net.macs(), recipe, steps, accelerator)
         self.set_list([])
