@@ -1,5 +1,6 @@
 """Blocks that merge tokens, of every family that can: elastic = extracted = read back, costs are exact."""
 
+import copy
 import threading
 
 import architectures
