@@ -56,7 +56,8 @@ def real_batches(model: nn.Module, split: str, limit: int | None = None, batch_s
 
 def converted(name: str, work: Path, **options: Any) -> stratavit.SuperNet:
     """A real model's super-network, from 1,000 training images; kept in a folder of `work`."""
-    folder = work / "-".join([name, *map(str, options.values())])
+    words = [word for value in options.values() for word in ([value] if isinstance(value, str) else value)]
+    folder = work / "-".join([name, *words])
     if not folder.exists():
         model = real_model(name)
         images = real_batches(model, "train", 1000)

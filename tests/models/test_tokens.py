@@ -123,6 +123,18 @@ def test_patches_that_are_dropped_in_training_keep_their_positions():
     assert net(make_images(3), {"blocks.0.tokens": 9}).isfinite().all()
 
 
+def test_every_weight_of_a_merging_network_learns():
+    """Elastic and extracted alike: gradients pass through the merges."""
+    net, images, spec = copy.deepcopy(make_net("plain")), make_images(4), {"blocks.0.tokens": 9}
+    small = net.small_at(spec).requires_grad_(True)
+    small(images).square().sum().backward()
+    net(images, spec).square().sum().backward()
+    found = dict(net.model.named_parameters())
+    for name, parameter in small.named_parameters():
+        assert parameter.grad.abs().sum() > 0
+        assert relative_error(parameter.grad, found[name].grad) < 1e-4
+
+
 @pytest.mark.parametrize(
     "name", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3", "vit_base_patch16_siglip_224"]
 )

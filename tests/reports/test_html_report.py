@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from functools import cache
 from html.parser import HTMLParser
 from importlib.resources import files
@@ -198,6 +199,15 @@ def test_command_without_accuracy(work, capsys):
     assert found == {"file": str(page), "bytes": page.stat().st_size, "sizes": sizes, "points": 0}
 
 
+def test_command_finds_the_curve_beside_the_run(work, points, tmp_path, capsys):
+    shutil.copytree(work / "run", tmp_path / "run")
+    shutil.copytree(work / "curve", tmp_path / "run-curve")
+    assert output(capsys, "report", tmp_path / "run")["points"] == len(points)
+    assert [point["top1"] for point in data_of((tmp_path / "run-report.html").read_text())["points"]] == [
+        point.top1 for point in points
+    ]
+
+
 def test_command_measures_as_curve_does(work, tmp_path, capsys):
     options = ["--data", work / "data", "--shares", "1,0.6", *FAST]
     expected = output(capsys, "curve", work / "run", "--out", tmp_path / "curve", *options)["points"]
@@ -318,6 +328,22 @@ def test_all_works_by_keyboard(net, points, look):
 
 
 @pytest.mark.browser
+def test_accuracy_is_told_where_the_eye_falls(net, points, look):
+    """In the headline and in the slider's line, with the error that so few images leave; provenance is folded away."""
+    known = [Point(**vars(p) | {"top1": top1, "n": 100}) for p, top1 in zip(points, (80.0, 79.0, 60.0), strict=True)]
+    page = look(net, known)
+    assert page.text_content("#headline") == "Top-1 79.0 % at 75 % of the MACs; 80.0 % at 100 %."
+    assert "top-1 60.0 %" in page.text_content("#strip-text")
+    assert "80.00 % ± 4.0" in page.get_attribute(".point", "aria-label")
+    lengths = page.eval_on_selector_all(".error", "all => all.map(e => e.y1.baseVal.value - e.y2.baseVal.value)")
+    assert lengths[0] < lengths[1] < lengths[2]
+    assert page.is_hidden("#facts")
+    page.click("#facts-more summary")
+    assert page.is_visible("#facts")
+    assert look(net).is_hidden("#headline")
+
+
+@pytest.mark.browser
 def test_the_page_of_both_axes(look):
     net = net_of("merging")
     page = look(net, curve(net, BATCHES, ("1", "0.6")))
@@ -366,7 +392,8 @@ def test_the_curve(net, points, look):
         dot = page.locator(f".point[data-position='{shown['position']}']")
         dot.hover()
         lines = page.inner_text("#tip").splitlines()
-        assert lines[:2] == [f"top-1 {point.top1:.2f} %", f"MACs {point.macs:,} ({point.share:.1%})".replace("%", " %")]
+        assert lines[0].startswith(f"top-1 {point.top1:.2f} % ± ")
+        assert lines[1] == f"MACs {point.macs:,} ({point.share:.1%})".replace("%", " %")
         assert lines[2] == f"parameters {point.params:,}"
         assert f"{shown['ms']:.2f} ms" in lines
         assert f"loss {point.loss:.3f}" in lines

@@ -162,9 +162,14 @@ def curve_options(command: ArgumentParser) -> None:
     options.add_out(command, "DIR", "folder for curve.csv and curve.png (default: RUN-curve)", required=False)
 
 
+def curve_folder(run: Path | str) -> Path:
+    """Where `curve` writes to, and `report` looks, unless another folder is named."""
+    return Path(f"{str(run).rstrip('/')}-curve")
+
+
 def curve(args: Namespace) -> Outcome:
     """Table, CSV and PNG of accuracy against size."""
-    out = args.out or f"{str(args.run).rstrip('/')}-curve"
+    out = args.out or curve_folder(args.run)
     check_free(out, args.overwrite)
     net = SuperNet.load(args.run, pick_device(args.device))
     points = measured(args, net)
@@ -204,7 +209,11 @@ def report_options(command: ArgumentParser) -> None:
     """RUN, its accuracy or how to measure it, and its latency."""
     add = command.add_argument
     add("run", metavar="RUN", help="folder of a super-network")
-    add("--curve", metavar="DIR", help="folder written by curve, to take accuracy from instead of --data")
+    add(
+        "--curve",
+        metavar="DIR",
+        help="folder written by curve, to take accuracy from (default: RUN-curve, if there is one)",
+    )
     add("--title", metavar="TEXT", help="title of the page (default: source and method)")
     group = command.add_argument_group("latency of the measured sizes, on this device")
     group.add_argument("--latency", action="store_true", help="time them and add milliseconds as an axis")
@@ -228,16 +237,19 @@ def report(args: Namespace) -> Outcome:
         raise StrataViTError("--curve and --data are two ways to the same accuracies; give one of them")
     if args.data is None and (args.knn is not None or args.zero_shot is not None):
         raise StrataViTError("--knn and --zero-shot say how images are measured; give --data, too")
-    if args.latency and args.curve is None and args.data is None:
+    usual = curve_folder(args.run)
+    found = usual if args.curve is None and args.data is None and usual.is_dir() else args.curve
+    if args.latency and found is None and args.data is None:
         raise StrataViTError("--latency times the points of the curve; give --curve or --data, too")
     setting = Setting(args.latency_batch, args.runtime, args.dtype, args.threads) if args.latency else None
     net = SuperNet.load(args.run, pick_device(args.device))
-    points = [] if args.curve is None else curve_points.points_in(args.curve)
+    points = [] if found is None else curve_points.points_in(found)
     if args.data is not None:
         points = measured(args, net)
     file = write_report(net, out, points, args.title, args.overwrite, latency=setting, run=str(args.run))
     assert net.strata is not None
     size, sizes = file.stat().st_size, len(net.strata) + 1
     text = f"wrote {file} ({size / 2**10:.0f} KiB): {sizes} sizes"
-    text += f", {len(points)} of them measured" if points else "; --curve DIR or --data DIR adds accuracy"
+    source = "" if found is None else f" (from {found})"
+    text += f", {len(points)} of them measured{source}" if points else "; --curve DIR or --data DIR adds accuracy"
     return {"file": str(file), "bytes": size, "sizes": sizes, "points": len(points)}, [text]

@@ -11,9 +11,12 @@ const others = largest((point) => point.axes !== data.list); // of the list that
 let axis = AXES.macs;
 let place = null; // of the mark of the size that is shown
 
+// Of the top-1 of a point, in points of accuracy: so far it may be off because there are only so many images.
+const standardError = (point) => Math.sqrt((point.top1 * (100 - point.top1)) / point.n);
+
 function describe(point) {
   const lines = [
-    `top-1 ${point.top1.toFixed(2)} %`,
+    `top-1 ${point.top1.toFixed(2)} % ± ${standardError(point).toFixed(1)}`,
     `MACs ${exact(point.macs)} (${percent(point.share)})`,
     `parameters ${exact(point.params)}`,
   ];
@@ -58,6 +61,10 @@ function drawCurve() {
   place = { x, mark: line("here", 0, MARGIN.top, 0, bottom) };
   for (const [kind, list] of [["curve other", others], ["curve", points]])
     svg.append(drawn("polyline", { class: kind, points: list.map((p) => `${x(axis.of(p))},${y(p.top1)}`).join(" ") }));
+  for (const point of data.points) {
+    const off = standardError(point);
+    line("error", x(axis.of(point)), y(Math.max(0, point.top1 - off)), x(axis.of(point)), y(Math.min(levels[levels.length - 1], point.top1 + off)));
+  }
   for (const point of others) svg.append(dot(point, x(axis.of(point)), y(point.top1)));
   labels(svg, x, y);
   for (const point of points) svg.append(dot(point, x(axis.of(point)), y(point.top1)));
@@ -65,13 +72,11 @@ function drawCurve() {
   mark();
 }
 
-// The value at every point, beside the line where that is steep, left out where it would lie on another.
+// The value at every point, to its upper left, where the line is not; left out where it would lie on another.
 function labels(svg, x, y) {
   const taken = [];
-  for (const [number, point] of points.entries()) {
-    const larger = points[Math.max(0, number - 1)];
-    const steep = y(point.top1) - y(larger.top1) > 0.5 * (x(axis.of(larger)) - x(axis.of(point))) && number > 0;
-    const [left, top] = [x(axis.of(point)) - (steep ? 13 : 0), y(point.top1) - (steep ? 8 : 11)];
+  for (const point of points) {
+    const [left, top] = [x(axis.of(point)) - 7, y(point.top1) - 8];
     if (taken.some(([a, b]) => Math.abs(a - left) < 34 && Math.abs(b - top) < 14)) continue;
     taken.push([left, top]);
     svg.append(drawn("text", { class: "value", x: left, y: top }, point.top1.toFixed(1)));
@@ -148,7 +153,7 @@ function startCurve() {
     note.append("Accuracy was not measured, so this page shows sizes only. To add it: ", curve, ", then ", element("code", {}, `${report} --curve curve`), ".");
     return;
   }
-  note.append("Point at a dot for its numbers; choose it to show that size below. The upright line is the size shown, the dashed one the largest measured.");
+  note.append("Point at a dot for its numbers; choose it to show that size below. The upright line is the size shown, the dashed one the largest measured; bars are one standard error of so many images.");
   if (others.length > 0) note.append(` Grey: cut along ${NAMES[others[0].axes]} alone.`);
   if (data.latency !== null) note.append(` Latency: ${data.latency}.`);
   axisChoice();

@@ -17,7 +17,10 @@ function tellSize(position) {
   const share = percent(shareOf(position));
   slider.value = stops.length - 1 - stops.indexOf(position);
   slider.setAttribute("aria-valuetext", `${share} of the MACs, position ${position} of ${last}`);
-  at("strip-text").textContent = `${share} of MACs · ${human(data.macs[position])} · ${human(data.params[position])} params`;
+  const point = nearest(position);
+  const where = point === null || point.position === position ? "" : ` at ${percent(point.share)}`;
+  const measured = point === null ? "" : ` · top-1 ${point.top1.toFixed(1)} %${where}`;
+  at("strip-text").textContent = `${share} of MACs · ${human(data.macs[position])} · ${human(data.params[position])} params${measured}`;
   if (document.activeElement !== at("share")) at("share").value = (100 * shareOf(position)).toFixed(1);
   at("position").textContent = position;
   at("position-of").textContent = `of ${last}; 0 is the full model`;
