@@ -19,6 +19,7 @@ from stratavit import ArtifactError, Setting, StrataViTError, write_report
 from stratavit.cli.parser import main
 from stratavit.dropout_list.strata import Strata
 from stratavit.evaluation.curve_points import Point, write_csv
+from stratavit.reports.curve import curve
 from stratavit.reports.html import SCRIPTS
 
 BATCHES = make_batches()

@@ -44,7 +44,7 @@ def test_training_teaches(finished):
 
 def test_everything_is_there(finished):
     out, result = finished
-    assert {path.name for path in out.iterdir()} == {"curve.csv", "curve.png", "small", "super-network"}
+    assert {path.name for path in out.iterdir()} == {"curve.csv", "curve.png", "report.html", "small", "super-network"}
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert len((out / "curve.csv").read_text().splitlines()) == len(result["points"]) + 1
     assert (out / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -18,9 +18,11 @@ from stratavit.evaluation import curve_points
 from stratavit.evaluation.accuracy import evaluate
 from stratavit.files.folders import write_folder
 from stratavit.reports import curve, plots
+from stratavit.reports.html import write_report
 from stratavit.supernet import SuperNet
 from stratavit.utils.progress import track
 
+PAGE, TITLE = "report.html", "a small ViT on 8 x 8 digits, one training, every size"
 DATA_CONFIG: dict[str, Any] = {
     "input_size": (1, 8, 8),
     "mean": (0.305,),
@@ -96,15 +98,15 @@ def run(out: Path, device: torch.device, epochs: int, overwrite: bool) -> tuple[
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the model is so small that threads would only wait for each other
     try:
-        write_folder(out, lambda folder: done.append(_work(folder, device, epochs)), overwrite)
+        write_folder(out, lambda folder: done.append(_work(folder, out, device, epochs)), overwrite)
     finally:
         torch.set_num_threads(threads)
     result, lines = done[0]
-    where = f"everything is in {out}: super-network/, small/, curve.csv, curve.png"
+    where = f"everything is in {out}: super-network/, small/, curve.csv, curve.png; open {out / PAGE}"
     return {**result, "folder": str(out)}, [*lines, where]
 
 
-def _work(folder: Path, device: torch.device, epochs: int) -> tuple[dict[str, Any], list[Any]]:
+def _work(folder: Path, out: Path, device: torch.device, epochs: int) -> tuple[dict[str, Any], list[Any]]:
     started = time.perf_counter()
     torch.manual_seed(0)
     train_data, test_data = digits()
@@ -117,12 +119,13 @@ def _work(folder: Path, device: torch.device, epochs: int) -> tuple[dict[str, An
     net.provenance["source"] = {"model": "small ViT trained on scikit-learn's digits", "weights": None}
     points = curve.curve(net, test)
     curve_points.write_csv(points, folder / "curve.csv")
-    plots.plot(points, folder / "curve.png", "a small ViT on 8 x 8 digits, one training, every size")
+    plots.plot(points, folder / "curve.png", TITLE)
 
     met = net.budget(macs=0.5)
     small = net.extract(spec=met.spec)
     net.save(folder / "super-network")
     sub_network.save(small, folder / "small")
+    write_report(net, folder / PAGE, points, TITLE, run=str(out / "super-network"))
     loaded = sub_network.load(folder / "small", device)
     images = next(iter(test))[0].to(device)
     with torch.inference_mode():
