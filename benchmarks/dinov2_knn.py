@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import timm
 import torch
-from common import write_results
+from common import Batches, write_results
 from onnx import numpy_helper
 from torch import Tensor, nn
 
@@ -28,11 +30,10 @@ from stratavit.files.state_dicts import load_weights
 
 ARCHITECTURE = "vit_small_patch14_dinov2"
 TWELFTHS = (12, 10, 8, 6)
-ROWS = (
-    ("paper", "paper", ("width",)),
-    ("default", "default", ("width",)),
-    ("default, width and tokens", "default", ("width", "tokens")),
-)
+METHODS = {  # method -> axes of a list -> title of its row
+    "paper": {"width": "paper"},
+    "default": {"width": "default", "both": "default, width and tokens"},
+}
 CALIBRATION, BATCH = 1000, 50
 
 
@@ -53,29 +54,41 @@ def main() -> None:
     bank, queries = images("train", args.bank), images("val", args.queries)
     calibration = images("train", CALIBRATION)
     rows: list[dict[str, str | float]] = []
-    for title, method, axes in ROWS:
+    for method, lists in METHODS.items():
         started = time.perf_counter()
-        net = stratavit.SuperNet(model).contract(calibration, method=method).stratify(calibration, axes=axes)
-        seconds = time.perf_counter() - started
-        row: dict[str, str | float] = {"method": title}
-        for twelfths in TWELFTHS:
-            if twelfths == max(TWELFTHS) and rows:
-                row["12/12"] = rows[0]["12/12"]  # all methods keep the function
-                continue
-            try:
-                spec = net.spec(macs=twelfths / 12)
-            except BudgetError:
-                row[f"{twelfths}/12"] = "out of reach"
-                continue
-            row[f"{twelfths}/12"] = round(knn(net, bank, queries, spec).top1, 2)
-            print(json.dumps(row), flush=True)
-        rows.append(row | {"seconds to convert": round(seconds)})
+        net = stratavit.SuperNet(model).contract(calibration, method=method)
+        net.stratify(calibration, axes=("width", "tokens") if "both" in lists else ("width",))
+        seconds = round(time.perf_counter() - started)
+        for axes, title in lists.items():
+            row: dict[str, str | float] = {"method": title, "seconds to convert": seconds}
+            for twelfths in TWELFTHS:
+                row[f"{twelfths}/12"] = accuracy(net, bank, queries, twelfths, axes, rows)
+                print(json.dumps(row), flush=True)
+            rows.append(row)
     note = (
         f"CIFAR-10, {args.size} px: top-1 of the 20 nearest neighbours among {sum(len(y) for _, y in bank)} training "
         f"images, temperature 0.07, on {sum(len(y) for _, y in queries)} test images. Converted with {CALIBRATION} "
         "training images, by features, not trained."
     )
     write_results(f"dinov2-knn-{args.size}px", rows, note)
+
+
+def accuracy(
+    net: stratavit.SuperNet,
+    bank: Batches,
+    queries: Batches,
+    twelfths: int,
+    axes: str,
+    rows: Sequence[Mapping[str, Any]],
+) -> float | str:
+    """Top-1 at a share of the MACs; the dense model's is that of the first row, as all methods keep the function."""
+    if twelfths == max(TWELFTHS) and rows:
+        return rows[0]["12/12"]
+    try:
+        spec = net.spec(macs=twelfths / 12, axes=axes)
+    except BudgetError:
+        return "out of reach"
+    return round(knn(net, bank, queries, spec).top1, 2)
 
 
 def dinov2(path: Path, size: int) -> nn.Module:
