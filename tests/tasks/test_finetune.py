@@ -46,7 +46,7 @@ def test_what_a_run_leaves(finished):
     assert loaded.provenance["finetune"]["recipe"] == PLAIN.to_dict()
     assert loaded.provenance["spec"]["blocks.1.mlp"] == 20
     evaluations = [row for row in rows(folder) if row["kind"] == "eval"]
-    assert [row["epoch"] for row in evaluations] == [2, 3]
+    assert [row["epoch"] for row in evaluations] == [0, 2, 3]
     (point,) = evaluations[-1]["points"]
     assert point["n"] == 12
     assert point["macs"] == model.provenance["macs"] == make_net("plain").macs(SPEC)
@@ -226,5 +226,5 @@ def test_only_keys_with_an_effect_are_flags(capsys):
         main(["finetune", "--help"])
     text = capsys.readouterr().out
     assert "--lr FLOAT" in text
-    assert "(default: 5e-05)" in text
+    assert "(default: 0.0005)" in text
     assert not [key for key in LIST_KEYS if f"--{key.replace('_', '-')} " in text]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from operator import index
-from typing import Any, Literal, SupportsIndex, TypedDict, get_args
+from typing import Any, SupportsIndex, TypedDict, get_args
 
 import torch
 
 from stratavit.budgets.amounts import GOALS, KINDS, Amount, Bound, Budget
 from stratavit.budgets.search import Limit, meet
+from stratavit.choices import Axes as Axes
 from stratavit.dropout_list.strata import Strata
 from stratavit.errors import BudgetError, StrataViTError
 from stratavit.evaluation.accuracy import evaluate
@@ -18,7 +19,6 @@ from stratavit.evaluation.latency import Setting, time_model
 from stratavit.spec import Spec
 
 MEGABYTE = 10**6
-Axes = Literal["auto", "width", "both"]
 
 
 class BudgetArgs(TypedDict, total=False):

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from rich.table import Table
 
 from stratavit.artifacts import folder_format, sub_network
 from stratavit.artifacts.model_loading import model_at
-from stratavit.budgets.constraints import Axes
 from stratavit.calibration.contraction import resolve_method
-from stratavit.calibration.objectives import OBJECTIVES
-from stratavit.calibration.wpac import CRITERIA
 from stratavit.cli import options
-from stratavit.cli.options import Outcome, positive
+from stratavit.cli.options import Outcome
 from stratavit.data.splits import split_folder
 from stratavit.dropout_list.joint import token_search
 from stratavit.evaluation.curve_points import points_in
@@ -31,39 +28,6 @@ from stratavit.reports import hub
 from stratavit.supernet import SuperNet
 from stratavit.utils.devices import pick_device
 from stratavit.utils.text import human
-
-
-def convert_options(command: ArgumentParser) -> None:
-    """MODEL, images, and how knowledge is sorted."""
-    add = command.add_argument
-    add(
-        "model",
-        metavar="MODEL|FOLDER",
-        help="a name in timm (deit_tiny_patch16_224) or torchvision (vit_b_16), or the folder of a small model or of a "
-        "model of transformers",
-    )
-    options.add_model(command)
-    options.add_data(command, "images to calibrate on: a folder with train/, or the class folders themselves")
-    options.add_out(command, "RUN", "folder to write the super-network to")
-    text = "maximum number of calibration images (default: %(default)s, as in the paper)"
-    add("--images", type=positive, default=1024, help=text)
-    text = "paper: cut channels count as zero, as in the paper; default: they are predicted from the kept ones"
-    add("--method", choices=("default", "paper"), help=text)
-    text = "how channels are ranked; all but output imply --method paper"
-    add("--criterion", choices=CRITERIA, help=text)
-    text = "do not save second moments in RUN: a smaller folder, less accurate sub-networks"
-    add("--no-moments", action="store_true", help=text)
-    text = "quantity to differentiate; sampled, prediction and feature need no labels (default: %(default)s)"
-    add("--objective", choices=OBJECTIVES, default="auto", help=text)
-    text = "cost by which a unit's importance is divided (default: %(default)s)"
-    add("--price", choices=("macs", "latency"), default="macs", help=text)
-    text = "both: make a second list that merges similar tokens, too (default: %(default)s)"
-    add("--axes", choices=("width", "both"), default="width", help=text)
-    options.add_latency_batch(command)
-    add("--threads", type=positive, default=0, help="CPU threads for timings (default: torch's setting)")
-    add("--seed", type=int, default=0, help="seed of random choices (default: %(default)s)")
-    text = "the head outputs an embedding (CLIP image towers), not classes"
-    add("--embedding", action="store_true", help=text)
 
 
 def convert(args: Namespace) -> Outcome:
@@ -104,22 +68,6 @@ def convert(args: Namespace) -> Outcome:
     return result, [text]
 
 
-def extract_options(command: ArgumentParser) -> None:
-    """RUN and budgets."""
-    command.add_argument("run", metavar="RUN", help="folder of a super-network")
-    options.add_budgets(command)
-    text = (
-        "width: narrower layers alone; both: merge tokens, too; auto: both for MACs, latency and accuracy, if RUN can"
-    )
-    command.add_argument("--axes", choices=get_args(Axes), default="auto", help=text)
-    add = command.add_argument_group("budgets of accuracy: the smallest sub-network that keeps them").add_argument
-    add("--top1", metavar="PERCENT", help="minimum top-1 accuracy on --data, in percent")
-    add("--max-drop", metavar="POINTS", help="maximum loss of top-1 accuracy on --data, in points")
-    what = "labelled images for --top1 and --max-drop: a folder with val/, or class folders"
-    options.add_data(command, what, required=False)
-    options.add_out(command, "SMALL", "folder to write the small model to")
-
-
 def extract(args: Namespace) -> Outcome:
     """RUN and a budget to a small model's folder."""
     check_free(args.out, args.overwrite)
@@ -151,17 +99,6 @@ def extract(args: Namespace) -> Outcome:
     return result, [str(met), text]
 
 
-def export_options(command: ArgumentParser) -> None:
-    """SMALL and a format."""
-    command.add_argument("small", metavar="SMALL", help="folder of a small model")
-    command.add_argument("--format", choices=tuple(SUFFIXES), default="onnx", help="file format (default: %(default)s)")
-    command.add_argument("--images", type=positive, default=32, help="images to compare on (default: %(default)s)")
-    what = "images to compare on, a folder with val/ or the class folders (default: noise)"
-    options.add_data(command, what, required=False)
-    where = "file to write (default: SMALL.onnx, SMALL.pt2, or the folder SMALL-transformers)"
-    options.add_out(command, "FILE", where, required=False)
-
-
 def export(args: Namespace) -> Outcome:
     """SMALL to one ONNX file, a torch.export program, or a folder of transformers."""
     file = Path(args.out or f"{str(args.small).rstrip('/')}{SUFFIXES[args.format]}")
@@ -172,20 +109,6 @@ def export(args: Namespace) -> Outcome:
         images = torch.cat([batch for batch, _ in loader])
     parity = export_model(model, file, args.format, images, args.overwrite)
     return parity.to_dict(), [str(parity)]
-
-
-def push_options(command: ArgumentParser) -> None:
-    """A saved folder and a repository."""
-    add = command.add_argument
-    add("target", metavar="SMALL|RUN", help="a saved folder")
-    add("repo", metavar="USER/NAME", help="repository; created if it does not exist")
-    add("--curve", metavar="DIR", help="folder written by curve, for the model card")
-    add("--license", metavar="NAME", help="licence of the weights, by its name on the hub, for example apache-2.0")
-    add("--private", action="store_true", help="make the repository private")
-    add("--no-moments", action="store_true", help="do not upload second moments")
-    add("--endpoint", metavar="URL", help="address of another hub")
-    add("--dry-run", metavar="DIR", help="write the upload to this folder instead")
-    add("--overwrite", action="store_true", help="replace the content of DIR")
 
 
 def push(args: Namespace) -> Outcome:
@@ -199,13 +122,6 @@ def push(args: Namespace) -> Outcome:
     return {"url": url}, [url]
 
 
-def models_options(command: ArgumentParser) -> None:
-    """Which models, and in what form."""
-    text = "pattern of names in timm, for example 'vit_*dinov3' (default: examples)"
-    command.add_argument("pattern", nargs="?", metavar="PATTERN", help=text)
-    command.add_argument("--markdown", action="store_true", help="print the table of docs/models.md")
-
-
 def models(args: Namespace) -> Outcome:
     """Table of what can be cut, to what degree and why not more."""
     found = supported.rows(args.pattern)
@@ -216,11 +132,6 @@ def models(args: Namespace) -> Outcome:
         name = row["name"] if not row["models"] else f"{row['models']}\n{row['name']}"
         table.add_row(name, row["attention"], row["mlp"], row["reason"])
     return {"models": found}, [table]
-
-
-def info_options(command: ArgumentParser) -> None:
-    """A saved folder."""
-    command.add_argument("target", metavar="SMALL|RUN", help="a saved folder")
 
 
 def info(args: Namespace) -> Outcome:
@@ -255,13 +166,6 @@ def info(args: Namespace) -> Outcome:
     lines += [f"source: {provenance['source']}"] if "source" in provenance else []
     lines += [f"input: {config['input_size']}, mean {config['mean']}, std {config['std']}"]
     return {"kind": kind, **facts, "widths": widths, "data_config": config, "provenance": provenance}, [rows, *lines]
-
-
-def demo_options(command: ArgumentParser) -> None:
-    """Where to, and how long."""
-    options.add_out(command, "DIR", "folder for the results (default: stratavit-demo)", required=False)
-    text = "training epochs of the small model (default: %(default)s)"
-    command.add_argument("--epochs", type=positive, default=30, help=text)
 
 
 def demo(args: Namespace) -> Outcome:

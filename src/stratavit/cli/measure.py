@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from torch import nn
 
 from stratavit.artifacts import folder_format
 from stratavit.artifacts.model_loading import model_at
 from stratavit.cli import options
-from stratavit.cli.options import Outcome, positive
+from stratavit.cli.options import Outcome
 from stratavit.data.image_folder import ImageLoader
 from stratavit.data.splits import split_folder
 from stratavit.errors import BudgetError, StrataViTError
 from stratavit.evaluation import curve_points
 from stratavit.evaluation.accuracy import evaluate as evaluate_model
 from stratavit.evaluation.features import knn, read_embeddings
-from stratavit.evaluation.latency import Precision, Runtime, Setting
+from stratavit.evaluation.latency import Setting
 from stratavit.files.folders import check_free, check_free_file, write_folder
 from stratavit.models.architecture import resolve_data_config
 from stratavit.reports import curve as curves
@@ -27,8 +27,6 @@ from stratavit.reports.html import write_report
 from stratavit.spec import Spec
 from stratavit.supernet import SuperNet
 from stratavit.utils.devices import pick_device
-
-LABELLED = "labelled images: a folder with val/, or the class folders themselves"
 
 
 def judge_and_images(args: Namespace, model: nn.Module, config: dict[str, Any]) -> tuple[curves.Judge, ImageLoader]:
@@ -56,16 +54,6 @@ def judge_and_images(args: Namespace, model: nn.Module, config: dict[str, Any]) 
     ), images
 
 
-def evaluate_options(command: ArgumentParser) -> None:
-    """A model, images, how to measure, and budgets."""
-    target = "a saved folder, a folder of transformers, or a model's name as for convert"
-    command.add_argument("target", metavar="SMALL|RUN|MODEL", help=target)
-    options.add_model(command)
-    options.add_data(command, LABELLED)
-    options.add_judge(command)
-    options.add_budgets(command)
-
-
 def evaluate(args: Namespace) -> Outcome:
     """Accuracy of a saved folder or a timm model."""
     split_folder(args.data, "val")
@@ -87,15 +75,6 @@ def evaluate(args: Namespace) -> Outcome:
     judge, images = judge_and_images(args, model, config)
     metrics = judge(model, images, spec, description="evaluate")
     return metrics.to_dict() | {"unreadable": len(images.unreadable)}, [*view, str(metrics)]
-
-
-def curve_options(command: ArgumentParser) -> None:
-    """RUN, images, how to measure, and at which sizes."""
-    command.add_argument("run", metavar="RUN", help="folder of a super-network")
-    options.add_data(command, LABELLED)
-    options.add_judge(command)
-    options.add_ladder(command)
-    options.add_out(command, "DIR", "folder for curve.csv and curve.png (default: RUN-curve)", required=False)
 
 
 def curve(args: Namespace) -> Outcome:
@@ -132,25 +111,6 @@ def write_curve(points: list[curve_points.Point], out: str | Path, title: str, o
         plots.plot(points, folder / "curve.png", title)
 
     write_folder(out, write, overwrite)
-
-
-def report_options(command: ArgumentParser) -> None:
-    """RUN, its accuracy or how to measure it, and its latency."""
-    add = command.add_argument
-    add("run", metavar="RUN", help="folder of a super-network")
-    add("--curve", metavar="DIR", help="folder written by curve, to take accuracy from instead of --data")
-    add("--title", metavar="TEXT", help="title of the page (default: source and method)")
-    group = command.add_argument_group("latency of the measured sizes, on this device")
-    group.add_argument("--latency", action="store_true", help="time them and add milliseconds as an axis")
-    options.add_latency_batch(group)
-    group.add_argument("--runtime", choices=get_args(Runtime), default="eager", help="runtime (default: %(default)s)")
-    group.add_argument("--dtype", choices=get_args(Precision), help="type of the weights (default: as saved)")
-    group.add_argument("--threads", type=positive, default=0, help="CPU threads (default: torch's setting)")
-    what = "labelled images to measure accuracy on: a folder with val/, or class folders"
-    options.add_data(command, what, required=False)
-    options.add_judge(command)
-    options.add_ladder(command)
-    options.add_out(command, "FILE", "page to write (default: RUN-report.html)", required=False)
 
 
 def report(args: Namespace) -> Outcome:

@@ -67,14 +67,17 @@ def curve(net: SuperNet, loader: Iterable[Any], ladder: Sequence[str] = LADDER, 
     return points
 
 
-def table(points: Sequence[Point]) -> Table:
-    """The curve as a table for the terminal."""
+def table(points: Sequence[Point], before: Sequence[Point] = ()) -> Table:
+    """The curve as a table for the terminal, with the top-1 of a curve `before`, if there was one."""
+    earlier = {point.asked: f"{point.top1:.2f}" for point in before}
     rows = Table(title="accuracy against size")
     for heading in ("MACs asked", "MACs got", "share", "params", "top-1 %", "top-5 %", "loss"):
         rows.add_column(heading, justify="right")
+    if earlier:
+        rows.add_column("before %", justify="right")
     for p in points:
         cells = (human(p.macs), f"{p.share:.1%}", human(p.params), f"{p.top1:.2f}", f"{p.top5:.2f}", f"{p.loss:.3f}")
-        rows.add_row(p.asked, *cells)
+        rows.add_row(p.asked, *cells, *([earlier.get(p.asked, "")] if earlier else []))
     return rows
 
 

@@ -30,6 +30,7 @@ from stratavit.training.recipe import Recipe
 from stratavit.training.run_files import Journal, write_state
 from stratavit.training.task import SampledNetwork, TrainingTask
 from stratavit.training.teacher import Teacher
+from stratavit.training.verdict import verdict
 from stratavit.utils.model import classes_of
 from stratavit.utils.progress import track
 from stratavit.utils.random_streams import stream
@@ -42,6 +43,7 @@ class Trainer:
         step: Steps of the optimiser done.
         begun: Stages begun (list grown, means measured); a stage is an epoch, or a part of one (`Recipe.growths`).
         ended: Epochs ended (evaluated, logged).
+        origin: Where the run came from, for whoever resumes it; kept in the state.
         task: The network, its averaged copy, and what it draws from.
     """
 
@@ -62,6 +64,7 @@ class Trainer:
         self.evaluation, self.accelerator, self.stop = evaluation, accelerator, stop
         self.rank = accelerator.process_index
         self.step = self.begun = self.ended = 0
+        self.origin: dict[str, Any] = {}
         self.losses, self.journal = Losses(), Journal(out / run_files.LOG_FILE)
         self.classes = classes_of(self.net.model)  # a wrapper around one model says nothing of them
         self.target = Target(recipe, self.classes) if self.classes else Features()
@@ -200,11 +203,14 @@ class Trainer:
         if evaluates:
             order.seed_all(self.recipe.seed, "evaluation", self.ended)
             assert self.evaluation is not None
-            points = self.task.evaluate(self.evaluation)
-            rest(self.evaluation, self.task.proxy)
-            self.log("eval", {"points": [asdict(p) for p in points]}, {f"top1 at {p.asked}": p.top1 for p in points})
+            self.log_curve(self.task.evaluate(self.evaluation))
         if self.recipe.due(self.ended, self.recipe.save_every):
             self.save()
+
+    def log_curve(self, points: list[curve_points.Point]) -> None:
+        """Writes an evaluation into the log; that before the first step is one of epoch 0."""
+        rest(self.evaluation, self.task.proxy)
+        self.log("eval", {"points": [asdict(p) for p in points]}, {f"top1 at {p.asked}": p.top1 for p in points})
 
     def log(self, kind: str, row: dict[str, Any], values: dict[str, float]) -> None:
         """Writes a row of the log, and values for the tracker."""
@@ -212,7 +218,8 @@ class Trainer:
         def write() -> None:
             self.journal.append({"kind": kind, "epoch": self.ended, "step": self.step, **row})
             shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
-            print(f"epoch {self.ended} of {self.recipe.epochs}: {shown}", file=sys.stderr)
+            when = f"epoch {self.ended} of {self.recipe.epochs}" if self.ended else "before training"
+            print(f"{when}: {shown}", file=sys.stderr)
             with self.tracking():
                 self.accelerator.log(values, step=self.step)
 
@@ -251,6 +258,7 @@ class Trainer:
         state = {
             "recipe": self.recipe.to_dict(),
             **self.identity(),
+            "origin": self.origin,
             "step": self.step,
             "begun": self.begun,
             "ended": self.ended,
@@ -282,6 +290,7 @@ class Trainer:
                 self.accelerator.scaler.load_state_dict(state["scaler"])  # pragma: no cover: float16 on a GPU
             self.step, self.begun, self.ended = (int(state[key]) for key in ("step", "begun", "ended"))
             self.losses.sum, self.losses.count = state["loss"]
+            self.origin = self.origin or state.get("origin") or {}
         distributed.on_main(self.accelerator, lambda: self.journal.rewind(self.ended))
 
     def finish(self) -> None:
@@ -291,3 +300,6 @@ class Trainer:
         points = curve_points.last_curve(self.journal.rows())
         distributed.unwrap(self.accelerator, self.model)  # what is saved must compute the same as what is loaded
         distributed.on_main(self.accelerator, lambda: self.task.publish(self.out, points))
+        if self.accelerator.is_main_process:
+            for warning in verdict(self.journal.rows()):
+                print(f"train: {warning}", file=sys.stderr)
