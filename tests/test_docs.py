@@ -16,7 +16,8 @@ from test_architecture import ORDER
 
 import stratavit
 from stratavit.cli.parser import parsers
-from stratavit.training.recipe import Recipe, read_toml
+from stratavit.training.recipe import Recipe
+from stratavit.training.values import read_toml
 
 ROOT = Path(__file__).parents[1]
 IMAGES = make_images(2, seed=9)

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from helpers import CLASSES, make_batches, make_images, make_model, make_net
+from torch.utils.data import Subset
 from training_runs import CALM, ONE, TINY, Images, assert_same, crash, interrupted, names, outcome, rows, write_images
 
 import stratavit
@@ -70,6 +71,20 @@ def test_it_lowers_the_loss_and_leaves_nothing_without_a_folder(tmp_path, monkey
     stratavit.finetune(model, data, None, dataclasses.replace(PLAIN, **CALM, epochs=10, smoothing=0.0), cpu=True)
     assert stratavit.evaluate(model, batch).loss < 0.7 * before
     assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("count", [3, 12, 24])
+def test_the_default_recipe_learns_from_few_images(tmp_path, count):
+    """It reaches more than half of the way to the labels of the images that it is trained on."""
+    data, model = Images(), small()
+    images, labels = data.images[:count], data.labels[:count]
+    before = stratavit.evaluate(model, [(images, labels)])
+    config = {"workers": 0, "tracker": "none", "lr": 0.05}
+    out = tmp_path / "run"
+    stratavit.finetune(model, Subset(data, range(count)), [(images, labels)], config, out, cpu=True)
+    (first, *_, last) = (row["points"][0] for row in rows(out) if row["kind"] == "eval")
+    assert (first["top1"], first["loss"]) == (before.top1, before.loss)
+    assert last["loss"] < 0.5 * first["loss"]
 
 
 @pytest.mark.parametrize(("at", "happens"), [(7, None), (60, crash)])

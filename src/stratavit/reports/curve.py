@@ -12,6 +12,7 @@ from stratavit.evaluation.accuracy import Metrics, evaluate
 from stratavit.evaluation.curve_points import LADDER, Point, parse_share
 from stratavit.evaluation.features import knn, zero_shot
 from stratavit.utils.model import classes_of
+from stratavit.utils.progress import overall
 from stratavit.utils.text import human
 
 if TYPE_CHECKING:
@@ -56,14 +57,15 @@ def curve(net: SuperNet, loader: Iterable[Any], ladder: Sequence[str] = LADDER, 
         StrataViTError: There is no dropout list, or the images do not fit the model.
     """
     lowest = 0 if net.strata is None else net.macs(net.strata.smallest())
+    shares = {asked: parse_share(asked) for asked in ladder if parse_share(asked) * net.macs() >= lowest}
     points: list[Point] = []
-    for asked in ladder:
-        if parse_share(asked) * net.macs() < lowest:
-            continue
-        met = net.budget(macs=parse_share(asked), axes="width")
-        metrics = judge(net, loader, met.spec, description=f"MACs {asked}")
-        size = {"share": met.got / net.macs(), "macs": met.got, "params": net.params(met.spec)}
-        points.append(Point(asked, **size, **metrics.to_dict()))  # type: ignore[arg-type]
+    with overall("accuracy at every size", sum(shares.values())) as begin:
+        for asked, share in shares.items():
+            met = net.budget(macs=share, axes="width")
+            begin(share)
+            metrics = judge(net, loader, met.spec, description=f"MACs {asked}")
+            size = {"share": met.got / net.macs(), "macs": met.got, "params": net.params(met.spec)}
+            points.append(Point(asked, **size, **metrics.to_dict()))  # type: ignore[arg-type]
     return points
 
 

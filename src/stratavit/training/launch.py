@@ -26,6 +26,7 @@ from stratavit.training.task import TrainingTask
 from stratavit.training.teacher import Teacher
 from stratavit.training.trainer import Trainer
 from stratavit.training.unused_keys import report_unused
+from stratavit.training.verdict import report_verdict
 from stratavit.utils.model import classes_of
 
 Config = Recipe | Mapping[str, Any] | str | Path | None
@@ -115,6 +116,8 @@ def train(
         stack.enter_context(distributed.explained_ends(accelerator, folder))
         stack.enter_context(watched("train: ", lambda: f"{OUT_OF_MEMORY_HINT}; {resume_hint(folder)}"))
         trainer.run()
+        if accelerator.is_main_process:
+            report_verdict(trainer.journal.rows())
 
 
 def _check_teaching(recipe: Recipe, teacher: nn.Module | None, classes: int) -> None:

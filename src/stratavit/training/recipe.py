@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from stratavit.choices import Measure, Objective
-from stratavit.errors import StrataViTError, described, one_line
-from stratavit.files.reading import read_small
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pragma: no cover: Python 3.10, as in `make test-matrix`
-    import tomli as tomllib
+from stratavit.errors import StrataViTError, described
+from stratavit.training.values import Amount, Count, Probability, Rate, Share, Whole, check, check_type, read_toml
 
 Mode = Literal["piad", "plain", "channel", "weighted", "layerdrop"]
 Keep = Literal["ema", "raw"]
@@ -27,13 +21,6 @@ Scaling = Literal["linear", "root"]
 Kind = Literal["train", "finetune"]  # of a run: a super-network, or one model
 PAPER = "paper"  # stands for the paper's recipe where a file may be given
 Precision = Literal["auto", "no", "fp16", "bf16"]
-_NOT_NEGATIVE: tuple[str, Callable[[float], bool]] = ("at least 0", lambda value: value >= 0)
-Whole = Annotated[int, _NOT_NEGATIVE]
-Count = Annotated[int, ("at least 1", lambda value: value >= 1)]
-Amount = Annotated[float, _NOT_NEGATIVE]
-Rate = Annotated[float, ("at least 0 and below 1", lambda value: 0 <= value < 1)]
-Share = Annotated[float, ("above 0 and at most 1", lambda value: 0 < value <= 1)]
-Probability = Annotated[float, ("from 0 to 1", lambda value: 0 <= value <= 1)]
 
 
 @dataclass(frozen=True)
@@ -147,18 +134,18 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, kind in field_types().items():
-            _check_type(name, getattr(self, name), kind)
+            check_type(name, getattr(self, name), kind)
             if kind is float:
                 object.__setattr__(self, name, float(getattr(self, name)))
         for name, kind in get_type_hints(Recipe, include_extras=True).items():
             for words, sound in getattr(kind, "__metadata__", ()):
-                _check(sound(getattr(self, name)), f"{name} must be {words}, got {getattr(self, name)}")
-        _check(
+                check(sound(getattr(self, name)), f"{name} must be {words}, got {getattr(self, name)}")
+        check(
             self.mode != "piad" or self.list_epochs <= self.epochs,
             f"list_epochs ({self.list_epochs}) must not exceed epochs ({self.epochs}), or the list stays unfinished",
         )
-        _check(self.warmup_epochs < self.epochs, "warmup_epochs must be below epochs")
-        _check(
+        check(self.warmup_epochs < self.epochs, "warmup_epochs must be below epochs")
+        check(
             not (self.mixup or self.cutmix) or self.batch_size % 2 == 0,
             f"batch_size must be even for mixup and cutmix, got {self.batch_size}",
         )
@@ -221,7 +208,7 @@ class Recipe:
         known = field_types()
         try:
             for name in values:
-                _check(name in known, f"unknown key {described(name)}; the keys are {', '.join(known)}")
+                check(name in known, f"unknown key {described(name)}; the keys are {', '.join(known)}")
             return cls(**values)
         except StrataViTError as error:
             raise StrataViTError(f"{source}: {error}") from error
@@ -249,7 +236,7 @@ class Recipe:
         values = {} if path in (None, PAPER) else read_toml(Path(str(path)))
         source = "recipe" if path is None else str(path)
         named = PAPER if path == PAPER else values.pop("base", None)
-        _check(named in (None, PAPER), f"{source}: base must be {PAPER!r} or left out, got {described(named)}")
+        check(named in (None, PAPER), f"{source}: base must be {PAPER!r} or left out, got {described(named)}")
         base = {} if kind is None else (PAPERS if named == PAPER else DEFAULTS)[kind]
         return cls.from_dict({**(begun or base), **values, **(overrides or {})}, source)
 
@@ -274,35 +261,8 @@ LIST_KEYS = (
     *("objective", "measure", "sampling", "proxy_images", "list_source"),
 )
 _WITHOUT_EFFECT = ("workers", "eval_every", "save_every", "save_steps", "log_steps", "tracker")
-_LARGEST = 2**32  # of any number: seeds go as far
 
 
 def field_types() -> dict[str, Any]:
     """Key -> type of every key: ``int``, ``float``, ``str`` or a ``Literal``."""
     return get_type_hints(Recipe)
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The keys of a TOML file; a `StrataViTError` says why it cannot be read."""
-    try:
-        return tomllib.loads(read_small(path).decode())
-    except OSError as error:
-        raise StrataViTError(f"recipe {path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # of a number of thousands of digits, too
-        raise StrataViTError(f"recipe {path}: not valid TOML ({one_line(error)})") from error
-
-
-def _check(sound: bool, message: str) -> None:
-    if not sound:
-        raise StrataViTError(message)
-
-
-def _check_type(name: str, value: Any, kind: Any) -> None:
-    if get_origin(kind) is Literal:
-        sound, words = isinstance(value, str) and value in get_args(kind), f"one of {', '.join(get_args(kind))}"
-    else:
-        sound = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-        words = {int: "a whole number", float: "a number", str: "a text"}[kind]
-    _check(sound, f"{name} must be {words}, got {described(value)}")
-    if kind in (int, float):
-        _check(abs(value) <= _LARGEST, f"{name} must be finite and at most {_LARGEST:,}, got {described(value)}")

@@ -30,9 +30,8 @@ from stratavit.training.recipe import Recipe
 from stratavit.training.run_files import Journal, write_state
 from stratavit.training.task import SampledNetwork, TrainingTask
 from stratavit.training.teacher import Teacher
-from stratavit.training.verdict import verdict
 from stratavit.utils.model import classes_of
-from stratavit.utils.progress import track
+from stratavit.utils.progress import overall, track
 from stratavit.utils.random_streams import stream
 
 
@@ -81,12 +80,14 @@ class Trainer:
         """Trains from where it stands to the end."""
         if self.step == 0:
             self.save()
-        while self.ended < self.recipe.epochs:
-            self.train_epoch(self.ended)
-            if self.to_evaluate():  # which may last long
-                self.save()
-                self.pause(at_once=True)
-            self.end_epoch()
+        with overall("train", self.recipe.epochs - self.ended, silent=self.rank > 0) as begin:
+            while self.ended < self.recipe.epochs:
+                begin(1.0)
+                self.train_epoch(self.ended)
+                if self.to_evaluate():  # which may last long
+                    self.save()
+                    self.pause(at_once=True)
+                self.end_epoch()
         self.finish()
 
     def train_epoch(self, epoch: int) -> None:
@@ -95,10 +96,8 @@ class Trainer:
         pin = self.accelerator.device.type == "cuda"
         batches = iter(order.loader(self.data, self.order, epoch, self.rank, first, self.recipe.workers, pin))
         self.model.train()
-        steps = range(first, self.order.steps)
-        shown = track(steps, f"epoch {epoch + 1} of {self.recipe.epochs}") if self.rank == 0 else steps
         try:
-            for _ in shown:
+            for _ in track(range(first, self.order.steps), "train"):
                 self.begin_stage()
                 self.update([next(batches) for _ in range(self.recipe.accumulate)])
                 if self.recipe.save_steps and self.step % self.recipe.save_steps == 0:
@@ -297,9 +296,7 @@ class Trainer:
         """Gives the network the weights to keep, and writes it with the last evaluation."""
         order.seed_all(self.recipe.seed, "end")
         self.task.graduate({"recipe": self.recipe.to_dict(), "steps": self.step, **self.identity()})
-        points = curve_points.last_curve(self.journal.rows())
         distributed.unwrap(self.accelerator, self.model)  # what is saved must compute the same as what is loaded
-        distributed.on_main(self.accelerator, lambda: self.task.publish(self.out, points))
-        if self.accelerator.is_main_process:
-            for warning in verdict(self.journal.rows()):
-                print(f"train: {warning}", file=sys.stderr)
+        distributed.on_main(
+            self.accelerator, lambda: self.task.publish(self.out, curve_points.last_curve(self.journal.rows()))
+        )

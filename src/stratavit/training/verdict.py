@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -37,6 +38,12 @@ def verdict(rows: Iterable[Mapping[str, Any]]) -> list[str]:
         old, new = pairs[0]
         found.append(f"nothing was learned: top-1 went from {old.top1:.1f} to {new.top1:.1f} %; {_REMEDY}")
     return found
+
+
+def report_verdict(rows: Iterable[Mapping[str, Any]]) -> None:
+    """Says on standard error what `verdict` warns of."""
+    for warning in verdict(rows):
+        print(f"train: {warning}", file=sys.stderr)
 
 
 def _gain(old: Point, new: Point) -> float:
