@@ -169,7 +169,7 @@ def test_what_a_run_leaves(finished, case):
     assert not net.training
     assert same_at_half(net, loaded)
     kinds = [(row["kind"], row["epoch"]) for row in rows(folder)]
-    assert kinds == [("epoch", 1), ("epoch", 2), ("eval", 2), ("epoch", 3), ("eval", 3)]
+    assert kinds == [("eval", 0), ("epoch", 1), ("epoch", 2), ("eval", 2), ("epoch", 3), ("eval", 3)]
     assert net.provenance["train"]["recipe"] == CASES[case].to_dict()
     assert all(parameter.dtype is torch.float32 for parameter in net.parameters())
 
