@@ -58,6 +58,7 @@ def test_beginnings_of_options_are_options():
         ("lower batch_size or accumulate", "lower --batch-size or accumulate"),
         ("list_epochs (3) must not exceed epochs (2)", "--list-epochs (3) must not exceed --epochs (2)"),
         ("data: /a/data has no train/", "--data: /a/data has no train/"),
+        ("no usable data: expected <class>/<image>", "no usable data: expected <class>/<image>"),
         ("lr must be at least 0, got -1", "--lr must be at least 0, got -1"),
         ("/a/batch_size/x is no folder: the data differ", "/a/batch_size/x is no folder: the data differ"),
     ],

@@ -50,6 +50,7 @@ def in_options(message: str, parser: ArgumentParser) -> str:
         name = action.dest.removeprefix(PREFIX)
         if option is None:
             continue
-        follows = r"\b" if "_" in name else r"(?= must |=\S| = | \(\d|: )"
+        follows = r"\b" if "_" in name else r"(?= must |=\S| = | \(\d)"
+        message = re.sub(rf"^{name}(?=: )", option, message)
         message = re.sub(rf"(?<![\w/.-]){name}{follows}(?!/)", option, message)
     return message
