@@ -28,9 +28,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 import stratavit
-from stratavit import Recipe, SuperNet, demo
+from stratavit import Recipe, SuperNet
 from stratavit.artifacts.folder_format import JSON_FILE
 from stratavit.evaluation import curve_points
+from stratavit.tasks import demo
 from stratavit.training.run_files import LOG_FILE, Journal
 from stratavit.training.verdict import first_curve
 

@@ -63,8 +63,7 @@ class Trainer:
         self.evaluation, self.accelerator, self.stop = evaluation, accelerator, stop
         self.rank = accelerator.process_index
         self.step = self.begun = self.ended = 0
-        self.origin: dict[str, Any] = {}
-        self.losses, self.journal = Losses(), Journal(out / run_files.LOG_FILE)
+        self.losses, self.journal, self.origin = Losses(), Journal(out / run_files.LOG_FILE), dict[str, Any]()
         self.classes = classes_of(self.net.model)  # a wrapper around one model says nothing of them
         self.target = Target(recipe, self.classes) if self.classes else Features()
         self.teacher = None if teacher is None else teacher.to(accelerator.device, self.classes)
@@ -122,8 +121,8 @@ class Trainer:
         """Saves and stops if that was asked for; several processes look together, every few steps or `at_once`."""
         if self.stop.agreed(self.accelerator, self.step, at_once):
             self.save()
-            total = self.order.steps * self.recipe.epochs
-            raise self.stop.by(f"stopped after step {self.step} of {total}; resume {self.out} to go on")
+            of_all = f"{self.step} of {self.order.steps * self.recipe.epochs}; resume {self.out}"
+            raise self.stop.by(f"stopped after step {of_all} to go on")
 
     def update(self, batches: list[Any]) -> None:
         """One step of the optimiser: every batch draws its own prefixes, gradients are averaged."""
