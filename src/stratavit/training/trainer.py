@@ -121,8 +121,8 @@ class Trainer:
         """Saves and stops if that was asked for; several processes look together, every few steps or `at_once`."""
         if self.stop.agreed(self.accelerator, self.step, at_once):
             self.save()
-            of_all = f"{self.step} of {self.order.steps * self.recipe.epochs}; resume {self.out}"
-            raise self.stop.by(f"stopped after step {of_all} to go on")
+            total = self.order.steps * self.recipe.epochs
+            raise self.stop.by(f"stopped after step {self.step} of {total}; resume {self.out} to go on")
 
     def update(self, batches: list[Any]) -> None:
         """One step of the optimiser: every batch draws its own prefixes, gradients are averaged."""
@@ -175,8 +175,7 @@ class Trainer:
     def teacher_output(self, images: Tensor) -> Tensor:
         """Logits or features of the teacher, or of the full network."""
         if self.teacher is None:
-            logits: Tensor = self.net(images)
-            return logits
+            return self.net(images)
         with self.accelerator.autocast():
             return self.teacher(images)
 
