@@ -106,18 +106,23 @@ def write_images(source: Path, out: Path) -> None:
 
 def dense(work: Path) -> None:
     """DeiT-Tiny resampled, fine-tuned and converted, by the command line as a user would."""
-    architecture, weights = MODELS["deit_tiny"]
-    model = timm.create_model(architecture, img_size=32, patch_size=8)
-    source = timm.models.vision_transformer.checkpoint_filter_fn(load_file(DATA / weights), model)
-    model.load_state_dict(source, strict=True)
-    model.data_config = {"input_size": (3, 32, 32), "interpolation": "bicubic", "crop_pct": 1.0, **NORMAL}
-    stratavit.save(model, work / "resampled", overwrite=True)
+    resample(work / "resampled")
     images = ["--data", str(work / "images")]
     recipe = ["--recipe", str(RECIPES / "cifar10_dense.toml"), "--device", "cpu"]
     resume = ["--resume"] if (work / "dense" / run_files.STATE_FILE).exists() else []
     call("finetune", work / "resampled", "--new-head", *images, "--out", work / "dense", *recipe, *resume)
     for method in ("default", "paper"):
         call("convert", work / "dense", *images, "--out", work / f"run-{method}", "--method", method, "--overwrite")
+
+
+def resample(folder: Path, patch: int = 8) -> None:
+    """DeiT-Tiny for images of 32 pixels, without training."""
+    architecture, weights = MODELS["deit_tiny"]
+    model = timm.create_model(architecture, img_size=32, patch_size=patch)
+    source = timm.models.vision_transformer.checkpoint_filter_fn(load_file(DATA / weights), model)
+    model.load_state_dict(source, strict=True)
+    model.data_config = {"input_size": (3, 32, 32), "interpolation": "bicubic", "crop_pct": 1.0, **NORMAL}
+    stratavit.save(model, folder, overwrite=True)
 
 
 def call(*words: Any) -> None:

@@ -15,7 +15,7 @@ import stratavit
 SOURCE = Path(__file__).parents[1] / "src" / "stratavit"
 ORDER = (
     # ground
-    *("version", "errors", "spec", "utils", "files", "data"),
+    *("version", "errors", "choices", "spec", "utils", "files", "data"),
     # networks
     *("elastic", "models", "interop"),
     # method

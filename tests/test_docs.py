@@ -15,8 +15,9 @@ from helpers import make_images, make_net
 from test_architecture import ORDER
 
 import stratavit
-from stratavit.cli.parser import parser
-from stratavit.training.recipe import Recipe, read_toml
+from stratavit.cli.parser import parsers
+from stratavit.training.recipe import Recipe
+from stratavit.training.values import read_toml
 
 ROOT = Path(__file__).parents[1]
 IMAGES = make_images(2, seed=9)
@@ -49,7 +50,7 @@ def test_command_lines(match):
     for line in match["code"].splitlines():
         command, *arguments = shlex.split(STRATAVIT.sub("stratavit ", line))
         if command == "stratavit":
-            assert parser().parse_args(arguments).run_command
+            assert parsers()[0].parse_args(arguments).command
         elif command == "pip":
             assert re.fullmatch(r"install \.(\[[a-z,]+\])?", " ".join(arguments))
             for extra in re.findall(r"[a-z]+(?=[,\]])", arguments[1]):

@@ -89,10 +89,5 @@ def test_programs_run(code, reader, monkeypatch, tmp_path):
         "val_data": batches["val"],
         "proxy_loader": batches["train"],
     }
-    for long, short in (
-        ("list_epochs=20", "list_epochs=1"),
-        (" epochs=100", " epochs=1"),
-        ("batch_size=256", "batch_size=4, workers=0"),
-    ):
-        code = code.replace(long, short)
+    code = code.replace('"epochs": 5', '"epochs": 1, "workers": 0')
     exec(compile(code, "block", "exec"), given)

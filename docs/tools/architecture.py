@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "stratavit"
 PICTURE = ROOT / "docs" / "images" / "architecture.svg"
 FLOORS = {  # from ground to use; tests/test_architecture.py holds every import to this order
-    "ground": ("version", "errors", "spec", "utils", "files", "data"),
+    "ground": ("version", "errors", "choices", "spec", "utils", "files", "data"),
     "networks": ("elastic", "models", "interop"),
     "method": ("calibration", "dropout_list", "evaluation", "budgets"),
     "object": ("artifacts", "supernet"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from stratavit.cli.parser import parser
+from stratavit.cli.parser import COMMANDS, parsers
 
 PAGE = Path(__file__).parents[1] / "cli.md"
 HEAD = """# Command line
@@ -33,9 +33,7 @@ def page() -> str:
 
 def commands() -> list[tuple[str, argparse.ArgumentParser, str]]:
     """Name, parser and summary of every command."""
-    group = next(action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
-    summaries = {choice.dest: choice.help or "" for choice in group._choices_actions}
-    return [(name, sub, summaries[name]) for name, sub in group.choices.items()]
+    return [(name, sub, COMMANDS[name][1]) for name, sub in parsers()[1].items()]
 
 
 def command(name: str, sub: argparse.ArgumentParser, summary: str) -> str:

@@ -10,7 +10,7 @@ from helpers import CLASSES, make_net
 
 import stratavit
 from stratavit.cli import train as train_module
-from stratavit.cli.parser import main, parser
+from stratavit.cli.parser import main, parsers
 from stratavit.cli.train import recipe_of
 from stratavit.training import augmentation, run_files
 from stratavit.training.recipe import Recipe, field_types
@@ -75,6 +75,27 @@ def test_terminated_and_resumed(work, tmp_path, capsys, monkeypatch):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "uncut" / name).read_bytes()
 
 
+def test_a_run_is_resumed_by_its_folder_alone(work, tmp_path, capsys, monkeypatch):
+    """Model, images and head are those of the command that began it, from wherever it is resumed."""
+    short = ["--epochs", "1", "--batch-size", "8", "--workers", "0", "--tracker", "none", "--device", "cpu"]
+    monkeypatch.chdir(work)
+    begun = {
+        "train": ["train", "run", "--data", "data", "--recipe", "recipe.toml", "--device", "cpu"],
+        "finetune": ["finetune", "small", "--data", "data", "--new-head", *short],
+    }
+    for command, words in begun.items():
+        out = str(tmp_path / command)
+        assert main([*words, "--out", out]) == 0
+        monkeypatch.chdir(tmp_path)
+        again = output(capsys, command, "--resume", out, "--device", "cpu")
+        assert again["steps"] == run_files.read_state(tmp_path / command)["step"]
+        monkeypatch.chdir(work)
+    without = run_files.read_state(tmp_path / "train") | {"origin": {}}
+    run_files.write_state(tmp_path / "train", without)
+    assert "give RUN" in refusal(capsys, "train", "--resume", tmp_path / "train")
+    assert "--data" in refusal(capsys, "train", work / "run", "--out", tmp_path / "other")
+
+
 def test_processes_that_are_not_the_first_print_nothing(work, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_module, "leave_process_group", lambda: None)
     monkeypatch.setenv("RANK", "1")
@@ -86,14 +107,14 @@ def test_processes_that_are_not_the_first_print_nothing(work, tmp_path, capsys, 
 
 
 def test_flags_win_over_the_file(work):
-    recipe = recipe_of(parser().parse_args(arguments(work, "--lr", "0.5", "--sampling", "budget")))
+    recipe = recipe_of(parsers()[0].parse_args(arguments(work, "--lr", "0.5", "--sampling", "budget")))
     assert (recipe.lr, recipe.sampling, recipe.epochs) == (0.5, "budget", 2)
 
 
 def test_every_key_is_a_flag(work):
     defaults = Recipe().to_dict()
     flags = [text for key in field_types() for text in (f"--{key.replace('_', '-')}", str(defaults[key]))]
-    assert recipe_of(parser().parse_args(arguments(work, *flags, recipe=False))) == Recipe()
+    assert recipe_of(parsers()[0].parse_args(arguments(work, *flags, recipe=False))) == Recipe()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from helpers import CLASSES, make_batches, make_images, make_model, make_net
+from torch.utils.data import Subset
 from training_runs import CALM, ONE, TINY, Images, assert_same, crash, interrupted, names, outcome, rows, write_images
 
 import stratavit
@@ -46,7 +47,7 @@ def test_what_a_run_leaves(finished):
     assert loaded.provenance["finetune"]["recipe"] == PLAIN.to_dict()
     assert loaded.provenance["spec"]["blocks.1.mlp"] == 20
     evaluations = [row for row in rows(folder) if row["kind"] == "eval"]
-    assert [row["epoch"] for row in evaluations] == [2, 3]
+    assert [row["epoch"] for row in evaluations] == [0, 2, 3]
     (point,) = evaluations[-1]["points"]
     assert point["n"] == 12
     assert point["macs"] == model.provenance["macs"] == make_net("plain").macs(SPEC)
@@ -70,6 +71,20 @@ def test_it_lowers_the_loss_and_leaves_nothing_without_a_folder(tmp_path, monkey
     stratavit.finetune(model, data, None, dataclasses.replace(PLAIN, **CALM, epochs=10, smoothing=0.0), cpu=True)
     assert stratavit.evaluate(model, batch).loss < 0.7 * before
     assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("count", [3, 12, 24])
+def test_the_default_recipe_learns_from_few_images(tmp_path, count):
+    """It reaches more than half of the way to the labels of the images that it is trained on."""
+    data, model = Images(), small()
+    images, labels = data.images[:count], data.labels[:count]
+    before = stratavit.evaluate(model, [(images, labels)])
+    config = {"workers": 0, "tracker": "none", "lr": 0.05}
+    out = tmp_path / "run"
+    stratavit.finetune(model, Subset(data, range(count)), [(images, labels)], config, out, cpu=True)
+    (first, *_, last) = (row["points"][0] for row in rows(out) if row["kind"] == "eval")
+    assert (first["top1"], first["loss"]) == (before.top1, before.loss)
+    assert last["loss"] < 0.5 * first["loss"]
 
 
 @pytest.mark.parametrize(("at", "happens"), [(7, None), (60, crash)])
@@ -226,5 +241,5 @@ def test_only_keys_with_an_effect_are_flags(capsys):
         main(["finetune", "--help"])
     text = capsys.readouterr().out
     assert "--lr FLOAT" in text
-    assert "(default: 5e-05)" in text
+    assert "(default: 0.0005)" in text
     assert not [key for key in LIST_KEYS if f"--{key.replace('_', '-')} " in text]

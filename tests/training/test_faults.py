@@ -255,7 +255,7 @@ def test_many_unreadable_images_in_a_row(tmp_path, monkeypatch):
     )
     assert "3 images in a row" in refused(tmp_path / "run", data=data)
     assert run_files.read_state(tmp_path / "run")["step"] == 0
-    assert names(tmp_path / "run") == {"state.pt"}
+    assert names(tmp_path / "run") == {"state.pt", "log.jsonl"}
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------

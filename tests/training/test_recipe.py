@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from stratavit import StrataViTError
-from stratavit.training.recipe import FINETUNING, Recipe, field_types
+from stratavit.training.recipe import DEFAULTS, TRAINING, Recipe, field_types
 
 
 def test_defaults_are_the_papers():
@@ -17,7 +17,8 @@ def test_defaults_are_the_papers():
         "proxy_images": 1024,
     }
     assert Recipe().to_dict().items() >= papers.items()
-    assert Recipe.from_dict(FINETUNING) == Recipe(mode="plain", epochs=30, lr=5e-5, min_lr=1e-6)
+    assert Recipe.read("paper", kind="train") == Recipe()
+    assert Recipe.read("paper", kind="finetune") == Recipe(mode="plain", epochs=30, lr=5e-5, min_lr=1e-6)
 
 
 def test_every_key_is_documented():
@@ -29,8 +30,12 @@ def test_every_key_is_documented():
 def test_a_file_and_overrides(tmp_path):
     file = tmp_path / "recipe.toml"
     file.write_text('epochs = 60\nlr = 1\nsampling = "sandwich"  # a comment\n')
-    recipe = Recipe.read(file, {"epochs": 70}, {"lr": 2, "seed": 1})
+    recipe = Recipe.read(file, {"epochs": 70, "seed": 1})
     assert recipe == Recipe(epochs=70, lr=1.0, sampling="sandwich", seed=1)
+    assert Recipe.read(file, {"seed": 1}, "train") == Recipe(**TRAINING | {"epochs": 60, "lr": 1.0, "seed": 1})
+    assert Recipe.read(file, kind="train", begun=Recipe().to_dict()) == Recipe(epochs=60, lr=1.0, sampling="sandwich")
+    file.write_text('base = "paper"\nepochs = 60\n')
+    assert Recipe.read(file, kind="train") == Recipe.read(file) == Recipe(epochs=60)
     assert isinstance(recipe.lr, float)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
 
@@ -54,6 +59,7 @@ def test_a_file_and_overrides(tmp_path):
         ("batch_size = 3", "batch_size .* even"),
         ("tracker = 1", "tracker .* 1"),
         ("epochs = ", "TOML"),
+        ('base = "theirs"', "base .* 'paper' .* 'theirs'"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, named):
@@ -83,3 +89,27 @@ def test_the_average_of_a_short_run_follows_its_length():
     assert recipe.decay(1000) == pytest.approx(1 - 1 / 100)
     assert recipe.decay(5) == 0
     assert dataclasses.replace(recipe, ema_horizon=0.0).decay(5) == 0.99996
+
+
+@pytest.mark.parametrize("images", [1, 2, 7, 8, 30, 300, 3000, 10**6])
+@pytest.mark.parametrize("kind", DEFAULTS)
+@pytest.mark.parametrize("processes", [1, 8])
+def test_the_default_recipes_suit_any_number_of_images(images, kind, processes):
+    recipe = Recipe.read(None, {"epochs": 1}, kind).sized(images, processes)
+    assert recipe.sized(1) == recipe
+    step = recipe.batch_size * processes
+    if images >= processes:
+        assert step <= images
+        assert recipe.growths <= images // step
+        assert recipe.decay(images // step) < 0.999
+    assert 1 <= recipe.batch_size <= 128
+    assert 3e-5 / 3 < recipe.rate(step) < 1e-3
+    assert kind == "finetune" or recipe.stages == recipe.growths  # the list is complete before the only epoch ends
+    asked = Recipe.read(None, {"epochs": 1}, kind)
+    assert recipe.resumed(asked, "run") == recipe
+
+
+def test_the_rate_follows_the_batch():
+    assert Recipe(lr=1.0).rate(8) == 8 / 512
+    assert Recipe(lr=1.0, lr_scaling="root").rate(8) == 1 / 8
+    assert Recipe(lr=1.0, lr_scaling="root").rate(512) == Recipe(lr=1.0).rate(512) == 1

@@ -36,6 +36,7 @@ import stratavit
 from stratavit import StrataViTError, SuperNet
 from stratavit.calibration import contraction, statistics
 from stratavit.dropout_list.strata import Strata
+from stratavit.reports.curve import curve
 from stratavit.tasks import demo
 from stratavit.tasks.piad import train_piad
 from stratavit.tasks.piad_task import evaluations
@@ -159,7 +160,7 @@ def test_what_a_run_leaves(finished, case):
     folder, net = finished[case]
     written = {"state.pt", "log.jsonl", "model.safetensors", "moments.safetensors", "stratavit.json", "config.json"}
     assert names(folder) == written | {"curve.csv", "curve.png", "history.png"}
-    assert [epoch for epoch, _ in evaluations(folder)] == [2, 3]
+    assert [epoch for epoch, _ in evaluations(folder)] == [0, 2, 3]
     assert evaluations(folder)[-1][1] == stratavit.evaluation.curve_points.read_csv(folder / "curve.csv")
     assert (folder / "history.png").read_bytes()[:4] == b"\x89PNG"
     assert timm.create_model(f"local-dir:{folder}", pretrained=True)
@@ -170,7 +171,7 @@ def test_what_a_run_leaves(finished, case):
     assert not net.training
     assert same_at_half(net, loaded)
     kinds = [(row["kind"], row["epoch"]) for row in rows(folder)]
-    assert kinds == [("epoch", 1), ("epoch", 2), ("eval", 2), ("epoch", 3), ("eval", 3)]
+    assert kinds == [("eval", 0), ("epoch", 1), ("epoch", 2), ("eval", 2), ("epoch", 3), ("eval", 3)]
     assert net.provenance["train"]["recipe"] == CASES[case].to_dict()
     assert all(parameter.dtype is torch.float32 for parameter in net.parameters())
 
@@ -204,8 +205,32 @@ def test_averaged_weights_are_kept_unless_the_recipe_says_raw(tmp_path, finished
     assert_same(dict(none.model.state_dict()), dict(raw.model.state_dict()))
 
 
+def test_the_network_as_it_came_is_the_first_row_of_the_curve(tmp_path):
+    """With its own list and moments, which training then drops."""
+    net = fresh(stratified=True)
+    expected = curve(net, make_batches())
+    train_piad(net, Images(), make_batches(), ONE, tmp_path / "run", proxy=make_batches(), cpu=True)
+    assert evaluations(tmp_path / "run")[0] == (0, expected)
+    assert len(expected) > 1
+
+
+@pytest.mark.parametrize("method", ["default", "paper"])
+@pytest.mark.parametrize("stratified", [True, False])
+def test_the_default_recipe_learns_from_few_images(tmp_path, method, stratified, capsys):
+    data = Images()
+    batch = [(data.images, data.labels)]
+    net = fresh(method, stratified)
+    train_piad(net, data, batch, {"epochs": 4, "workers": 0, "tracker": "none", "lr": 0.01}, tmp_path / "run", cpu=True)
+    (_, before), *_, (_, after) = evaluations(tmp_path / "run")
+    assert after[0].loss < before[0].loss
+    assert net.compensation == ("full" if method == "default" else "none")
+    assert len(net.strata) > 0
+    assert "nothing was learned" not in capsys.readouterr().err
+
+
 def test_a_recipe_from_a_file_and_held_out_images_as_a_data_set(tmp_path):
     values = {key: value for key, value in ONE.to_dict().items() if value != getattr(Recipe(), key)}
+    values["base"] = "paper"
     (tmp_path / "recipe.toml").write_text("\n".join(f"{key} = {json.dumps(value)}" for key, value in values.items()))
     held_out = TensorDataset(*(torch.cat(side) for side in zip(*make_batches(), strict=True)))
     config, out = tmp_path / "recipe.toml", tmp_path / "run"

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from operator import index
-from typing import Any, Literal, SupportsIndex, TypedDict, get_args
+from typing import Any, SupportsIndex, TypedDict, get_args
 
 import torch
 
 from stratavit.budgets.amounts import GOALS, KINDS, Amount, Bound, Budget
 from stratavit.budgets.latency_curve import LatencyCurve
 from stratavit.budgets.search import Limit, meet
+from stratavit.choices import Axes as Axes
 from stratavit.dropout_list.strata import Strata
 from stratavit.errors import BudgetError, StrataViTError
 from stratavit.evaluation.accuracy import evaluate
@@ -19,7 +20,6 @@ from stratavit.evaluation.latency import Setting
 from stratavit.spec import Spec
 
 MEGABYTE = 10**6
-Axes = Literal["auto", "width", "both"]
 
 
 class BudgetArgs(TypedDict, total=False):

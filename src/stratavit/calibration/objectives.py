@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stratavit.choices import OBJECTIVES as OBJECTIVES
+from stratavit.choices import Measure as Measure
+from stratavit.choices import Objective as Objective
 from stratavit.data.batches import check_labels
 from stratavit.data.pixels import uniforms
 from stratavit.errors import StrataViTError
 from stratavit.models.families.base import Stages
-
-Objective = Literal["auto", "label", "cross_entropy", "prediction", "sampled", "feature"]
-OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
-Measure = Literal["auto", "top1", "cost"]  # of what a bypass costs, see `sensitivity.bypass_sensitivity`
 
 
 @dataclass(frozen=True)

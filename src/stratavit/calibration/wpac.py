@@ -8,17 +8,15 @@ Shape legend: H heads, d head_dim, m MLP hidden width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from stratavit.calibration.statistics import Scatter, SiteStatistics
+from stratavit.choices import CRITERIA as CRITERIA
+from stratavit.choices import Criterion as Criterion
 from stratavit.elastic.base import AttentionTransform
-
-Criterion = Literal["output", "wpac", "random", "magnitude", "taylor", "hessian", "pca"]
-CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 
 
 def scatter_needed(criterion: Criterion) -> Scatter:

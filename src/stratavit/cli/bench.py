@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,25 +24,6 @@ from stratavit.utils.devices import pick_device
 from stratavit.utils.text import human
 
 WIDTHS = ("head_dim", "qk_dim", "v_dim", "hidden_features")  # in the description of a site
-
-
-def bench_options(command: ArgumentParser) -> None:
-    """A saved folder, and what to time of it."""
-    add = command.add_argument
-    add("target", metavar="SMALL|RUN", help="a saved folder; several sizes of a super-network are timed")
-    ladder = ("10/12", "8/12", "6/12", "4/12")
-    text = "for a super-network: shares of the dense MACs (default: 10/12 to 4/12)"
-    add("--shares", type=options.shares, default=ladder, metavar="LIST", help=text)
-    add("--batches", type=_counts, default=(1, 64), metavar="LIST", help="batch sizes (default: 1,64)")
-    text = "any of eager, compiled, onnx (default: eager, and onnx if installed)"
-    add("--runtimes", type=lambda text: text.split(","), metavar="LIST", help=text)
-    text = "minimum seconds per model and setting (default: %(default)s)"
-    add("--seconds", type=float, default=2.0, help=text)
-    options.add_costs(command)
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(options.positive(part) for part in text.split(","))
 
 
 def bench(args: Namespace) -> options.Outcome:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from rich.table import Table
 
 from stratavit.artifacts import folder_format, sub_network
 from stratavit.budgets.amounts import Budget
-from stratavit.budgets.constraints import MEGABYTE, Axes
+from stratavit.budgets.constraints import MEGABYTE
 from stratavit.cli import options
-from stratavit.cli.options import Outcome, positive
+from stratavit.cli.options import Outcome
 from stratavit.data.class_names import class_names_of
 from stratavit.data.image_files import some
 from stratavit.evaluation.curve_points import points_in
@@ -28,24 +28,6 @@ from stratavit.reports import hub
 from stratavit.supernet import SuperNet
 from stratavit.utils.devices import pick_device
 from stratavit.utils.text import human
-
-
-def extract_options(command: ArgumentParser) -> None:
-    """RUN and budgets."""
-    command.add_argument("run", metavar="RUN", help="folder of a super-network")
-    options.add_budgets(command)
-    text = (
-        "width: narrower layers alone; both: merge tokens, too; auto: both for MACs, latency and accuracy, if RUN can"
-    )
-    command.add_argument("--axes", choices=get_args(Axes), default="auto", help=text)
-    add = command.add_argument_group("budgets of accuracy: the smallest sub-network that keeps them").add_argument
-    add("--top1", metavar="PERCENT", help="minimum top-1 accuracy on --data, in percent")
-    add("--max-drop", metavar="POINTS", help="maximum loss of top-1 accuracy on --data, in points")
-    what = "labelled images for --top1 and --max-drop: a folder with val/, or class folders"
-    options.add_data(command, what, required=False)
-    options.add_limit(command)
-    where = "folder to write the small model to; of several sizes (--macs 10/12,8/12) each gets its amount appended"
-    options.add_out(command, "SMALL", where)
 
 
 def extract(args: Namespace) -> Outcome:
@@ -89,21 +71,6 @@ def _sliced(net: SuperNet, met: Budget, folder: str, args: Namespace) -> Outcome
     return result, [str(met), f"wrote {folder}: {human(macs)} MACs, {size} (sliced in {seconds:.2f} s)"]
 
 
-def export_options(command: ArgumentParser) -> None:
-    """SMALL and a format."""
-    command.add_argument("small", metavar="SMALL", help="folder of a small model")
-    command.add_argument("--format", choices=tuple(SUFFIXES), default="onnx", help="file format (default: %(default)s)")
-    command.add_argument("--images", type=positive, default=32, help="images to compare on (default: %(default)s)")
-    text = "weights and arithmetic in float16; images and logits stay in float32"
-    command.add_argument("--half", action="store_true", help=text)
-    text = "version of ONNX operators (default: torch's choice)"
-    command.add_argument("--opset", type=positive, metavar="N", help=text)
-    what = "images to compare on, a folder with val/ or the class folders (default: noise)"
-    options.add_data(command, what, required=False)
-    where = "file to write (default: SMALL.onnx, SMALL.pt2, or the folder SMALL-transformers)"
-    options.add_out(command, "FILE", where, required=False)
-
-
 def export(args: Namespace) -> Outcome:
     """SMALL to one ONNX file, a torch.export program, or a folder of transformers."""
     file = Path(args.out or f"{str(args.small).rstrip('/')}{SUFFIXES[args.format]}")
@@ -114,22 +81,6 @@ def export(args: Namespace) -> Outcome:
         images = torch.cat([batch for batch, _ in loader])
     parity = export_model(model, file, args.format, images, args.overwrite, half=args.half, opset=args.opset)
     return parity.to_dict(), [str(parity)]
-
-
-def push_options(command: ArgumentParser) -> None:
-    """A saved folder and a repository."""
-    add = command.add_argument
-    add("target", metavar="SMALL|RUN", help="a saved folder")
-    add("repo", metavar="USER/NAME", help="repository; created if it does not exist")
-    add("--curve", metavar="DIR", help="folder written by curve, for the model card")
-    add("--license", metavar="NAME", help="licence of the weights, by its name on the hub, for example apache-2.0")
-    text = "repository of the model that it was made from (default: the one that convert recorded)"
-    add("--base-model", metavar="USER/NAME", help=text)
-    add("--private", action="store_true", help="make the repository private")
-    add("--no-moments", action="store_true", help="do not upload second moments")
-    add("--endpoint", metavar="URL", help="address of another hub")
-    add("--dry-run", metavar="DIR", help="write the upload to this folder instead")
-    add("--overwrite", action="store_true", help="replace the content of DIR")
 
 
 def push(args: Namespace) -> Outcome:
@@ -144,13 +95,6 @@ def push(args: Namespace) -> Outcome:
     return {"url": url}, [url]
 
 
-def models_options(command: ArgumentParser) -> None:
-    """Which models, and in what form."""
-    text = "pattern of names in timm, for example 'vit_*dinov3' (default: examples)"
-    command.add_argument("pattern", nargs="?", metavar="PATTERN", help=text)
-    command.add_argument("--markdown", action="store_true", help="print the table of docs/models.md")
-
-
 def models(args: Namespace) -> Outcome:
     """Table of what can be cut, to what degree and why not more."""
     found = supported.rows(args.pattern)
@@ -161,11 +105,6 @@ def models(args: Namespace) -> Outcome:
         name = row["name"] if not row["models"] else f"{row['models']}\n{row['name']}"
         table.add_row(name, row["attention"], row["mlp"], row["reason"])
     return {"models": found}, [table]
-
-
-def info_options(command: ArgumentParser) -> None:
-    """A saved folder."""
-    command.add_argument("target", metavar="SMALL|RUN", help="a saved folder")
 
 
 def info(args: Namespace) -> Outcome:
@@ -207,13 +146,6 @@ def info(args: Namespace) -> Outcome:
     lines += [f"input: {config['input_size']}, mean {config['mean']}, std {config['std']}"]
     about = {"widths": widths, "label_names": names, "data_config": config, "provenance": provenance}
     return {"kind": kind, **facts, **about}, [rows, *lines]
-
-
-def demo_options(command: ArgumentParser) -> None:
-    """Where to, and how long."""
-    options.add_out(command, "DIR", "folder for the results (default: stratavit-demo)", required=False)
-    text = "training epochs of the small model (default: %(default)s)"
-    command.add_argument("--epochs", type=positive, default=30, help=text)
 
 
 def demo(args: Namespace) -> Outcome:

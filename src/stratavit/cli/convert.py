@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from stratavit.artifacts import folder_format
 from stratavit.artifacts.model_loading import model_at
 from stratavit.calibration.contraction import resolve_method
-from stratavit.calibration.objectives import OBJECTIVES
-from stratavit.calibration.wpac import CRITERIA
 from stratavit.cli import options
-from stratavit.cli.options import Outcome, positive
+from stratavit.cli.options import Outcome
 from stratavit.data.class_names import class_names_of, full_names, set_class_names
 from stratavit.data.image_folder import ImageLoader
 from stratavit.data.shared_images import report_shared_images
@@ -26,39 +24,6 @@ from stratavit.files.folders import check_free
 from stratavit.supernet import SuperNet
 from stratavit.utils.devices import pick_device
 from stratavit.utils.text import human
-
-
-def convert_options(command: ArgumentParser) -> None:
-    """MODEL, images, and how knowledge is sorted."""
-    add = command.add_argument
-    add(
-        "model",
-        metavar="MODEL|FOLDER",
-        help="a name in timm (deit_tiny_patch16_224) or torchvision (vit_b_16), or the folder of a small model or of a "
-        "model of transformers",
-    )
-    options.add_model(command)
-    options.add_data(command, "images to calibrate on: a folder with train/, or the class folders themselves")
-    options.add_out(command, "RUN", "folder to write the super-network to")
-    text = "maximum number of calibration images (default: %(default)s, as in the paper)"
-    add("--images", type=positive, default=1024, help=text)
-    text = "paper: cut channels count as zero, as in the paper; default: they are predicted from the kept ones"
-    add("--method", choices=("default", "paper"), help=text)
-    text = "how channels are ranked; all but output imply --method paper"
-    add("--criterion", choices=CRITERIA, help=text)
-    text = "do not save second moments in RUN: a smaller folder, less accurate sub-networks"
-    add("--no-moments", action="store_true", help=text)
-    text = "quantity to differentiate; sampled, prediction and feature need no labels (default: %(default)s)"
-    add("--objective", choices=OBJECTIVES, default="auto", help=text)
-    text = "cost by which a unit's importance is divided (default: %(default)s)"
-    add("--price", choices=("macs", "latency"), default="macs", help=text)
-    text = "both: make a second list that merges similar tokens, too (default: %(default)s)"
-    add("--axes", choices=("width", "both"), default="width", help=text)
-    options.add_latency_batch(command)
-    add("--threads", type=positive, default=0, help="CPU threads for timings (default: torch's setting)")
-    add("--seed", type=int, default=0, help="seed of random choices (default: %(default)s)")
-    text = "the head outputs an embedding (CLIP image towers), not classes"
-    add("--embedding", action="store_true", help=text)
 
 
 def convert(args: Namespace) -> Outcome:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from stratavit.artifacts import folder_format
 from stratavit.artifacts.model_loading import model_at
 from stratavit.budgets.amounts import Budget
 from stratavit.cli import options
-from stratavit.cli.options import Outcome, positive
+from stratavit.cli.options import Outcome
 from stratavit.data.class_names import full_names, read_class_map
 from stratavit.data.image_folder import ImageLoader
 from stratavit.data.shared_images import report_shared_images
@@ -24,7 +24,7 @@ from stratavit.evaluation import curve_points, prediction
 from stratavit.evaluation.accuracy import evaluate as evaluate_model
 from stratavit.evaluation.dense_check import near_chance
 from stratavit.evaluation.features import knn, read_embeddings
-from stratavit.evaluation.latency import Precision, Runtime, Setting
+from stratavit.evaluation.latency import Setting
 from stratavit.evaluation.prediction import image_paths
 from stratavit.files.folders import check_free, check_free_file, write_folder
 from stratavit.interop.onnx_model import OnnxModel
@@ -35,9 +35,6 @@ from stratavit.reports.html import write_report
 from stratavit.supernet import SuperNet
 from stratavit.utils.devices import pick_device
 from stratavit.utils.model import classes_of, model_device
-
-TARGET = "a saved folder, an ONNX file, a folder of transformers, or a model's name as for convert"
-LABELLED = "labelled images: a folder with val/, or the class folders themselves"
 
 
 def judge_and_images(args: Namespace, model: nn.Module, config: dict[str, Any]) -> tuple[curves.Judge, ImageLoader]:
@@ -73,16 +70,6 @@ def _judge_and_images(args: Namespace, model: nn.Module, config: dict[str, Any])
     return lambda model, loader, spec=None, description="nearest neighbours": knn(
         model, bank, loader, spec, args.knn, description=description
     ), images
-
-
-def evaluate_options(command: ArgumentParser) -> None:
-    """A model, images, how to measure, and budgets."""
-    command.add_argument("target", metavar="SMALL|RUN|FILE.onnx|MODEL", help=TARGET)
-    options.add_model(command)
-    options.add_data(command, LABELLED)
-    options.add_limit(command)
-    options.add_judge(command)
-    options.add_budgets(command)
 
 
 def evaluate(args: Namespace) -> Outcome:
@@ -127,17 +114,6 @@ def asked_for(args: Namespace) -> tuple[nn.Module, dict[str, Any], Budget | None
     return model, resolve_data_config(model), None
 
 
-def predict_options(command: ArgumentParser) -> None:
-    """A model, images, and how many classes."""
-    add = command.add_argument
-    add("target", metavar="SMALL|RUN|FILE.onnx|MODEL", help=TARGET)
-    add("images", nargs="+", metavar="IMAGE", help="image files, or folders with images directly in them")
-    options.add_model(command)
-    add("--class-map", metavar="FILE", help=f"{options.CLASS_MAP} (default: the names that the model has)")
-    add("--top", type=positive, default=5, metavar="K", help="classes per image (default: %(default)s)")
-    options.add_budgets(command)
-
-
 def predict(args: Namespace) -> Outcome:
     """The most likely classes of a few images, by name."""
     paths = image_paths(args.images)
@@ -150,16 +126,6 @@ def predict(args: Namespace) -> Outcome:
         view += [f"  {100 * one['probability']:5.1f} %  {one['name'] or ''} ({one['class']})" for one in classes]
     images = [{"image": path, "classes": classes} for path, classes in zip(paths, found, strict=True)]
     return {"images": images}, view
-
-
-def curve_options(command: ArgumentParser) -> None:
-    """RUN, images, how to measure, and at which sizes."""
-    command.add_argument("run", metavar="RUN", help="folder of a super-network")
-    options.add_data(command, LABELLED)
-    options.add_limit(command)
-    options.add_judge(command)
-    options.add_ladder(command)
-    options.add_out(command, "DIR", "folder for curve.csv and curve.png (default: RUN-curve)", required=False)
 
 
 def curve_folder(run: Path | str) -> Path:
@@ -203,30 +169,6 @@ def write_curve(points: list[curve_points.Point], out: str | Path, title: str, o
         plots.plot(points, folder / "curve.png", title)
 
     write_folder(out, write, overwrite)
-
-
-def report_options(command: ArgumentParser) -> None:
-    """RUN, its accuracy or how to measure it, and its latency."""
-    add = command.add_argument
-    add("run", metavar="RUN", help="folder of a super-network")
-    add(
-        "--curve",
-        metavar="DIR",
-        help="folder written by curve, to take accuracy from (default: RUN-curve, if there is one)",
-    )
-    add("--title", metavar="TEXT", help="title of the page (default: source and method)")
-    group = command.add_argument_group("latency of the measured sizes, on this device")
-    group.add_argument("--latency", action="store_true", help="time them and add milliseconds as an axis")
-    options.add_latency_batch(group)
-    group.add_argument("--runtime", choices=get_args(Runtime), default="eager", help="runtime (default: %(default)s)")
-    group.add_argument("--dtype", choices=get_args(Precision), help="type of the weights (default: as saved)")
-    group.add_argument("--threads", type=positive, default=0, help="CPU threads (default: torch's setting)")
-    what = "labelled images to measure accuracy on: a folder with val/, or class folders"
-    options.add_data(command, what, required=False)
-    options.add_limit(command)
-    options.add_judge(command)
-    options.add_ladder(command)
-    options.add_out(command, "FILE", "page to write (default: RUN-report.html)", required=False)
 
 
 def report(args: Namespace) -> Outcome:

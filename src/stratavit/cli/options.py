@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from typing import Any, get_args
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, get_args
 
 from stratavit.budgets.amounts import KINDS
-from stratavit.data.class_names import class_names_of
-from stratavit.data.image_folder import ImageLoader, image_loader
+from stratavit.choices import NEIGHBOURS, Precision, Runtime
 from stratavit.errors import BudgetError
 from stratavit.evaluation.curve_points import LADDER, parse_share
-from stratavit.evaluation.features import NEIGHBOURS
-from stratavit.evaluation.latency import Precision, Runtime, Setting
-from stratavit.utils.model import classes_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from stratavit.data.image_folder import ImageLoader
 
 Outcome = tuple[dict[str, Any], list[Any]]  # plain data for --json, and a view for people
 CLASS_MAP = "text file, one class folder name per line in the order of the head"
@@ -124,6 +123,8 @@ def budgets(args: Namespace) -> Any:
     asked = {kind: getattr(args, kind, None) for kind in (*KINDS, "position")}
     if all(amount is None for amount in asked.values()):
         return {}
+    from stratavit.evaluation.latency import Setting
+
     setting = Setting(getattr(args, "latency_batch", 1), getattr(args, "runtime", "eager"), args.dtype, args.threads)
     return asked | {"setting": setting}
 
@@ -163,6 +164,10 @@ def loader_of(
     classes: int = 0,
 ) -> ImageLoader:
     """Images of ``--data``, checked against the head of a model, or against so many classes (0: any)."""
+    from stratavit.data.class_names import class_names_of
+    from stratavit.data.image_folder import image_loader
+    from stratavit.utils.model import classes_of
+
     names, quick = None, getattr(args, "limit", None) if split == "val" else None
     if head is not None:
         classes, names = classes_of(head), class_names_of(head)

@@ -8,10 +8,11 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
+from typing import Any
 
-from rich.console import Console
-
-from stratavit.data.batches import OUT_OF_MEMORY_HINT, watched
+from stratavit.cli import arguments, train_options
+from stratavit.cli.wording import Parser, check_spelling, in_options
 from stratavit.errors import StrataViTError, reason_of
 from stratavit.utils import signals
 from stratavit.version import __version__
@@ -31,11 +32,27 @@ _EXAMPLES = """examples:
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """All commands: `convert` of a module does the work of a command, `convert_options` adds its options."""
-    from stratavit.cli import bench, commands, convert, measure, train
+COMMANDS = {  # name -> module with a function of that name, which does the work; summary
+    "convert": ("convert", "make a super-network from a pre-trained model"),
+    "train": ("train", "train a super-network so that no size needs fine-tuning"),
+    "finetune": ("train", "train one small model further"),
+    "extract": ("commands", "slice a plain small model out of a super-network"),
+    "evaluate": ("measure", "measure accuracy on labelled images"),
+    "predict": ("measure", "name the most likely classes of a few images"),
+    "curve": ("measure", "measure accuracy at a ladder of budgets: table, CSV, PNG"),
+    "report": ("measure", "write one HTML page: every size, its accuracy, the dropout list"),
+    "export": ("commands", "write a small model for other libraries: ONNX, torch.export, transformers"),
+    "bench": ("bench", "measure latency and throughput next to the dense model's"),
+    "push": ("commands", "upload to the Hugging Face hub, with a model card"),
+    "models": ("commands", "list which models are supported, and to what degree"),
+    "info": ("commands", "print sites, widths, MACs, parameters and provenance of a saved folder"),
+    "demo": ("commands", "run all steps on a small model and images that come with scikit-learn"),
+}
 
-    main_parser = argparse.ArgumentParser(
+
+def parsers() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of the command line, and those of its commands; nothing slow is imported for them."""
+    main_parser = Parser(
         prog="stratavit",
         description="Turn one pre-trained Vision Transformer into a super-network; slice any size out of it.",
         epilog=_EXAMPLES,
@@ -43,28 +60,15 @@ def parser() -> argparse.ArgumentParser:
     )
     main_parser.add_argument("--version", action="version", version=f"stratavit {__version__}")
     group = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, module, summary in (
-        ("convert", convert, "make a super-network from a pre-trained model"),
-        ("train", train, "train a super-network so that no size needs fine-tuning"),
-        ("finetune", train, "train one small model further"),
-        ("extract", commands, "slice a plain small model out of a super-network"),
-        ("evaluate", measure, "measure accuracy on labelled images"),
-        ("predict", measure, "name the most likely classes of a few images"),
-        ("curve", measure, "measure accuracy at a ladder of budgets: table, CSV, PNG"),
-        ("report", measure, "write one HTML page: every size, its accuracy, the dropout list"),
-        ("export", commands, "write a small model for other libraries: ONNX, torch.export, transformers"),
-        ("bench", bench, "measure latency and throughput next to the dense model's"),
-        ("push", commands, "upload to the Hugging Face hub, with a model card"),
-        ("models", commands, "list which models are supported, and to what degree"),
-        ("info", commands, "print sites, widths, MACs, parameters and provenance of a saved folder"),
-        ("demo", commands, "run all steps on a small model and images that come with scikit-learn"),
-    ):
+    commands = {}
+    for name, (_, summary) in COMMANDS.items():
         command = group.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        command.set_defaults(run_command=getattr(module, name))
         command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the best available)")
         command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-        getattr(module, f"{name}_options")(command)
-    return main_parser
+        options = f"{name}_options"
+        getattr(train_options if hasattr(train_options, options) else arguments, options)(command)
+        commands[name] = command
+    return main_parser, commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,17 +77,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 2 for an error of the user's, reported in one line; 130 when interrupted, 143 when terminated.
     """
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    main_parser, commands = parsers()
+    check_spelling(words, main_parser, commands)
+    args = main_parser.parse_args(words)
+    done = _run(args, commands[args.command])
+    return done if isinstance(done, int) else _print(args, *done)
+
+
+def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int | tuple[dict[str, Any], list[Any]]:
+    """Does the work; the exit code if it fails."""
+    from stratavit.data.batches import OUT_OF_MEMORY_HINT, watched
+
     less = OUT_OF_MEMORY_HINT if "workers" in args else "free some memory, or take a smaller model"
     try:
         with signals.raised(), watched("", lambda: less):
-            result, view = args.run_command(args)
+            module = import_module(f"stratavit.cli.{COMMANDS[args.command][0]}")
+            return getattr(module, args.command)(args)
     except StrataViTError as error:
-        return _failed(args, str(error), type(error).__name__, 2)
+        file = getattr(args, "recipe", None)  # whose keys are not options
+        message = str(error) if file and str(error).startswith(file) else in_options(str(error), parser)
+        return _failed(args, message, type(error).__name__, 2)
     except KeyboardInterrupt as stop:
         said = "terminated" if isinstance(stop, signals.Terminated) else "interrupted"
         text = str(stop) or f"{said}; nothing half-written was left"
         return _failed(args, text, type(stop).__name__, signals.exit_code(stop))
+
+
+def _print(args: argparse.Namespace, result: dict[str, Any], view: list[Any]) -> int:
+    """Prints the outcome; the exit code."""
+    from rich.console import Console
+
     try:
         if args.json:
             print(json.dumps(result, indent=1))

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import os
-from argparse import SUPPRESS, ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from stratavit.artifacts import sub_network
 from stratavit.artifacts.model_loading import model_at
-from stratavit.cli.options import CLASS_MAP, Outcome, default_workers
+from stratavit.cli.options import Outcome, default_workers
+from stratavit.cli.wording import PREFIX
 from stratavit.data.class_names import MEND, class_names_of, full_names, set_class_names
 from stratavit.data.image_files import class_folders
 from stratavit.data.image_folder import ImageLoader, image_loader
@@ -28,66 +29,25 @@ from stratavit.supernet import SuperNet
 from stratavit.tasks.finetune import finetune as finetune_model
 from stratavit.training.augmentation import TrainingFolder, training_transform
 from stratavit.training.distributed import leave_process_group
-from stratavit.training.recipe import FINETUNING, LIST_KEYS, Recipe, field_types
+from stratavit.training.recipe import Recipe
 from stratavit.training.run_files import LOG_FILE, Journal, read_state
+from stratavit.training.verdict import first_curve
 from stratavit.utils.devices import pick_device
 from stratavit.utils.model import classes_of
 from stratavit.utils.text import human
 
-_PREFIX = "recipe_"
 
-
-def train_options(command: ArgumentParser) -> None:
-    """RUN and the recipe of PIAD."""
-    command.set_defaults(base={})
-    command.add_argument("run", metavar="RUN", help="folder of a super-network, made by convert")
-    _add_options(command, "RUN2", "default: the paper's for DeiT-S", ())
-
-
-def finetune_options(command: ArgumentParser) -> None:
-    """SMALL and the recipe of fine-tuning."""
-    command.set_defaults(base=FINETUNING)
-    command.add_argument("small", metavar="SMALL", help="folder of a small model, made by extract")
-    text = "replace the head by a new one for the classes of the data"
-    command.add_argument("--new-head", action="store_true", help=text)
-    _add_options(command, "TUNED", "default: the paper's fine-tuning", LIST_KEYS)
-
-
-def _add_options(command: ArgumentParser, out: str, default: str, without: tuple[str, ...]) -> None:
-    """Data, folder, recipe, teacher and one option per key of the recipe."""
-    add = command.add_argument
-    text = "a folder with train/ and, for evaluation, val/"
-    add("--data", required=True, metavar="DIR", help=text)
-    add("--class-map", metavar="FILE", help=CLASS_MAP)
-    add("--out", metavar=out, help="folder of the run")
-    add("--overwrite", action="store_true", help=f"empty {out} first")
-    add("--recipe", "--config", metavar="FILE", help=f"TOML file of a recipe ({default})")
-    text = "continue the interrupted run in this folder"
-    add("--resume", nargs="?", const=True, default=False, metavar=out, help=text)
-    add("--teacher", metavar="SMALL|MODEL", help="model whose outputs make up the share --distil of every target")
-    add("--teacher-weights", metavar="FILE", help="local checkpoint of a teacher that is given by its name in timm")
-    group = command.add_argument_group("recipe", "any key of the recipe; an option overrides the file")
-    defaults = Recipe.from_dict(command.get_default("base")).to_dict()
-    for key, kind in field_types().items():
-        if key in without:
-            continue
-        choices = get_args(kind) if get_origin(kind) is Literal else None
-        group.add_argument(
-            f"--{key.replace('_', '-')}",
-            dest=_PREFIX + key,
-            type=str if choices else kind,
-            choices=choices,
-            default=SUPPRESS,
-            metavar=None if choices else kind.__name__.upper(),
-            help=f"(default: {defaults[key]!r})".replace("%", "%%"),
-        )
-
-
-def recipe_of(args: Namespace) -> Recipe:
+def recipe_of(args: Namespace, begun: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe that was asked for: flags win over the file, that over the interrupted run's or the defaults."""
-    overrides = {key.removeprefix(_PREFIX): value for key, value in vars(args).items() if key.startswith(_PREFIX)}
-    begun = read_state(Path(args.out))["recipe"] if args.resume else {}
-    return Recipe.read(args.recipe, overrides, args.base | begun)
+    overrides = {key.removeprefix(PREFIX): value for key, value in vars(args).items() if key.startswith(PREFIX)}
+    return Recipe.read(args.recipe, overrides, args.kind, begun)
+
+
+_ORIGIN = {  # what a state keeps of the command that began the run
+    "train": ("run", "data", "class_map", "teacher", "teacher_weights"),
+    "finetune": ("small", "data", "class_map", "teacher", "teacher_weights", "new_head"),
+}
+_BATCH = 64  # of images that are only measured on, where the recipe says none
 
 
 class Images(NamedTuple):
@@ -105,7 +65,7 @@ def images_of(args: Namespace, config: Mapping[str, Any], head: nn.Module | None
         StrataViTError: See `image_loader`; or the folders to evaluate on are others than those to train on.
     """
     classes, names = (None, None) if head is None else (classes_of(head), class_names_of(head))
-    options = (args.class_map, recipe.batch_size, min(recipe.workers, default_workers()))
+    options = (args.class_map, recipe.batch_size or _BATCH, min(recipe.workers, default_workers()))
     proxy = image_loader(args.data, config, "train", classes, *options, recipe.proxy_images, names)
     evaluation, held_out = None, find_split(args.data, "val")
     if held_out is not None:
@@ -121,7 +81,7 @@ def images_of(args: Namespace, config: Mapping[str, Any], head: nn.Module | None
     return Images(train, proxy, evaluation)
 
 
-def _begin(args: Namespace, source: str) -> Recipe:
+def _begin(args: Namespace) -> Recipe:
     """The recipe to train by; checks folder and device."""
     if args.device not in ("auto", "cpu", "cuda"):
         raise StrataViTError(
@@ -134,11 +94,31 @@ def _begin(args: Namespace, source: str) -> Recipe:
         args.out, args.resume = args.resume, True
     if args.out is None:
         raise StrataViTError("give the folder of the run: --out, or --resume to go on with an interrupted one")
-    if Path(args.out).resolve() == Path(source).resolve():
-        raise StrataViTError(f"{source} is what the run starts from; give it another folder with --out")
     if args.resume and args.overwrite:
         raise StrataViTError("--resume goes on with what --overwrite would delete; give one of them")
-    return recipe_of(args)
+    begun = read_state(Path(args.out)) if args.resume else None
+    source = _fill(args, {} if begun is None else begun.get("origin") or {})
+    if Path(args.out).resolve() == Path(source).resolve():
+        raise StrataViTError(f"{source} is what the run starts from; give it another folder with --out")
+    return recipe_of(args, None if begun is None else begun["recipe"])
+
+
+def _fill(args: Namespace, origin: Mapping[str, Any]) -> str:
+    """Sets what is not given to what the interrupted run was given; returns what is trained."""
+    source = "run" if args.kind == "train" else "small"
+    for name in _ORIGIN[args.kind]:
+        if not getattr(args, name) and name in origin:
+            setattr(args, name, origin[name])
+    for name, text in ((source, source.upper()), ("data", "--data DIR")):
+        if getattr(args, name) is None:
+            raise StrataViTError(f"give {text}" + (f", which {args.out} does not name" if args.resume else ""))
+    return str(getattr(args, source))
+
+
+def _origin(args: Namespace) -> dict[str, Any]:
+    """What a run that is resumed needs to be given again, for its state; names of existing files are absolute."""
+    found = {name: getattr(args, name) for name in _ORIGIN[args.kind] if getattr(args, name)}
+    return {name: str(Path(v).resolve()) if v is not True and Path(v).exists() else v for name, v in found.items()}
 
 
 def _how(args: Namespace, classes: int) -> dict[str, Any]:
@@ -148,7 +128,8 @@ def _how(args: Namespace, classes: int) -> dict[str, Any]:
         teacher = model_at(args.teacher, args.teacher_weights, None if Path(args.teacher).is_dir() else classes)
     elif args.teacher_weights is not None:
         raise StrataViTError("--teacher-weights needs --teacher MODEL")
-    return {"resume": args.resume, "overwrite": args.overwrite, "cpu": args.device == "cpu", "teacher": teacher}
+    how = {"resume": args.resume, "overwrite": args.overwrite, "cpu": args.device == "cpu", "teacher": teacher}
+    return how | {"origin": _origin(args)}
 
 
 def _follower(args: Namespace) -> bool:
@@ -164,7 +145,7 @@ def train(args: Namespace) -> Outcome:
     """RUN and training images to a trained super-network's folder."""
     from stratavit.tasks.piad import train_piad
 
-    recipe = _begin(args, args.run)
+    recipe = _begin(args)
     net = SuperNet.load(args.run)
     images = images_of(args, net.data_config, net, recipe)
     how = _how(args, net.model.num_classes)
@@ -179,13 +160,13 @@ def train(args: Namespace) -> Outcome:
         f"trained {result['steps']} steps on {result['images']} images: any size from {human(smallest)} to "
         f"{human(net.macs())} MACs is now a slice of {args.out}"
     )
-    points = [curve_points.Point(**point) for point in result["points"]]
-    return result, [curve.table(points), text] if points else [text]
+    before, points = ([curve_points.Point(**point) for point in result[key]] for key in ("before", "points"))
+    return result, [curve.table(points, before), text] if points else [text]
 
 
 def finetune(args: Namespace) -> Outcome:
     """SMALL and training images to a fine-tuned small model's folder."""
-    recipe = _begin(args, args.small)
+    recipe = _begin(args)
     model: Any = sub_network.load(args.small, timm_form=True)
     images = images_of(args, resolve_data_config(model), None if args.new_head else model, recipe)
     if args.new_head:
@@ -196,7 +177,10 @@ def finetune(args: Namespace) -> Outcome:
         return {}, []
     result = {"small": str(args.out), **_outcome(args, model.provenance["finetune"], len(images.train))}
     text = f"fine-tuned {result['steps']} steps on {result['images']} images; wrote {args.out}"
-    measured = [f"top-1 {point['top1']:.2f} % over {point['n']} images" for point in result["points"]]
+    measured = [
+        f"top-1 {new['top1']:.2f} % over {new['n']} images, {old['top1']:.2f} % before"
+        for old, new in zip(result["before"], result["points"], strict=False)
+    ]
     return result, [*measured, text]
 
 
@@ -216,5 +200,6 @@ def _outcome(args: Namespace, facts: Mapping[str, Any], images: int) -> dict[str
         "images": images,
         "steps": facts["steps"],
         "seconds": sum(row.get("seconds", 0) for row in log if row["kind"] == "epoch"),
+        "before": [vars(point) for point in first_curve(log)],
         "points": [vars(point) for point in curve_points.last_curve(log)],
     }

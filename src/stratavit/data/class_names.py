@@ -14,7 +14,7 @@ from timm.data import ImageNetInfo
 
 from stratavit.data.image_files import some
 from stratavit.errors import StrataViTError, described
-from stratavit.files.folders import read_small
+from stratavit.files.reading import read_small
 from stratavit.utils.model import classes_of, is_super_network
 
 MEND = "give --class-map FILE (one class folder name per line)"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from stratavit.errors import ArtifactError, StrataViTError, one_line
-from stratavit.files.folders import read_small
+from stratavit.files.reading import read_small
 
 LADDER = tuple(f"{twelfths}/12" for twelfths in range(12, 1, -1))
 LISTS = {"width": "width", "both": "width and tokens"}  # axes of a list -> what a reader calls it

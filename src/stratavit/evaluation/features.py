@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stratavit.choices import NEIGHBOURS as NEIGHBOURS
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.evaluation.accuracy import Metrics, Tally, labelled
 from stratavit.files.folders import read_tensors
@@ -20,7 +21,7 @@ from stratavit.interop.libraries import as_timm
 from stratavit.interop.timm_equivalent import tensor_of
 from stratavit.utils.model import classes_of, measured_at, model_device, model_dtype
 
-NEIGHBOURS, TEMPERATURE = 20, 0.07  # as DINO and DINOv2 are evaluated
+TEMPERATURE = 0.07  # as DINO and DINOv2 are evaluated
 SCALE = 100.0  # CLIP's largest
 CHUNK = 4096  # images of the bank compared at once
 

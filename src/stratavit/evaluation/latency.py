@@ -11,16 +11,16 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from operator import index
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, SupportsIndex, get_args
+from typing import Any, NamedTuple, SupportsIndex, get_args
 
 import torch
 from torch import nn
 
+from stratavit.choices import Precision as Precision
+from stratavit.choices import Runtime as Runtime
 from stratavit.errors import StrataViTError
 from stratavit.utils.model import eval_mode, model_device, model_dtype
 
-Runtime = Literal["eager", "compiled", "onnx"]
-Precision = Literal["float32", "float16", "bfloat16"]
 AT_LEAST_RUNS = 5
 
 

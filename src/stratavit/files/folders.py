@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import os
-import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,8 +18,8 @@ from torch import Tensor
 
 from stratavit.errors import ArtifactError, one_line, out_of_memory, reason_of
 from stratavit.files.atomic import followed, move_into_place, readable_errors, temporary_sibling
+from stratavit.files.reading import read_small
 
-LARGEST_TEXT = 64 << 20  # bytes of a JSON or text file; the longest list that a model can have is a few MB
 DEEPEST = 100  # levels of nested objects and arrays in a JSON file; ours have less than ten
 
 
@@ -158,20 +157,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} should hold a JSON object, found {type(content).__name__}")
     return content
-
-
-def read_small(path: Path) -> bytes:
-    """The bytes of a file that people could read.
-
-    Raises:
-        OSError: It cannot be read, is not a regular file, or is larger than such a file can be.
-    """
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "not a regular file")
-    if found.st_size > LARGEST_TEXT:
-        raise OSError(errno.EFBIG, f"larger than {LARGEST_TEXT >> 20} MB")
-    return path.read_bytes()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from stratavit.errors import ArtifactError, reason_of
-from stratavit.files.folders import read_small
+from stratavit.files.reading import read_small
 
 if sys.platform == "win32":  # pragma: no cover: tests run on Linux
     import msvcrt

@@ -11,11 +11,13 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stratavit.choices import SUFFIXES as SUFFIXES
+from stratavit.choices import Format as Format
 from stratavit.data.batches import check_finite, check_images, unpack
 from stratavit.data.class_names import class_names_of
 from stratavit.errors import StrataViTError
@@ -29,8 +31,6 @@ from stratavit.models.number_types import HALF_TOLERANCE, InHalf
 from stratavit.utils.model import eval_mode, is_super_network, model_device, model_dtype
 from stratavit.utils.wrappers import unwrapped
 
-Format = Literal["onnx", "torch", "transformers"]
-SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2", "transformers": "-transformers"}
 TOLERANCE = 1e-4  # of the largest logit of an image
 FLOOR = 1e-10  # and this: what is left where logits cancel out
 NOISE_IMAGES = 8

@@ -13,6 +13,7 @@ from stratavit.evaluation.curve_points import LADDER, LISTS, Point, by_list, par
 from stratavit.evaluation.features import knn, zero_shot
 from stratavit.spec import Spec
 from stratavit.utils.model import classes_of
+from stratavit.utils.progress import overall
 from stratavit.utils.text import human
 
 if TYPE_CHECKING:
@@ -64,33 +65,40 @@ def curve(
         StrataViTError: There is no dropout list, or the images do not fit the model.
     """
     lists = {"width": net.strata, "both": net.joint_strata}
-    points: list[Point] = []
-    known: dict[Spec, Metrics] = {}
+    asked = []
     for name in axes:
-        strata = lists[name]
-        if strata is None and name == "both":
+        if (strata := lists[name]) is None and name == "both":
             continue
         lowest = 0 if strata is None else net.macs(strata.smallest())
-        for asked in (share for share in ladder if parse_share(share) * net.macs() >= lowest):
-            met = net.budget(macs=parse_share(asked), axes=name)
+        asked += [(name, share) for share in ladder if parse_share(share) * net.macs() >= lowest]
+    points: list[Point] = []
+    known: dict[Spec, Metrics] = {}
+    with overall("accuracy at every size", sum(parse_share(share) for _, share in asked)) as begin:
+        for name, share in asked:
+            met = net.budget(macs=parse_share(share), axes=name)
+            begin(parse_share(share))
             if (spec := net.resolve(met.spec)) not in known:  # the full model is on both lists
-                known[spec] = judge(net, loader, spec, description=f"MACs {asked}, {LISTS[name]}")
+                known[spec] = judge(net, loader, spec, description=f"MACs {share}, {LISTS[name]}")
             size = {"share": met.got / net.macs(), "macs": met.got, "params": net.params(spec)}
-            points.append(Point(asked, **size, **known[spec].to_dict(), axes=name))  # type: ignore[arg-type]
+            points.append(Point(share, **size, **known[spec].to_dict(), axes=name))  # type: ignore[arg-type]
     return points
 
 
-def table(points: Sequence[Point]) -> Table:
-    """The curve as a table for the terminal."""
+def table(points: Sequence[Point], before: Sequence[Point] = ()) -> Table:
+    """The curve as a table for the terminal, with the top-1 of a curve `before`, if there was one."""
+    earlier = {point.asked: f"{point.top1:.2f}" for point in before}
     rows = Table(title="accuracy against size")
     several = len(by_list(points)) > 1
     if several:
         rows.add_column("list")
     for heading in ("MACs asked", "MACs got", "share", "params", "top-1 %", "top-5 %", "loss"):
         rows.add_column(heading, justify="right")
+    if earlier:
+        rows.add_column("before %", justify="right")
     for p in points:
         cells = (human(p.macs), f"{p.share:.1%}", human(p.params), f"{p.top1:.2f}", f"{p.top5:.2f}", f"{p.loss:.3f}")
-        rows.add_row(*([LISTS[p.axes]] if several else []), p.asked, *cells)
+        first = [LISTS[p.axes]] if several else []
+        rows.add_row(*first, p.asked, *cells, *([earlier.get(p.asked, "")] if earlier else []))
     return rows
 
 

@@ -1,7 +1,7 @@
 """Fine-tuning of one small model: the training loop of PIAD, without a list.
 
-Source: method section 2 (arXiv 2511.11683): 30 epochs, learning rate 5e-5 to 1e-6, no warm-up; the
-rest is the DeiT recipe.
+Source: method section 2 (arXiv 2511.11683), whose recipe (`PAPERS`) is 30 epochs, learning rate 5e-5 to 1e-6, no
+warm-up, and DeiT's for the rest; the default is our own, because that one needs many images.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from stratavit.models.architecture import resolve_data_config
 from stratavit.models.cost import linear_macs
 from stratavit.spec import Spec
 from stratavit.training.launch import Config, recipe_for, train
-from stratavit.training.recipe import FINETUNING, Recipe
+from stratavit.training.order import length_of
+from stratavit.training.recipe import Recipe
 from stratavit.training.run_files import publish
 from stratavit.training.task import SampledNetwork, TrainingTask
 from stratavit.training.unused_keys import SMALL
@@ -47,6 +48,7 @@ def finetune(
     overwrite: bool = False,
     cpu: bool = False,
     teacher: nn.Module | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Fine-tunes a small model (or any timm `VisionTransformer`) in place.
 
@@ -59,10 +61,12 @@ def finetune(
         train_data: Of known length, returns ``(image [C, H, W], label)``, augmented by itself if at all.
         val_data: Labelled images to evaluate on: a data set, or a loader.
         config: A `Recipe`; or some of its keys, or a recipe's file, the other keys as in the interrupted run, or as
-            `recipe.FINETUNING` has them. Keys of the dropout list have no effect, as is reported; `mode` is ``plain``.
+            `recipe.FINETUNING` has them; or ``paper``. Keys of the dropout list have no effect, as is reported; `mode`
+            is ``plain``.
         out: Folder of the run; must be empty or absent, unless `resume`. None keeps nothing but `model`.
         resume, overwrite, cpu: See `train_piad`.
         teacher: A model with the same classes whose outputs are ``config.distil`` of every target.
+        origin: See `train_piad`.
 
     Returns:
         `model`, in eval mode, with the weights that `Recipe.keep` names; of transformers a new model of its class.
@@ -74,7 +78,7 @@ def finetune(
     """
     if is_super_network(model):
         raise StrataViTError("finetune: this is a super-network: train it with train_piad, or extract a model first")
-    recipe = recipe_for(config, out, resume, base=FINETUNING, fixed={"mode": "plain"})
+    recipe = recipe_for(config, out, resume, "finetune", fixed={"mode": "plain"}, images=length_of(train_data))
     foreign, model = is_transformers(model), as_timm(model)
     architecture.describe(model)  # refused before any work if it could not be saved
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -82,6 +86,7 @@ def finetune(
     data_config = resolve_data_config(model)
     train(
         partial(FinetuneTask, model, data_config, recipe),
+        partial(_measure_before, model, data_config),
         model,
         data_config,
         train_data,
@@ -92,6 +97,7 @@ def finetune(
         overwrite=overwrite,
         cpu=cpu,
         teacher=teacher,
+        origin=origin,
     )
     return as_source(model) if foreign else model
 
@@ -125,9 +131,7 @@ class FinetuneTask(TrainingTask):
 
     def evaluate(self, loader: Iterable[Any]) -> list[curve_points.Point]:
         """Its accuracy, one point."""
-        params = sum(p.numel() for p in self.net.model.parameters())
-        metrics = evaluate(self.eval_net.model, loader).to_dict()
-        return [curve_points.Point("12/12", 1.0, self.full_macs, params, **metrics)]  # type: ignore[arg-type]
+        return _measured(self.eval_net.model, self.full_macs, loader)
 
     def graduate(self, facts: dict[str, Any]) -> None:
         """Gives the model the weights to keep; eval mode. `facts` go into its provenance."""
@@ -139,3 +143,15 @@ class FinetuneTask(TrainingTask):
     def publish(self, folder: Path, points: list[curve_points.Point]) -> None:
         """Writes the model into the run's folder."""
         publish(lambda path: sub_network.save(self.net.model, path, overwrite=True), SMALL_FILES, folder)
+
+
+def _measured(model: nn.Module, macs: int, loader: Iterable[Any]) -> list[curve_points.Point]:
+    params = sum(p.numel() for p in model.parameters())
+    return [curve_points.Point("12/12", 1.0, macs, params, **evaluate(model, loader).to_dict())]  # type: ignore[arg-type]
+
+
+def _measure_before(
+    model: nn.Module, data_config: Mapping[str, Any], accelerator: Any, loader: Iterable[Any]
+) -> list[curve_points.Point]:
+    model.float().to(accelerator.device)
+    return _measured(model, linear_macs(model, data_config["input_size"]), loader)

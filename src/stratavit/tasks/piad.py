@@ -5,7 +5,7 @@ Source: method section 2 (arXiv 2511.11683).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from stratavit.tasks.piad_task import PiadTask
+from stratavit.tasks.piad_task import PiadTask, measure_before
 from stratavit.training.launch import Config, batches, recipe_for, train
 from stratavit.training.order import length_of
 from stratavit.utils.model import classes_of
@@ -34,6 +34,7 @@ def train_piad(
     overwrite: bool = False,
     cpu: bool = False,
     teacher: nn.Module | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> SuperNet:
     """Trains a super-network in place, so that every prefix of its dropout list is a good network.
 
@@ -41,17 +42,18 @@ def train_piad(
     save the state and stop. `out` gets ``state.pt``, ``log.jsonl``, the trained super-network (`SuperNet.load`) and,
     with `val_data`, ``curve.csv``, ``curve.png`` and ``history.png`` (all evaluations).
 
-    Second moments and the final mean of an untrained network are dropped. While training, cut channels count as zero
-    (``method="paper"``) or are replaced by their mean, measured at the start of every epoch (default).
+    The accuracy of the network as it came is the first row of every curve (epoch 0). Then its second moments and its
+    final mean are dropped. While training, cut channels count as zero (``method="paper"``), or `Recipe.compensation`
+    says what replaces them, measured anew as the list grows.
 
     Args:
         net: A super-network, best contracted (`SuperNet.contract`).
         train_data: Of known length, returns ``(image [C, H, W], label)``, augmented by itself if at all.
         val_data: To evaluate the ladder of budgets on: a data set of ``(image, label)``, or a loader of such batches.
             Networks without a head are measured by the nearest neighbours among the proxy images (`features.knn`).
-        config: A `Recipe`; or some of its keys, or a recipe's file, the other keys as in the interrupted run, or the
-            paper's for DeiT-S. A resumed run may change only what has no effect on the weights, such as ``workers``.
-            Units are the recipe's, not those of `SuperNet.set_units`.
+        config: A `Recipe`; or some of its keys, or a recipe's file, the other keys as in the interrupted run, or
+            as in `recipe.TRAINING`; or ``paper``. A resumed run may change only what has no effect on the weights, such
+            as ``workers``. Units are the recipe's, not those of `SuperNet.set_units`.
         out: Folder of the run; must be empty or absent, unless `resume`. None keeps nothing but `net`.
         proxy: Batches that importance and means are measured on, best in the evaluation transform; run through several
             times per epoch while the list grows. None: ``config.proxy_images`` of `train_data`, evenly spread, as
@@ -63,6 +65,7 @@ def train_piad(
         teacher: A model with the same classes whose outputs are ``config.distil`` of every target. Without one the full
             network teaches smaller prefixes. A network that returns features learns those of the teacher alone,
             whatever `distil` is; its teacher is the network as it came, unless another is given.
+        origin: Kept in the state for whoever resumes the run: plain values, such as where network and images are.
 
     Returns:
         `net`, in eval mode, with the weights that `Recipe.keep` names and the finished list.
@@ -72,7 +75,7 @@ def train_piad(
         ArtifactError: `out` is not free, holds no state to resume, or cannot be written.
         KeyboardInterrupt: Stopped on request; the state is saved.
     """
-    recipe = recipe_for(config, out, resume, base={}, fixed={})
+    recipe = recipe_for(config, out, resume, "train", fixed={}, images=length_of(train_data))
     if proxy is None:
         size = length_of(train_data)
         count = min(recipe.proxy_images, size)
@@ -81,6 +84,7 @@ def train_piad(
         teacher = net.source_copy()
     train(
         partial(PiadTask, net, proxy, recipe),
+        partial(measure_before, net, proxy, recipe.axes),
         net.model,
         net.data_config,
         train_data,
@@ -91,5 +95,6 @@ def train_piad(
         overwrite=overwrite,
         cpu=cpu,
         teacher=teacher,
+        origin=origin,
     )
     return net

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from stratavit.artifacts.folder_format import JSON_FILE, MOMENTS_FILE, WEIGHTS_FILE
 from stratavit.artifacts.timm_config import FILE as TIMM_FILE
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from stratavit.supernet import SuperNet
 
 
+Axes = Literal["width", "both"]  # of the list that is trained
 CURVE_FILE, PLOT_FILE, HISTORY_FILE = "curve.csv", "curve.png", "history.png"
 SUPER_FILES = (WEIGHTS_FILE, MOMENTS_FILE, TIMM_FILE, CURVE_FILE, PLOT_FILE, HISTORY_FILE, JSON_FILE)
 
@@ -88,7 +89,7 @@ class PiadTask(TrainingTask):
     def grown(self, net: SuperNet, entries: list[Entry], stage: int) -> list[Entry]:
         """The list for a stage: on along the given one, and measured at `net` where that does not suffice."""
         recipe = self.recipe
-        stages = recipe.list_epochs * recipe.growths if recipe.mode == "piad" else 1
+        stages = recipe.stages if recipe.mode == "piad" else 1
         growth = progressive_list.Growth(recipe.reduction, stages, recipe.objective, recipe.measure)
         target = growth.target(self.full_macs, stage)
         entries = progressive_list.extend(entries, self.given[len(entries) :], net.cost, target)
@@ -144,11 +145,8 @@ class PiadTask(TrainingTask):
             net.strata, net.joint_strata = self.strata, None  # measured on other weights
 
     def evaluate(self, loader: Iterable[Any]) -> list[curve_points.Point]:
-        """The ladder of budgets, largest first, its rungs shared out among the processes."""
-        rungs = curve_points.LADDER[self.accelerator.process_index :: self.accelerator.num_processes]
-        judge = curve.judge_of(self.net, bank=self.proxy)
-        points = distributed.gather(curve.curve(self.settle(), loader, rungs, judge, (self.recipe.axes,)))
-        return sorted(points, key=lambda point: -point.macs)
+        """The ladder of budgets on the list that is trained, see `ladder`."""
+        return ladder(self.settle(), self.proxy, self.recipe.axes, self.accelerator, loader)
 
     def graduate(self, facts: dict[str, Any]) -> None:
         """Gives `net` the weights to keep, their means and the list; eval mode. `facts` go into its provenance."""
@@ -198,6 +196,28 @@ class PiadTask(TrainingTask):
         self.set_list(list(Strata.from_json(self.listed, state["strata"]).entries))
 
 
+def ladder(
+    net: SuperNet, bank: Iterable[Any], axes: Axes, accelerator: Any, loader: Iterable[Any]
+) -> list[curve_points.Point]:
+    """The ladder of budgets, largest first, its rungs shared out among the processes."""
+    rungs = curve_points.LADDER[accelerator.process_index :: accelerator.num_processes]
+    points = distributed.gather(curve.curve(net, loader, rungs, curve.judge_of(net, bank=bank), (axes,)))
+    return sorted(points, key=lambda point: -point.macs)
+
+
+def measure_before(
+    net: SuperNet, proxy: Iterable[Any], axes: Axes, accelerator: Any, loader: Iterable[Any]
+) -> list[curve_points.Point]:
+    """The ladder of the network as it came, with all that training will drop; without a list its full size alone."""
+    net.float().to(accelerator.device)
+    own = net.strata
+    net.strata = own or Strata(net.sites, [])
+    try:
+        return ladder(net, proxy, axes, accelerator, loader)
+    finally:
+        net.strata = own
+
+
 def evaluations(folder: Path) -> list[tuple[int, list[curve_points.Point]]]:
     """The ladders of budgets that a run has logged, with the epochs after which they were measured."""
     return [(epoch, points) for epoch, points in curve_points.curves(Journal(folder / LOG_FILE).rows()) if points]
@@ -211,19 +231,21 @@ def _drop_stale(net: SuperNet, recipe: Recipe) -> None:
         raise StrataViTError("train: all weights are frozen (as specialise() does); call requires_grad_(True) first")
     net.final_mean = net._dense_outputs = None
     net.forget_moments()
-    net.compensation = "none" if net.method == "paper" else recipe.compensation
+    wanted: Literal["mean", "full"] = "mean" if recipe.compensation == "mean" else "full"
+    net.compensation = "none" if net.method == "paper" else wanted
 
 
 def _given_list(net: SuperNet, recipe: Recipe) -> list[Entry]:
     """The list that a network came with in the recipe's units, if the recipe goes by it."""
     if recipe.axes == "both":
-        if net.joint_strata is None or recipe.mode != "piad" or recipe.list_source != "given":
+        if net.joint_strata is None or recipe.mode != "piad" or recipe.list_source == "progressive":
             raise StrataViTError(
                 "train: axes 'both' needs list_source 'given', mode 'piad' and a network with a list over widths and "
                 "tokens (convert --axes both) in the recipe's units"
             )
         return list(net.joint_strata.entries)
-    if recipe.list_source == "progressive":
+    auto = recipe.list_source == "auto"
+    if recipe.list_source == "progressive" or (auto and (net.strata is None or net.method == "paper")):
         return []
     if net.strata is None:
         raise StrataViTError(

@@ -25,6 +25,11 @@ T = TypeVar("T")
 CHECK_EVERY = 8  # steps between agreements of several processes on whether to stop: an agreement waits for all
 
 
+def launched() -> int:
+    """Processes that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def accelerator(recipe: Recipe, out: Path, cpu: bool) -> Any:
     """Hugging Face's `Accelerator` for a recipe; `cpu` leaves other devices alone, the tracker writes to `out`.
 
@@ -37,23 +42,23 @@ def accelerator(recipe: Recipe, out: Path, cpu: bool) -> Any:
         from accelerate.utils import DistributedDataParallelKwargs
     except ImportError as error:
         raise StrataViTError("training needs Hugging Face Accelerate: pip install 'stratavit[train]'") from error
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    wanted = launched()
     fresh = not getattr(AcceleratorState, "_shared_state", None)
     # a prefix skips modules, so not every weight has a gradient; buffers are kept equal by `broadcast`
     parallel = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     try:
         found = Accelerator(
             mixed_precision=None if recipe.precision == "auto" else recipe.precision,
-            cpu=cpu or (launched > 1 and not torch.cuda.is_available()),  # it joins processes on CPUs only if asked to
+            cpu=cpu or (wanted > 1 and not torch.cuda.is_available()),  # it joins processes on CPUs only if asked to
             log_with=None if recipe.tracker == "none" else recipe.tracker,
             project_dir=str(out),
             kwargs_handlers=[parallel],
         )
     except ValueError as error:
         raise StrataViTError(f"train: Accelerate cannot start: {error}") from error
-    if found.num_processes < launched:
+    if found.num_processes < wanted:
         raise StrataViTError(
-            f"train: {launched} processes were launched, but Accelerate joined {found.num_processes}; use "
+            f"train: {wanted} processes were launched, but Accelerate joined {found.num_processes}; use "
             "`accelerate launch --multi_gpu`, or `torchrun` with --device cpu"
         )
     found.is_ours = fresh and found.num_processes == 1

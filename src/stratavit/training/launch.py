@@ -15,31 +15,35 @@ from torch.utils.data import DataLoader, Dataset
 
 from stratavit.data.batches import OUT_OF_MEMORY_HINT, watched
 from stratavit.errors import ArtifactError, StrataViTError, reason_of
+from stratavit.evaluation import curve_points
 from stratavit.files.atomic import none_empty
 from stratavit.files.lock import Lock
 from stratavit.training import distributed, order
 from stratavit.training.augmentation import drop_path
-from stratavit.training.recipe import Recipe
+from stratavit.training.recipe import Kind, Recipe
 from stratavit.training.run_files import checkpoint_errors, read_state, resume_hint
 from stratavit.training.task import TrainingTask
 from stratavit.training.teacher import Teacher
 from stratavit.training.trainer import Trainer
 from stratavit.training.unused_keys import report_unused
+from stratavit.training.verdict import report_verdict
 from stratavit.utils.model import classes_of
 
 Config = Recipe | Mapping[str, Any] | str | Path | None
 
 
 def recipe_for(
-    config: Config, out: str | Path | None, resume: bool, base: Mapping[str, Any], fixed: Mapping[str, Any]
+    config: Config, out: str | Path | None, resume: bool, kind: Kind, fixed: Mapping[str, Any], images: int
 ) -> Recipe:
     """The recipe of a run from what a user may give in its place.
 
     Args:
-        config: A recipe; or some of its keys, or a file of them, the others as in the interrupted run, or `base`.
+        config: A recipe; or some of its keys, or a file of them, the others as in the interrupted run, or as in the
+            recipe of this `kind`; ``paper``.
         out: Folder of the run, an interrupted one if it is to `resume`.
-        base: Keys in place of the defaults of `Recipe`, for a new run.
+        kind: Of the run.
         fixed: Keys with values that override any recipe.
+        images: To train on, for a batch size that follows their number.
 
     Raises:
         StrataViTError: See `Recipe.read` and `Recipe.resumed`; there is no run to resume.
@@ -54,12 +58,15 @@ def recipe_for(
         config = dataclasses.replace(config, **fixed)
     else:
         path, keys = (None, config) if isinstance(config, Mapping) else (config, {})
-        config = Recipe.read(path, {**keys, **fixed}, base if begun is None else begun.to_dict())
-    return config if begun is None else begun.resumed(config, str(out))
+        config = Recipe.read(path, {**keys, **fixed}, kind, None if begun is None else begun.to_dict())
+    if begun is not None:
+        config = begun.resumed(config, str(out))
+    return config.sized(images, distributed.launched())
 
 
 def train(
     make_task: Callable[[int, Any], TrainingTask],
+    measure: Callable[[Any, Iterable[Any]], list[curve_points.Point]],
     model: nn.Module,
     data_config: Mapping[str, Any],
     data: Dataset[Any],
@@ -71,8 +78,12 @@ def train(
     overwrite: bool,
     cpu: bool,
     teacher: nn.Module | None,
+    origin: Mapping[str, Any] | None,
 ) -> None:
-    """Trains the timm model of a task, made from number of steps and accelerator; see `piad.train_piad`."""
+    """Trains the timm model of a task, made from number of steps and accelerator; see `piad.train_piad`.
+
+    Before the task is made, which may drop what training makes stale, `measure` evaluates the network as it came.
+    """
     classes = classes_of(model)
     _check_teaching(recipe, teacher, classes)
     taught = None if teacher is None else Teacher(teacher, data_config)
@@ -88,16 +99,25 @@ def train(
         stack.enter_context(order.kept_generators())
         stack.enter_context(drop_path(model, recipe.drop_path))
         stop = stack.enter_context(distributed.stop_on_signal())
+        before = []
+        if evaluation is not None and state is None:
+            with watched("train: ", lambda: OUT_OF_MEMORY_HINT):
+                before = measure(accelerator, evaluation)
         task = make_task(places.steps * recipe.epochs, accelerator)
         if accelerator.is_main_process:
             report_unused(recipe, task.kind, classes, accelerator.num_processes)
         trainer = Trainer(task, data, places, recipe, folder, evaluation, accelerator, stop, taught)
+        trainer.origin = dict(origin or {})
         stack.callback(distributed.release, accelerator, trainer.model)
         if state is not None:
             trainer.restore(state)
+        if before:
+            trainer.log_curve(before)
         stack.enter_context(distributed.explained_ends(accelerator, folder))
         stack.enter_context(watched("train: ", lambda: f"{OUT_OF_MEMORY_HINT}; {resume_hint(folder)}"))
         trainer.run()
+        if accelerator.is_main_process:
+            report_verdict(trainer.journal.rows())
 
 
 def _check_teaching(recipe: Recipe, teacher: nn.Module | None, classes: int) -> None:

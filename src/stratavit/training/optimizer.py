@@ -20,10 +20,10 @@ def optimiser_and_schedule(model: nn.Module, recipe: Recipe, images: int, epoch_
 
     The weights of a module that a step skips have no gradient, so the step does not touch them, decay included.
     Weights cut from a module that runs have gradient 0: they decay, and follow their momentum. Norms, biases and tokens
-    are spared from decay. The rate is proportional to the images of the global batch; one below `Recipe.min_lr` is
+    are spared from decay. The rate follows the global batch (`Recipe.lr_scaling`); one below `Recipe.min_lr` is
     constant.
     """
-    rate = recipe.lr * images / 512
+    rate = recipe.rate(images)
     least = min(recipe.min_lr, rate)  # neither the cosine nor the warm-up goes the other way
     optimiser = create_optimizer_v2(model, opt="adamw", lr=rate, weight_decay=recipe.weight_decay)
     warmup = recipe.warmup_epochs * epoch_steps

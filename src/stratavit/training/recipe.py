@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
-from stratavit.calibration.objectives import Measure, Objective
-from stratavit.errors import StrataViTError, described, one_line
-from stratavit.files.folders import read_small
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pragma: no cover: Python 3.10, as in `make test-matrix`
-    import tomli as tomllib
+from stratavit.choices import Measure, Objective
+from stratavit.errors import StrataViTError, described
+from stratavit.training.values import Amount, Count, Probability, Rate, Share, Whole, check, check_type, read_toml
 
 Mode = Literal["piad", "plain", "channel", "weighted", "layerdrop"]
 Keep = Literal["ema", "raw"]
 Sampling = Literal["uniform", "sandwich", "budget"]
-ListSource = Literal["progressive", "given"]
+ListSource = Literal["auto", "progressive", "given"]
+Compensation = Literal["auto", "mean", "full"]
+Scaling = Literal["linear", "root"]
+Kind = Literal["train", "finetune"]  # of a run: a super-network, or one model
+PAPER = "paper"  # stands for the paper's recipe where a file may be given
 Precision = Literal["auto", "no", "fp16", "bf16"]
-_NOT_NEGATIVE: tuple[str, Callable[[float], bool]] = ("at least 0", lambda value: value >= 0)
-Whole = Annotated[int, _NOT_NEGATIVE]
-Count = Annotated[int, ("at least 1", lambda value: value >= 1)]
-Amount = Annotated[float, _NOT_NEGATIVE]
-Rate = Annotated[float, ("at least 0 and below 1", lambda value: 0 <= value < 1)]
-Share = Annotated[float, ("above 0 and at most 1", lambda value: 0 < value <= 1)]
-Probability = Annotated[float, ("from 0 to 1", lambda value: 0 <= value <= 1)]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How a super-network is trained. The defaults are the paper's for DeiT-S and DeiT-Ti on ImageNet-1k.
+
+    `read` and the commands start from other values, `TRAINING` and `FINETUNING`, which learn from few images, too.
 
     Sources: (P) the paper, arXiv 2511.11683; (D) the DeiT recipe, arXiv 2012.12877, which the paper follows;
     (S) StrataViT's own.
@@ -47,13 +40,16 @@ class Recipe:
         layer_drop: Probability that ``layerdrop`` skips a site (S: 0.2, as LayerDrop, arXiv 1909.11556).
         compensation: What replaces cut channels while training, where the method is not the paper's: their
             ``mean``, or ``full``, what the kept ones predict (S). ``full`` starts from the one-shot networks, and keeps
-            second moments.
+            second moments. ``auto`` is ``full`` unless the method is the paper's.
         distil: Share of the target that is the teacher's output for the same batch, one forward pass more; without a
             teacher of its own the full network teaches smaller prefixes; 0 is none (P: none).
         epochs: Passes over the training images; 150 for DeiT-B (P).
         batch_size: Images per process and pass; times `accumulate` times processes it is the global batch (D: 1,024).
+            0: a tenth of the images, 8 to 128 (S).
         accumulate: Batches whose gradients are added up for one step, each with its own draw (S).
-        lr: Largest learning rate per 512 images of the global batch (D).
+        lr: Largest learning rate at a global batch of 512 images (D).
+        lr_scaling: How the rate follows the global batch: ``linear`` (D), or ``root``, as the square root, which suits
+            AdamW at small batches (S; arXiv 2205.10287).
         min_lr: Learning rate at the end of the cosine (D).
         warmup_epochs: Epochs of linear warm-up from `min_lr` (P: none).
         weight_decay: Of AdamW; norms, biases and tokens are spared, as timm does (D).
@@ -72,10 +68,11 @@ class Recipe:
         keep: Which weights are evaluated and saved: ``ema``, or ``raw`` (S).
         reduction: r, share of the dense MACs that the finished list drops (P).
         list_source: ``progressive`` measures what to append whenever the list grows (P); ``given`` follows the
-            list that the network came with, and measures only what that list lacks (S).
+            list that the network came with, and measures only what that list lacks (S). ``auto`` is ``given`` where
+            there is such a list, unless the method is the paper's.
         axes: ``width``, or ``both``: prefixes of the list over widths and tokens are drawn, which the network must have
             come with; both of its lists stay as they are (S).
-        list_epochs: P_e, epochs in which the list grows (P).
+        list_epochs: P_e, epochs in which the list grows (P); 0 is half of `epochs` (S).
         growths: Times per epoch that the list grows and means are measured (P: 1); more for runs of few epochs (S).
         head_dim_unit: Coordinates of the head width that are dropped together (P).
         mlp_units: Groups that the MLP hidden width is dropped in (P).
@@ -95,12 +92,13 @@ class Recipe:
 
     mode: Mode = "piad"
     layer_drop: Rate = 0.2
-    compensation: Literal["mean", "full"] = "mean"
+    compensation: Compensation = "mean"
     distil: Probability = 0.0
     epochs: Count = 300
-    batch_size: Count = 128
+    batch_size: Whole = 128
     accumulate: Count = 1
     lr: Amount = 5e-4
+    lr_scaling: Scaling = "linear"
     min_lr: Amount = 1e-5
     warmup_epochs: Whole = 0
     weight_decay: Amount = 0.05
@@ -120,7 +118,7 @@ class Recipe:
     reduction: Share = 0.875
     list_source: ListSource = "progressive"
     axes: Literal["width", "both"] = "width"
-    list_epochs: Count = 50
+    list_epochs: Whole = 50
     growths: Count = 1
     head_dim_unit: Count = 8
     mlp_units: Count = 32
@@ -139,18 +137,18 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, kind in field_types().items():
-            _check_type(name, getattr(self, name), kind)
+            check_type(name, getattr(self, name), kind)
             if kind is float:
                 object.__setattr__(self, name, float(getattr(self, name)))
         for name, kind in get_type_hints(Recipe, include_extras=True).items():
             for words, sound in getattr(kind, "__metadata__", ()):
-                _check(sound(getattr(self, name)), f"{name} must be {words}, got {getattr(self, name)}")
-        _check(
+                check(sound(getattr(self, name)), f"{name} must be {words}, got {getattr(self, name)}")
+        check(
             self.mode != "piad" or self.list_epochs <= self.epochs,
             f"list_epochs ({self.list_epochs}) must not exceed epochs ({self.epochs}), or the list stays unfinished",
         )
-        _check(self.warmup_epochs < self.epochs, "warmup_epochs must be below epochs")
-        _check(
+        check(self.warmup_epochs < self.epochs, "warmup_epochs must be below epochs")
+        check(
             not (self.mixup or self.cutmix) or self.batch_size % 2 == 0,
             f"batch_size must be even for mixup and cutmix, got {self.batch_size}",
         )
@@ -161,6 +159,8 @@ class Recipe:
         Raises:
             StrataViTError: They differ in something that has an effect on the weights; `source` is named.
         """
+        if not asked.batch_size:
+            asked = dataclasses.replace(asked, batch_size=self.batch_size, growths=self.growths)
         for key, value in asked.to_dict().items():
             if key not in _WITHOUT_EFFECT and value != getattr(self, key):
                 raise StrataViTError(
@@ -168,6 +168,24 @@ class Recipe:
                     f"cannot make it {described(value)}"
                 )
         return asked
+
+    def sized(self, images: int, processes: int = 1) -> Recipe:
+        """The recipe for so many images: a batch size of 0 becomes one that gives several steps per epoch."""
+        if self.batch_size:
+            return self
+        most = images // (processes * self.accumulate)
+        size = min(max(most // 10, 8), 128, most)
+        size = max(size - size % 2, 1)  # mixup pairs images
+        return dataclasses.replace(self, batch_size=size, growths=max(min(self.growths, most // size), 1))
+
+    def rate(self, images: int) -> float:
+        """Largest learning rate for a global batch of so many images."""
+        return self.lr * (images / 512) ** (1.0 if self.lr_scaling == "linear" else 0.5)
+
+    @property
+    def stages(self) -> int:
+        """Stages in which the list grows, in mode ``piad``."""
+        return (self.list_epochs or (self.epochs + 1) // 2) * self.growths
 
     def decay(self, steps: int) -> float:
         """EMA decay per step for a run of so many steps; 0 is no average."""
@@ -193,7 +211,7 @@ class Recipe:
         known = field_types()
         try:
             for name in values:
-                _check(name in known, f"unknown key {described(name)}; the keys are {', '.join(known)}")
+                check(name in known, f"unknown key {described(name)}; the keys are {', '.join(known)}")
             return cls(**values)
         except StrataViTError as error:
             raise StrataViTError(f"{source}: {error}") from error
@@ -203,54 +221,51 @@ class Recipe:
         cls,
         path: str | Path | None,
         overrides: Mapping[str, Any] | None = None,
-        base: Mapping[str, Any] | None = None,
+        kind: Kind | None = None,
+        begun: Mapping[str, Any] | None = None,
     ) -> Recipe:
-        """A recipe from a TOML file, over which `overrides` win; `base` stands in for the defaults.
+        """A recipe from a TOML file, over which `overrides` win.
+
+        Args:
+            path: The file; ``paper`` for the paper's recipe; None for none.
+            overrides: Keys that win over those of the file.
+            kind: Keys that are not given are as in `TRAINING` or `FINETUNING`; None, or a file with
+                ``base = "paper"``: as in the paper.
+            begun: Keys of the interrupted run that goes on, in place of these.
 
         Raises:
             StrataViTError: The file cannot be read, or see `from_dict`.
         """
-        values = {} if path is None else read_toml(Path(path))
+        values = {} if path in (None, PAPER) else read_toml(Path(str(path)))
         source = "recipe" if path is None else str(path)
-        return cls.from_dict({**(base or {}), **values, **(overrides or {})}, source)
+        named = PAPER if path == PAPER else values.pop("base", None)
+        check(named in (None, PAPER), f"{source}: base must be {PAPER!r} or left out, got {described(named)}")
+        base = {} if kind is None else (PAPERS if named == PAPER else DEFAULTS)[kind]
+        return cls.from_dict({**(begun or base), **values, **(overrides or {})}, source)
 
 
-# of one small model: the paper's 30 epochs (P); keys of the dropout list have no effect
-FINETUNING: dict[str, Any] = {"mode": "plain", "epochs": 30, "lr": 5e-5, "min_lr": 1e-6}
+PAPERS: dict[Kind, dict[str, Any]] = {
+    "train": {},
+    "finetune": {"mode": "plain", "epochs": 30, "lr": 5e-5, "min_lr": 1e-6},  # keys of the dropout list have no effect
+}
+_FEW_STEPS: dict[str, Any] = {  # what a run of few steps on few images needs, other than the DeiT recipe (S)
+    **{"batch_size": 0, "lr_scaling": "root", "min_lr": 1e-6, "repeats": 1, "crop": 0.6, "smoothing": 0.1},
+    **{"drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0, "randaugment": "", "erasing": 0.0},
+}
+TRAINING: dict[str, Any] = {  # the best measured, see docs/training.md (S)
+    **_FEW_STEPS,
+    **{"compensation": "auto", "list_source": "auto", "sampling": "sandwich"},
+    **{"epochs": 10, "list_epochs": 0, "growths": 2, "lr": 2.5e-4, "ema_horizon": 0.05},
+}
+FINETUNING: dict[str, Any] = {**_FEW_STEPS, "mode": "plain", "epochs": 30, "lr": 5e-4, "ema_horizon": 0.1}
+DEFAULTS: dict[Kind, dict[str, Any]] = {"train": TRAINING, "finetune": FINETUNING}
 LIST_KEYS = (
     *("mode", "layer_drop", "compensation", "reduction", "list_epochs", "growths", "head_dim_unit", "mlp_units"),
     *("objective", "measure", "sampling", "proxy_images", "list_source"),
 )
 _WITHOUT_EFFECT = ("workers", "eval_every", "save_every", "save_steps", "log_steps", "tracker")
-_LARGEST = 2**32  # of any number: seeds go as far
 
 
 def field_types() -> dict[str, Any]:
     """Key -> type of every key: ``int``, ``float``, ``str`` or a ``Literal``."""
     return get_type_hints(Recipe)
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The keys of a TOML file; a `StrataViTError` says why it cannot be read."""
-    try:
-        return tomllib.loads(read_small(path).decode())
-    except OSError as error:
-        raise StrataViTError(f"recipe {path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # of a number of thousands of digits, too
-        raise StrataViTError(f"recipe {path}: not valid TOML ({one_line(error)})") from error
-
-
-def _check(sound: bool, message: str) -> None:
-    if not sound:
-        raise StrataViTError(message)
-
-
-def _check_type(name: str, value: Any, kind: Any) -> None:
-    if get_origin(kind) is Literal:
-        sound, words = isinstance(value, str) and value in get_args(kind), f"one of {', '.join(get_args(kind))}"
-    else:
-        sound = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-        words = {int: "a whole number", float: "a number", str: "a text"}[kind]
-    _check(sound, f"{name} must be {words}, got {described(value)}")
-    if kind in (int, float):
-        _check(abs(value) <= _LARGEST, f"{name} must be finite and at most {_LARGEST:,}, got {described(value)}")

@@ -31,7 +31,7 @@ from stratavit.training.run_files import Journal, write_state
 from stratavit.training.task import SampledNetwork, TrainingTask
 from stratavit.training.teacher import Teacher
 from stratavit.utils.model import classes_of
-from stratavit.utils.progress import track
+from stratavit.utils.progress import overall, track
 from stratavit.utils.random_streams import stream
 
 
@@ -42,6 +42,7 @@ class Trainer:
         step: Steps of the optimiser done.
         begun: Stages begun (list grown, means measured); a stage is an epoch, or a part of one (`Recipe.growths`).
         ended: Epochs ended (evaluated, logged).
+        origin: Where the run came from, for whoever resumes it; kept in the state.
         task: The network, its averaged copy, and what it draws from.
     """
 
@@ -62,7 +63,7 @@ class Trainer:
         self.evaluation, self.accelerator, self.stop = evaluation, accelerator, stop
         self.rank = accelerator.process_index
         self.step = self.begun = self.ended = 0
-        self.losses, self.journal = Losses(), Journal(out / run_files.LOG_FILE)
+        self.losses, self.journal, self.origin = Losses(), Journal(out / run_files.LOG_FILE), dict[str, Any]()
         self.classes = classes_of(self.net.model)  # a wrapper around one model says nothing of them
         self.target = Target(recipe, self.classes) if self.classes else Features()
         self.teacher = None if teacher is None else teacher.to(accelerator.device, self.classes)
@@ -78,12 +79,14 @@ class Trainer:
         """Trains from where it stands to the end."""
         if self.step == 0:
             self.save()
-        while self.ended < self.recipe.epochs:
-            self.train_epoch(self.ended)
-            if self.to_evaluate():  # which may last long
-                self.save()
-                self.pause(at_once=True)
-            self.end_epoch()
+        with overall("train", self.recipe.epochs - self.ended, silent=self.rank > 0) as begin:
+            while self.ended < self.recipe.epochs:
+                begin(1.0)
+                self.train_epoch(self.ended)
+                if self.to_evaluate():  # which may last long
+                    self.save()
+                    self.pause(at_once=True)
+                self.end_epoch()
         self.finish()
 
     def train_epoch(self, epoch: int) -> None:
@@ -92,10 +95,8 @@ class Trainer:
         pin = self.accelerator.device.type == "cuda"
         batches = iter(order.loader(self.data, self.order, epoch, self.rank, first, self.recipe.workers, pin))
         self.model.train()
-        steps = range(first, self.order.steps)
-        shown = track(steps, f"epoch {epoch + 1} of {self.recipe.epochs}") if self.rank == 0 else steps
         try:
-            for _ in shown:
+            for _ in track(range(first, self.order.steps), "train"):
                 self.begin_stage()
                 self.update([next(batches) for _ in range(self.recipe.accumulate)])
                 if self.recipe.save_steps and self.step % self.recipe.save_steps == 0:
@@ -174,8 +175,7 @@ class Trainer:
     def teacher_output(self, images: Tensor) -> Tensor:
         """Logits or features of the teacher, or of the full network."""
         if self.teacher is None:
-            logits: Tensor = self.net(images)
-            return logits
+            return self.net(images)
         with self.accelerator.autocast():
             return self.teacher(images)
 
@@ -200,11 +200,14 @@ class Trainer:
         if evaluates:
             order.seed_all(self.recipe.seed, "evaluation", self.ended)
             assert self.evaluation is not None
-            points = self.task.evaluate(self.evaluation)
-            rest(self.evaluation, self.task.proxy)
-            self.log("eval", {"points": [asdict(p) for p in points]}, {f"top1 at {p.asked}": p.top1 for p in points})
+            self.log_curve(self.task.evaluate(self.evaluation))
         if self.recipe.due(self.ended, self.recipe.save_every):
             self.save()
+
+    def log_curve(self, points: list[curve_points.Point]) -> None:
+        """Writes an evaluation into the log; that before the first step is one of epoch 0."""
+        rest(self.evaluation, self.task.proxy)
+        self.log("eval", {"points": [asdict(p) for p in points]}, {f"top1 at {p.asked}": p.top1 for p in points})
 
     def log(self, kind: str, row: dict[str, Any], values: dict[str, float]) -> None:
         """Writes a row of the log, and values for the tracker."""
@@ -212,7 +215,8 @@ class Trainer:
         def write() -> None:
             self.journal.append({"kind": kind, "epoch": self.ended, "step": self.step, **row})
             shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
-            print(f"epoch {self.ended} of {self.recipe.epochs}: {shown}", file=sys.stderr)
+            when = f"epoch {self.ended} of {self.recipe.epochs}" if self.ended else "before training"
+            print(f"{when}: {shown}", file=sys.stderr)
             with self.tracking():
                 self.accelerator.log(values, step=self.step)
 
@@ -251,6 +255,7 @@ class Trainer:
         state = {
             "recipe": self.recipe.to_dict(),
             **self.identity(),
+            "origin": self.origin,
             "step": self.step,
             "begun": self.begun,
             "ended": self.ended,
@@ -282,12 +287,14 @@ class Trainer:
                 self.accelerator.scaler.load_state_dict(state["scaler"])  # pragma: no cover: float16 on a GPU
             self.step, self.begun, self.ended = (int(state[key]) for key in ("step", "begun", "ended"))
             self.losses.sum, self.losses.count = state["loss"]
+            self.origin = self.origin or state.get("origin") or {}
         distributed.on_main(self.accelerator, lambda: self.journal.rewind(self.ended))
 
     def finish(self) -> None:
         """Gives the network the weights to keep, and writes it with the last evaluation."""
         order.seed_all(self.recipe.seed, "end")
         self.task.graduate({"recipe": self.recipe.to_dict(), "steps": self.step, **self.identity()})
-        points = curve_points.last_curve(self.journal.rows())
         distributed.unwrap(self.accelerator, self.model)  # what is saved must compute the same as what is loaded
-        distributed.on_main(self.accelerator, lambda: self.task.publish(self.out, points))
+        distributed.on_main(
+            self.accelerator, lambda: self.task.publish(self.out, curve_points.last_curve(self.journal.rows()))
+        )

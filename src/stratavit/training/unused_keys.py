@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from stratavit.training.recipe import FINETUNING, LIST_KEYS, Recipe
+from stratavit.training.recipe import LIST_KEYS, PAPER, Kind, Recipe
 
 SMALL = "small model"  # `TrainingTask.kind` of one
 
@@ -21,8 +21,9 @@ def idle_keys(recipe: Recipe, kind: str, classes: int) -> list[str]:
     if not small:
         idle |= {"layer_drop": mode != "layerdrop", "list_epochs": mode != "piad"}
         idle |= {"sampling": mode in ("plain", "channel"), "growths": mode == "plain"}
-    usual = Recipe.from_dict(FINETUNING if small else {}).to_dict()
-    return [key for key, value in recipe.to_dict().items() if idle.get(key) and value != usual[key]]
+    of_run: Kind = "finetune" if small else "train"
+    usual = [Recipe.read(path, kind=of_run).to_dict() for path in (None, PAPER)]
+    return [k for k, value in recipe.to_dict().items() if idle.get(k) and value not in [keys[k] for keys in usual]]
 
 
 def report_unused(recipe: Recipe, kind: str, classes: int, processes: int) -> None:
@@ -31,7 +32,7 @@ def report_unused(recipe: Recipe, kind: str, classes: int, processes: int) -> No
     if found:
         what = f"a {SMALL}" if kind == SMALL else f"mode {recipe.mode}"
         print(f"train: of no effect here ({what}): {', '.join(found)}", file=sys.stderr)
-    rate = recipe.lr * recipe.batch_size * recipe.accumulate * processes / 512
+    rate = recipe.rate(recipe.batch_size * recipe.accumulate * processes)
     if rate < recipe.min_lr:
         low = f"the learning rate for batches of this size is {rate:.3g}, below min_lr ({recipe.min_lr:.3g})"
         print(f"train: {low}: it stays there throughout", file=sys.stderr)

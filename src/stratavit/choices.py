@@ -1,0 +1,17 @@
+"""What may be chosen by name, in Python and on the command line; known before anything that is slow is imported."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Axes = Literal["auto", "width", "both"]  # that a budget may cut
+Criterion = Literal["output", "wpac", "random", "magnitude", "taylor", "hessian", "pca"]
+CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
+Format = Literal["onnx", "torch", "transformers"]
+SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2", "transformers": "-transformers"}
+Measure = Literal["auto", "top1", "cost"]  # of what a bypass costs, see `sensitivity.bypass_sensitivity`
+NEIGHBOURS = 20  # of an image, as DINO and DINOv2 are evaluated
+Objective = Literal["auto", "label", "cross_entropy", "prediction", "sampled", "feature"]
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+Precision = Literal["float32", "float16", "bfloat16"]
+Runtime = Literal["eager", "compiled", "onnx"]
