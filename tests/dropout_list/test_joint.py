@@ -8,7 +8,7 @@ import torch
 from helpers import PLAN, make_batches, make_images, make_net, older
 
 from stratavit import ArtifactError, BudgetError, StrataViTError, SuperNet
-from stratavit.dropout_list.joint import Search, chosen_places, reachable_merges
+from stratavit.dropout_list.joint import Search, chosen_places, interleaved, reachable_merges
 from stratavit.dropout_list.strata import Entry
 from stratavit.elastic.token_places import check_tokens, place_of
 from stratavit.spec import Spec
@@ -95,6 +95,29 @@ def test_merges_wait_until_they_can_be_done():
         "blocks.0.tokens",
         "blocks.1.tokens",
     ]
+
+
+def test_units_leave_in_turns_between_two_states():
+    places = [place_of("blocks.0", 64, 1)]
+    widths = [Entry("blocks.0.attn", width, group) for group, width in enumerate((24, 16, 8, 0))]
+    found = interleaved(widths, places, [(2, (48,)), (3, (48,))])
+    assert [(entry.site, entry.width) for entry in found] == [
+        ("blocks.0.tokens", 56),
+        ("blocks.0.attn", 24),
+        ("blocks.0.tokens", 48),
+        ("blocks.0.attn", 16),
+        ("blocks.0.attn", 8),
+        ("blocks.0.attn", 0),
+    ]
+
+
+def test_the_list_goes_through_what_the_search_found(net):
+    facts = net.provenance["stratify"]["both_axes"]
+    specs = [net.joint_strata.spec(position) for position in range(len(net.joint_strata) + 1)]
+    for share, position, counts in facts["states"]:
+        spec = {**net.strata.spec(position), **dict(zip(facts["places"], counts, strict=True))}
+        assert net.resolve(spec) in [net.resolve(one) for one in specs]
+        assert net.macs(spec) <= share * net.macs()
 
 
 def test_places_are_spread_over_the_depth():

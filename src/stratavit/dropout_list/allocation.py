@@ -14,7 +14,6 @@ from itertools import pairwise
 
 from stratavit.dropout_list.strata import Entry
 from stratavit.elastic.site import Site
-from stratavit.elastic.token_places import SiteOrPlace, TokenPlace
 from stratavit.models.cost import CostModel
 
 
@@ -101,9 +100,7 @@ def _fill(
     return widths
 
 
-def ordered_list(
-    sites: Sequence[Site], states: Sequence[State], ratios: Mapping[str, float], places: Sequence[TokenPlace] = ()
-) -> list[Entry]:
+def ordered_list(sites: Sequence[Site], states: Sequence[State], ratios: Mapping[str, float]) -> list[Entry]:
     """The full dropout list through the states, from full to nothing, one unit an entry.
 
     Between two states a unit's place is the share of its site's way, in the logarithm of the width, at which it is
@@ -114,23 +111,20 @@ def ordered_list(
         sites: The sites of the model.
         states: Nested, largest first.
         ratios: Of the last state, see `allocate`.
-        places: Where the states merge tokens; below the last state no more are merged.
 
     Returns:
         The entries, each a group of its own.
     """
-    units: list[SiteOrPlace] = [*sites, *places]
-    full = State(1.0, {unit.name: unit.width for unit in units})
-    least = {**full.widths, **(states[-1].widths if states else {}), **{site.name: site.steps[1] for site in sites}}
-    floor = State(0.0, least)
+    full = State(1.0, {site.name: site.width for site in sites})
+    floor = State(0.0, {site.name: site.steps[1] for site in sites})
     dropped: list[tuple[str, int]] = []
     for before, after in pairwise([full, *states, floor]):
         leaving = []
-        for number, site in enumerate(units):
+        for number, site in enumerate(sites):
             wide, narrow = before.widths[site.name], after.widths[site.name]
             for low, high in pairwise(step for step in site.steps if narrow <= step <= wide):
                 place = math.log(2 * wide / (low + high)) / math.log(wide / narrow)
                 leaving.append((place, number, -low))
-        dropped += [(units[number].name, -low) for _, number, low in sorted(leaving)]
+        dropped += [(sites[number].name, -low) for _, number, low in sorted(leaving)]
     dropped += [(site.name, 0) for site in sorted(sites, key=lambda site: ratios[site.name])]
     return [Entry(name, width, group) for group, (name, width) in enumerate(dropped)]

@@ -75,7 +75,7 @@ def make_list(
         states, ratios, mean = walk(model, sites, cost, loader, plan, known, seen)
         entries, joint = ordered_list(sites, states, ratios), None
         if tokens is not None:
-            joint, both = joint_list(model, sites, cost, loader, entries, plan, tokens, known)
+            joint, both = joint_list(model, sites, cost, loader, entries, tokens, known)
     facts = {
         "cross_fitted": all(module.crossed for module in elastic.values()),
         "walk": asdict(plan) | {"states": [list(state) for state in plan.states]},

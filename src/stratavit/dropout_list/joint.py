@@ -2,8 +2,7 @@
 
 At each of a few sizes, numbers of tokens and the position on the width list are chosen together, by the distance to
 the dense model measured on calibration images: tokens are merged as long as that costs less accuracy than removing the
-same MACs by width. Then widths are measured again at networks that merge tokens (`walk`): a channel of an early block
-costs more there than one of a late block, because it processes more tokens.
+same MACs by width. Between two of these sizes, units of tokens and of the width list leave in turns.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ from torch import nn
 
 from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.data.feed import Feed
-from stratavit.dropout_list.allocation import ordered_list
 from stratavit.dropout_list.marginal_effects import Reference, crossed
 from stratavit.dropout_list.strata import Entry, Strata
-from stratavit.dropout_list.walk import Walk, walk
 from stratavit.elastic.merging import least
 from stratavit.elastic.running import Run, running
 from stratavit.elastic.site import Site
@@ -166,7 +163,6 @@ def joint_list(
     cost: CostModel,
     loader: Iterable[Any],
     widths: Sequence[Entry],
-    plan: Walk,
     tokens: TokenSearch,
     known: DenseOutputs | None = None,
 ) -> tuple[list[Entry], dict[str, Any]]:
@@ -176,7 +172,6 @@ def joint_list(
         model, sites, cost: The sites are elastic modules, calibrated; blocks merge tokens at the places of `cost`.
         loader: The calibration images; labels are not used.
         widths: The width list.
-        plan: Of the walk; its shares are those of `tokens` here.
         tokens: How numbers of tokens are chosen.
         known: Of the dense model's outputs, what is known.
 
@@ -196,15 +191,39 @@ def joint_list(
 
         search = Search(cost, places, Strata(sites, widths), distance)
         reachable = [share for share in tokens.shares if search.reaches(share)]
-        found = {share: search.at(share) for share in track(reachable, "weigh tokens against width")}
-    merged = {share: {place.name: spec[place.name] for place in places} for share, spec in found.items()}
-    steps = dict(plan.states)
-    states = tuple((share, steps.get(share, max(steps.values()))) for share in found)
-    again = replace(plan, states=states)
-    measured, ratios, _ = walk(model, sites, cost, loader, again, known, tokens=merged)
-    entries = ordered_list(sites, measured, ratios, places)
-    facts = {"tokens": asdict(tokens), "states": [[state.share, dict(state.widths)] for state in measured]}
-    return reachable_merges(entries, cost.places), facts
+        states: list[tuple[int, tuple[int, ...]]] = []
+        for share in track(reachable, "weigh tokens against width"):
+            search.at(share)
+            states.append((search.position, search.counts))
+    facts = {
+        "tokens": asdict(tokens),
+        "places": [place.name for place in places],
+        "states": [[share, *state] for share, state in zip(reachable, states, strict=True)],
+    }
+    return reachable_merges(interleaved(widths, places, states), cost.places), facts
+
+
+def interleaved(
+    widths: Sequence[Entry], places: Sequence[TokenPlace], states: Sequence[tuple[int, Sequence[int]]]
+) -> list[Entry]:
+    """The list through states: between two of them every unit leaves at its share of the way.
+
+    Args:
+        widths: The width list; what no state has dropped comes last.
+        places: That merge tokens.
+        states: Position on the width list and tokens at every place, nested, largest first.
+    """
+    entries: list[Entry] = []
+    position, counts = 0, [place.width for place in places]
+    for after, wanted in states:
+        cut = widths[position:after]
+        leaving = [((number + 1) / len(cut), 1, entry) for number, entry in enumerate(cut)]
+        for place, before, count in zip(places, counts, wanted, strict=True):
+            ends = [step for step in reversed(place.steps) if count <= step < before]
+            leaving += [((i + 1) / len(ends), 0, Entry(place.name, end, 0)) for i, end in enumerate(ends)]
+        entries += [entry for _, _, entry in sorted(leaving, key=lambda one: one[:2])]
+        position, counts = after, list(wanted)
+    return [*entries, *widths[position:]]
 
 
 def reachable_merges(entries: Sequence[Entry], places: Sequence[TokenPlace]) -> list[Entry]:

@@ -16,9 +16,7 @@ from stratavit.data.feed import Feed
 from stratavit.data.pixels import Seen, keys_of
 from stratavit.dropout_list.allocation import State, allocate
 from stratavit.dropout_list.marginal_effects import Reference, crossed
-from stratavit.elastic.running import Run, running
 from stratavit.elastic.site import Site
-from stratavit.elastic.tokens import token_counts
 from stratavit.errors import StrataViTError
 from stratavit.models.cost import CostModel
 from stratavit.models.families import last_norm
@@ -62,7 +60,6 @@ def walk(
     plan: Walk,
     dense_outputs: DenseOutputs | None = None,
     seen: Seen | None = None,
-    tokens: Mapping[float, Mapping[str, int]] | None = None,
 ) -> tuple[list[State], dict[str, float], FinalMean | None]:
     """Measures keep ratios at one size after the other.
 
@@ -72,7 +69,6 @@ def walk(
         plan: Sizes, steps and images.
         dense_outputs: Of the dense model, as far as they are known.
         seen: The images that the moments of the sites were computed from, if that is known.
-        tokens: Share of a state -> what its networks merge, if they do.
 
     Returns:
         The states; the logarithm of the keep ratios at the last one; by how much the mean of what the head reads has
@@ -98,16 +94,13 @@ def walk(
             if seen is not None:
                 _warn_of_other_images(batches, seen)
                 seen = None
-            merged = (tokens or {}).get(share, {})
-            here = cost.at_tokens(merged)
-            goal = share * cost.macs() / here.macs()
             reference = Reference(model, sites, batches, dense_outputs)
-            with crossed(model, fold), running(Run(tokens=token_counts(model, cost.places, merged))):
-                ratios = moved(ratios, reference.effects(here, allocate(here, ratios, goal, caps)), plan.rate)
+            with crossed(model, fold):
+                ratios = moved(ratios, reference.effects(cost, allocate(cost, ratios, share, caps)), plan.rate)
                 if left == 0:
-                    caps = allocate(here, ratios, goal, caps)
-                    states.append(State(share, {**caps, **merged}))
-                    if last_norm(model) is not None and not merged and cost.macs(caps) < cost.macs():
+                    caps = allocate(cost, ratios, share, caps)
+                    states.append(State(share, caps))
+                    if last_norm(model) is not None and cost.macs(caps) < cost.macs():
                         drifts[cost.macs(caps) / cost.macs()] = reference.drift(caps)
     mean = FinalMean(tuple(drifts), torch.stack(list(drifts.values())).float()) if drifts else None
     if not all(map(math.isfinite, ratios.values())) or (mean is not None and not mean.vectors.isfinite().all()):
