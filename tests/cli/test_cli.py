@@ -297,7 +297,7 @@ def test_budgets_and_options_that_cannot_be_met(work, run, data, tmp_path, capsy
         ("one size only", "bench", small, "--macs", "0.5"),
         ("reachable range", "extract", run, "--macs", "12G", "--out", tmp_path / "out"),
         ("at least one budget", "extract", run, "--out", tmp_path / "out"),
-        ("memory_mb", "extract", run, "--memory", "0.001", "--out", tmp_path / "out"),
+        ("--memory", "extract", run, "--memory", "0.001", "--out", tmp_path / "out"),
         ("'fast'", "extract", run, "--latency", "fast", "--out", tmp_path / "out"),
         ("give data", "extract", run, "--max-drop", "1", "--out", tmp_path / "out"),
         ("'slow'", "bench", run, "--runtimes", "eager,slow"),

@@ -499,9 +499,9 @@ def test_hostile_recipes(tmp_path, text):
     assert outcome(Recipe.read, tmp_path / "r.toml") is None
 
 
-ROW = "6/12,0.5,1,1,1,1,1,1"
-LINES = ["6/12,nan,1,1,1,1,1,1", "6/12,0.5,-1,1,1,1,1,1", "6/12,0.5,1,1,inf,1,1,1"]
-LINES += [f"{ROW},1,1", "6/12,0.5", "<script>,0.5,1,1,1,1,1,1"]
+ROW = "6/12,0.5,1,1,1,1,1,1,width"
+LINES = ["6/12,nan,1,1,1,1,1,1,width", "6/12,0.5,-1,1,1,1,1,1,width", "6/12,0.5,1,1,inf,1,1,1,width"]
+LINES += [f"{ROW},1", "6/12,0.5", "<script>,0.5,1,1,1,1,1,1,width", "6/12,0.5,1,1,1,1,1,1,depth"]
 CSV = ["asked\n1", "", f"{{h}},share\n{ROW},1", *(f"{{h}}\n{line}" for line in LINES)]
 
 

@@ -85,6 +85,7 @@ def test_the_full_way_by_command_line(folders, images, name, tmp_path, capsys):
     for target in (tmp_path / "small", exported):
         assert main(["evaluate", str(target), "--data", str(images), *FAST, *measure, "--json"]) == 0
         found.append(json.loads(capsys.readouterr().out))
+        assert found[-1].pop("model") == str(target)
     assert found[0] == found[1]
     assert main(["convert", str(exported), "--data", str(images), "--out", str(tmp_path / "again"), *FAST]) == 0
 

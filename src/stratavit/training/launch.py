@@ -111,11 +111,9 @@ def train(
         stack.callback(distributed.release, accelerator, trainer.model)
         if state is not None:
             trainer.restore(state)
-        if before:
-            trainer.log_curve(before)
         stack.enter_context(distributed.explained_ends(accelerator, folder))
         stack.enter_context(watched("train: ", lambda: f"{OUT_OF_MEMORY_HINT}; {resume_hint(folder)}"))
-        trainer.run()
+        trainer.run(before)
         if accelerator.is_main_process:
             report_verdict(trainer.journal.rows())
 

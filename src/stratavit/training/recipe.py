@@ -73,7 +73,8 @@ class Recipe:
         axes: ``width``, or ``both``: prefixes of the list over widths and tokens are drawn, which the network must have
             come with; both of its lists stay as they are (S).
         list_epochs: P_e, epochs in which the list grows (P); 0 is half of `epochs` (S).
-        growths: Times per epoch that the list grows and means are measured (P: 1); more for runs of few epochs (S).
+        growths: Times per epoch that the list grows and means are measured (P: 1); more for runs of few epochs. 0 is 2,
+            or 1 where an epoch has one step (S).
         head_dim_unit: Coordinates of the head width that are dropped together (P).
         mlp_units: Groups that the MLP hidden width is dropped in (P).
         objective: What Taylor importance differentiates, see `statistics.collect`; ``auto``: the true logit (P).
@@ -119,7 +120,7 @@ class Recipe:
     list_source: ListSource = "progressive"
     axes: Literal["width", "both"] = "width"
     list_epochs: Whole = 50
-    growths: Count = 1
+    growths: Whole = 1
     head_dim_unit: Count = 8
     mlp_units: Count = 32
     objective: Objective = "auto"
@@ -159,8 +160,8 @@ class Recipe:
         Raises:
             StrataViTError: They differ in something that has an effect on the weights; `source` is named.
         """
-        if not asked.batch_size:
-            asked = dataclasses.replace(asked, batch_size=self.batch_size, growths=self.growths)
+        size, growths = asked.batch_size or self.batch_size, asked.growths or self.growths
+        asked = dataclasses.replace(asked, batch_size=size, growths=growths)
         for key, value in asked.to_dict().items():
             if key not in _WITHOUT_EFFECT and value != getattr(self, key):
                 raise StrataViTError(
@@ -171,12 +172,10 @@ class Recipe:
 
     def sized(self, images: int, processes: int = 1) -> Recipe:
         """The recipe for so many images: a batch size of 0 becomes one that gives several steps per epoch."""
-        if self.batch_size:
-            return self
         most = images // (processes * self.accumulate)
         size = min(max(most // 10, 8), 128, most)
-        size = max(size - size % 2, 1)  # mixup pairs images
-        return dataclasses.replace(self, batch_size=size, growths=max(min(self.growths, most // size), 1))
+        size = self.batch_size or max(size - size % 2, 1)  # mixup pairs images
+        return dataclasses.replace(self, batch_size=size, growths=self.growths or max(min(2, most // size), 1))
 
     def rate(self, images: int) -> float:
         """Largest learning rate for a global batch of so many images."""
@@ -255,7 +254,7 @@ _FEW_STEPS: dict[str, Any] = {  # what a run of few steps on few images needs, o
 TRAINING: dict[str, Any] = {  # the best measured, see docs/training.md (S)
     **_FEW_STEPS,
     **{"compensation": "auto", "list_source": "auto", "sampling": "sandwich"},
-    **{"epochs": 10, "list_epochs": 0, "growths": 2, "lr": 2.5e-4, "ema_horizon": 0.05},
+    **{"epochs": 10, "list_epochs": 0, "growths": 0, "lr": 2.5e-4, "ema_horizon": 0.05},
 }
 FINETUNING: dict[str, Any] = {**_FEW_STEPS, "mode": "plain", "epochs": 30, "lr": 5e-4, "ema_horizon": 0.1}
 DEFAULTS: dict[Kind, dict[str, Any]] = {"train": TRAINING, "finetune": FINETUNING}

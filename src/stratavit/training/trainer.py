@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -75,10 +75,12 @@ class Trainer:
 
     # ---- the run ----------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Trains from where it stands to the end."""
+    def run(self, before: Sequence[curve_points.Point] = ()) -> None:
+        """Trains from where it stands to the end; `before` is the evaluation of the network as it came."""
         if self.step == 0:
             self.save()
+        if before:
+            self.log_curve(before)
         with overall("train", self.recipe.epochs - self.ended, silent=self.rank > 0) as begin:
             while self.ended < self.recipe.epochs:
                 begin(1.0)
@@ -204,7 +206,7 @@ class Trainer:
         if self.recipe.due(self.ended, self.recipe.save_every):
             self.save()
 
-    def log_curve(self, points: list[curve_points.Point]) -> None:
+    def log_curve(self, points: Sequence[curve_points.Point]) -> None:
         """Writes an evaluation into the log; that before the first step is one of epoch 0."""
         rest(self.evaluation, self.task.proxy)
         self.log("eval", {"points": [asdict(p) for p in points]}, {f"top1 at {p.asked}": p.top1 for p in points})
