@@ -156,7 +156,7 @@ def once(owner, name, happens, at=1):
 LEFT = "the last state in {} is sound, resume it to go on"
 MOMENTS = {
     "a state": (trainer, "write_state", 2, "state.pt"),
-    "the log": (run_files.Journal, "append", 2, "log.jsonl"),
+    "the log": (run_files.Journal, "append", 1, "log.jsonl"),
     "the result": (SuperNet, "save", 1, ""),
     "the pictures": (plots, "plot_history", 1, ""),
 }

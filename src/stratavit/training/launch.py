@@ -107,13 +107,13 @@ def train(
         if accelerator.is_main_process:
             report_unused(recipe, task.kind, classes, accelerator.num_processes)
         trainer = Trainer(task, data, places, recipe, folder, evaluation, accelerator, stop, taught)
-        trainer.origin = dict(origin or {})
+        trainer.origin, trainer.before = dict(origin or {}), before
         stack.callback(distributed.release, accelerator, trainer.model)
         if state is not None:
             trainer.restore(state)
         stack.enter_context(distributed.explained_ends(accelerator, folder))
         stack.enter_context(watched("train: ", lambda: f"{OUT_OF_MEMORY_HINT}; {resume_hint(folder)}"))
-        trainer.run(before)
+        trainer.run()
         if accelerator.is_main_process:
             report_verdict(trainer.journal.rows())
 

@@ -64,6 +64,7 @@ class Trainer:
         self.rank = accelerator.process_index
         self.step = self.begun = self.ended = 0
         self.losses, self.journal, self.origin = Losses(), Journal(out / run_files.LOG_FILE), dict[str, Any]()
+        self.before: Sequence[curve_points.Point] = ()
         self.classes = classes_of(self.net.model)  # a wrapper around one model says nothing of them
         self.target = Target(recipe, self.classes) if self.classes else Features()
         self.teacher = None if teacher is None else teacher.to(accelerator.device, self.classes)
@@ -75,12 +76,12 @@ class Trainer:
 
     # ---- the run ----------------------------------------------------------------------------------
 
-    def run(self, before: Sequence[curve_points.Point] = ()) -> None:
-        """Trains from where it stands to the end; `before` is the evaluation of the network as it came."""
+    def run(self) -> None:
+        """Trains from where it stands to the end."""
         if self.step == 0:
             self.save()
-        if before:
-            self.log_curve(before)
+            if self.before:
+                self.log_curve(self.before)
         with overall("train", self.recipe.epochs - self.ended, silent=self.rank > 0) as begin:
             while self.ended < self.recipe.epochs:
                 begin(1.0)
@@ -258,6 +259,7 @@ class Trainer:
             "recipe": self.recipe.to_dict(),
             **self.identity(),
             "origin": self.origin,
+            "before": [asdict(point) for point in self.before],
             "step": self.step,
             "begun": self.begun,
             "ended": self.ended,
@@ -290,7 +292,8 @@ class Trainer:
             self.step, self.begun, self.ended = (int(state[key]) for key in ("step", "begun", "ended"))
             self.losses.sum, self.losses.count = state["loss"]
             self.origin = self.origin or state.get("origin") or {}
-        distributed.on_main(self.accelerator, lambda: self.journal.rewind(self.ended))
+            self.before = [curve_points.Point(**row) for row in state.get("before", [])]
+        distributed.on_main(self.accelerator, lambda: self.journal.rewind(self.ended if self.step else -1))
 
     def finish(self) -> None:
         """Gives the network the weights to keep, and writes it with the last evaluation."""
