@@ -26,6 +26,7 @@ SHORT = {
     "bench": ["--seconds", "0.01", "--runtimes", "eager"],
     "train": [*ONE_EPOCH, "--list-epochs", "1", "--repeats", "1", "--proxy-images", "8", "--precision", "no"],
     "finetune": ONE_EPOCH,
+    "recover": ["--batch-size", "4", "--steps", "2", "--minutes", "2"],
 }
 LINES = [
     pytest.param([line for line in lines if line.startswith("stratavit")], id=f"{page.name}-{number}")
@@ -89,5 +90,9 @@ def test_programs_run(code, reader, monkeypatch, tmp_path):
         "val_data": batches["val"],
         "proxy_loader": batches["train"],
     }
-    code = code.replace('"epochs": 5', '"epochs": 1, "workers": 0')
+    for long, short in (
+        ('"epochs": 5', '"epochs": 1, "workers": 0'),
+        ("minutes=25", "minutes=2, steps=2, config={'batch_size': 4}"),
+    ):
+        code = code.replace(long, short)
     exec(compile(code, "block", "exec"), given)

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from stratavit.supernet import SuperNet as SuperNet
     from stratavit.tasks.finetune import finetune as finetune
     from stratavit.tasks.piad import train_piad as train_piad
+    from stratavit.tasks.recover import recover as recover
     from stratavit.training.recipe import Recipe as Recipe
 
 _NAMES = {  # module -> public names that it defines
@@ -67,6 +68,7 @@ _NAMES = {  # module -> public names that it defines
     "supernet": "SuperNet",
     "tasks.finetune": "finetune",
     "tasks.piad": "train_piad",
+    "tasks.recover": "recover",
     "training.recipe": "Recipe",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}

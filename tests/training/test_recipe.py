@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from stratavit import StrataViTError
-from stratavit.training.recipe import DEFAULTS, TRAINING, Recipe, field_types
+from stratavit.training.recipe import PAPERS, RECOVERY, TRAINING, Recipe, field_types, read_toml
 
 
 def test_defaults_are_the_papers():
@@ -78,7 +78,8 @@ def test_a_missing_file(tmp_path):
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "recipes").glob("*.toml")), ids=lambda f: f.stem)
 def test_committed_recipes_read(file):
     recipe = Recipe.read(file)
-    assert file.read_text().startswith("# PIAD of" if recipe.mode == "piad" else "# Dense ")
+    plain = "# Label-free recovery" if file.stem == "recover" else "# Dense "
+    assert file.read_text().startswith("# PIAD of" if recipe.mode == "piad" else plain)
     if "imagenet" in file.stem:
         assert recipe == Recipe(epochs=150 if "base" in file.stem else 300, objective="label", measure="top1")
         assert "Published, not reproduced here" in file.read_text()
@@ -92,7 +93,7 @@ def test_the_average_of_a_short_run_follows_its_length():
 
 
 @pytest.mark.parametrize("images", [1, 2, 7, 8, 30, 300, 3000, 10**6])
-@pytest.mark.parametrize("kind", DEFAULTS)
+@pytest.mark.parametrize("kind", PAPERS)
 @pytest.mark.parametrize("processes", [1, 8])
 def test_the_default_recipes_suit_any_number_of_images(images, kind, processes):
     recipe = Recipe.read(None, {"epochs": 1}, kind).sized(images, processes)
@@ -113,3 +114,18 @@ def test_the_rate_follows_the_batch():
     assert Recipe(lr=1.0).rate(8) == 8 / 512
     assert Recipe(lr=1.0, lr_scaling="root").rate(8) == 1 / 8
     assert Recipe(lr=1.0, lr_scaling="root").rate(512) == Recipe(lr=1.0).rate(512) == 1
+
+
+def test_the_recipe_of_recovery_is_its_default():
+    assert Recipe(**read_toml(Path(__file__).parents[2] / "recipes/recover.toml")) == Recipe(**RECOVERY)
+
+
+def test_the_paper_has_no_recipe_of_recovery():
+    with pytest.raises(StrataViTError, match="paper"):
+        Recipe.read("paper", kind="recover")
+
+
+def test_the_default_rate_of_recovery_rises_slowly_and_stays_low_in_small_batches():
+    recipe = Recipe(**RECOVERY)
+    assert recipe.warmup_epochs > 0
+    assert recipe.rate(recipe.batch_size) < 1e-4

@@ -24,6 +24,7 @@ _EXAMPLES = """examples:
   stratavit report run --curve run-curve                                everything on one HTML page
   stratavit extract run --macs 50% --out small                          a plain timm model
   stratavit extract run --latency 8 --max-drop 2 --data IMAGENET --out small    several budgets
+  stratavit recover small --teacher run --data IMAGES --out better      minutes, no labels
   stratavit train run --data IMAGENET --out run2                        PIAD: train all sizes
   stratavit finetune small --data IMAGENET --out tuned                  train that model further
   stratavit export small                                                small.onnx
@@ -35,6 +36,7 @@ _EXAMPLES = """examples:
 COMMANDS = {  # name -> module with a function of that name, which does the work; summary
     "convert": ("convert", "make a super-network from a pre-trained model"),
     "train": ("train", "train a super-network so that no size needs fine-tuning"),
+    "recover": ("recover", "recover accuracy in minutes, on a few images without labels"),
     "finetune": ("train", "train one small model further"),
     "extract": ("commands", "slice a plain small model out of a super-network"),
     "evaluate": ("measure", "measure accuracy on labelled images"),

@@ -43,9 +43,10 @@ def recipe_of(args: Namespace, begun: Mapping[str, Any] | None = None) -> Recipe
     return Recipe.read(args.recipe, overrides, args.kind, begun)
 
 
-_ORIGIN = {  # what a state keeps of the command that began the run
+_ORIGIN = {  # what a state keeps of the command that began the run, first what is trained
     "train": ("run", "data", "class_map", "teacher", "teacher_weights"),
     "finetune": ("small", "data", "class_map", "teacher", "teacher_weights", "new_head"),
+    "recover": ("target", "data", "images", "teacher", "teacher_weights"),
 }
 _BATCH = 64  # of images that are only measured on, where the recipe says none
 
@@ -81,7 +82,7 @@ def images_of(args: Namespace, config: Mapping[str, Any], head: nn.Module | None
     return Images(train, proxy, evaluation)
 
 
-def _begin(args: Namespace) -> Recipe:
+def begin(args: Namespace) -> Recipe:
     """The recipe to train by; checks folder and device."""
     if args.device not in ("auto", "cpu", "cuda"):
         raise StrataViTError(
@@ -105,20 +106,21 @@ def _begin(args: Namespace) -> Recipe:
 
 def _fill(args: Namespace, origin: Mapping[str, Any]) -> str:
     """Sets what is not given to what the interrupted run was given; returns what is trained."""
-    source = "run" if args.kind == "train" else "small"
+    source = _ORIGIN[args.kind][0]
     for name in _ORIGIN[args.kind]:
         if not getattr(args, name) and name in origin:
             setattr(args, name, origin[name])
-    for name, text in ((source, source.upper()), ("data", "--data DIR")):
+    model = "SMALL or RUN" if source == "target" else source.upper()
+    for name, text in ((source, model), ("data", "--data DIR")):
         if getattr(args, name) is None:
             raise StrataViTError(f"give {text}" + (f", which {args.out} does not name" if args.resume else ""))
     return str(getattr(args, source))
 
 
-def _origin(args: Namespace) -> dict[str, Any]:
+def origin(args: Namespace) -> dict[str, Any]:
     """What a run that is resumed needs to be given again, for its state; names of existing files are absolute."""
     found = {name: getattr(args, name) for name in _ORIGIN[args.kind] if getattr(args, name)}
-    return {name: str(Path(v).resolve()) if v is not True and Path(v).exists() else v for name, v in found.items()}
+    return {name: str(Path(v).resolve()) if isinstance(v, str) and Path(v).exists() else v for name, v in found.items()}
 
 
 def _how(args: Namespace, classes: int) -> dict[str, Any]:
@@ -129,10 +131,10 @@ def _how(args: Namespace, classes: int) -> dict[str, Any]:
     elif args.teacher_weights is not None:
         raise StrataViTError("--teacher-weights needs --teacher MODEL")
     how = {"resume": args.resume, "overwrite": args.overwrite, "cpu": args.device == "cpu", "teacher": teacher}
-    return how | {"origin": _origin(args)}
+    return how | {"origin": origin(args)}
 
 
-def _follower(args: Namespace) -> bool:
+def follower(args: Namespace) -> bool:
     """Leaves the other processes; whether this one is not the first, and prints nothing."""
     leave_process_group()
     if int(os.environ.get("RANK", "0")) == 0:
@@ -145,12 +147,12 @@ def train(args: Namespace) -> Outcome:
     """RUN and training images to a trained super-network's folder."""
     from stratavit.tasks.piad import train_piad
 
-    recipe = _begin(args)
+    recipe = begin(args)
     net = SuperNet.load(args.run)
     images = images_of(args, net.data_config, net, recipe)
     how = _how(args, net.model.num_classes)
     train_piad(net, images.train, images.evaluation, recipe, args.out, proxy=images.proxy, **how)
-    if _follower(args):
+    if follower(args):
         return {}, []
     assert net.strata is not None
     smallest = net.macs(net.strata.smallest())
@@ -166,14 +168,14 @@ def train(args: Namespace) -> Outcome:
 
 def finetune(args: Namespace) -> Outcome:
     """SMALL and training images to a fine-tuned small model's folder."""
-    recipe = _begin(args)
+    recipe = begin(args)
     model: Any = sub_network.load(args.small, timm_form=True)
     images = images_of(args, resolve_data_config(model), None if args.new_head else model, recipe)
     if args.new_head:
         new_head(model, images.proxy.class_names, recipe.seed)
     how = _how(args, model.num_classes)
     finetune_model(model, images.train, images.evaluation, recipe, args.out, **how)
-    if _follower(args):
+    if follower(args):
         return {}, []
     result = {"small": str(args.out), **_outcome(args, model.provenance["finetune"], len(images.train))}
     text = f"fine-tuned {result['steps']} steps on {result['images']} images; wrote {args.out}"

@@ -90,6 +90,20 @@ def list_images(folder: Path, bare: bool = False) -> Listing:
     return found
 
 
+def all_images(folder: Path) -> Listing:
+    """Finds the images of a folder, however deep they lie, all of one nameless class; see `list_images`.
+
+    Raises:
+        StrataViTError: There are none, or a folder cannot be read.
+    """
+    found, read = Listing(folder), endings()
+    found.samples = [(path, "") for path, _ in _walk(str(folder), (), found) if _ending(path) in read]
+    found.samples.sort(key=lambda sample: (_natural_key(sample[0]), sample[0]))
+    if not found.samples:
+        raise StrataViTError(f"{folder} holds no images in a format that Pillow reads; give a folder of images")
+    return found
+
+
 def class_folders(folder: Path) -> list[str]:
     """The class folders with images of a folder in natural order, without looking at every image.
 

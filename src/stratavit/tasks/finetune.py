@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,10 @@ class Plain(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+
+    def at(self, spec: Mapping[str, int] | None = None) -> AbstractContextManager[nn.Module]:
+        """Yields `model`, which has one size."""
+        return nullcontext(self.model)
 
     def forward(self, images: Tensor, spec: Mapping[str, int] | None = None) -> Tensor:
         """Images ``[B, C, H, W]`` to logits ``[B, classes]``."""

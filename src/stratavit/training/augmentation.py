@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from stratavit.data.image_folder import ImageFolder
 from stratavit.errors import StrataViTError
 from stratavit.models.families import family_of
+from stratavit.training.distances import relative_error
 from stratavit.training.recipe import Recipe
 
 TRIES = 100
@@ -71,6 +72,8 @@ class TrainingFolder(Dataset[tuple[Tensor, int]]):
 class Features:
     """Trains a model that returns features by those of the teacher; nothing is mixed, labels are not used."""
 
+    labelled, dropout = False, True
+
     def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Both as they are."""
         return images, labels
@@ -81,13 +84,18 @@ class Features:
 
     def loss(self, features: Tensor, target: Tensor) -> Tensor:
         """Mean of the squared distance over the squared length of the target, in float32."""
-        features, target = features.float(), target.float()
-        distances = (features - target).square().sum(dim=-1) / target.square().sum(dim=-1).clamp_min(1e-12)
-        return distances.sum() / len(features)
+        return relative_error(features, target)
 
 
 class Target:
-    """Mixes images by mixup and cutmix and computes the loss against what they became, for a head of some classes."""
+    """Mixes images by mixup and cutmix and computes the loss against what they became, for a head of some classes.
+
+    Attributes:
+        labelled: Every image needs a label.
+        dropout: The network trains with its dropout and drop-path, if it has any.
+    """
+
+    labelled, dropout = True, True
 
     def __init__(self, recipe: Recipe, classes: int) -> None:
         self.smoothing, self.classes = recipe.smoothing, classes

@@ -20,6 +20,7 @@ from stratavit.files.atomic import none_empty
 from stratavit.files.lock import Lock
 from stratavit.training import distributed, order
 from stratavit.training.augmentation import drop_path
+from stratavit.training.optimizer import learning
 from stratavit.training.recipe import Kind, Recipe
 from stratavit.training.run_files import checkpoint_errors, read_state, resume_hint
 from stratavit.training.task import TrainingTask
@@ -33,7 +34,7 @@ Config = Recipe | Mapping[str, Any] | str | Path | None
 
 
 def recipe_for(
-    config: Config, out: str | Path | None, resume: bool, kind: Kind, fixed: Mapping[str, Any], images: int
+    config: Config, out: str | Path | None, resume: bool, kind: Kind, fixed: Mapping[str, Any], images: int | None
 ) -> Recipe:
     """The recipe of a run from what a user may give in its place.
 
@@ -43,7 +44,7 @@ def recipe_for(
         out: Folder of the run, an interrupted one if it is to `resume`.
         kind: Of the run.
         fixed: Keys with values that override any recipe.
-        images: To train on, for a batch size that follows their number.
+        images: To train on, for a batch size that follows their number; None leaves that open.
 
     Raises:
         StrataViTError: See `Recipe.read` and `Recipe.resumed`; there is no run to resume.
@@ -61,7 +62,7 @@ def recipe_for(
         config = Recipe.read(path, {**keys, **fixed}, kind, None if begun is None else begun.to_dict())
     if begun is not None:
         config = begun.resumed(config, str(out))
-    return config.sized(images, distributed.launched())
+    return config if images is None else config.sized(images, distributed.launched())
 
 
 def train(
@@ -98,6 +99,7 @@ def train(
         state = read_state(folder) if resume else None
         stack.enter_context(order.kept_generators())
         stack.enter_context(drop_path(model, recipe.drop_path))
+        stack.enter_context(learning(model, recipe.learn))
         stop = stack.enter_context(distributed.stop_on_signal())
         before = []
         if evaluation is not None and state is None:
@@ -115,7 +117,7 @@ def train(
         stack.enter_context(watched("train: ", lambda: f"{OUT_OF_MEMORY_HINT}; {resume_hint(folder)}"))
         trainer.run()
         if accelerator.is_main_process:
-            report_verdict(trainer.journal.rows())
+            report_verdict(task.verdict(trainer.journal.rows()))
 
 
 def _check_teaching(recipe: Recipe, teacher: nn.Module | None, classes: int) -> None:
@@ -123,9 +125,9 @@ def _check_teaching(recipe: Recipe, teacher: nn.Module | None, classes: int) -> 
     if not classes:
         if teacher is None:
             raise StrataViTError("train: the model has no head; give a teacher, which says what its features should be")
-    elif teacher is not None and not recipe.distil:
+    elif teacher is not None and not (recipe.distil or recipe.distil_blocks):
         raise StrataViTError("train: a teacher is given, but distil is 0; set distil to the share that it teaches")
-    elif teacher is None and recipe.distil and recipe.mode == "plain":
+    elif teacher is None and (recipe.distil or recipe.distil_blocks) and recipe.mode == "plain":
         raise StrataViTError("train: distil needs a teacher here: there is no larger network that could teach")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -11,8 +13,10 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 from stratavit.training import distributed
-from stratavit.training.recipe import Recipe
-from stratavit.training.task import SampledNetwork
+from stratavit.training.recipe import Learn, Recipe
+
+if TYPE_CHECKING:
+    from stratavit.training.task import SampledNetwork
 
 
 def optimiser_and_schedule(model: nn.Module, recipe: Recipe, images: int, epoch_steps: int) -> tuple[Any, Any]:
@@ -29,6 +33,19 @@ def optimiser_and_schedule(model: nn.Module, recipe: Recipe, images: int, epoch_
     warmup = recipe.warmup_epochs * epoch_steps
     options = {"warmup_t": warmup, "warmup_lr_init": least if warmup else 0.0, "t_in_epochs": False}
     return optimiser, CosineLRScheduler(optimiser, recipe.epochs * epoch_steps, least, **options)
+
+
+@contextmanager
+def learning(model: nn.Module, what: Learn) -> Iterator[None]:
+    """Runs the body with gradients for these weights alone: ``bias+norm`` are those that are vectors."""
+    others = [p for p in model.parameters() if p.requires_grad and p.dim() > 1] if what == "bias+norm" else []
+    try:
+        for parameter in others:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
 
 
 class Losses:

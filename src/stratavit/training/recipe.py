@@ -14,11 +14,12 @@ from stratavit.training.values import Amount, Count, Probability, Rate, Share, W
 
 Mode = Literal["piad", "plain", "channel", "weighted", "layerdrop"]
 Keep = Literal["ema", "raw"]
+Learn = Literal["all", "bias+norm"]
 Sampling = Literal["uniform", "sandwich", "budget"]
 ListSource = Literal["auto", "progressive", "given"]
 Compensation = Literal["auto", "mean", "full"]
 Scaling = Literal["linear", "root"]
-Kind = Literal["train", "finetune"]  # of a run: a super-network, or one model
+Kind = Literal["train", "finetune", "recover"]  # of a run: what its function and its command are called
 PAPER = "paper"  # stands for the paper's recipe where a file may be given
 Precision = Literal["auto", "no", "fp16", "bf16"]
 
@@ -27,7 +28,7 @@ Precision = Literal["auto", "no", "fp16", "bf16"]
 class Recipe:
     """How a super-network is trained. The defaults are the paper's for DeiT-S and DeiT-Ti on ImageNet-1k.
 
-    `read` and the commands start from other values, `TRAINING` and `FINETUNING`, which learn from few images, too.
+    `read` and the commands start from other values, `TRAINING`, `FINETUNING` and `RECOVERY`, for few images, too.
 
     Sources: (P) the paper, arXiv 2511.11683; (D) the DeiT recipe, arXiv 2012.12877, which the paper follows;
     (S) StrataViT's own.
@@ -43,6 +44,9 @@ class Recipe:
             second moments. ``auto`` is ``full`` unless the method is the paper's.
         distil: Share of the target that is the teacher's output for the same batch, one forward pass more; without a
             teacher of its own the full network teaches smaller prefixes; 0 is none (P: none).
+        distil_blocks: Weight of the relative error of every block's output against the teacher's, added to the loss
+            (``tracing.block_error``); the teacher is that of `distil`, and has as many blocks of the same width (S: 0).
+        learn: ``all`` weights, or ``bias+norm``: biases, norms and LayerScale alone (S).
         epochs: Passes over the training images; 150 for DeiT-B (P).
         batch_size: Images per process and pass; times `accumulate` times processes it is the global batch (D: 1,024).
             0: a tenth of the images, 8 to 128 (S).
@@ -95,6 +99,8 @@ class Recipe:
     layer_drop: Rate = 0.2
     compensation: Compensation = "mean"
     distil: Probability = 0.0
+    distil_blocks: Amount = 0.0
+    learn: Learn = "all"
     epochs: Count = 300
     batch_size: Whole = 128
     accumulate: Count = 1
@@ -228,7 +234,7 @@ class Recipe:
         Args:
             path: The file; ``paper`` for the paper's recipe; None for none.
             overrides: Keys that win over those of the file.
-            kind: Keys that are not given are as in `TRAINING` or `FINETUNING`; None, or a file with
+            kind: Keys that are not given are as in `TRAINING`, `FINETUNING` or `RECOVERY`; None, or a file with
                 ``base = "paper"``: as in the paper.
             begun: Keys of the interrupted run that goes on, in place of these.
 
@@ -239,6 +245,7 @@ class Recipe:
         source = "recipe" if path is None else str(path)
         named = PAPER if path == PAPER else values.pop("base", None)
         check(named in (None, PAPER), f"{source}: base must be {PAPER!r} or left out, got {described(named)}")
+        check(named is None or kind != "recover", f"{source}: the paper has no recipe of recovery; leave out {PAPER}")
         base = {} if kind is None else (PAPERS if named == PAPER else DEFAULTS)[kind]
         return cls.from_dict({**(begun or base), **values, **(overrides or {})}, source)
 
@@ -257,10 +264,21 @@ TRAINING: dict[str, Any] = {  # the best measured, see docs/training.md (S)
     **{"epochs": 10, "list_epochs": 0, "growths": 0, "lr": 2.5e-4, "ema_horizon": 0.05},
 }
 FINETUNING: dict[str, Any] = {**_FEW_STEPS, "mode": "plain", "epochs": 30, "lr": 5e-4, "ema_horizon": 0.1}
-DEFAULTS: dict[Kind, dict[str, Any]] = {"train": TRAINING, "finetune": FINETUNING}
+RECOVERY: dict[str, Any] = {  # an epoch is what lies between two looks at the agreement with the teacher (S)
+    **_FEW_STEPS,
+    **{"mode": "plain", "distil": 1.0, "distil_blocks": 1.0, "epochs": 20, "warmup_epochs": 2, "batch_size": 32},
+    **{"lr": 2.5e-4, "crop": 0.25, "mixup": 0.8, "smoothing": 0.0, "ema_decay": 0.0, "keep": "raw"},
+    **{"reduction": 2 / 3, "sampling": "sandwich", "workers": 0, "tracker": "none"},
+}
+RECOVERY_IMAGES, RECOVERY_STEPS = 4096, 1000  # most images that are held, and steps, unless others are asked for
+DEFAULTS: dict[Kind, dict[str, Any]] = {"train": TRAINING, "finetune": FINETUNING, "recover": RECOVERY}
 LIST_KEYS = (
     *("mode", "layer_drop", "compensation", "reduction", "list_epochs", "growths", "head_dim_unit", "mlp_units"),
     *("objective", "measure", "sampling", "proxy_images", "list_source"),
+)
+NOT_OF_RECOVERY = (
+    *(key for key in LIST_KEYS if key not in ("reduction", "sampling")),
+    *("distil", "axes", "drop_path", "smoothing", "randaugment", "erasing", "eval_every"),
 )
 _WITHOUT_EFFECT = ("workers", "eval_every", "save_every", "save_steps", "log_steps", "tracker")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from stratavit.errors import StrataViTError
 from stratavit.evaluation import curve_points
 from stratavit.spec import Spec
 from stratavit.training.recipe import Recipe
+from stratavit.training.verdict import verdict
 
 
 class SampledNetwork(NamedTuple):
@@ -25,7 +26,7 @@ class SampledNetwork(NamedTuple):
 
 
 class TrainingTask(ABC):
-    """A network in training: a super-network (`piad_task.PiadTask`) or one small model (`finetune.FinetuneTask`).
+    """A network in training: see `piad_task.PiadTask`, `finetune.FinetuneTask` and `recover_task.RecoverTask`.
 
     Args:
         net: Called with images and a spec; its `model` is the timm model whose weights are trained. It is moved to the
@@ -38,10 +39,12 @@ class TrainingTask(ABC):
         kind: A word for the state, so that it is not resumed as something else.
         proxy: Images that are measured on, if any.
         ema: timm's averaged copy of `net`, or None.
+        finished: Whether to end after this epoch, though some are left.
     """
 
     kind: str
     proxy: Iterable[Any] | None = None
+    finished = False
 
     def __init__(self, net: Any, full_macs: int, recipe: Recipe, steps: int, accelerator: Any) -> None:
         self.net, self.full_macs, self.recipe, self.accelerator = net, full_macs, recipe, accelerator
@@ -53,6 +56,14 @@ class TrainingTask(ABC):
     def eval_net(self) -> Any:
         """The network that is evaluated and kept: averaged or raw weights."""
         return self.net if self.ema is None or self.recipe.keep == "raw" else self.ema.module
+
+    def target(self) -> Any:
+        """What mixes images and computes the loss, see `augmentation.Target`; None for that of labels or features."""
+        return None
+
+    def verdict(self, rows: Iterable[Mapping[str, Any]]) -> list[str]:
+        """Warnings about the finished run, from the rows of its log."""
+        return verdict(rows)
 
     def begin_stage(self, stage: int) -> None:  # noqa: B027
         """Whatever is measured on the weights now and then, `Recipe.growths` times per epoch."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,8 +22,10 @@ class Teacher:
     model is not copied, and put into eval mode.
 
     Attributes:
+        run: What maps prepared images to outputs: the model, or what also says what its blocks did (`tracing.trace`).
         name: Reported when a resumed run has another teacher.
-        size: Height and width that images are resized to; None: they stay as they are.
+        input_size: Channels, height and width of the student's images.
+        size: Height and width that they are resized to; None: they stay as they are.
     """
 
     def __init__(self, model: nn.Module, student: Mapping[str, Any]) -> None:
@@ -31,7 +33,9 @@ class Teacher:
         own = getattr(model, "data_config", None) or (resolve_model_data_config(model) if cfg else student)
         height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or own["input_size"][1:]
         self.model = model.eval()
+        self.run: Callable[[Tensor], Any] = self.model
         self.name = f"{cfg.get('architecture') or type(model).__name__} {_digest(model)}"
+        self.input_size = tuple(student["input_size"])
         self.size = None if (height, width) == tuple(student["input_size"][1:]) else (height, width)
         (mean, std), (mean_s, std_s) = _normal(own), _normal(student)
         self.factor, self.shift = std_s / std, (mean_s - mean) / std  # [C, 1, 1]
@@ -48,13 +52,12 @@ class Teacher:
         return self
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits ``[B, classes]`` for images ``[B, C, H, W]`` in the student's normalisation."""
+    def __call__(self, images: Tensor) -> Any:
+        """Logits ``[B, classes]`` (what `run` gives) for images ``[B, C, H, W]`` in the student's normalisation."""
         images = images * self.factor + self.shift
         if self.size is not None:  # in the images' precision: torch cannot resize bfloat16 on the CPU
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
-        logits: Tensor = self.model(images.to(model_dtype(self.model)))
-        return logits
+        return self.run(images.to(model_dtype(self.model)))
 
 
 def _digest(model: nn.Module) -> str:

@@ -21,15 +21,16 @@ from torch.utils.data import Dataset
 from stratavit.data.batches import check_images, check_labels, unpack
 from stratavit.data.image_folder import rest
 from stratavit.errors import StrataViTError
-from stratavit.evaluation import curve_points
+from stratavit.evaluation.curve_points import Point, last_curve
 from stratavit.files.atomic import readable_errors
 from stratavit.training import distributed, order, run_files
-from stratavit.training.augmentation import Features, Target
+from stratavit.training.imitation import Following, target_of
 from stratavit.training.optimizer import Losses, optimiser_and_schedule
 from stratavit.training.recipe import Recipe
 from stratavit.training.run_files import Journal, write_state
 from stratavit.training.task import SampledNetwork, TrainingTask
 from stratavit.training.teacher import Teacher
+from stratavit.training.tracing import followed
 from stratavit.utils.model import classes_of
 from stratavit.utils.progress import overall, track
 from stratavit.utils.random_streams import stream
@@ -66,10 +67,11 @@ class Trainer:
         self.losses, self.journal, self.origin = Losses(), Journal(out / run_files.LOG_FILE), dict[str, Any]()
         self.before: Sequence[curve_points.Point] = ()
         self.classes = classes_of(self.net.model)  # a wrapper around one model says nothing of them
-        self.target = Target(recipe, self.classes) if self.classes else Features()
+        self.target = task.target() or target_of(recipe, self.classes)
         self.teacher = None if teacher is None else teacher.to(accelerator.device, self.classes)
+        self.network = followed(self.net, self.teacher) if isinstance(self.target, Following) else self.net
         optimiser, self.schedule = optimiser_and_schedule(self.net.model, recipe, places.step_images, places.steps)
-        self.model, self.optimiser = distributed.prepare(accelerator, self.net, optimiser)
+        self.model, self.optimiser = distributed.prepare(accelerator, self.network, optimiser)
         if recipe.tracker != "none":
             with self.tracking():
                 accelerator.init_trackers("stratavit")
@@ -83,7 +85,7 @@ class Trainer:
             if self.before:
                 self.log_curve(self.before)
         with overall("train", self.recipe.epochs - self.ended, silent=self.rank > 0) as begin:
-            while self.ended < self.recipe.epochs:
+            while self.ended < self.recipe.epochs and not self.task.finished:
                 begin(1.0)
                 self.train_epoch(self.ended)
                 if self.to_evaluate():  # which may last long
@@ -97,7 +99,7 @@ class Trainer:
         started, first = time.perf_counter(), self.step - epoch * self.order.steps
         pin = self.accelerator.device.type == "cuda"
         batches = iter(order.loader(self.data, self.order, epoch, self.rank, first, self.recipe.workers, pin))
-        self.model.train()
+        self.model.train(self.target.dropout)
         try:
             for _ in track(range(first, self.order.steps), "train"):
                 self.begin_stage()
@@ -135,9 +137,7 @@ class Trainer:
             images, target = self.prepare(batch)
             drawn = self.draw(number)
             learners = self.learners(drawn)
-            soft = target
-            if any(learners):
-                soft = self.target.taught(target, self.teacher_output(images), self.recipe.distil)
+            soft = self.taught(images, target) if any(learners) else target
             for turn, (one, learns) in enumerate(zip(drawn, learners, strict=True), start=1):
                 last = number + 1 == len(batches) and turn == len(drawn)
                 self.learn(images, soft if learns else target, one, 1 / (len(drawn) * len(batches)), last)
@@ -155,7 +155,7 @@ class Trainer:
         """A batch on the device, mixed."""
         images, labels = unpack(batch, "train")
         check_images(self.net.model, images, "train")
-        if not self.classes:
+        if not self.target.labelled:
             labels = torch.zeros(len(images), dtype=torch.long)
         elif labels is None:
             raise StrataViTError("train: the training data has no labels; it must return (image, label)")
@@ -170,19 +170,18 @@ class Trainer:
 
     def learners(self, drawn: list[SampledNetwork]) -> list[bool]:
         """Which of the networks learn from the teacher, or from the full network, which teaches smaller ones only."""
-        if self.classes and not self.recipe.distil:
+        if self.target.labelled and not (self.recipe.distil or self.recipe.distil_blocks):
             return [False] * len(drawn)
         return [self.teacher is not None or one.macs < self.task.full_macs for one in drawn]
 
     @torch.no_grad()
-    def teacher_output(self, images: Tensor) -> Tensor:
-        """Logits or features of the teacher, or of the full network."""
-        if self.teacher is None:
-            return self.net(images)
+    def taught(self, images: Tensor, target: Tensor) -> Any:
+        """The target with what the teacher, or the full network, makes of images, and its blocks if they count."""
         with self.accelerator.autocast():
-            return self.teacher(images)
+            output = self.network(images) if self.teacher is None else self.teacher(images)
+        return self.target.taught(target, output, self.recipe.distil)
 
-    def learn(self, images: Tensor, target: Tensor, drawn: SampledNetwork, share: float, last: bool) -> None:
+    def learn(self, images: Tensor, target: Any, drawn: SampledNetwork, share: float, last: bool) -> None:
         """Forward and backward at a sub-network; processes exchange gradients in the last pass of a step."""
         with nullcontext() if last else self.accelerator.no_sync(self.model):
             loss = self.target.loss(self.model(images, drawn.spec), target)
@@ -207,7 +206,7 @@ class Trainer:
         if self.recipe.due(self.ended, self.recipe.save_every):
             self.save()
 
-    def log_curve(self, points: Sequence[curve_points.Point]) -> None:
+    def log_curve(self, points: Sequence[Point]) -> None:
         """Writes an evaluation into the log; that before the first step is one of epoch 0."""
         rest(self.evaluation, self.task.proxy)
         self.log("eval", {"points": [asdict(p) for p in points]}, {f"top1 at {p.asked}": p.top1 for p in points})
@@ -300,6 +299,4 @@ class Trainer:
         order.seed_all(self.recipe.seed, "end")
         self.task.graduate({"recipe": self.recipe.to_dict(), "steps": self.step, **self.identity()})
         distributed.unwrap(self.accelerator, self.model)  # what is saved must compute the same as what is loaded
-        distributed.on_main(
-            self.accelerator, lambda: self.task.publish(self.out, curve_points.last_curve(self.journal.rows()))
-        )
+        distributed.on_main(self.accelerator, lambda: self.task.publish(self.out, last_curve(self.journal.rows())))

@@ -40,9 +40,9 @@ def verdict(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return found
 
 
-def report_verdict(rows: Iterable[Mapping[str, Any]]) -> None:
+def report_verdict(warnings: Iterable[str]) -> None:
     """Says on standard error what `verdict` warns of."""
-    for warning in verdict(rows):
+    for warning in warnings:
         print(f"train: {warning}", file=sys.stderr)
 
 

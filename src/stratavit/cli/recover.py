@@ -1,0 +1,67 @@
+"""The command ``recover``: label-free recovery of a small model, or of all sizes of a super-network."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from stratavit.artifacts import folder_format, sub_network
+from stratavit.artifacts.model_loading import model_at
+from stratavit.cli.options import Outcome
+from stratavit.cli.train import begin, follower, origin
+from stratavit.errors import StrataViTError
+from stratavit.supernet import SuperNet
+from stratavit.tasks.recover import recover as recover_model
+from stratavit.training.recipe import RECOVERY_IMAGES
+from stratavit.training.run_files import LOG_FILE, Journal
+
+
+def recover(args: Namespace) -> Outcome:
+    """SMALL or RUN and images to a folder of the same kind."""
+    recipe = begin(args)
+    whole = folder_format.is_supernet(args.target)
+    model: Any = SuperNet.load(args.target) if whole else sub_network.load(args.target, timm_form=True)
+    recover_model(
+        model,
+        args.data,
+        _teacher(args),
+        args.minutes,
+        args.steps,
+        recipe,
+        args.out,
+        limit=args.images or RECOVERY_IMAGES,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        cpu=args.device == "cpu",
+        origin=origin(args),
+    )
+    if follower(args):
+        return {}, []
+    facts = model.provenance["recover"]
+    log = [row for row in Journal(Path(args.out) / LOG_FILE).rows() if row["kind"] == "epoch"]
+    best = min([facts["before"], *log], key=lambda row: row["divergence"])
+    result = {
+        "out": str(args.out),
+        "steps": facts["steps"],
+        "seconds": sum(row["seconds"] for row in log),
+        "agreement_before": facts["before"]["agreement"],
+        "agreement": best["agreement"],
+    }
+    text = (
+        f"recovered in {result['steps']} steps: agrees with the teacher on {result['agreement']:.1f} % of the images "
+        f"held back, before on {result['agreement_before']:.1f} %; wrote {args.out}"
+    )
+    return result, [text]
+
+
+def _teacher(args: Namespace) -> nn.Module | None:
+    if args.teacher is None:
+        if args.teacher_weights is not None:
+            raise StrataViTError("--teacher-weights needs --teacher MODEL")
+        return None
+    if folder_format.is_supernet(args.teacher):
+        return SuperNet.load(args.teacher, moments=False)
+    return model_at(args.teacher, args.teacher_weights)

@@ -1,0 +1,225 @@
+"""Small models, or all sizes of a super-network, in recovery: they learn to do what their source does."""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stratavit.artifacts import folder_format, sub_network
+from stratavit.artifacts.timm_config import FILE as TIMM_FILE
+from stratavit.errors import StrataViTError
+from stratavit.evaluation import curve_points
+from stratavit.evaluation.curve_points import parse_share
+from stratavit.models.cost import linear_macs
+from stratavit.spec import Spec
+from stratavit.tasks.sampling import draw, prefixes_of
+from stratavit.training import distributed
+from stratavit.training.distances import divergence, relative_error
+from stratavit.training.imitation import Following, Imitation
+from stratavit.training.recipe import Recipe
+from stratavit.training.run_files import publish
+from stratavit.training.task import SampledNetwork, TrainingTask
+from stratavit.training.teacher import Teacher
+from stratavit.training.unused_keys import RECOVERED
+from stratavit.utils.model import classes_of, is_super_network, measured_at
+
+LOOKS = 20  # times that a run measures the agreement with the teacher, at most
+PATIENCE = 10  # looks without a better agreement, after which a run ends; the rate falls late, so it must be long
+SHARES = ("12/12", "8/12", "6/12", "4/12")  # of the MACs: sizes of a super-network that are looked at
+BATCH = 64
+FILES = (folder_format.WEIGHTS_FILE, folder_format.MOMENTS_FILE, TIMM_FILE, folder_format.JSON_FILE)
+
+
+@dataclass
+class Clock:
+    """When a run began, when it looked at the agreement, and when it must end.
+
+    Attributes:
+        started: `time.perf_counter` at the beginning.
+        limit: Seconds from then on; infinite for none.
+        looks: Begin and end of every look, seconds from the beginning; of the first process.
+    """
+
+    started: float
+    limit: float = float("inf")
+    looks: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def late(self) -> bool:
+        """Whether as long as from the look before last to the last one is no longer left."""
+        if len(self.looks) < 2:
+            return False
+        now = self.looks[-1][1]
+        return now + (now - self.looks[-2][1]) > self.limit
+
+
+@dataclass
+class HeldBack:
+    """Images that nothing learns from, and what the teacher makes of them.
+
+    Attributes:
+        images: ``[n, C, H, W]``.
+        teacher: Runs on them once.
+    """
+
+    images: Tensor
+    teacher: Teacher
+    outputs: Tensor | None = None
+
+    @torch.no_grad()
+    def distance(self, net: Any, spec: Spec, device: torch.device) -> tuple[float, float]:
+        """How a network at a spec agrees with the teacher.
+
+        Returns:
+            Percent of images with the same first class (of features: mean cosine, in percent); mean divergence, nats
+            (of features: relative squared error).
+        """
+        parts = [part.to(device).float() for part in self.images.split(BATCH)]
+        if self.outputs is None:
+            self.outputs = torch.cat([self.teacher(part).float() for part in parts])
+        with measured_at(net, spec) as run:
+            ours, theirs = torch.cat([run(part).float() for part in parts]), self.outputs
+        if classes_of(net.model):
+            agreed, far = (ours.argmax(dim=-1) == theirs.argmax(dim=-1)).float(), divergence(ours, theirs)
+        else:
+            agreed, far = F.cosine_similarity(ours, theirs), relative_error(ours, theirs)
+        return 100 * float(agreed.mean()), float(far)
+
+
+class RecoverTask(TrainingTask):
+    """A network in recovery; the weights that agreed best with the teacher are kept.
+
+    Args:
+        net: A `SuperNet`, whose moments stay as they are, so that every size is trained as it is extracted; or
+            `finetune.Plain`.
+        data_config: How its images are prepared.
+        held: Images to measure the agreement on.
+        clock: Of the run.
+        recipe, steps, accelerator: See `TrainingTask`.
+
+    Attributes:
+        lists: Sizes that a batch draws from, largest first; a batch takes one of the lists.
+        curve: Mean divergence at every look; the first is before training.
+        best: Weights at the lowest of these.
+    """
+
+    kind = RECOVERED
+
+    def __init__(
+        self,
+        net: Any,
+        data_config: Mapping[str, Any],
+        held: HeldBack,
+        clock: Clock,
+        recipe: Recipe,
+        steps: int,
+        accelerator: Any,
+    ) -> None:
+        self.data_config, self.held, self.clock = data_config, held, clock
+        self.lists = lists_of(net, data_config, recipe)
+        super().__init__(net, self.lists[0][0].macs, recipe, steps, accelerator)
+        held.teacher.to(accelerator.device, classes_of(net.model))
+        self.curve: list[float] = []
+        self.best: dict[str, Tensor] = {}
+        self.before = self.facts()
+
+    def target(self) -> Following:
+        """The teacher's outputs, blocks and final tokens."""
+        imitation = Imitation(self.data_config, self.recipe, classes_of(self.net.model))
+        return Following(imitation, self.recipe.distil_blocks, tokens=1.0)
+
+    def draw(self, generator: random.Random) -> list[SampledNetwork]:
+        """The model as it is, or sizes of a super-network along one of its lists."""
+        return draw(self.recipe.sampling, generator.choice(self.lists), generator)
+
+    @property
+    def finished(self) -> bool:  # type: ignore[override]
+        """Whether the agreement has not become better for some time, or the time is up."""
+        return len(self.curve) - 1 - self.curve.index(min(self.curve)) >= PATIENCE or self.clock.late
+
+    def facts(self) -> dict[str, Any]:
+        """Looks at the agreement with the teacher, and keeps the weights if it is the best so far.
+
+        Returns:
+            Percent and mean divergence, over some sizes of a super-network; then of each of these.
+        """
+        begun = time.perf_counter()
+        sizes = looked_at(self.lists[0])
+        device = self.accelerator.device
+        found = {share: self.held.distance(self.eval_net, one.spec, device) for share, one in sizes.items()}
+        ended = time.perf_counter()
+        found, look = distributed.broadcast((found, (begun - self.clock.started, ended - self.clock.started)))
+        self.clock.looks.append(look)
+        agreement, far = (sum(side) / len(found) for side in zip(*found.values(), strict=True))
+        self.curve.append(far)
+        if far == min(self.curve):
+            self.best = copy.deepcopy(self.eval_net.model.state_dict())
+        several = {f"agreement at {share}": pair[0] for share, pair in found.items()} if len(found) > 1 else {}
+        return {"agreement": agreement, "divergence": far, **several}
+
+    def verdict(self, rows: Iterable[Mapping[str, Any]]) -> list[str]:
+        """A warning if no weights agreed better than those before."""
+        if min(self.curve) < self.curve[0]:
+            return []
+        return ["nothing was learned: no weights agreed better with the teacher than those before; use a lower lr"]
+
+    def evaluate(self, loader: Iterable[Any]) -> list[curve_points.Point]:
+        """Nothing: there are no labels."""
+        return []
+
+    def graduate(self, facts: dict[str, Any]) -> None:
+        """Gives `net` the weights that agreed best, in eval mode. `facts` go into its provenance."""
+        model = self.net.model
+        model.load_state_dict(self.best)
+        facts = {**facts, "before": self.before, "divergence": min(self.curve)}
+        owner = self.net if is_super_network(self.net) else model
+        owner.provenance = {**getattr(owner, "provenance", {}), "recover": facts}
+        self.net.eval()
+
+    def publish(self, folder: Path, points: list[curve_points.Point]) -> None:
+        """Writes the network into the run's folder."""
+        whole = is_super_network(self.net)
+        save = self.net.save if whole else partial(sub_network.save, self.net.model)
+        publish(lambda path: save(path, overwrite=True), FILES, folder)
+
+    def state(self) -> dict[str, Any]:
+        """Weights, the best of them, and the curve."""
+        return {**super().state(), "best": self.best, "curve": self.curve, "before": self.before}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes back to what `state` returned; that of another model is refused."""
+        super().restore(state)
+        self.best, self.curve, self.before = state["best"], list(state["curve"]), state["before"]
+
+
+def lists_of(net: Any, data_config: Mapping[str, Any], recipe: Recipe) -> list[list[SampledNetwork]]:
+    """The sizes that learn: of a super-network those of its lists that drop at most `Recipe.reduction` of the MACs.
+
+    Raises:
+        StrataViTError: It has no list.
+    """
+    if not is_super_network(net):
+        return [[SampledNetwork(Spec({}), linear_macs(net.model, data_config["input_size"]))]]
+    lists = [one for one in (net.strata, net.joint_strata) if one is not None]
+    if not lists:
+        raise StrataViTError("recover: this super-network has no dropout list; call stratify first, or extract a size")
+    least = (1 - recipe.reduction) * net.macs()
+    every = [prefixes_of(one, net.cost, whole_groups=net.method == "paper") for one in lists]
+    return [[size for size in sizes if size.macs >= least] for sizes in every]
+
+
+def looked_at(sizes: list[SampledNetwork]) -> dict[str, SampledNetwork]:
+    """Share of the MACs -> the largest size within it, for the shares that are there."""
+    full = sizes[0].macs
+    within = {share: [one for one in sizes if one.macs <= parse_share(share) * full + 0.5] for share in SHARES}
+    return {share: some[0] for share, some in within.items() if some}

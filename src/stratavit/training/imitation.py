@@ -1,0 +1,138 @@
+"""Training without labels: images changed on the device, and a loss against what a teacher makes of the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from torch import Tensor
+
+from stratavit.training.augmentation import Features, Target
+from stratavit.training.distances import divergence, relative_error
+from stratavit.training.recipe import Recipe
+from stratavit.training.tracing import Trace, block_error
+
+JITTER = 0.4  # brightness, contrast and saturation are changed by at most this share
+RATIO = 4 / 3  # most that a crop is wider than high, or higher than wide
+GREY = (0.299, 0.587, 0.114)
+
+
+class Changes:
+    """Random crops, flips and colours of a batch, every image its own; on the device that the images are on.
+
+    Args:
+        data_config: Normalisation of the images.
+        recipe: Smallest share of an image that a crop keeps, and how often one is flipped.
+    """
+
+    def __init__(self, data_config: Mapping[str, Any], recipe: Recipe) -> None:
+        self.crop, self.flip = recipe.crop, recipe.flip
+        self.mean, self.std = (torch.tensor(data_config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images ``[B, C, H, W]`` to such images in float32."""
+        return self.coloured(self.cropped(images.float()))
+
+    def cropped(self, images: Tensor) -> Tensor:
+        """A random part of every image at the size of the whole, mirrored at random."""
+        count = len(images)
+        area, stretch = torch.empty(count).uniform_(self.crop, 1), torch.empty(count).uniform_(-1, 1)
+        sides = torch.stack([area.sqrt() * RATIO ** (stretch / 2), area.sqrt() * RATIO ** (-stretch / 2)]).clamp(max=1)
+        places = (1 - sides) * torch.empty(2, count).uniform_(-1, 1)  # of the middle, from -1 to 1
+        mirror = 1 - 2 * (torch.rand(count) < self.flip).float()
+        none = torch.zeros(count)
+        rows = [torch.stack([sides[0] * mirror, none, places[0]]), torch.stack([none, sides[1], places[1]])]
+        grid = F.affine_grid(torch.stack(rows).permute(2, 0, 1).to(images.device), list(images.shape), False)
+        return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+    def coloured(self, images: Tensor) -> Tensor:
+        """Brightness, contrast and saturation of every image changed at random."""
+        mean, std = self.mean.to(images.device), self.std.to(images.device)
+        brightness, contrast, saturation = (
+            torch.empty(3, len(images), 1, 1, 1).uniform_(1 - JITTER, 1 + JITTER).to(images.device)
+        )
+        pixels = (images * std + mean) * brightness
+        grey = _grey(pixels)
+        pixels = grey.mean(dim=(2, 3), keepdim=True) * (1 - contrast) + pixels * contrast
+        pixels = _grey(pixels) * (1 - saturation) + pixels * saturation
+        return (pixels - mean) / std
+
+
+def _grey(pixels: Tensor) -> Tensor:
+    """``[B, C, H, W]`` to ``[B, 1, H, W]``."""
+    weights = torch.tensor(GREY if pixels.shape[1] == 3 else (1 / pixels.shape[1],) * pixels.shape[1])
+    return (pixels * weights.to(pixels).view(1, -1, 1, 1)).sum(dim=1, keepdim=True)
+
+
+class Imitation:
+    """Mixes images and measures how far outputs are from a teacher's; labels are not used.
+
+    Args:
+        data_config: See `Changes`.
+        recipe: Of the augmentation.
+        classes: Of the head; 0 where the outputs are features.
+    """
+
+    labelled, dropout = False, False
+
+    def __init__(self, data_config: Mapping[str, Any], recipe: Recipe, classes: int) -> None:
+        self.changes, self.classes = Changes(data_config, recipe), classes
+        self.mixup = Mixup(recipe.mixup, recipe.cutmix) if recipe.mixup or recipe.cutmix else None
+
+    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images ``[B, C, H, W]``, changed and mixed, and the labels as they are."""
+        images = self.changes(images)
+        return (images if self.mixup is None else self.mixup(images, labels)[0]), labels
+
+    def taught(self, target: Tensor, output: Tensor, share: float) -> Tensor:
+        """The teacher's output, whatever the share."""
+        return output
+
+    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """Divergence (KL) from the teacher's logits ``[B, classes]``, or relative squared error of features."""
+        return divergence(outputs, target) if self.classes else relative_error(outputs, target)
+
+
+class Following:
+    """The loss of another target plus the error of what happens on the way: a network returns a `tracing.Trace`.
+
+    Args:
+        inner: The target for outputs: `Imitation`, `augmentation.Target` or `augmentation.Features`.
+        blocks: Weight of `tracing.block_error`.
+        tokens: Weight of the relative squared error of the final tokens.
+    """
+
+    def __init__(self, inner: Any, blocks: float, tokens: float = 0.0) -> None:
+        self.inner, self.blocks, self.tokens = inner, blocks, tokens
+        self.labelled, self.dropout = inner.labelled, inner.dropout
+
+    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """See the target for outputs."""
+        mixed: tuple[Tensor, Tensor] = self.inner.mix(images, labels)
+        return mixed
+
+    def taught(self, target: Tensor, output: Trace, share: float) -> tuple[Tensor, Trace]:
+        """What outputs should be, and the teacher's trace."""
+        return self.inner.taught(target, output.outputs, share), output
+
+    def loss(self, ours: Trace, target: Tensor | tuple[Tensor, Trace]) -> Tensor:
+        """The sum; of a network that is not taught that of its outputs alone."""
+        if isinstance(target, Tensor):
+            alone: Tensor = self.inner.loss(ours.outputs, target)
+            return alone
+        wanted, theirs = target
+        loss: Tensor = self.inner.loss(ours.outputs, wanted)
+        if self.blocks:
+            loss = loss + self.blocks * block_error(ours, theirs)
+        if self.tokens:
+            loss = loss + self.tokens * relative_error(ours.tokens, theirs.tokens)
+        return loss
+
+
+def target_of(recipe: Recipe, classes: int) -> Any:
+    """What a network learns by: labels, or where it has no classes the features of a teacher; and blocks, if asked."""
+    found = Target(recipe, classes) if classes else Features()
+    return Following(found, recipe.distil_blocks) if recipe.distil_blocks else found
