@@ -21,7 +21,7 @@ from common import MODELS, WORK, Batches, converted, real_batches, real_model, w
 from torch import Tensor
 
 import stratavit
-from stratavit.training.recipe import field_types
+from stratavit.training.recipe import Recipe, field_types
 
 TWELFTHS = (12, 10, 8, 6, 4)
 
@@ -35,6 +35,7 @@ def main() -> None:
     add("--minutes", type=float, help="of each recovery")
     add("--steps", type=int, help="of each recovery")
     add("--images", type=int, default=1000, help="images to learn from (default: %(default)s)")
+    add("--validation", type=int, help="validation images (default: all)")
     add("--axes", choices=("width", "both"), default="width", help="both: along the list that merges tokens, too")
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="keys of the recipe")
     add("--out", type=Path, help="folder that the runs are kept in")
@@ -42,7 +43,7 @@ def main() -> None:
     args = arguments.parse_args()
     options = {"axes": ("width", "tokens")} if args.axes == "both" else {}
     net, images = converted(args.model, WORK, **options), real_batches(real_model(args.model), "train", args.images)
-    bench = Bench(args, net, images, real_batches(real_model(args.model), "val"))
+    bench = Bench(args, net, images, real_batches(real_model(args.model), "val", args.validation))
     rows = [bench.one_size(twelfths) for twelfths in args.twelfths]
     rows += bench.all_sizes() if args.all else []
     dense = bench.hits(net)
@@ -78,10 +79,11 @@ class Bench:
         length = {"minutes": self.args.minutes, "steps": self.args.steps}
         stratavit.recover(model, self.images, self.net, **length, config=self.keys, out=out)
         facts = model.provenance["recover"]
+        recipe = Recipe(**facts["recipe"])
         return {
             "steps": facts["steps"],
-            "batch": facts["recipe"]["batch_size"],
-            "lr": facts["recipe"]["lr"],
+            "batch": recipe.batch_size,
+            "lr": f"{recipe.rate(recipe.batch_size * recipe.accumulate):.3g}",
             "seconds": round(time.perf_counter() - started),
             "divergence": f"{facts['before']['divergence']:.3f} to {facts['divergence']:.3f}",
         }

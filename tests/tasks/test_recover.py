@@ -15,6 +15,7 @@ from training_runs import ONE, Images, assert_same, names, outcome, rows, termin
 
 import stratavit
 from stratavit import StrataViTError
+from stratavit.cli.parser import main
 from stratavit.elastic.merging import Merged, MergingBlock
 from stratavit.tasks import recover as recover_module
 from stratavit.tasks.recover import Rounds
@@ -89,12 +90,13 @@ def test_what_a_run_leaves(tmp_path):
     assert all(0 <= row["agreement"] <= 100 for row in found)
 
 
-def test_the_best_weights_are_kept_and_a_run_without_gain_ends(tmp_path):
+def test_the_best_weights_are_kept_and_a_run_without_gain_ends(tmp_path, capsys):
     """At an absurd rate every step does harm: the model stays as it was."""
     model, before = small(), small().state_dict()
     run(model, tmp_path / "run", config=SHORT | {"lr": 88.0, "warmup_epochs": 0}, steps=20)
     assert_same(dict(model.state_dict()), dict(before))
     assert 0 < len(rows(tmp_path / "run")) < 20
+    assert "nothing was learned" in capsys.readouterr().err
 
 
 def test_biases_and_norms_alone():
@@ -351,3 +353,20 @@ def test_the_command(work, tmp_path, capsys):
     assert "needs its teacher" in refusal(capsys, *arguments(work, "small", tmp_path / "none"))
     lone = ("--teacher-weights", "x.safetensors")
     assert "--teacher MODEL" in refusal(capsys, *arguments(work, "small", tmp_path / "none", *lone))
+
+
+def test_a_run_is_resumed_by_its_folder_alone(work, tmp_path, capsys, monkeypatch):
+    assert main(arguments(work, "small", tmp_path / "whole", "--teacher", str(work / "run"), "--images", "12")) == 0
+    read, reads = Rounds.__getitem__, []
+
+    def stopped(self, index):
+        reads.append(index)
+        if len(reads) == 10:
+            terminate()
+        return read(self, index)
+
+    monkeypatch.setattr(Rounds, "__getitem__", stopped)
+    assert main(arguments(work, "small", tmp_path / "out", "--teacher", str(work / "run"), "--images", "12")) == 143
+    monkeypatch.undo()
+    assert main(["recover", "--resume", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert_same(outcome(tmp_path / "out"), outcome(tmp_path / "whole"))
