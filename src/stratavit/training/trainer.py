@@ -65,7 +65,7 @@ class Trainer:
         self.rank = accelerator.process_index
         self.step = self.begun = self.ended = 0
         self.losses, self.journal, self.origin = Losses(), Journal(out / run_files.LOG_FILE), dict[str, Any]()
-        self.before: Sequence[curve_points.Point] = ()
+        self.before: Sequence[Point] = ()
         self.classes = classes_of(self.net.model)  # a wrapper around one model says nothing of them
         self.target = task.target() or target_of(recipe, self.classes)
         self.teacher = None if teacher is None else teacher.to(accelerator.device, self.classes)
@@ -291,7 +291,7 @@ class Trainer:
             self.step, self.begun, self.ended = (int(state[key]) for key in ("step", "begun", "ended"))
             self.losses.sum, self.losses.count = state["loss"]
             self.origin = self.origin or state.get("origin") or {}
-            self.before = [curve_points.Point(**row) for row in state.get("before", [])]
+            self.before = [Point(**row) for row in state.get("before", [])]
         distributed.on_main(self.accelerator, lambda: self.journal.rewind(self.ended if self.step else -1))
 
     def finish(self) -> None:
