@@ -346,7 +346,7 @@ def test_started_as_a_module():
 
 
 def test_every_command_has_help(capsys):
-    assert len(COMMANDS) == 14
+    assert len(COMMANDS) == 15
     for command in COMMANDS:
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])

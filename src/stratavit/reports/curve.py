@@ -90,7 +90,7 @@ def table(points: Sequence[Point], before: Sequence[Point] = ()) -> Table:
     rows = Table(title="accuracy against size")
     several = len(by_list(points)) > 1
     if several:
-        rows.add_column("list")
+        rows.add_column("list", no_wrap=True)
     for heading in ("MACs asked", "MACs got", "share", "params", "top-1 %", "top-5 %", "loss"):
         rows.add_column(heading, justify="right")
     if earlier:

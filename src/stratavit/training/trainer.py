@@ -258,7 +258,7 @@ class Trainer:
             "recipe": self.recipe.to_dict(),
             **self.identity(),
             "origin": self.origin,
-            "before": [asdict(point) for point in self.before],
+            "first_curve": [asdict(point) for point in self.before],
             "step": self.step,
             "begun": self.begun,
             "ended": self.ended,
@@ -291,7 +291,7 @@ class Trainer:
             self.step, self.begun, self.ended = (int(state[key]) for key in ("step", "begun", "ended"))
             self.losses.sum, self.losses.count = state["loss"]
             self.origin = self.origin or state.get("origin") or {}
-            self.before = [Point(**row) for row in state.get("before", [])]
+            self.before = [Point(**row) for row in state.get("first_curve", [])]
         distributed.on_main(self.accelerator, lambda: self.journal.rewind(self.ended if self.step else -1))
 
     def finish(self) -> None:
