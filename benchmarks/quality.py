@@ -78,7 +78,8 @@ def main() -> None:
         f"Tools: {peers.versions()}"
     )
     if args.picture:
-        draw(rows, dense.top1, args.picture, f"{args.model}, calibrated on 1,000 images, no training")
+        title = f"{args.model}, calibrated on 1,000 images, no training"
+        draw_lines(lines_of(rows, dense.top1), args.picture, title, best=OURS, first="-")
     write_results(f"quality-{args.model}", rows, note)
 
 
@@ -167,18 +168,16 @@ def peer_rows(model: nn.Module, calibration: Batches, validation: Batches) -> It
             print(f"{title}: not installed, left out")
 
 
-def draw(rows: list[Row], dense: float, path: str, title: str) -> None:
-    """Top-1 against share of MACs, a line for each group of rows, the best of it at every size."""
+def lines_of(rows: list[Row], dense: float) -> dict[str, list[tuple[float, float]]]:
+    """Label of each group of rows -> share of the MACs and top-1, the best of the group at every size."""
     lines = {}
     for label, start in GROUPS.items():
         group = [row for row in rows if row["what"].startswith(start)]
-        best = [
-            max(((row[f"{n}/12"], row[f"kept {n}/12"]) for row in group if row[f"{n}/12"] != "-"), default=None)
-            for n in TWELFTHS
-        ]
+        pairs = {n: [(row[f"{n}/12"], row[f"kept {n}/12"]) for row in group if row[f"{n}/12"] != "-"] for n in TWELFTHS}
+        best = [max((float(top1), float(kept)) for top1, kept in found) for found in pairs.values() if found]
         if group:
-            lines[label] = [(1.0, dense), *((kept, top1) for top1, kept in filter(None, best))]
-    draw_lines(lines, path, title, best=OURS, first="-")
+            lines[label] = [(1.0, dense), *((kept, top1) for top1, kept in best)]
+    return lines
 
 
 if __name__ == "__main__":

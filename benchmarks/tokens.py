@@ -10,12 +10,14 @@ full width. The networks are kept in `benchmarks/work`; a second run only evalua
 from __future__ import annotations
 
 import argparse
+import csv
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+import quality
 import tome
-from common import MODELS, WORK, Batches, converted, draw_lines, real_batches, real_model, write_results
+from common import MODELS, RESULTS, WORK, Batches, converted, draw_lines, real_batches, real_model, write_results
 from torch import nn
 
 import stratavit
@@ -57,16 +59,24 @@ def main() -> None:
             net = converted(args.model, WORK, **options)
             rows.append(row_of(net, validation, TITLES[what], specs_of(net, "width" if what == "paper" else what)))
     if args.picture:
-        lines = {
+        lines = others(args.model, dense) | {
             row["what"]: [(1.0, dense), *((row[f"share {n}/12"], row[f"{n}/12"]) for n in TWELFTHS if row[f"{n}/12"])]
             for row in rows
         }
-        draw_lines(lines, args.picture, f"{args.model}, nothing trained", best=TITLES["both"])
+        draw_lines(lines, args.picture, f"{args.model}, calibrated on 1,000 images, no training", best=TITLES["both"])
     note = (
         f"Dense: {dense:.1f}. {sum(len(labels) for _, labels in validation)} validation images, 1,000 for calibration. "
         "Tokens: block:patch tokens that it passes on, of 196."
     )
     write_results(f"tokens-{args.model}", rows, note)
+
+
+def others(model: str, dense: float) -> dict[str, list[tuple[float, float]]]:
+    """Pruning criteria and other tools, from the newest table of `quality.py`."""
+    path = sorted(RESULTS.glob(f"*-quality-{model}.csv"))[-1]
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = quality.lines_of(list(csv.DictReader(file)), dense)
+    return {label: lines[label] for label in lines if label not in (quality.OURS, "the paper, one-shot")}
 
 
 def specs_of(net: stratavit.SuperNet, axes: str) -> dict[int, stratavit.Spec]:
