@@ -73,4 +73,10 @@ def distance(small: Tensor, dense: Tensor, classes: int) -> Tensor:
     small, dense = small.float(), dense.float()
     if classes:
         return F.kl_div(small.log_softmax(dim=-1), dense.log_softmax(dim=-1), reduction="sum", log_target=True)
-    return ((small - dense).square().sum(dim=-1) / dense.square().sum(dim=-1).clamp_min(1e-12)).sum()
+    return relative_errors(small, dense).sum()
+
+
+def relative_errors(small: Tensor, dense: Tensor) -> Tensor:
+    """Squared distance over squared length of `dense` ``[B, ...]`` for every image, in float32: ``[B]``."""
+    small, dense = small.float().flatten(1), dense.float().flatten(1)
+    return (small - dense).square().sum(dim=1) / dense.square().sum(dim=1).clamp_min(1e-12)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stratavit.artifacts import folder_format, sub_network
 from stratavit.artifacts.timm_config import FILE as TIMM_FILE
+from stratavit.calibration.objectives import distance
 from stratavit.errors import StrataViTError
 from stratavit.evaluation import curve_points
 from stratavit.evaluation.curve_points import parse_share
@@ -24,7 +25,6 @@ from stratavit.models.cost import linear_macs
 from stratavit.spec import Spec
 from stratavit.tasks.sampling import draw, prefixes_of
 from stratavit.training import distributed
-from stratavit.training.distances import divergence, relative_error
 from stratavit.training.imitation import Following, Imitation
 from stratavit.training.recipe import Recipe
 from stratavit.training.run_files import publish
@@ -89,11 +89,9 @@ class HeldBack:
             self.outputs = torch.cat([self.teacher(part).float() for part in parts])
         with measured_at(net, spec) as run:
             ours, theirs = torch.cat([run(part).float() for part in parts]), self.outputs
-        if classes_of(net.model):
-            agreed, far = (ours.argmax(dim=-1) == theirs.argmax(dim=-1)).float(), divergence(ours, theirs)
-        else:
-            agreed, far = F.cosine_similarity(ours, theirs), relative_error(ours, theirs)
-        return 100 * float(agreed.mean()), float(far)
+        classes = classes_of(net.model)
+        agreed = ours.argmax(dim=-1) == theirs.argmax(dim=-1) if classes else F.cosine_similarity(ours, theirs)
+        return 100 * float(agreed.float().mean()), float(distance(ours, theirs, classes)) / len(ours)
 
 
 class RecoverTask(TrainingTask):

@@ -15,10 +15,10 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from stratavit.calibration.objectives import relative_errors
 from stratavit.data.image_folder import ImageFolder
 from stratavit.errors import StrataViTError
 from stratavit.models.families import family_of
-from stratavit.training.distances import relative_error
 from stratavit.training.recipe import Recipe
 
 TRIES = 100
@@ -84,7 +84,7 @@ class Features:
 
     def loss(self, features: Tensor, target: Tensor) -> Tensor:
         """Mean of the squared distance over the squared length of the target, in float32."""
-        return relative_error(features, target)
+        return relative_errors(features, target).mean()
 
 
 class Target:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor
 
+from stratavit.calibration.objectives import distance, relative_errors
 from stratavit.training.augmentation import Features, Target
-from stratavit.training.distances import divergence, relative_error
 from stratavit.training.recipe import Recipe
 from stratavit.training.tracing import Trace, block_error
 
@@ -93,7 +93,7 @@ class Imitation:
 
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Divergence (KL) from the teacher's logits ``[B, classes]``, or relative squared error of features."""
-        return divergence(outputs, target) if self.classes else relative_error(outputs, target)
+        return distance(outputs, target, self.classes) / len(outputs)
 
 
 class Following:
@@ -128,7 +128,7 @@ class Following:
         if self.blocks:
             loss = loss + self.blocks * block_error(ours, theirs)
         if self.tokens:
-            loss = loss + self.tokens * relative_error(ours.tokens, theirs.tokens)
+            loss = loss + self.tokens * relative_errors(ours.tokens, theirs.tokens).mean()
         return loss
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stratavit.training import distributed
 from stratavit.training.recipe import Learn, Recipe
+from stratavit.utils.model import temporarily
 
 if TYPE_CHECKING:
     from stratavit.training.task import SampledNetwork
@@ -38,14 +39,9 @@ def optimiser_and_schedule(model: nn.Module, recipe: Recipe, images: int, epoch_
 @contextmanager
 def learning(model: nn.Module, what: Learn) -> Iterator[None]:
     """Runs the body with gradients for these weights alone: ``bias+norm`` are those that are vectors."""
-    others = [p for p in model.parameters() if p.requires_grad and p.dim() > 1] if what == "bias+norm" else []
-    try:
-        for parameter in others:
-            parameter.requires_grad_(False)
+    others = [parameter for parameter in model.parameters() if parameter.dim() > 1] if what == "bias+norm" else []
+    with temporarily("requires_grad", dict.fromkeys(others, False)):
         yield
-    finally:
-        for parameter in others:
-            parameter.requires_grad_(True)
 
 
 class Losses:

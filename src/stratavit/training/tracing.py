@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stratavit.calibration.objectives import relative_errors
 from stratavit.elastic.merging import Merged
 from stratavit.errors import StrataViTError
 from stratavit.models.families import stages
-from stratavit.training.distances import relative_error
 from stratavit.training.teacher import Teacher
 from stratavit.utils.model import eval_mode, model_device, model_dtype
 
@@ -101,14 +101,13 @@ def block_error(ours: Trace, theirs: Trace) -> Tensor:
     for state, tokens in zip(ours.blocks, theirs.blocks, strict=True):
         assert isinstance(tokens, Tensor)  # see `follow`
         pair = (state.tokens, merged_like(state, tokens)) if isinstance(state, Merged) else (state, tokens)
-        errors.append(relative_error(*pair))
+        errors.append(relative_errors(*pair).mean())
     return torch.stack(errors).mean()
 
 
 def merged_like(state: Merged, tokens: Tensor) -> Tensor:
     """Tokens ``[B, P+N, C]``, the patches averaged as another network has merged them: ``[B, P+n, C]``."""
-    count = state.size.shape[1]
-    prefix = state.tokens.shape[1] - count
-    joins = F.one_hot(state.home, count).type_as(tokens)  # [B, N, n]
+    prefix = state.prefix
+    joins = F.one_hot(state.home, state.size.shape[1]).type_as(tokens)  # [B, N, n]
     patches = joins.transpose(1, 2) @ tokens[:, prefix:] / state.size.unsqueeze(2).type_as(tokens)
     return torch.cat([tokens[:, :prefix], patches], dim=1)

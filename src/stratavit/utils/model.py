@@ -100,14 +100,8 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Runs the body with no weight requiring a gradient."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
+    with temporarily("requires_grad", dict.fromkeys(model.parameters(), False)):
         yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 @contextmanager
