@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 Axes = Literal["auto", "width", "both"]  # that a budget may cut
+ListAxes = Literal["width", "both"]  # of a dropout list
 Criterion = Literal["output", "wpac", "random", "magnitude", "taylor", "hessian", "pca"]
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 Format = Literal["onnx", "torch", "transformers"]

@@ -200,6 +200,15 @@ def test_command_without_accuracy(work, capsys):
     assert found == {"file": str(page), "bytes": page.stat().st_size, "sizes": sizes, "points": 0}
 
 
+def test_command_counts_the_sizes_of_the_list_that_is_shown(tmp_path, capsys):
+    net = net_of("merging")
+    net.save(tmp_path / "run")
+    found = output(capsys, "report", tmp_path / "run")
+    assert (
+        found["sizes"] == len(net.joint_strata) + 1 == len(data_of((tmp_path / "run-report.html").read_text())["macs"])
+    )
+
+
 def test_command_finds_the_curve_beside_the_run(work, points, tmp_path, capsys):
     shutil.copytree(work / "run", tmp_path / "run")
     shutil.copytree(work / "curve", tmp_path / "run-curve")

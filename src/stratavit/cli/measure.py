@@ -31,7 +31,7 @@ from stratavit.interop.onnx_model import OnnxModel
 from stratavit.models.architecture import resolve_data_config
 from stratavit.reports import curve as curves
 from stratavit.reports import plots
-from stratavit.reports.html import write_report
+from stratavit.reports.html import list_shown, write_report
 from stratavit.supernet import SuperNet
 from stratavit.utils.devices import pick_device
 from stratavit.utils.model import classes_of, model_device
@@ -189,8 +189,7 @@ def report(args: Namespace) -> Outcome:
     if args.data is not None:
         points = measured(args, net)
     file = write_report(net, out, points, args.title, args.overwrite, latency=setting, run=str(args.run))
-    assert net.strata is not None
-    size, sizes = file.stat().st_size, len(net.strata) + 1
+    size, sizes = file.stat().st_size, len(curves.lists_in(net)[list_shown(net, points)]) + 1
     text = f"wrote {file} ({size / 2**10:.0f} KiB): {sizes} sizes"
     source = "" if found is None else f" (from {found})"
     text += f", {len(points)} of them measured{source}" if points else "; --curve DIR or --data DIR adds accuracy"

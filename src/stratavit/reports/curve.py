@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.table import Table
 from torch import Tensor, nn
 
+from stratavit.choices import ListAxes
+from stratavit.dropout_list.strata import Strata
+from stratavit.errors import StrataViTError
 from stratavit.evaluation.accuracy import Metrics, evaluate
 from stratavit.evaluation.curve_points import LADDER, LISTS, Point, by_list, parse_share
 from stratavit.evaluation.features import knn, zero_shot
@@ -47,7 +50,7 @@ def curve(
     loader: Iterable[Any],
     ladder: Sequence[str] = LADDER,
     judge: Judge = evaluate,
-    axes: Sequence[Literal["width", "both"]] = ("width", "both"),
+    axes: Sequence[ListAxes] = ("width", "both"),
 ) -> list[Point]:
     """Measures a super-network at a ladder of MACs budgets, largest first, on one list after the other.
 
@@ -64,13 +67,9 @@ def curve(
     Raises:
         StrataViTError: There is no dropout list, or the images do not fit the model.
     """
-    lists = {"width": net.strata, "both": net.joint_strata}
-    asked = []
-    for name in axes:
-        if (strata := lists[name]) is None and name == "both":
-            continue
-        lowest = 0 if strata is None else net.macs(strata.smallest())
-        asked += [(name, share) for share in ladder if parse_share(share) * net.macs() >= lowest]
+    lists = lists_in(net)
+    lowest = {name: net.macs(lists[name].smallest()) for name in axes if name in lists}
+    asked = [(name, share) for name in lowest for share in ladder if parse_share(share) * net.macs() >= lowest[name]]
     points: list[Point] = []
     known: dict[Spec, Metrics] = {}
     with overall("accuracy at every size", sum(parse_share(share) for _, share in asked)) as begin:
@@ -82,6 +81,17 @@ def curve(
             size = {"share": met.got / net.macs(), "macs": met.got, "params": net.params(spec)}
             points.append(Point(share, **size, **known[spec].to_dict(), axes=name))  # type: ignore[arg-type]
     return points
+
+
+def lists_in(net: SuperNet) -> dict[str, Strata]:
+    """Axes -> dropout list, of those that a super-network has; the width list first.
+
+    Raises:
+        StrataViTError: It has none.
+    """
+    if net.strata is None:
+        raise StrataViTError("no dropout list yet: call stratify(loader) first")
+    return {"width": net.strata} | ({} if net.joint_strata is None else {"both": net.joint_strata})
 
 
 def table(points: Sequence[Point], before: Sequence[Point] = ()) -> Table:

@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 import timm
 import torch
 
+from stratavit.choices import ListAxes
 from stratavit.dropout_list.strata import Strata
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.evaluation.curve_points import Point
 from stratavit.evaluation.latency import Setting, runner
 from stratavit.evaluation.turns import flat, take_turns
 from stratavit.files.folders import check_free_file, write_file
-from stratavit.reports.curve import title_of
+from stratavit.reports.curve import lists_in, title_of
 from stratavit.version import __version__
 
 if TYPE_CHECKING:
@@ -75,30 +76,27 @@ def write_report(
 
 def _data(net: SuperNet, points: Sequence[Point], title: str | None, run: str) -> dict[str, Any]:
     """What the page shows, as plain values; of each entry of the list, number of the site and width afterwards."""
-    if net.strata is None:
-        raise StrataViTError("no dropout list yet: call stratify(loader) first; the report shows what is dropped when")
-    merges = net.joint_strata is not None and (not points or any(point.axes == "both" for point in points))
-    strata = net.joint_strata if net.joint_strata is not None and merges else net.strata
+    axes, lists = list_shown(net, points), lists_in(net)
+    strata, sizes = lists[axes], {name: _sizes(net, one) for name, one in lists.items()}
     merging = {entry.site for entry in strata.entries}
     rows = [[site.name, site.kind, list(site.steps), site.heads] for site in net.sites]
     rows += [[place.name, "tokens", [0, *place.steps], 0] for place in net.cost.places if place.name in merging]
     number = {row[0]: i for i, row in enumerate(rows)}
-    sizes = {"width": _sizes(net, net.strata), "both": _sizes(net, strata)}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
     return {
         "title": title_of(net) if title is None else title,
         "method": net.method,
         "compensation": net.compensation,
-        "extract": f"stratavit extract {shlex.quote(run)}{' --axes both' * merges}",
-        "list": "both" if merges else "width",
+        "extract": f"stratavit extract {shlex.quote(run)}{' --axes both' * (axes == 'both')}",
+        "list": axes,
         "curve": f"stratavit curve {shlex.quote(run)}",
         "sites": rows,
         "whole": dict(net.uncut),
         "entries": [[number[entry.site], entry.width] for entry in strata.entries],
         "stops": strata.group_ends() if net.method == "paper" else None,
-        "macs": [macs for macs, _ in sizes["both"]],
-        "params": [params for _, params in sizes["both"]],
-        "points": [_shown(point, sizes[point.axes]) for point in points],
+        "macs": [macs for macs, _ in sizes[axes]],
+        "params": [params for _, params in sizes[axes]],
+        "points": [_shown(point, sizes.get(point.axes, [])) for point in points],
         "latency": None,
         "facts": {
             "method": {"method": net.method, "compensation": net.compensation, "units": list(net.units)},
@@ -108,6 +106,16 @@ def _data(net: SuperNet, points: Sequence[Point], title: str | None, run: str) -
             "versions": {"stratavit": __version__, **versions},
         },
     }
+
+
+def list_shown(net: SuperNet, points: Sequence[Point]) -> ListAxes:
+    """The list that the page goes along: that over both axes if there is one, unless points are of the other alone.
+
+    Raises:
+        StrataViTError: There is no list.
+    """
+    both = "both" in lists_in(net) and (not points or any(point.axes == "both" for point in points))
+    return "both" if both else "width"
 
 
 def _sizes(net: SuperNet, strata: Strata) -> list[tuple[int, int]]:
@@ -131,8 +139,8 @@ def _add_latency(data: dict[str, Any], net: SuperNet, setting: Setting) -> None:
     """Times the points of a page side by side, in turns, and notes how."""
     if not data["points"]:
         raise StrataViTError("latency is measured at the points of the curve; give points (--curve or --data)")
-    lists = {"width": net.strata, "both": net.joint_strata}
-    models = [net.small_at(lists[point["axes"]].spec(point["position"])) for point in data["points"]]  # type: ignore[union-attr]
+    lists = lists_in(net)
+    models = [net.small_at(lists[point["axes"]].spec(point["position"])) for point in data["points"]]
     runs = [runner(model, net.data_config["input_size"], setting) for model in models]
     for point, times in zip(data["points"], take_turns(runs, setting), strict=True):
         point["ms"] = 1000 * median(flat(times))

@@ -13,6 +13,7 @@ from stratavit.calibration import contraction
 from stratavit.calibration.contraction import TOKEN_WEIGHT
 from stratavit.calibration.objectives import Objective
 from stratavit.calibration.statistics import collect
+from stratavit.choices import ListAxes
 from stratavit.dropout_list.strata import Entry, Strata
 from stratavit.elastic.compensation import Moments
 from stratavit.elastic.token_places import SiteOrPlace
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from stratavit.supernet import SuperNet
 
 
-Axes = Literal["width", "both"]  # of the list that is trained
 CURVE_FILE, PLOT_FILE, HISTORY_FILE = "curve.csv", "curve.png", "history.png"
 SUPER_FILES = (WEIGHTS_FILE, MOMENTS_FILE, TIMM_FILE, CURVE_FILE, PLOT_FILE, HISTORY_FILE, JSON_FILE)
 
@@ -197,7 +197,7 @@ class PiadTask(TrainingTask):
 
 
 def ladder(
-    net: SuperNet, bank: Iterable[Any], axes: Axes, accelerator: Any, loader: Iterable[Any]
+    net: SuperNet, bank: Iterable[Any], axes: ListAxes, accelerator: Any, loader: Iterable[Any]
 ) -> list[curve_points.Point]:
     """The ladder of budgets, largest first, its rungs shared out among the processes."""
     rungs = curve_points.LADDER[accelerator.process_index :: accelerator.num_processes]
@@ -206,7 +206,7 @@ def ladder(
 
 
 def measure_before(
-    net: SuperNet, proxy: Iterable[Any], axes: Axes, accelerator: Any, loader: Iterable[Any]
+    net: SuperNet, proxy: Iterable[Any], axes: ListAxes, accelerator: Any, loader: Iterable[Any]
 ) -> list[curve_points.Point]:
     """The ladder of the network as it came, with all that training will drop; without a list its full size alone."""
     net.float().to(accelerator.device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from stratavit.choices import Measure, Objective
+from stratavit.choices import ListAxes, Measure, Objective
 from stratavit.errors import StrataViTError, described
 from stratavit.training.values import Amount, Count, Probability, Rate, Share, Whole, check, check_type, read_toml
 
@@ -124,7 +124,7 @@ class Recipe:
     keep: Keep = "ema"
     reduction: Share = 0.875
     list_source: ListSource = "progressive"
-    axes: Literal["width", "both"] = "width"
+    axes: ListAxes = "width"
     list_epochs: Whole = 50
     growths: Whole = 1
     head_dim_unit: Count = 8
