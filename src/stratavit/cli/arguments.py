@@ -119,7 +119,6 @@ def evaluate_options(command: ArgumentParser) -> None:
     command.add_argument("target", metavar="SMALL|RUN|FILE.onnx|MODEL", help=TARGET)
     options.add_model(command)
     options.add_data(command, LABELLED)
-    options.add_limit(command)
     options.add_judge(command)
     options.add_budgets(command)
 
@@ -139,7 +138,6 @@ def curve_options(command: ArgumentParser) -> None:
     """RUN, images, how to measure, and at which sizes."""
     command.add_argument("run", metavar="RUN", help="folder of a super-network")
     options.add_data(command, LABELLED)
-    options.add_limit(command)
     options.add_judge(command)
     options.add_ladder(command)
     options.add_out(command, "DIR", "folder for curve.csv and curve.png (default: RUN-curve)", required=False)
@@ -160,7 +158,6 @@ def report_options(command: ArgumentParser) -> None:
     group.add_argument("--threads", type=positive, default=0, help="CPU threads (default: torch's setting)")
     what = "labelled images to measure accuracy on: a folder with val/, or class folders"
     options.add_data(command, what, required=False)
-    options.add_limit(command)
     options.add_judge(command)
     options.add_ladder(command)
     options.add_out(command, "FILE", "page to write (default: RUN-report.html)", required=False)

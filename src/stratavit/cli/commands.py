@@ -1,4 +1,4 @@
-"""The commands around super-networks and small models: each has a function for its options and one for its work."""
+"""The work of the commands around super-networks and small models; their options are in `arguments`."""
 
 from __future__ import annotations
 

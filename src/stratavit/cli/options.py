@@ -72,7 +72,8 @@ def add_out(command: ArgumentParser, name: str, what: str, required: bool = True
 
 
 def add_judge(command: ArgumentParser) -> None:
-    """How models that output features are measured."""
+    """On how many images, and how models that output features are measured."""
+    add_limit(command)
     add = command.add_argument_group("how to measure", "by the classes of the head if neither is given").add_argument
     neighbours = f"by the K nearest neighbours in train/ (default K: {NEIGHBOURS})"
     texts = "by text embeddings of the classes: a .safetensors file, one tensor [classes, width]"

@@ -55,6 +55,11 @@ class ImageFolder(Dataset[Sample]):
         config = {key: data_config[key] for key in keys if key in data_config}
         self.transform = create_transform(**config, is_training=False)
 
+    @classmethod
+    def unlabelled(cls, listing: Listing, data_config: Mapping[str, Any]) -> ImageFolder:
+        """Images of no class: all have number 0, and ``""`` for a class folder."""
+        return cls(listing, Numbering(("",), {"": 0}, "alike"), data_config)
+
     def __len__(self) -> int:
         return len(self.samples)
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from stratavit.data.batches import batches_of
-from stratavit.data.class_names import Numbering
 from stratavit.data.image_files import all_images
 from stratavit.data.image_folder import ImageFolder, ImageLoader
 from stratavit.data.splits import split_folder
@@ -49,5 +48,4 @@ def images_in(
 
 def _folder(folder: Path, data_config: Mapping[str, Any], limit: int, workers: int) -> ImageLoader:
     listing = all_images(split_folder(folder, "train"))
-    dataset = ImageFolder(listing, Numbering(("",), {"": 0}, "alike"), data_config)
-    return ImageLoader(dataset, workers=workers, limit=limit)
+    return ImageLoader(ImageFolder.unlabelled(listing, data_config), workers=workers, limit=limit)

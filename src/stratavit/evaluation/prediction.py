@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stratavit.data.class_names import Numbering, class_names_of
+from stratavit.data.class_names import class_names_of
 from stratavit.data.image_files import Listing, in_natural_order
 from stratavit.data.image_folder import ImageFolder
 from stratavit.data.image_reading import endings
@@ -74,7 +74,7 @@ def predict(
             f"predict: got names of {len(known)} classes, the model's head has {classes}; give as many"
         )
     listing = Listing(Path(), [(path, "") for path in paths])
-    images = ImageFolder(listing, Numbering(("",), {"": 0}, ""), config)
+    images = ImageFolder.unlabelled(listing, config)
     found = []
     with measured_at(model, spec) as run:
         for number in range(len(images)):  # one by one: they are few, and a file that is no image is named at once

@@ -88,14 +88,13 @@ def recover(
     net: Any = model if whole else Plain(as_timm(model))
     data_config = net.data_config if whole else resolve_data_config(net.model)
     source = _source(net, teacher)
-    recipe = recipe_for(config, out, resume, "recover", fixed=FIXED | _begun(out, resume), images=None)
+    begun, length = _begun(out, resume)
+    recipe = recipe_for(config, out, resume, "recover", fixed=FIXED | begun, images=None)
     learned, aside = _shared_out(images_in(images, net.model, data_config, limit, recipe.workers))
     recipe = recipe.sized(len(learned), distributed.launched())
     held = HeldBack(aside, Teacher(source, data_config))
     go = partial(_run, data_config=data_config, images=learned, held=held, teacher=source, cpu=cpu)
-    if resume:
-        length = int(read_state(Path(out))["images"])  # type: ignore[arg-type]
-    else:
+    if not resume:
         if minutes is not None:
             clock.limit = 60 * minutes
             within = _steps_within(clock, partial(go, copy.deepcopy(net)), recipe)
@@ -179,13 +178,13 @@ def _shared_out(images: Tensor) -> tuple[Tensor, Tensor]:
     return images[~held], images[held]
 
 
-def _begun(out: str | Path | None, resume: bool) -> dict[str, Any]:
-    """What a resumed run cannot have otherwise, as it follows from how long it was to be."""
+def _begun(out: str | Path | None, resume: bool) -> tuple[dict[str, Any], int]:
+    """What follows from how long a resumed run was to be: keys of its recipe, and the images of an epoch."""
     if not resume or out is None:
-        return {}
+        return {}, 0
     with checkpoint_errors(Path(out)):
-        recipe = read_state(Path(out))["recipe"]
-        return {key: recipe[key] for key in ("epochs", "warmup_epochs")}
+        state = read_state(Path(out))
+        return {key: state["recipe"][key] for key in ("epochs", "warmup_epochs")}, int(state["images"])
 
 
 def _prepare(net: Any) -> None:
