@@ -1,6 +1,6 @@
 """Does a latency budget give the same network twice? Repeated quiet, and beside busy processes.
 
-    python benchmarks/latency_budget.py [--runs 20] [--latency 80%] [--work WORK]
+    python benchmarks/latency_repeated.py [--runs 20] [--latency 80%] [--work WORK]
 
 A busy process multiplies matrices on as many threads as it may. Refusals, and the spread of the MACs that were chosen.
 """
@@ -91,7 +91,7 @@ def main() -> None:
     note = (
         f"Asked: {args.latency} of the dense latency, eager, batch {args.batch_size}. {setting.used_threads} threads."
     )
-    write_results("latency-budget", rows, note)
+    write_results("latency-repeated", rows, note)
 
 
 if __name__ == "__main__":
