@@ -116,6 +116,7 @@ OTHER = {  # keys of the list
     "sampling": "sandwich",
     "proxy_images": 64,
     "list_source": "given",
+    "axes": "both",
 }
 
 

@@ -274,11 +274,11 @@ RECOVERY_IMAGES, RECOVERY_STEPS = 4096, 1000  # most images that are held, and s
 DEFAULTS: dict[Kind, dict[str, Any]] = {"train": TRAINING, "finetune": FINETUNING, "recover": RECOVERY}
 LIST_KEYS = (
     *("mode", "layer_drop", "compensation", "reduction", "list_epochs", "growths", "head_dim_unit", "mlp_units"),
-    *("objective", "measure", "sampling", "proxy_images", "list_source"),
+    *("objective", "measure", "sampling", "proxy_images", "list_source", "axes"),
 )
 NOT_OF_RECOVERY = (
     *(key for key in LIST_KEYS if key not in ("reduction", "sampling")),
-    *("distil", "axes", "drop_path", "smoothing", "randaugment", "erasing", "eval_every"),
+    *("distil", "drop_path", "smoothing", "randaugment", "erasing", "eval_every"),
 )
 _WITHOUT_EFFECT = ("workers", "eval_every", "save_every", "save_steps", "log_steps", "tracker")
 
