@@ -18,9 +18,9 @@ from stratavit import StrataViTError
 from stratavit.cli.parser import main
 from stratavit.elastic.merging import Merged, MergingBlock
 from stratavit.tasks import recover as recover_module
-from stratavit.tasks.recover import Rounds
 from stratavit.tasks.recover_task import Clock
 from stratavit.training.imitation import Changes, Following, Imitation
+from stratavit.training.order import Seeded
 from stratavit.training.recipe import RECOVERY, Recipe
 from stratavit.training.tracing import Trace, block_error, merged_like, trace
 from stratavit.training.unused_keys import idle_keys
@@ -219,20 +219,37 @@ def test_a_folder_needs_no_classes(tmp_path):
 @pytest.mark.parametrize("make", [small, lambda: copy.deepcopy(source())], ids=["small", "all sizes"])
 def test_interrupted_and_resumed(tmp_path, monkeypatch, make):
     run(make(), tmp_path / "whole")
-    read, reads = Rounds.__getitem__, []
+    read, reads = Seeded.__getitem__, []
 
-    def stopped(self, index):
-        reads.append(index)
+    def stopped(self, key):
+        reads.append(key)
         if len(reads) == 30:
             terminate()
-        return read(self, index)
+        return read(self, key)
 
-    monkeypatch.setattr(Rounds, "__getitem__", stopped)
+    monkeypatch.setattr(Seeded, "__getitem__", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(make(), tmp_path / "run")
     monkeypatch.undo()
     run(make(), tmp_path / "run", resume=True)
     assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
+
+
+def test_a_run_learns_from_all_images_alike(monkeypatch):
+    """Also where what lies between two looks is less than all of them, or more."""
+    read, numbers = Seeded.__getitem__, []
+
+    def seen(self, key):
+        numbers.append(key[2])
+        return read(self, key)
+
+    monkeypatch.setattr(Seeded, "__getitem__", seen)
+    for steps in (20, 60):
+        numbers.clear()
+        run(small(), steps=steps)
+        counts = torch.bincount(torch.tensor(numbers))
+        assert len(counts) > SHORT["batch_size"]
+        assert counts.max() - counts.min() <= 1
 
 
 def test_minutes_are_planned_from_timed_steps():
@@ -249,7 +266,7 @@ def test_minutes_are_planned_from_timed_steps():
 
 
 def test_a_stop_while_steps_are_timed_names_no_folder(monkeypatch):
-    monkeypatch.setattr(Rounds, "__getitem__", lambda self, index: terminate() or self.images[0])
+    monkeypatch.setattr(Seeded, "__getitem__", lambda self, key: terminate() or self.dataset[0])
     with pytest.raises(KeyboardInterrupt, match="nothing was written"):
         run(small(), steps=None, minutes=10)
 
@@ -357,15 +374,15 @@ def test_the_command(work, tmp_path, capsys):
 
 def test_a_run_is_resumed_by_its_folder_alone(work, tmp_path, capsys, monkeypatch):
     assert main(arguments(work, "small", tmp_path / "whole", "--teacher", str(work / "run"), "--images", "12")) == 0
-    read, reads = Rounds.__getitem__, []
+    read, reads = Seeded.__getitem__, []
 
-    def stopped(self, index):
-        reads.append(index)
+    def stopped(self, key):
+        reads.append(key)
         if len(reads) == 10:
             terminate()
-        return read(self, index)
+        return read(self, key)
 
-    monkeypatch.setattr(Rounds, "__getitem__", stopped)
+    monkeypatch.setattr(Seeded, "__getitem__", stopped)
     assert main(arguments(work, "small", tmp_path / "out", "--teacher", str(work / "run"), "--images", "12")) == 143
     monkeypatch.undo()
     assert main(["recover", "--resume", str(tmp_path / "out"), "--device", "cpu"]) == 0

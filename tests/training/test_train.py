@@ -498,7 +498,7 @@ def test_data_that_a_recipe_cannot_be_followed_with(data, changes, message):
 
 
 def test_processes_share_an_epoch():
-    found = order.Order(50, batch_size=4, processes=3, accumulate=2, repeats=1, seed=0)
+    found = order.Order(50, 50, batch_size=4, processes=3, accumulate=2, repeats=1, seed=0)
     assert found.steps == 2
     keys = [key for process in range(3) for batch in found.batches(1, process) for key in batch]
     assert len({index for _, _, index in keys}) == len(keys) == 48
@@ -507,7 +507,17 @@ def test_processes_share_an_epoch():
     assert found.indices(0).tolist() != found.indices(1).tolist()
 
 
+@pytest.mark.parametrize("count", [7, 20, 45])
+def test_an_epoch_may_be_a_part_of_a_round_or_more(count):
+    """Whatever its length, every image has come equally often after every round."""
+    found = order.Order(20, count, batch_size=1, processes=1, accumulate=1, repeats=1, seed=0)
+    sequence = torch.cat([found.indices(epoch) for epoch in range(20)])
+    assert len(sequence) == 20 * count
+    assert torch.equal(sequence.view(-1, 20).sort().values, torch.arange(20).expand(count, 20))
+    assert not torch.equal(sequence[:20], sequence[20:40])
+
+
 def test_repeated_augmentation():
-    indices = order.Order(60, batch_size=4, processes=1, accumulate=1, repeats=3, seed=0).indices(0)
+    indices = order.Order(60, 60, batch_size=4, processes=1, accumulate=1, repeats=3, seed=0).indices(0)
     assert len(indices) == 60
     assert torch.unique(indices, return_counts=True)[1].tolist() == [3] * 20

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from stratavit.data.unlabelled import images_in
 from stratavit.errors import StrataViTError
@@ -105,19 +104,6 @@ def recover(
     return as_source(net.model) if foreign else model
 
 
-class Rounds(Dataset[Tensor]):
-    """Images ``[N, C, H, W]`` over and over: a data set of any length."""
-
-    def __init__(self, images: Tensor, length: int) -> None:
-        self.images, self.length = images, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images[index % len(self.images)]
-
-
 def _run(
     net: Any,
     *,
@@ -140,7 +126,7 @@ def _run(
         lambda accelerator, loader: [],
         net.model,
         data_config,
-        Rounds(images, length),
+        images,  # type: ignore[arg-type]  # has a length, and images by number
         None,
         recipe,
         out,
@@ -149,6 +135,7 @@ def _run(
         cpu=cpu,
         teacher=teacher,
         origin=origin,
+        epoch_images=length,
     )
 
 
@@ -184,7 +171,7 @@ def _begun(out: str | Path | None, resume: bool) -> tuple[dict[str, Any], int]:
         return {}, 0
     with checkpoint_errors(Path(out)):
         state = read_state(Path(out))
-        return {key: state["recipe"][key] for key in ("epochs", "warmup_epochs")}, int(state["images"])
+        return {key: state["recipe"][key] for key in ("epochs", "warmup_epochs")}, int(state["epoch_images"])
 
 
 def _prepare(net: Any) -> None:

@@ -80,10 +80,12 @@ def train(
     cpu: bool,
     teacher: nn.Module | None,
     origin: Mapping[str, Any] | None,
+    epoch_images: int | None = None,
 ) -> None:
     """Trains the timm model of a task, made from number of steps and accelerator; see `piad.train_piad`.
 
     Before the task is made, which may drop what training makes stale, `measure` evaluates the network as it came.
+    An epoch is a pass over the images, or holds `epoch_images` of them.
     """
     classes = classes_of(model)
     _check_teaching(recipe, teacher, classes)
@@ -94,7 +96,7 @@ def train(
         accelerator, lock = distributed.accelerator(recipe, folder, cpu), Lock(folder)
         stack.callback(distributed.reset_accelerator, accelerator)
         stack.callback(lock.release)
-        places = order.make_order(data, recipe, accelerator.num_processes)
+        places = order.make_order(data, recipe, accelerator.num_processes, epoch_images)
         distributed.on_main(accelerator, lock.take if resume else lambda: make_folder(folder, overwrite, lock))
         state = read_state(folder) if resume else None
         stack.enter_context(order.kept_generators())

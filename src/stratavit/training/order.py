@@ -29,12 +29,18 @@ Key = tuple[int, int, int]  # epoch, place in the epoch, index of the image
 
 @dataclass(frozen=True)
 class Order:
-    """The order of `count` images; processes use the places of an epoch in turn.
+    """The order of images; processes use the places of an epoch in turn.
 
-    With `repeats`, an epoch holds `count` / `repeats` different images, each with several augmentations (repeated
-    augmentation, as in the DeiT recipe).
+    Images come round by round, all of them shuffled in each. An epoch is a round, or a part of the sequence of rounds
+    that is shorter or longer. With `repeats`, a round holds `images` / `repeats` different images, each with several
+    augmentations (repeated augmentation, as in the DeiT recipe).
+
+    Attributes:
+        images: Size of the data set.
+        count: Places of an epoch.
     """
 
+    images: int
     count: int
     batch_size: int
     processes: int
@@ -54,9 +60,16 @@ class Order:
 
     def indices(self, epoch: int) -> Tensor:
         """Index of the image at every place of an epoch, ``[count]``."""
-        generator = torch.Generator().manual_seed(stream(self.seed, "order", epoch).getrandbits(63))
-        order = torch.randperm(self.count, generator=generator)
-        return order.repeat_interleave(self.repeats)[: self.count]
+        first, end = epoch * self.count, (epoch + 1) * self.count
+        rounds = range(first // self.images, -(-end // self.images))
+        sequence = torch.cat([self._shuffled(number) for number in rounds])
+        return sequence[first - rounds.start * self.images :][: self.count]
+
+    def _shuffled(self, number: int) -> Tensor:
+        """Index of the image at every place of a round, ``[images]``."""
+        generator = torch.Generator().manual_seed(stream(self.seed, "order", number).getrandbits(63))
+        order = torch.randperm(self.images, generator=generator)
+        return order.repeat_interleave(self.repeats)[: self.images]
 
     def batches(self, epoch: int, process: int, first_step: int = 0) -> list[list[Key]]:
         """Keys of one process's batches in an epoch, from a step on."""
@@ -67,9 +80,10 @@ class Order:
         ]
 
 
-def make_order(data: Dataset[Any], recipe: Recipe, processes: int) -> Order:
-    """The order that a recipe prescribes for the images of a data set; one too small for it is refused."""
-    order = Order(length_of(data), recipe.batch_size, processes, recipe.accumulate, recipe.repeats, recipe.seed)
+def make_order(data: Dataset[Any], recipe: Recipe, processes: int, count: int | None = None) -> Order:
+    """The order that a recipe prescribes for a data set, `count` images per epoch, or all; too few are refused."""
+    images = length_of(data)
+    order = Order(images, count or images, recipe.batch_size, processes, recipe.accumulate, recipe.repeats, recipe.seed)
     if order.steps == 0:
         raise StrataViTError(
             f"train: {order.count} images are fewer than the {order.step_images} of one step; lower batch_size or "
