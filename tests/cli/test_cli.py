@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import shutil
 import subprocess
 import sys
 from itertools import chain
@@ -175,6 +176,12 @@ def test_curve_writes_table_and_picture(run, data, tmp_path, capsys):
     assert [point["asked"] for point in got["points"]] == ["1", "8/12"]
     assert len((tmp_path / "c" / "curve.csv").read_text().splitlines()) == 3
     assert (tmp_path / "c" / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for earlier in (run, tmp_path / "c"):  # a super-network, or the folder of its curve
+        again = output(capsys, "curve", run, *data, "--shares", "1,4/12", "--before", earlier, "--out", tmp_path / "d")
+        befores = [point["before"] for point in again["points"]]
+        assert befores == [again["points"][0]["top1"], again["points"][1]["top1"] if earlier == run else None]
+        shutil.rmtree(tmp_path / "d")
+    assert "curve" in refusal(capsys, "curve", run, *data, "--before", tmp_path / "none", "--out", tmp_path / "d")
 
 
 def test_unreadable_images_are_left_out_with_a_count(work, tmp_path, capsys):

@@ -18,7 +18,7 @@ import stratavit
 from stratavit import ArtifactError, Setting, StrataViTError, write_report
 from stratavit.cli.parser import main
 from stratavit.dropout_list.strata import Strata
-from stratavit.evaluation.curve_points import Point, write_csv
+from stratavit.evaluation.curve_points import Point, with_before, write_csv
 from stratavit.reports.curve import curve
 from stratavit.reports.html import SCRIPTS
 
@@ -351,6 +351,18 @@ def test_accuracy_is_told_where_the_eye_falls(net, points, look):
     page.click("#facts-more summary")
     assert page.is_visible("#facts")
     assert look(net).is_hidden("#headline")
+
+
+@pytest.mark.browser
+def test_the_line_before_recovery(net, points, look):
+    known = with_before(points, [Point(**vars(p) | {"top1": 12.5}) for p in points[:2]])
+    page = look(net, known)
+    line = page.eval_on_selector(".curve.before", "line => [...line.points].map((p) => p.y)")
+    assert len(line) == 2
+    assert line[0] == line[1]
+    assert "before 12.50 %" in page.get_attribute(".point", "aria-label")
+    assert page.locator("th", has_text="before").count() == 1
+    assert look(net, points).locator(".curve.before").count() == 0
 
 
 @pytest.mark.browser

@@ -4,13 +4,14 @@ import copy
 import csv
 import io
 import struct
+from dataclasses import replace
 
 import pytest
 from helpers import PLAN, make_batches, make_net
 from rich.console import Console
 
 from stratavit import ArtifactError, StrataViTError, evaluate
-from stratavit.evaluation.curve_points import LADDER, Point, by_list, parse_share, read_csv, write_csv
+from stratavit.evaluation.curve_points import LADDER, Point, by_list, parse_share, read_csv, with_before, write_csv
 from stratavit.reports.curve import curve, table
 from stratavit.reports.model_card import model_card
 from stratavit.reports.plots import plot
@@ -61,7 +62,7 @@ def test_csv_holds_every_number(points, tmp_path):
     write_csv(points, tmp_path / "curve.csv")
     with (tmp_path / "curve.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    kinds = {"asked": str, "macs": int, "params": int, "n": int, "axes": str}
+    kinds = {"asked": str, "macs": int, "params": int, "n": int, "axes": str, "before": lambda text: None}
     assert points == [Point(**{name: kinds.get(name, float)(text) for name, text in row.items()}) for row in rows]
 
 
@@ -85,6 +86,27 @@ def test_picture_shows_the_numbers(points, tmp_path):
         assert pictures[-1][:8] == b"\x89PNG\r\n\x1a\n"
         assert struct.unpack(">II", pictures[-1][16:24]) == (1050, 630)
     assert pictures[0] == pictures[1] != pictures[2]
+
+
+# ---- before ---------------------------------------------------------------------------------------------
+
+
+def test_an_earlier_curve_is_shown_next_to_a_later_one(points, net, tmp_path):
+    earlier = [replace(point, top1=point.top1 / 2) for point in points[:-1]]
+    found = with_before(points, earlier)
+    assert [point.before for point in found] == [point.top1 / 2 for point in points[:-1]] + [None]
+    write_csv(found, tmp_path / "curve.csv")
+    assert read_csv(tmp_path / "curve.csv") == found
+    assert len(table(found).columns) == len(table(points).columns) + 1
+    plot(points, tmp_path / "alone.png", "a title")
+    plot(found, tmp_path / "both.png", "a title")
+    assert (tmp_path / "alone.png").read_bytes() != (tmp_path / "both.png").read_bytes()
+    assert f"| {found[0].top5:.2f} | {found[0].before:.2f} |" in model_card(net, "user/name", found)
+    assert "before" not in model_card(net, "user/name", points)
+    text = (tmp_path / "curve.csv").read_text().replace(f",{found[0].before}", ",101")
+    (tmp_path / "curve.csv").write_text(text)
+    with pytest.raises(ArtifactError, match="curve"):
+        read_csv(tmp_path / "curve.csv")
 
 
 # ---- two lists ------------------------------------------------------------------------------------------

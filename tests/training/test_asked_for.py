@@ -68,6 +68,26 @@ def test_the_rate_never_rises_but_in_the_warm_up_and_never_falls_there(images, w
     assert min(rates) >= min(recipe.min_lr, whole) * (1 - 1e-9)
 
 
+def test_biases_and_norms_learn_at_a_multiple_of_the_rate():
+    model = make_model("plain")
+    model.head.requires_grad_(False)
+    recipe = Recipe(bias_norm_lr_scale=4.0, warmup_epochs=2)
+    optimiser, schedule = optimiser_and_schedule(model, recipe, 512, 10)
+    known = []
+    for step in (1, 300, 1999):
+        schedule.step_update(step)
+        base = optimiser.param_groups[0]["lr"]
+        for group in optimiser.param_groups:
+            for parameter in group["params"]:
+                vector = parameter.dim() == 1
+                assert group["lr"] == pytest.approx(base * (4 if vector else 1))
+                assert group["weight_decay"] == 0 or not vector
+                known.append(id(parameter))
+    learning = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert set(known) == learning
+    assert len(known) == 3 * len(learning)
+
+
 @pytest.mark.parametrize(("lr", "reported"), [(5e-4, False), (1e-9, True)])
 def test_a_rate_below_the_least_is_reported(lr, reported, capsys):
     report_unused(dataclasses.replace(TINY, lr=lr, min_lr=1e-6), "default", 7, processes=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,8 @@ def measured(args: Namespace, net: SuperNet) -> list[curve_points.Point]:
         BudgetError: No share of the ladder is reachable.
     """
     judge, images = judge_and_images(args, net, net.data_config)
-    points = curves.curve(net, images, args.shares, judge)
+    before = points_before(args, judge, images)
+    points = curve_points.with_before(curves.curve(net, images, args.shares, judge), before)
     if points:
         _warn_near_chance(args, net, points[0].top1, points[0].n)
     else:
@@ -159,6 +161,13 @@ def measured(args: Namespace, net: SuperNet) -> list[curve_points.Point]:
             f"none of the shares {', '.join(args.shares)} is reachable; `stratavit info {args.run}` shows the range"
         )
     return points
+
+
+def points_before(args: Namespace, judge: curves.Judge, images: Iterable[Any]) -> list[curve_points.Point]:
+    """The earlier curve that `--before` names, measured on the same images if it is a super-network."""
+    if args.before is None or not folder_format.is_supernet(args.before):
+        return [] if args.before is None else curve_points.points_in(args.before)
+    return curves.curve(SuperNet.load(args.before, pick_device(args.device)), images, args.shares, judge)
 
 
 def write_curve(points: list[curve_points.Point], out: str | Path, title: str, overwrite: bool) -> None:

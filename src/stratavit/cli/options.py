@@ -87,6 +87,8 @@ def add_ladder(command: ArgumentParser) -> None:
     """Sizes to measure at."""
     text = "shares of the dense MACs, for example 1,8/12,0.5 (default: twelfths)"
     command.add_argument("--shares", type=shares, default=LADDER, metavar="LIST", help=text)
+    text = "RUN before it was recovered or trained, or the folder of its curve: shown next to the accuracy"
+    command.add_argument("--before", metavar="RUN|DIR", help=text)
 
 
 def add_latency_batch(command: Any) -> None:

@@ -162,8 +162,8 @@ def train(args: Namespace) -> Outcome:
         f"trained {result['steps']} steps on {result['images']} images: any size from {human(smallest)} to "
         f"{human(net.macs())} MACs is now a slice of {args.out}"
     )
-    before, points = ([curve_points.Point(**point) for point in result[key]] for key in ("before", "points"))
-    return result, [curve.table(points, before), text] if points else [text]
+    points = [curve_points.Point(**point) for point in result["points"]]
+    return result, [curve.table(points), text] if points else [text]
 
 
 def finetune(args: Namespace) -> Outcome:
@@ -203,5 +203,5 @@ def _outcome(args: Namespace, facts: Mapping[str, Any], images: int) -> dict[str
         "steps": facts["steps"],
         "seconds": sum(row.get("seconds", 0) for row in log if row["kind"] == "epoch"),
         "before": [vars(point) for point in first_curve(log)],
-        "points": [vars(point) for point in curve_points.last_curve(log)],
+        "points": [vars(point) for point in curve_points.with_before(curve_points.last_curve(log), first_curve(log))],
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -28,6 +28,7 @@ class Point:
         loss: Mean cross-entropy.
         n: Images it was measured on.
         axes: The list that it lies on: ``width``, or ``both``, which merges tokens, too.
+        before: Top-1 at the same share before the network was recovered or trained; None if it is not known.
     """
 
     asked: str
@@ -39,6 +40,13 @@ class Point:
     loss: float
     n: int
     axes: str = "width"
+    before: float | None = None
+
+
+def with_before(points: Iterable[Point], earlier: Iterable[Point]) -> list[Point]:
+    """The points, each with the top-1 of the point of an earlier curve at the same share of the same list."""
+    known = {(point.asked, point.axes): point.top1 for point in earlier}
+    return [replace(point, before=known.get((point.asked, point.axes))) for point in points]
 
 
 def by_list(points: Iterable[Point]) -> dict[str, list[Point]]:
@@ -79,7 +87,7 @@ def read_csv(path: Path) -> list[Point]:
     """
     if not path.exists():
         return []
-    types = get_type_hints(Point)
+    types = get_type_hints(Point) | {"before": lambda text: float(text) if text else None}
     try:
         rows = csv.DictReader(read_small(path).decode().splitlines(keepends=True))
         if len(rows.fieldnames or ()) > len(types):
@@ -124,7 +132,7 @@ def _checked(point: Point) -> Point:
     parse_share(point.asked)
     percent = 0 <= point.top1 <= 100 and 0 <= point.top5 <= 100
     counts = all(0 < count < 2**63 for count in (point.macs, point.params, point.n))
-    known = point.axes in LISTS
+    known = point.axes in LISTS and (point.before is None or 0 <= point.before <= 100)
     if not (known and percent and counts and 0 < point.share <= 1 and 0 <= point.loss < float("inf")):
         raise ValueError(f"{point.asked}: a number is out of range")
     return point

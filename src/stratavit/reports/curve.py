@@ -94,9 +94,9 @@ def lists_in(net: SuperNet) -> dict[str, Strata]:
     return {"width": net.strata} | ({} if net.joint_strata is None else {"both": net.joint_strata})
 
 
-def table(points: Sequence[Point], before: Sequence[Point] = ()) -> Table:
-    """The curve as a table for the terminal, with the top-1 of a curve `before`, if there was one."""
-    earlier = {point.asked: f"{point.top1:.2f}" for point in before}
+def table(points: Sequence[Point]) -> Table:
+    """The curve as a table for the terminal."""
+    earlier = any(point.before is not None for point in points)
     rows = Table(title="accuracy against size")
     several = len(by_list(points)) > 1
     if several:
@@ -108,8 +108,12 @@ def table(points: Sequence[Point], before: Sequence[Point] = ()) -> Table:
     for p in points:
         cells = (human(p.macs), f"{p.share:.1%}", human(p.params), f"{p.top1:.2f}", f"{p.top5:.2f}", f"{p.loss:.3f}")
         first = [LISTS[p.axes]] if several else []
-        rows.add_row(*first, p.asked, *cells, *([earlier.get(p.asked, "")] if earlier else []))
+        rows.add_row(*first, p.asked, *cells, *([_percent(p.before)] if earlier else []))
     return rows
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def title_of(net: SuperNet) -> str:

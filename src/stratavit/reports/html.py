@@ -131,7 +131,10 @@ def _shown(point: Point, sizes: list[tuple[int, int]]) -> dict[str, Any]:
             f"the curve is not of this super-network: no position of its list has {point.macs} MACs and {point.params} "
             "parameters; measure it again with `stratavit curve`"
         )
-    row = {key: value if isinstance(value, str) or math.isfinite(value) else None for key, value in vars(point).items()}
+    row = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in vars(point).items()
+    }
     return row | {"position": sizes.index((point.macs, point.params)), "ms": None}
 
 

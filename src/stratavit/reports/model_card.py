@@ -104,6 +104,10 @@ def _use(net: SuperNet | None, repo_id: str, plain: bool) -> str:
     return used
 
 
+def _before(point: Point) -> str:
+    return " |" if point.before is None else f" {point.before:.2f} |"
+
+
 def _sizes(net: SuperNet | None, model: nn.Module, points: Sequence[Point]) -> str:
     title, head, rows = "## Sizes", "| MACs, share | MACs | parameters |\n|---|---|---|", []
     note = f"Measured on {points[0].n} images." if points else "Accuracy was not measured."
@@ -119,9 +123,12 @@ def _sizes(net: SuperNet | None, model: nn.Module, points: Sequence[Point]) -> s
         head = "| MACs, share | MACs | parameters | top-1 % | top-5 % |\n|---|---|---|---|---|"
         if several := len(by_list(points)) > 1:
             head = "| cut along " + head.replace("\n", "\n|---")
+        if earlier := any(p.before is not None for p in points):
+            head = head.replace("top-5 % |", "top-5 % | top-1 % before |") + "---|"
+            note += " Before: the one-shot network, not recovered or trained yet."
         rows = [
             f"{f'| {LISTS[p.axes]} ' if several else ''}| {p.share:.1%} | {human(p.macs)} | {human(p.params)} | "
-            f"{p.top1:.2f} | {p.top5:.2f} |"
+            f"{p.top1:.2f} | {p.top5:.2f} |{_before(p) if earlier else ''}"
             for p in points
         ]
     elif net is not None and (strata := net.joint_strata or net.strata) is not None:

@@ -16,7 +16,7 @@ _INK, _LINE, _MUTED = "#1f2937", "#2563eb", "#9ca3af"
 
 
 def plot(points: Sequence[Point], path: Path, title: str) -> None:
-    """The curve as a PNG: top-1 against MACs, a line for each list, every point labelled."""
+    """The curve as a PNG: top-1 against MACs, a line for each list, every point labelled; a dotted line for before."""
     figure, axes = _axes(title)
     lines = by_list(points)
     for name, colour, below in ((list(lines)[-1], _LINE, False), *((name, _MUTED, True) for name in list(lines)[:-1])):
@@ -24,10 +24,14 @@ def plot(points: Sequence[Point], path: Path, title: str) -> None:
         axes.plot(
             [p.macs for p in line], [p.top1 for p in line], color=colour, marker="o", linewidth=2, label=LISTS[name]
         )
+        earlier = [(p.macs, p.before) for p in line if p.before is not None]
+        if earlier:
+            name = f"{LISTS[name]}, before" if len(lines) > 1 else "before"
+            axes.plot(*zip(*earlier, strict=True), color=colour, linewidth=1, linestyle=":", marker=".", label=name)
         for p in line[1 if below else 0 :]:
             where = {"xytext": (0, -14 if below else 7), "textcoords": "offset points", "ha": "center"}
             axes.annotate(f"{p.top1:.1f}", (p.macs, p.top1), **where, color=_INK, fontsize=8)
-    if len(lines) > 1:
+    if len(lines) > 1 or any(p.before is not None for p in points):
         axes.legend(fontsize=8, frameon=False, loc="lower right")
     axes.axhline(points[0].top1, color=_MUTED, linewidth=1, linestyle="--", zorder=0)
     axes.set_xlabel("MACs per image (linear count)")

@@ -31,9 +31,19 @@ def optimiser_and_schedule(model: nn.Module, recipe: Recipe, images: int, epoch_
     rate = recipe.rate(images)
     least = min(recipe.min_lr, rate)  # neither the cosine nor the warm-up goes the other way
     optimiser = create_optimizer_v2(model, opt="adamw", lr=rate, weight_decay=recipe.weight_decay)
+    if recipe.bias_norm_lr_scale != 1:
+        _scale_vectors(optimiser, recipe.bias_norm_lr_scale)
     warmup = recipe.warmup_epochs * epoch_steps
     options = {"warmup_t": warmup, "warmup_lr_init": least if warmup else 0.0, "t_in_epochs": False}
     return optimiser, CosineLRScheduler(optimiser, recipe.epochs * epoch_steps, least, **options)
+
+
+def _scale_vectors(optimiser: Any, scale: float) -> None:
+    """Gives biases, norms and LayerScale, all that are vectors, a group with a multiple of the rate."""
+    vectors = [parameter for group in optimiser.param_groups for parameter in group["params"] if parameter.dim() < 2]
+    for group in optimiser.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter.dim() > 1]
+    optimiser.add_param_group({"params": vectors, "weight_decay": 0.0, "lr_scale": scale})  # timm's schedule reads it
 
 
 @contextmanager

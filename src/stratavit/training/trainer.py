@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from stratavit.data.batches import check_images, check_labels, unpack
 from stratavit.data.image_folder import rest
 from stratavit.errors import StrataViTError
-from stratavit.evaluation.curve_points import Point, last_curve
+from stratavit.evaluation.curve_points import Point, last_curve, with_before
 from stratavit.files.atomic import readable_errors
 from stratavit.training import distributed, order, run_files
 from stratavit.training.imitation import Following, target_of
@@ -257,6 +257,7 @@ class Trainer:
         state = {
             "recipe": self.recipe.to_dict(),
             **self.identity(),
+            "epoch_images": self.order.count,
             "origin": self.origin,
             "first_curve": [asdict(point) for point in self.before],
             "step": self.step,
@@ -274,7 +275,7 @@ class Trainer:
         return {
             "kind": self.task.kind,
             "processes": self.accelerator.num_processes,
-            "images": self.order.count,
+            "images": self.order.images,
             "teacher": None if self.teacher is None else self.teacher.name,
         }
 
@@ -299,4 +300,7 @@ class Trainer:
         order.seed_all(self.recipe.seed, "end")
         self.task.graduate({"recipe": self.recipe.to_dict(), "steps": self.step, **self.identity()})
         distributed.unwrap(self.accelerator, self.model)  # what is saved must compute the same as what is loaded
-        distributed.on_main(self.accelerator, lambda: self.task.publish(self.out, last_curve(self.journal.rows())))
+        distributed.on_main(self.accelerator, self._publish)
+
+    def _publish(self) -> None:
+        self.task.publish(self.out, with_before(last_curve(self.journal.rows()), self.before))

@@ -20,6 +20,7 @@ function describe(point) {
     `MACs ${exact(point.macs)} (${percent(point.share)})`,
     `parameters ${exact(point.params)}`,
   ];
+  if (point.before !== null) lines[0] += `, before ${point.before.toFixed(2)} %`;
   if (point.ms !== null) lines.push(`${point.ms.toFixed(2)} ms`);
   if (point.top5 !== null) lines.push(`top-5 ${point.top5.toFixed(2)} %`);
   if (point.loss !== null) lines.push(`loss ${point.loss.toFixed(3)}`);
@@ -41,7 +42,7 @@ function drawCurve() {
   const height = Math.round(Math.min(380, Math.max(250, width * 0.46)));
   const bottom = height - MARGIN.bottom;
   const highest = Math.max(axis.at(0), ...data.points.map(axis.of)) * 1.04;
-  const levels = ticks(Math.max(1, ...data.points.map((point) => point.top1)), 5);
+  const levels = ticks(Math.max(1, ...data.points.map((point) => Math.max(point.top1, point.before))), 5);
   const x = (value) => MARGIN.left + (value / highest) * (width - MARGIN.left - MARGIN.right);
   const y = (value) => bottom - (value / levels[levels.length - 1]) * (bottom - MARGIN.top);
   const svg = drawn("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": `top-1 against ${axis.title}, ${points.length} points` });
@@ -61,6 +62,8 @@ function drawCurve() {
   place = { x, mark: line("here", 0, MARGIN.top, 0, bottom) };
   for (const [kind, list] of [["curve other", others], ["curve", points]])
     svg.append(drawn("polyline", { class: kind, points: list.map((p) => `${x(axis.of(p))},${y(p.top1)}`).join(" ") }));
+  const earlier = points.filter((point) => point.before !== null);
+  if (earlier.length > 0) svg.append(drawn("polyline", { class: "curve before", points: earlier.map((p) => `${x(axis.of(p))},${y(p.before)}`).join(" ") }));
   for (const point of data.points) {
     const off = standardError(point);
     line("error", x(axis.of(point)), y(Math.max(0, point.top1 - off)), x(axis.of(point)), y(Math.min(levels[levels.length - 1], point.top1 + off)));
@@ -138,6 +141,7 @@ function curveTable() {
   if (data.latency !== null) columns.push(["ms", (p) => p.ms.toFixed(2)]);
   const measured = (value, digits) => (value === null ? "" : value.toFixed(digits));
   columns.push(["top-1 %", (p) => p.top1.toFixed(2)], ["top-5 %", (p) => measured(p.top5, 2)], ["loss", (p) => measured(p.loss, 3)]);
+  if (data.points.some((p) => p.before !== null)) columns.push(["before %", (p) => measured(p.before, 2)]);
   if (others.length > 0) columns.unshift(["cut along", (p) => NAMES[p.axes]]);
   const head = element("tr", {}, ...columns.map(([name]) => element("th", { scope: "col" }, name)));
   const rows = [...points, ...others].map((point) => element("tr", {}, ...columns.map(([, text]) => element("td", {}, text(point)))));
@@ -155,6 +159,7 @@ function startCurve() {
   }
   note.append("Point at a dot for its numbers; choose it to show that size below. The upright line is the size shown, the dashed one the largest measured; bars are one standard error of so many images.");
   if (others.length > 0) note.append(` Grey: cut along ${NAMES[others[0].axes]} alone.`);
+  if (points.some((point) => point.before !== null)) note.append(" Dotted: before the network was recovered or trained.");
   if (data.latency !== null) note.append(` Latency: ${data.latency}.`);
   axisChoice();
   curveTable();
