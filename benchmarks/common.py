@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import json
 import multiprocessing
 import os
 import platform
@@ -113,6 +114,14 @@ def peak() -> int:
     return int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 
 
+def resident() -> int:
+    """Bytes of this process in memory (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return 1024 * int(line.split()[1])
+    raise SystemExit("no /proc/self/status: this measurement needs Linux")
+
+
 def grown(run: Callable[[], object]) -> int:
     """By how much a call raises this process's largest resident set, KiB."""
     before = peak()
@@ -149,6 +158,38 @@ def as_if_contracted(model: nn.Module, crossed: bool = False) -> stratavit.Super
         (module.channel_mean, module.moments), *folds = made
         module.crossed = tuple(folds)
     return net
+
+
+class Journal:
+    """Rows of a table in a file, one JSON object a line: an interrupted run goes on from it.
+
+    Args:
+        path: The file, made at the first row; None keeps nothing.
+        key: Columns that tell rows apart.
+
+    Attributes:
+        rows: Those of the file and those that were added, by the values of the key.
+    """
+
+    def __init__(self, path: Path | None, *key: str) -> None:
+        self.path, self.key = path, key
+        lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
+        self.rows = {self._of(row): row for row in map(json.loads, lines)}
+
+    def __contains__(self, row: Mapping[str, Any]) -> bool:
+        return self._of(row) in self.rows
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Prints a row and appends it to the file."""
+        print(row, flush=True)
+        self.rows[self._of(row)] = dict(row)
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def _of(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[name] for name in self.key)
 
 
 def write_results(name: str, rows: Sequence[Mapping[str, Any]], note: str = "") -> None:

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
-from common import WORK, converted, write_results
+from common import WORK, converted, resident, write_results
 
 import stratavit
 from stratavit import SuperNet
@@ -57,14 +57,6 @@ def main() -> None:
         "allocator keeps."
     )
     write_results("family-memory", rows, note)
-
-
-def resident() -> int:
-    """Bytes of this process in memory."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return 1024 * int(line.split()[1])
-    raise SystemExit("no /proc/self/status: this measurement needs Linux")
 
 
 def serve(folder: Path, way: str) -> tuple[int, int, int, int, int]:

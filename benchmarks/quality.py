@@ -12,7 +12,6 @@ widths and MLPs) by other scores, all else as in the paper. Other tools are driv
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from unittest import mock
 import fastnas
 import peers
 import tome
-from common import MODELS, Batches, draw_lines, real_batches, real_model, write_results
+from common import MODELS, Batches, Journal, draw_lines, real_batches, real_model, write_results
 from torch import nn
 
 import stratavit
@@ -61,16 +60,13 @@ def main() -> None:
     calibration, validation = real_batches(model, "train"), real_batches(model, "val")
     dense = stratavit.evaluate(model, validation)
     parts = {"criteria": criteria_rows, "peers": peer_rows, "tokens": token_rows, "ours": our_rows}
-    lines = args.journal.read_text().splitlines() if args.journal and args.journal.exists() else []
-    known = {row["what"]: row for row in map(json.loads, lines)}
+    journal = Journal(args.journal, "what")
     rows: list[Row] = []
     for part in args.only or parts:
         for title, make in parts[part](model, calibration, validation):
-            rows.append(known.get(title) or make())
-            print(rows[-1], flush=True)
-            if args.journal and title not in known:
-                with args.journal.open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
+            if {"what": title} not in journal:
+                journal.add(make())
+            rows.append(journal.rows[title,])
     note = (
         f"Top-1 of {args.model}, dense {dense.top1:.1f}, on {dense.n} validation images (standard error about 2);"
         f" calibrated on {sum(len(y) for _, y in calibration)} training images, nothing trained. Every sub-network "
