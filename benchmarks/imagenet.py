@@ -244,7 +244,9 @@ def estimate(args: argparse.Namespace, device: torch.device, missing: dict[str, 
 
 
 def duration(seconds: float) -> str:
-    """In hours or minutes."""
+    """In hours, minutes or seconds."""
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
     return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.0f} minutes"
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import httpx2
 import torch
-from common import DATA, WORK, converted, resident, write_results
+from common import DATA, WORK, converted, peak, resident, write_results
 from serving_app import make_app
 from torch import Tensor, nn
 
@@ -58,10 +58,11 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=4, help="in which ways take turns (default: %(default)s)")
     arguments.add_argument("--way", choices=(ONE, THREE), help="print bytes; used by the script itself")
     args = arguments.parse_args()
-    folder = prepare(args.work, args.axes)
+    folder = args.work / ("deit_tiny-width-tokens" if args.axes == "both" else "deit_tiny")
     if args.way:
         print(*memory(folder, args.way, args.axes))
         return
+    prepare(folder, args.axes)
     rows = memory_rows(args)
     torch.set_num_threads(1)  # requests run next to one another
     nets = {ONE: super_network(folder, args.axes), THREE: small_models(folder, args.axes)}
@@ -82,16 +83,13 @@ LOAD_NOTE = (
 )
 
 
-def prepare(work: Path, axes: str) -> Path:
+def prepare(folder: Path, axes: str) -> None:
     """Makes the super-network and, beside it, the three small models, unless they are there."""
-    options = {"axes": ("width", "tokens")} if axes == "both" else {}
-    net = converted("deit_tiny", work, **options)
-    folder = work / "-".join(["deit_tiny", *options.get("axes", ())])
+    net = converted("deit_tiny", folder.parent, **({"axes": ("width", "tokens")} if axes == "both" else {}))
     for name, share in SIZES.items():
         if not small_folder(folder, name).exists():
             small = net.extract(macs=share, axes=axes, verbose=False)
             stratavit.save(small, small_folder(folder, name))
-    return folder
 
 
 def small_folder(folder: Path, size: str) -> Path:
@@ -125,8 +123,7 @@ def memory(folder: Path, way: str, axes: str) -> tuple[int, int, int]:
     for spec in sizes.values():
         net(image, spec)
     held = net.memory().total if way == ONE else size_of(net.state_dict().values())
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return held, resident() - before, 1024 * int(peak.split()[1]) - before
+    return held, resident() - before, 1024 * peak() - before
 
 
 def memory_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -134,8 +131,8 @@ def memory_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for way in (ONE, THREE):
         command = [sys.executable, __file__, "--work", str(args.work), "--axes", args.axes, "--way", way]
-        held, grown, peak = map(int, subprocess.check_output(command, text=True).split())
-        rows.append({"served by": way, "tensors MB": held / 1e6, "resident MB": grown / 1e6, "peak MB": peak / 1e6})
+        held, grown, most = map(int, subprocess.check_output(command, text=True).split())
+        rows.append({"served by": way, "tensors MB": held / 1e6, "resident MB": grown / 1e6, "peak MB": most / 1e6})
     return rows
 
 

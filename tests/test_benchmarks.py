@@ -1,0 +1,45 @@
+"""What published tables depend on: rows survive an interruption, and words follow the number of images."""
+
+import argparse
+import importlib
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def imagenet(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("imagenet")
+
+
+def test_a_journal_goes_on_where_it_stopped(imagenet, tmp_path):
+    path = tmp_path / "new" / "rows.jsonl"
+    first = imagenet.Journal(path, "model", "size")
+    first.add({"model": "a", "size": "6/12", "top-1": 50.0})
+    again = imagenet.Journal(path, "model", "size")
+    assert again.rows == first.rows
+    assert {"model": "a", "size": "6/12"} in again
+    assert {"model": "a", "size": "4/12"} not in again
+
+
+def test_only_all_images_make_an_imagenet_accuracy(imagenet):
+    args = argparse.Namespace(bank=None, calibration=1000)
+    assert imagenet.note(args, {50_000}).startswith("ImageNet accuracy, all 50,000")
+    for counts in ({433}, {49_999}, {433, 50_000}):
+        assert "not ImageNet accuracy" in imagenet.note(args, counts)
+
+
+def test_shares_are_of_the_same_models_dense_accuracy(imagenet):
+    key = {"model": "a", "list": "width"}
+    sizes = {"12/12": 80.0, "6/12": 60.0, "4/12": ""}
+    rows = imagenet.with_shares([key | {"size": size, "top-1": top1, "images": 10} for size, top1 in sizes.items()])
+    assert [row["kept of dense, %"] for row in rows] == [100.0, 75.0, ""]
+    assert [row["top-1, %"] for row in rows] == [80.0, 60.0, "out of reach"]
+
+
+def test_every_row_of_a_model_has_a_key_of_its_own(imagenet):
+    rows = [tuple(imagenet.row_key(key, *size).values()) for key in imagenet.MODELS for size in imagenet.sizes()]
+    assert len(set(rows)) == len(rows) == 5 * (1 + 2 * 4)
