@@ -5,6 +5,7 @@ import importlib
 from pathlib import Path
 
 import pytest
+import timm
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -43,3 +44,7 @@ def test_shares_are_of_the_same_models_dense_accuracy(imagenet):
 def test_every_row_of_a_model_has_a_key_of_its_own(imagenet):
     rows = [tuple(imagenet.row_key(key, *size).values()) for key in imagenet.MODELS for size in imagenet.sizes()]
     assert len(set(rows)) == len(rows) == 5 * (1 + 2 * 4)
+
+
+def test_timm_has_weights_of_every_model(imagenet):
+    assert {model.name for model in imagenet.MODELS.values()} <= set(timm.list_pretrained())
