@@ -116,7 +116,7 @@ def small_models(folder: Path, axes: str) -> tuple[nn.Module, dict[str, Any]]:
 
 @torch.inference_mode()
 def memory(folder: Path, way: str, axes: str) -> tuple[int, ...]:
-    """Bytes of tensors; growth of resident memory at its peak, when every size has served, and with freed pages gone."""
+    """Bytes of tensors; growth of resident memory at its peak, when every size has served, and without freed pages."""
     image = torch.randn(1, 3, 224, 224)
     nn.Linear(8, 8)(torch.randn(2, 8))
     before = resident()
