@@ -18,11 +18,11 @@ from stratavit.budgets.amounts import Budget
 from stratavit.budgets.constraints import BudgetArgs, find_sub_network
 from stratavit.budgets.prices import priced
 from stratavit.calibration.contraction import TOKEN_WEIGHT, Method, known_method, resolve_method, sort_channels
-from stratavit.calibration.dense_outputs import DenseOutputs
+from stratavit.calibration.dense_outputs import DenseOutputs, outputs_of
 from stratavit.calibration.objectives import Measure, Objective
 from stratavit.calibration.wpac import Criterion
 from stratavit.data.pixels import Seen
-from stratavit.dropout_list import build, joint, strata
+from stratavit.dropout_list import build, floors, joint, strata
 from stratavit.dropout_list.walk import Walk
 from stratavit.elastic import network, token_places
 from stratavit.elastic.base import Compensation, ElasticSite, known_compensation
@@ -231,6 +231,8 @@ class SuperNet(nn.Module):
         price: Literal["macs", "latency"] = "macs",
         setting: Setting | None = None,
         axes: Sequence[str] = ("width",),
+        ignore: Sequence[str] | None = None,
+        min_width: floors.MinWidth | None = None,
     ) -> Self:
         """Makes the one-shot dropout list, down to the smallest size, in place; no training.
 
@@ -239,12 +241,13 @@ class SuperNet(nn.Module):
                 augmentation): each is then measured with moments that do not contain it. Others are reported.
             method: ``default`` measures what one more unit brings to cut networks (`walk`); ``paper`` ranks units by
                 module sensitivity times Taylor importance, per MAC. As set by `contract` if None.
-            objective: ``paper``: for the Taylor importance, see `statistics.collect`.
+            objective, seed: ``paper``: for the Taylor importance, see `statistics.collect`.
             measure: ``paper``: of sensitivity, ``top1``, ``cost`` or ``auto``, see `sensitivity.bypass_sensitivity`.
             plan: ``default``: sizes and numbers of images.
-            seed: ``paper``: for the objective ``sampled``.
             price, setting: Importance is divided by MACs (paper), or by ``latency`` in a setting (one image if None).
             axes: ``("width", "tokens")`` makes a second list (`joint_strata`) that also merges tokens.
+            ignore: Patterns (``blocks.0.*``) of sites that no list cuts, nor one that grows in training.
+            min_width: Least width of a site, or by pattern: channels (int) or a share. Both None: as set before.
 
         Returns:
             self.
@@ -253,18 +256,17 @@ class SuperNet(nn.Module):
             StrataViTError: Bad images, labels or options.
         """
         method = self.method if method is None else known_method(method)
-        tokens = joint.token_search(axes, method, self.model, self.cost.places)
-        cost = priced(self.cost, self.elastic, price, setting)
-        known = self._dense_outputs if self._dense_outputs and self._dense_outputs.belong_to(self.model) else None
+        own = floors.with_floors(self.cost, ignore, min_width)
+        tokens = joint.token_search(axes, method, self.model, own.places)
+        cost = priced(own, self.elastic, price, setting)
         options: Any = {"objective": objective, "measure": measure, "plan": plan, "seed": seed, "tokens": tokens}
-        options |= {"known": known, "seen": self._seen}
+        options |= {"known": outputs_of(self.model, self._dense_outputs), "seen": self._seen}
         with in_float32(self.model), self.at():
-            made = build.make_list(self.model, self.sites, cost, loader, method, **options)
-        entries, self.final_mean, facts, both = made
+            made = build.make_list(self.model, cost, loader, method, **options)
         if method != self.method:
             self.method = method
-        self._dense_outputs, self.strata = None, strata.Strata(self.sites, entries)
-        self.joint_strata = None if both is None else strata.Strata((*self.sites, *cost.places), both)
+        self.sites, self._cost, self._dense_outputs = own.sites, own, None
+        self.strata, self.joint_strata, self.final_mean, facts = made
         self.provenance["stratify"] = {"method": method, "price": price, "prices": cost.prices, **facts}
         return self
 
@@ -309,9 +311,7 @@ class SuperNet(nn.Module):
         Returns:
             Number of parameters.
         """
-        biased = self.compensation != "none"
-        calibrated = all(module.channel_mean.numel() for module in self.elastic.values())
-        return self.cost.params(self.resolve(spec), biased, corrected=biased and calibrated)
+        return small_model.params_at(self, self.resolve(spec))
 
     def memory(self) -> Memory:
         """What the network holds in memory.

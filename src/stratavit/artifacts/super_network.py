@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stratavit.artifacts import folder_format, moments
+from stratavit.dropout_list.floors import floors_of
 from stratavit.dropout_list.strata import Strata
 from stratavit.elastic.token_places import check_tokens, place_of
 from stratavit.elastic.tokens import merging_blocks
@@ -41,6 +42,8 @@ def write(path: str | Path, net: Any, overwrite: bool, second: bool) -> None:
         "provenance": net.provenance,
     }
     places = net.cost.places
+    if floors := floors_of((*net.sites, *places)):
+        facts["floors"] = floors
     if places and (net.joint_strata is not None or places[0].width != net.cost.patches):
         facts["patches"] = places[0].width  # what numbers of tokens refer to; else that of the input size
     if net.joint_strata is not None:
@@ -68,11 +71,12 @@ def restore(net: Any, path: str | Path, content: Mapping[str, Any], second: bool
         net.final_mean = final_mean
     elif net.compensation == "full":
         net.compensation = "mean"
-    if content.get("strata") is not None:
-        net.strata = Strata.from_json(net.sites, content["strata"])
     source = str(Path(path) / folder_format.JSON_FILE)
     if content.get("patches") is not None:
         _count_tokens_of(net, content["patches"], source)
+    _give_floors(net, content.get("floors", {}), source)
+    if content.get("strata") is not None:
+        net.strata = Strata.from_json(net.sites, content["strata"])
     if content.get("joint_strata") is not None:
         net.joint_strata = _joint_list(net, content["joint_strata"], source)
 
@@ -85,6 +89,18 @@ def _count_tokens_of(net: Any, patches: Any, source: str) -> None:
         block.full = patches
     places = tuple(place_of(place.block, patches, place.prefix) for place in net.cost.places)
     net._cost = replace(net.cost, places=places)
+
+
+def _give_floors(net: Any, floors: Any, source: str) -> None:
+    """Gives sites and places what dropout lists must keep of them."""
+    places = net._cost.places
+    full = {one.name: one.width for one in (*net.sites, *places)}
+    for name, floor in floors.items() if isinstance(floors, dict) else [(described(floors), None)]:
+        if name not in full or type(floor) is not int or not 1 <= floor <= full[name]:
+            raise ArtifactError(f"{source}: floors: {described(name)} has a bad least width, {described(floor)}")
+    net.sites = tuple(replace(site, floor=floors.get(site.name, 0)) for site in net.sites)
+    places = tuple(replace(place, floor=floors.get(place.name, 0)) for place in places)
+    net._cost = replace(net._cost, sites=net.sites, places=places)
 
 
 def _joint_list(net: Any, rows: Any, source: str) -> Strata:

@@ -68,6 +68,11 @@ class DenseOutputs:
         return rows
 
 
+def outputs_of(model: nn.Module, known: DenseOutputs | None) -> DenseOutputs | None:
+    """What is known of a model's outputs; None if that is nothing, or if its weights have changed since."""
+    return known if known is not None and known.belong_to(model) else None
+
+
 def _weights_digest(model: nn.Module) -> bytes:
     """A hash of all parameters and buffers of a model, however they were changed."""
     return digest_of(chain(model.named_parameters(), model.named_buffers()))

@@ -39,6 +39,7 @@ def convert_options(command: ArgumentParser) -> None:
     add("--price", choices=("macs", "latency"), default="macs", help=text)
     text = "both: make a second list that merges similar tokens, too (default: %(default)s)"
     add("--axes", choices=("width", "both"), default="width", help=text)
+    options.add_floors(command)
     options.add_latency_batch(command)
     add("--threads", type=positive, default=0, help="CPU threads for timings (default: torch's setting)")
     add("--seed", type=int, default=0, help="seed of random choices (default: %(default)s)")

@@ -17,6 +17,7 @@ from stratavit.cli import options
 from stratavit.cli.options import Outcome
 from stratavit.data.class_names import class_names_of
 from stratavit.data.image_files import some
+from stratavit.dropout_list.floors import floors_of
 from stratavit.evaluation.curve_points import points_in
 from stratavit.evaluation.latency import Setting
 from stratavit.files.folders import check_free
@@ -125,6 +126,7 @@ def info(args: Namespace) -> Outcome:
             "moments_bytes": folder_format.moments_bytes(args.target),
             "entries": 0 if net.strata is None else len(net.strata),
             "joint_entries": 0 if net.joint_strata is None else len(net.joint_strata),
+            "floors": floors_of((*net.sites, *net.cost.places)),
         }
         if net.joint_strata is not None:
             facts["joint_smallest_macs"] = net.macs(net.joint_strata.smallest())

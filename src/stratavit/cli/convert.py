@@ -17,6 +17,7 @@ from stratavit.data.class_names import class_names_of, full_names, set_class_nam
 from stratavit.data.image_folder import ImageLoader
 from stratavit.data.shared_images import report_shared_images
 from stratavit.data.splits import split_folder
+from stratavit.dropout_list.floors import floors_of, with_floors
 from stratavit.dropout_list.joint import token_search
 from stratavit.evaluation.dense_check import DenseCheck, check_dense
 from stratavit.evaluation.latency import Setting
@@ -35,13 +36,14 @@ def convert(args: Namespace) -> Outcome:
     net = SuperNet(model, embedding=args.embedding or None)
     method, _ = resolve_method(args.method, args.criterion)
     axes = ("width", "tokens") if args.axes == "both" else ("width",)
-    token_search(axes, method, net.model, net.cost.places)  # refused before any work
+    kept: dict[str, Any] = {"ignore": args.ignore, "min_width": args.min_width and dict(args.min_width)}
+    token_search(axes, method, net.model, with_floors(net.cost, **kept).places)  # refused before any work
     loader = options.loader_of(args, net.data_config, "train", net, args.images)
     check = _looked_at(args, net, loader)
     started = time.perf_counter()
     net.contract(loader, args.method, args.criterion, args.objective, args.seed)
     setting = Setting(args.latency_batch, threads=args.threads)
-    net.stratify(loader, objective=args.objective, seed=args.seed, price=args.price, setting=setting, axes=axes)
+    net.stratify(loader, objective=args.objective, seed=args.seed, price=args.price, setting=setting, axes=axes, **kept)
     seconds = time.perf_counter() - started
     net.provenance["source"] = _source(args, model)
     net.save(args.out, args.overwrite, moments=not args.no_moments)
@@ -55,6 +57,7 @@ def convert(args: Namespace) -> Outcome:
         "params": net.params(),
         "smallest_macs": net.macs(net.strata.smallest()),
         "entries": len(net.strata),
+        "floors": floors_of((*net.sites, *net.cost.places)),
         "moments_bytes": folder_format.moments_bytes(args.out),
         "dense": None if check is None else check.to_dict(),
         "classes_named": class_names_of(net) is not None,

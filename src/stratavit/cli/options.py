@@ -38,6 +38,15 @@ def shares(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
+def least_width(text: str) -> tuple[str, int | float]:
+    """A least width with the pattern of the sites that keep it: ``16``, ``25%`` or ``*.mlp=25%``."""
+    pattern, _, amount = text.rpartition("=")
+    try:
+        return pattern or "*", int(amount) if amount.isdecimal() else parse_share(amount)
+    except ValueError as error:
+        raise ArgumentTypeError(f"cannot read {text!r} as channels (16), a share (25%) or PATTERN=AMOUNT") from error
+
+
 def default_workers() -> int:
     """Image-loading processes: one per core, four at most."""
     return min(4, os.cpu_count() or 1)
@@ -89,6 +98,17 @@ def add_ladder(command: ArgumentParser) -> None:
     command.add_argument("--shares", type=shares, default=LADDER, metavar="LIST", help=text)
     text = "RUN before it was recovered or trained, or the folder of its curve: shown next to the accuracy"
     command.add_argument("--before", metavar="RUN|DIR", help=text)
+
+
+def add_floors(command: ArgumentParser) -> None:
+    """What no sub-network may lose."""
+    group = command.add_argument_group("what every sub-network keeps")
+    text = "modules that are never cut, by name: 'blocks.0.*' '*.attn'; blocks.N.tokens: no tokens are merged there"
+    group.add_argument("--ignore", nargs="+", action="extend", metavar="PATTERN", help=text)
+    text = "least width: channels (16) or a share of the full width (25%%), also by name ('*.mlp=25%%')"
+    group.add_argument(
+        "--min-width", type=least_width, nargs="+", action="extend", metavar="[PATTERN=]AMOUNT", help=text
+    )
 
 
 def add_latency_batch(command: Any) -> None:

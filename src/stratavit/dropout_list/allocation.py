@@ -33,13 +33,13 @@ class State:
 def allocate(cost: CostModel, ratios: Mapping[str, float], share: float, caps: Mapping[str, int]) -> dict[str, int]:
     """Widths whose keep ratios are ``exp(ratios + t)``, with t such that the share of the MACs is met, never passed.
 
-    Widths are rounded down to units' ends, at least one unit; then units come back as long as they fit, the one with
+    Widths are rounded down to units' ends, at least one unit and the site's floor; then units come back as long as they fit, the one with
     the largest fraction cut off first.
 
     Args:
         cost: Of the model.
         ratios: Logarithm of each site's keep ratio, up to a common constant.
-        share: Of the dense MACs; passed only where one unit of each site is more.
+        share: Of the dense MACs; passed only where the least widths are more.
         caps: Largest width of each site: that of the state before, so that states nest.
 
     Returns:
@@ -50,7 +50,8 @@ def allocate(cost: CostModel, ratios: Mapping[str, float], share: float, caps: M
 
     def exact(t: float) -> dict[str, float]:
         return {
-            site.name: min(caps[site.name], site.width * math.exp(min(0.0, ratios[site.name] + t))) for site in sites
+            site.name: min(caps[site.name], max(site.least, site.width * math.exp(min(0.0, ratios[site.name] + t))))
+            for site in sites
         }
 
     low, high = min(-ratio for ratio in ratios.values()) - 12.0, max(-ratio for ratio in ratios.values()) + 1e-9
@@ -66,7 +67,7 @@ def allocate(cost: CostModel, ratios: Mapping[str, float], share: float, caps: M
 
 
 def _rounded_down(site: Site, width: float) -> int:
-    return site.steps[max(1, bisect_right(site.steps, width + 1e-9) - 1)]
+    return max(site.last_unit, site.steps[bisect_right(site.steps, width + 1e-9) - 1])
 
 
 def _unit_above(site: Site, width: int) -> int:
@@ -78,7 +79,7 @@ def _unit_above(site: Site, width: int) -> int:
 def _within(cost: CostModel, widths: dict[str, int], budget: float) -> dict[str, int]:
     """Drops units of the sites that keep most, should rounding up to one unit each have passed the budget."""
     while cost.macs(widths) > budget:
-        sites = [site for site in cost.sites if widths[site.name] > site.steps[1]]
+        sites = [site for site in cost.sites if widths[site.name] > site.last_unit]
         if not sites:
             break
         site = max(sites, key=lambda site: widths[site.name] / site.width)
@@ -101,7 +102,7 @@ def _fill(
 
 
 def ordered_list(sites: Sequence[Site], states: Sequence[State], ratios: Mapping[str, float]) -> list[Entry]:
-    """The full dropout list through the states, from full to nothing, one unit an entry.
+    """The full dropout list through the states, from full to nothing or the floors, one unit an entry.
 
     Between two states a unit's place is the share of its site's way, in the logarithm of the width, at which it is
     dropped. Below the last state all sites shrink in proportion to one unit each; those are dropped last, the site with
@@ -116,7 +117,7 @@ def ordered_list(sites: Sequence[Site], states: Sequence[State], ratios: Mapping
         The entries, each a group of its own.
     """
     full = State(1.0, {site.name: site.width for site in sites})
-    floor = State(0.0, {site.name: site.steps[1] for site in sites})
+    floor = State(0.0, {site.name: site.last_unit for site in sites})
     dropped: list[tuple[str, int]] = []
     for before, after in pairwise([full, *states, floor]):
         leaving = []
@@ -126,5 +127,6 @@ def ordered_list(sites: Sequence[Site], states: Sequence[State], ratios: Mapping
                 place = math.log(2 * wide / (low + high)) / math.log(wide / narrow)
                 leaving.append((place, number, -low))
         dropped += [(sites[number].name, -low) for _, number, low in sorted(leaving)]
-    dropped += [(site.name, 0) for site in sorted(sites, key=lambda site: ratios[site.name])]
+    whole = (site for site in sites if site.least == 0)
+    dropped += [(site.name, 0) for site in sorted(whole, key=lambda site: ratios[site.name])]
     return [Entry(name, width, group) for group, (name, width) in enumerate(dropped)]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -16,19 +16,26 @@ from stratavit.data.pixels import Seen
 from stratavit.dropout_list.allocation import ordered_list
 from stratavit.dropout_list.joint import TokenSearch, joint_list
 from stratavit.dropout_list.sensitivity import measure_importance
-from stratavit.dropout_list.strata import Entry, removal_order
+from stratavit.dropout_list.strata import Strata, removal_order
 from stratavit.dropout_list.walk import Walk, walk
 from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.network import sites_in
-from stratavit.elastic.site import Site
 from stratavit.models.cost import CostModel
 from stratavit.models.final_mean import FinalMean
 from stratavit.utils.model import temporarily
 
 
+class Lists(NamedTuple):
+    """What `make_list` makes."""
+
+    widths: Strata
+    joint: Strata | None  # over both axes
+    final_mean: FinalMean | None  # its shift, if it was measured
+    facts: dict[str, Any]  # for the provenance
+
+
 def make_list(
     model: nn.Module,
-    sites: Sequence[Site],
     cost: CostModel,
     loader: Iterable[Any],
     method: Method,
@@ -40,12 +47,12 @@ def make_list(
     known: DenseOutputs | None = None,
     seen: Seen | None = None,
     tokens: TokenSearch | None = None,
-) -> tuple[list[Entry], FinalMean | None, dict[str, Any], list[Entry] | None]:
+) -> Lists:
     """The one-shot dropout list, see `SuperNet.stratify`; sites that have no mean yet get theirs.
 
     Args:
-        model, sites: The sites are elastic modules.
-        cost: Importance is weighed against its `price`.
+        model: Its sites are elastic modules.
+        cost: Its sites, with their floors, are cut; importance is weighed against its `price`.
         loader: The calibration images.
         method: ``default``: keep ratios that follow what one more unit brings at networks already cut (`walk`).
             ``paper``: importance of units per MAC, tails merged (section 2).
@@ -56,34 +63,34 @@ def make_list(
         tokens: Make the list over both axes, too; of the default's.
 
     Returns:
-        The entries, the shift of the final mean if it was measured, facts for the provenance, and the entries of the
-        list over both axes.
+        The lists and what was measured on the way.
 
     Raises:
         StrataViTError: Bad images, labels or options.
     """
-    elastic, plan = sites_in(model), plan or Walk()
+    elastic, sites, plan = sites_in(model), cost.sites, plan or Walk()
     if method == "paper":
         importance, statistics, gamma = measure_importance(model, sites, loader, objective, measure, seed)
         _fill_means(elastic, statistics)
         images = next(iter(statistics.values())).images
         facts: dict[str, Any] = {"objective": objective, "measure": measure, "images": images, "sensitivity": gamma}
-        return removal_order(sites, importance, cost.price), None, facts, None
+        return Lists(Strata(sites, removal_order(sites, importance, cost.price)), None, None, facts)
     if any(module.channel_mean.numel() == 0 for module in elastic.values()):
         _fill_means(elastic, collect(model, loader, objective, "none", "means"))
     with temporarily("compensation", dict.fromkeys(elastic.values(), "full")):
         states, ratios, mean = walk(model, sites, cost, loader, plan, known, seen)
-        entries, joint = ordered_list(sites, states, ratios), None
+        widths, both = Strata(sites, ordered_list(sites, states, ratios)), None
         if tokens is not None:
-            joint, both = joint_list(model, sites, cost, loader, entries, tokens, known)
+            both = joint_list(model, sites, cost, loader, widths.entries, tokens, known)
     facts = {
         "cross_fitted": all(module.crossed for module in elastic.values()),
         "walk": asdict(plan) | {"states": [list(state) for state in plan.states]},
         "states": [[state.share, dict(state.widths)] for state in states],
     }
-    if joint is not None:
-        facts["both_axes"] = both
-    return entries, mean, facts, joint
+    if both is None:
+        return Lists(widths, None, mean, facts)
+    facts["both_axes"] = both[1]
+    return Lists(widths, Strata((*sites, *cost.places), both[0]), mean, facts)
 
 
 def _fill_means(elastic: Mapping[str, ElasticSite], statistics: Mapping[str, SiteStatistics]) -> None:

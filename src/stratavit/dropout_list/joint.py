@@ -66,6 +66,8 @@ def token_search(
         reason = merging(model)
         why = reason if isinstance(reason, str) else "classes of transformers have no such block, use the timm model"
         raise StrataViTError(f"axes: this model cannot merge tokens: {why}; leave 'tokens' out")
+    if all(place.floor for place in places):
+        raise StrataViTError("axes: every place that merges tokens is ignored; leave 'tokens' out, or ignore fewer")
     return TokenSearch()
 
 
@@ -181,7 +183,8 @@ def joint_list(
     Raises:
         StrataViTError: Bad images, or a cut network whose output is not finite.
     """
-    places, known = chosen_places(cost.places, tokens.places), DenseOutputs() if known is None else known
+    free = [place for place in cost.places if not place.floor]
+    places, known = chosen_places(free, tokens.places), DenseOutputs() if known is None else known
     with eval_mode(model), frozen(model), crossed(model, 0):
         reference = Reference(model, sites, Feed(loader, model).take(tokens.images, 0), known)
 

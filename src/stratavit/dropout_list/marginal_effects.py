@@ -85,7 +85,8 @@ class Reference:
     def effects(self, cost: CostModel, widths: Mapping[str, int]) -> dict[str, float]:
         """By how much the mean distance falls, to first order, per price of what a site is given.
 
-        Central differences over one step up and one down; a site of a single unit has no step and is left out.
+        Central differences over one step up and one down; a site of a single unit, or one that must keep its full
+        width, has no step and is left out.
 
         Args:
             cost: Its `price` counts.
@@ -118,14 +119,14 @@ def _total(batches: Iterable[Tensor]) -> Tensor:
 
 
 def neighbours(site: Site, width: int, cost: CostModel) -> tuple[int, int]:
-    """The unit's ends one step below and above a width, at most to one unit and to the full width.
+    """The unit's ends one step below and above a width, at most to one unit or the floor, and to the full width.
 
     A step is a number of units whose MACs come nearest to those of the model's most expensive unit.
     """
     largest = max(cost.each(other) * other.steps[1] for other in cost.sites)
     units = max(1, round(largest / (cost.each(site) * site.steps[1])))
     index = site.steps.index(width)
-    return site.steps[max(1, index - units)], site.steps[min(len(site.steps) - 1, index + units)]
+    return max(site.last_unit, site.steps[max(1, index - units)]), site.steps[min(len(site.steps) - 1, index + units)]
 
 
 @torch.no_grad()

@@ -39,13 +39,13 @@ class Strata:
         entries: In order of removal; each drops one or more units off its site's tail.
 
     Raises:
-        ArtifactError: An entry does not fit the sites, or does not shrink its site.
+        ArtifactError: An entry does not fit the sites, does not shrink its site, or goes below its floor.
     """
 
     def __init__(self, sites: Sequence[SiteOrPlace], entries: Sequence[Entry]) -> None:
         self.entries = tuple(entries)
         self._full = {site.name: site.width for site in sites}
-        steps = {site.name: site.steps for site in sites}
+        steps = {site.name: [step for step in site.steps if step >= site.floor] for site in sites}
         widths = dict(self._full)
         for number, entry in enumerate(self.entries):
             if entry.site not in widths:
@@ -55,7 +55,7 @@ class Strata:
             if entry.width not in steps[entry.site] or entry.width >= widths[entry.site]:
                 raise ArtifactError(
                     f"dropout list: entry {number} sets {entry.site} to width {described(entry.width)}, "
-                    f"expected a unit's end below {widths[entry.site]}"
+                    f"expected a unit's end below {widths[entry.site]} that keeps what must be kept"
                 )
             widths[entry.site] = entry.width
 
@@ -116,7 +116,7 @@ def removal_order(
 ) -> list[Entry]:
     """The units that are left, least important first.
 
-    All tail candidates of all modules are sorted by density; each adds its units that are not yet listed, as
+    No unit below a site's floor is listed. All tail candidates of all modules are sorted by density; each adds its units that are not yet listed, as
     consecutive entries, last unit first, sharing a group number.
 
     Args:
@@ -133,7 +133,9 @@ def removal_order(
     for name, values in importance.items():
         prices = [price(by_name[name], step) for step in by_name[name].steps[: len(values) + 1]]
         costs = [b - a for a, b in pairwise(prices)]
-        candidates += [(density, -first, name) for first, density in tail_candidates(values, costs)]
+        kept = by_name[name].steps.index(by_name[name].least)  # units that are never dropped
+        tails = tail_candidates(values[kept:], costs[kept:])
+        candidates += [(density, -first - kept, name) for first, density in tails]
     left = {name: len(values) for name, values in importance.items()}
     entries: list[Entry] = []
     for group, (_, negative_first, name) in enumerate(sorted(candidates), first_group):

@@ -83,7 +83,7 @@ def walk(
     dense_outputs = DenseOutputs() if dense_outputs is None else dense_outputs
     ratios = dict.fromkeys((site.name for site in sites), 0.0)
     caps = {site.name: site.width for site in sites}
-    floor = cost.macs({site.name: site.steps[1] for site in sites}) / cost.macs()
+    floor = cost.macs({site.name: site.last_unit for site in sites}) / cost.macs()
     steps = [(share, left) for share, count in plan.states if share > floor for left in reversed(range(count))]
     states: list[State] = []
     drifts: dict[float, Tensor] = {}  # by the share that was reached, not the one asked for

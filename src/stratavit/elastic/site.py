@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -31,6 +32,7 @@ class Site:
         maps: Linear maps into the channels: 3 for q, k and v, 1 for an MLP or for v alone, 2 for a gated MLP.
         qk_width: Width per head of q and k where these stay uncut, and `width` is that of v; else 0.
         fixed_params: Parameters that the module has at every width above 0.
+        floor: Channels that every network of a dropout list keeps; 0 is none.
     """
 
     name: str
@@ -44,6 +46,17 @@ class Site:
     maps: int
     qk_width: int = 0
     fixed_params: int = 0
+    floor: int = 0
+
+    @property
+    def least(self) -> int:
+        """Least width on a dropout list: the first unit's end that is not below the floor."""
+        return self.steps[bisect_left(self.steps, self.floor)]
+
+    @property
+    def last_unit(self) -> int:
+        """Width that is left before a dropout list drops the module as a whole, if the floor lets it."""
+        return max(self.steps[1], self.least)
 
 
 def attention_steps(head_dim: int, unit: int = HEAD_DIM_UNIT) -> tuple[int, ...]:

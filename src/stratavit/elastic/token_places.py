@@ -29,6 +29,7 @@ class TokenPlace:
         width: Patches of an image at the model's input size: all of them.
         steps: Numbers of tokens at which units end, ascending, up to `width`.
         prefix: Tokens in front of the patches, which are never merged.
+        floor: `width` if no dropout list may merge here; else 0.
     """
 
     name: str
@@ -36,6 +37,7 @@ class TokenPlace:
     width: int
     steps: tuple[int, ...] = ()
     prefix: int = 0
+    floor: int = 0
 
 
 SiteOrPlace = Site | TokenPlace  # what an entry of a dropout list may shrink

@@ -25,6 +25,14 @@ def final_shift(net: Any, widths: Mapping[str, int]) -> Tensor | None:
     return shift
 
 
+def params_at(net: Any, widths: Mapping[str, int]) -> int:
+    """Parameters of the small model of a `SuperNet` at widths of every site."""
+    biased = net.compensation != "none"
+    calibrated = all(module.channel_mean.numel() for module in net.elastic.values())
+    count: int = net.cost.params(widths, biased, corrected=biased and calibrated)
+    return count
+
+
 def small_at(net: Any, widths: Mapping[str, int], dtype: str | None = None) -> nn.Module:
     """The small timm model of a `SuperNet` at widths of every site; it knows where it comes from.
 

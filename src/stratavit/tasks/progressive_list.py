@@ -72,11 +72,11 @@ def grow(net: SuperNet, loader: Iterable[Any], entries: Sequence[Entry], stage: 
         StrataViTError: Bad images or labels, or a non-finite result.
     """
     widths = Strata(net.sites, entries).spec(len(entries))
+    left = [site for site in net.sites if widths[site.name] > site.least]
     target = growth.target(net.macs(), stage)
     reached = net.macs() - net.macs(widths) >= target
-    if stage >= growth.stages or reached or not any(widths.values()):
+    if stage >= growth.stages or reached or not left:
         return list(entries)
-    left = [site for site in net.sites if widths[site.name] > 0]
     with net.at(widths):
         importance = measure_importance(net.model, left, loader, growth.objective, growth.measure)[0]
     first_group = 1 + max((entry.group for entry in entries), default=-1)

@@ -35,11 +35,12 @@ def draw(sampling: Sampling, prefixes: Sequence[SampledNetwork], generator: rand
 
 
 def random_widths(sites: Sequence[Site], generator: random.Random) -> Spec:
-    """Every site keeps a number of its units, at least one, each number as likely as another."""
-    return Spec({site.name: generator.choice(site.steps[1:]) for site in sites})
+    """Every site keeps a number of its units, at least one and its floor, each number as likely as another."""
+    return Spec({site.name: generator.choice([w for w in site.steps if w >= site.last_unit]) for site in sites})
 
 
 def without_layers(spec: Spec, sites: Sequence[Site], rate: float, generator: random.Random) -> Spec:
-    """Every site keeps at least one unit, and is then skipped with probability `rate` (LayerDrop)."""
+    """Every site keeps at least one unit, and is then skipped with probability `rate` (LayerDrop) if it has no floor."""
     widths = {site.name: max(spec[site.name], site.steps[1]) for site in sites}
-    return Spec({name: 0 if generator.random() < rate else width for name, width in widths.items()})
+    skipped = {site.name for site in sites if generator.random() < rate and site.least == 0}
+    return Spec({name: 0 if name in skipped else width for name, width in widths.items()})
