@@ -139,9 +139,12 @@ def info(args: Namespace) -> Outcome:
     rows = Table(title=f"{args.target}: {kind}")
     rows.add_column("site")
     rows.add_column("width", justify="right")
-    for name, width in widths.items():
-        rows.add_row(name, str(width))
-    lines = [f"{key}: {human(value) if isinstance(value, int) else value}" for key, value in facts.items()]
+    floors = facts.get("floors", {})
+    if floors:
+        rows.add_column("always kept", justify="right")
+    for name, width in (widths | floors).items():  # places that merge no tokens come last
+        rows.add_row(name, str(widths.get(name, width)), str(floors.get(name, "")))
+    lines = [f"{k}: {human(value) if isinstance(value, int) else value}" for k, value in facts.items() if k != "floors"]
     lines += [f"source: {provenance['source']}"] if "source" in provenance else []
     names = class_names_of(model)
     lines += [f"classes: {len(names)} ({some(names)})"] if names else []

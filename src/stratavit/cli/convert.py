@@ -66,6 +66,7 @@ def convert(args: Namespace) -> Outcome:
         f"{args.model}: calibrated on {result['images']} images in {seconds:.0f} s; "
         f"any size from {human(result['smallest_macs'])} to {human(net.macs())} MACs is now a slice of {args.out} "
         f"({result['moments_bytes'] / 2**20:.3g} MiB of it are moments)"
+        + (f"; {len(result['floors'])} sites keep what --ignore and --min-width ask for" if result["floors"] else "")
     )
     return result, [text] if check is None else [str(check), text]
 
