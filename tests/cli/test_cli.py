@@ -79,6 +79,20 @@ def test_options_of_convert(work, run, tmp_path, capsys):
     assert stratavit.SuperNet.load(tmp_path / "a").method == "paper"
 
 
+def test_what_every_sub_network_keeps(work, tmp_path, capsys):
+    """As in Python; a folder says so, and a pattern that fits nothing is refused before any work."""
+    kept = ["--ignore", "blocks.0.*", "blocks.1.attn", "--min-width", "3", "*.mlp=25%"]
+    found = output(capsys, *convert(work, tmp_path / "run"), *kept)["floors"]
+    assert found == output(capsys, "info", tmp_path / "run")["floors"]
+    widths = {"blocks.0.attn": 16, "blocks.0.mlp": 192, "blocks.1.attn": 16, "blocks.1.mlp": 48, "blocks.2.attn": 3}
+    assert widths.items() <= found.items()
+    assert main(["info", str(tmp_path / "run")]) == 0
+    assert "blocks.1.attn" in refusal(capsys, *convert(work, tmp_path / "no"), "--ignore", "blocks.1.atn")
+    assert "--min-width" in refusal(capsys, *convert(work, tmp_path / "no"), "--min-width", "*.attn=17")
+    with pytest.raises(SystemExit):
+        main([*convert(work, tmp_path / "no"), "--min-width", "wide"])
+
+
 def test_extract_prints_asked_got_and_reachable_and_the_path_as_it_is(run, tmp_path, capsys):
     place = tmp_path / "[red]:smile:"
     place.mkdir()

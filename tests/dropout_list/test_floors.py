@@ -76,7 +76,11 @@ def test_the_papers_list_keeps_floors(family, asked, data):
     cost = floored(COSTS[family], asked)
     if cost is None:
         return
-    units = {site.name: st.lists(st.floats(0, 10), min_size=n, max_size=n) for site in cost.sites if (n := len(site.steps) - 1)}
+    units = {
+        site.name: st.lists(st.floats(0, 10), min_size=n, max_size=n)
+        for site in cost.sites
+        if (n := len(site.steps) - 1)
+    }
     check_list(cost.sites, removal_order(cost.sites, data.draw(st.fixed_dictionaries(units)), cost.price))
 
 

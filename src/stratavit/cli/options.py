@@ -103,7 +103,7 @@ def add_ladder(command: ArgumentParser) -> None:
 def add_floors(command: ArgumentParser) -> None:
     """What no sub-network may lose."""
     group = command.add_argument_group("what every sub-network keeps")
-    text = "modules that are never cut, by name: 'blocks.0.*' '*.attn'; blocks.N.tokens: no tokens are merged there"
+    text = "modules that are never cut, by name ('blocks.0.*'); blocks.N.tokens: no tokens are merged there"
     group.add_argument("--ignore", nargs="+", action="extend", metavar="PATTERN", help=text)
     text = "least width: channels (16) or a share of the full width (25%%), also by name ('*.mlp=25%%')"
     group.add_argument(

@@ -33,8 +33,8 @@ class State:
 def allocate(cost: CostModel, ratios: Mapping[str, float], share: float, caps: Mapping[str, int]) -> dict[str, int]:
     """Widths whose keep ratios are ``exp(ratios + t)``, with t such that the share of the MACs is met, never passed.
 
-    Widths are rounded down to units' ends, at least one unit and the site's floor; then units come back as long as they fit, the one with
-    the largest fraction cut off first.
+    Widths are rounded down to units' ends, at least one unit and the site's floor; then units come back as long as they
+    fit, the one with the largest fraction cut off first.
 
     Args:
         cost: Of the model.

@@ -116,8 +116,8 @@ def removal_order(
 ) -> list[Entry]:
     """The units that are left, least important first.
 
-    No unit below a site's floor is listed. All tail candidates of all modules are sorted by density; each adds its units that are not yet listed, as
-    consecutive entries, last unit first, sharing a group number.
+    No unit below a site's floor is listed. All tail candidates of all modules are sorted by density; each adds its
+    units that are not yet listed, as consecutive entries, last unit first, sharing a group number.
 
     Args:
         sites: The sites of the model.

@@ -40,7 +40,7 @@ def random_widths(sites: Sequence[Site], generator: random.Random) -> Spec:
 
 
 def without_layers(spec: Spec, sites: Sequence[Site], rate: float, generator: random.Random) -> Spec:
-    """Every site keeps at least one unit, and is then skipped with probability `rate` (LayerDrop) if it has no floor."""
+    """Every site keeps at least one unit; one without a floor is then skipped with probability `rate` (LayerDrop)."""
     widths = {site.name: max(spec[site.name], site.steps[1]) for site in sites}
     skipped = {site.name for site in sites if generator.random() < rate and site.least == 0}
     return Spec({name: 0 if name in skipped else width for name, width in widths.items()})
