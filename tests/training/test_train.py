@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
-from helpers import CLASSES, make_batches, make_images, make_net, relative_error
+from helpers import CLASSES, PLAN, make_batches, make_images, make_net, relative_error
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from training_runs import (
     CALM,
@@ -277,6 +277,15 @@ def test_what_a_given_list_lacks_is_measured():
     train_piad(net, Images(), None, recipe, None, proxy=make_batches(), cpu=True)
     assert net.strata.entries[:3] == short
     assert net.macs(net.strata.smallest()) <= (1 - recipe.reduction) * net.macs()
+
+
+@pytest.mark.parametrize("mode", ["piad", "layerdrop"])
+def test_what_the_list_must_keep_is_kept_in_training(mode):
+    net = fresh().stratify(make_batches(), plan=PLAN, ignore=["blocks.0.*"], min_width=3)
+    recipe = dataclasses.replace(ONE, list_source="progressive", mode=mode, reduction=0.99)
+    train_piad(net, Images(), None, recipe, None, proxy=make_batches(), cpu=True)
+    smallest = net.strata.smallest()
+    assert dict(smallest) == {"blocks.0.attn": 16, "blocks.0.mlp": 64, "blocks.1.attn": 8, "blocks.1.mlp": 4}
 
 
 def test_training_along_the_list_over_both_axes(finished):

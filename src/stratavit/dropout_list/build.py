@@ -79,9 +79,8 @@ def make_list(
         _fill_means(elastic, collect(model, loader, objective, "none", "means"))
     with temporarily("compensation", dict.fromkeys(elastic.values(), "full")):
         states, ratios, mean = walk(model, sites, cost, loader, plan, known, seen)
-        widths, both = Strata(sites, ordered_list(sites, states, ratios)), None
-        if tokens is not None:
-            both = joint_list(model, sites, cost, loader, widths.entries, tokens, known)
+        widths = Strata(sites, ordered_list(sites, states, ratios))
+        both = None if tokens is None else joint_list(model, sites, cost, loader, widths.entries, tokens, known)
     facts = {
         "cross_fitted": all(module.crossed for module in elastic.values()),
         "walk": asdict(plan) | {"states": [list(state) for state in plan.states]},
