@@ -106,9 +106,7 @@ def add_floors(command: ArgumentParser) -> None:
     text = "modules that are never cut, by name ('blocks.0.*'); blocks.N.tokens: no tokens are merged there"
     group.add_argument("--ignore", nargs="+", action="extend", metavar="PATTERN", help=text)
     text = "least width: channels (16) or a share of the full width (25%%), also by name ('*.mlp=25%%')"
-    group.add_argument(
-        "--min-width", type=least_width, nargs="+", action="extend", metavar="[PATTERN=]AMOUNT", help=text
-    )
+    group.add_argument("--min-width", type=least_width, nargs="+", action="extend", metavar="AMOUNT", help=text)
 
 
 def add_latency_batch(command: Any) -> None:
