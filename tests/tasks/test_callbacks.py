@@ -48,15 +48,15 @@ class Images(Dataset):
 
 
 class Record:
-    """What every call of the network ran at, as its sites saw it, and whether a gradient could be had."""
+    """What every call of the network ran at, and whether it had gradients; one of those may fail."""
 
     def __init__(self, net):
         self.runs, self.fails_at = [], None
-        self.sites = net.elastic
-        net.model.register_forward_pre_hook(self)
+        net.register_forward_hook(self, with_kwargs=True)
 
-    def __call__(self, model, args):
-        self.runs.append((torch.is_grad_enabled(), {name: site.width for name, site in self.sites.items()}))
+    def __call__(self, net, args, kwargs, output):
+        spec = args[1] if len(args) > 1 else kwargs.get("spec")
+        self.runs.append((torch.is_grad_enabled(), net.resolve(spec)))
         if self.fails_at == len(self.learning):
             raise CrashError
 
@@ -67,7 +67,7 @@ class Record:
 
 def proxy():
     """Images to measure on, in an order that changes the loop's random numbers."""
-    (images, labels), = make_batches((12,))
+    ((images, labels),) = make_batches((12,))
     return DataLoader(TensorDataset(images, labels), 5, shuffle=True)
 
 
@@ -129,6 +129,7 @@ def train_hugging_face(net, path, callbacks, resume=False):
 
 def train_lightning(net, path, callbacks, resume=False):
     seed_everything(3, verbose=False)
+    path.mkdir(exist_ok=True)
     saving = ModelCheckpoint(path / "checkpoints", "saved-{step}", every_n_train_steps=SAVED, save_top_k=-1)
     trainer = Trainer(
         accelerator="cpu",
@@ -138,12 +139,11 @@ def train_lightning(net, path, callbacks, resume=False):
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        num_sanity_val_steps=1,
+        num_sanity_val_steps=0,
     )
     data = Images(named=False)
-    order = DataLoader(data, 4, shuffle=True, generator=torch.Generator().manual_seed(3))
     checkpoint = path / "checkpoints" / f"saved-step={SAVED}.ckpt" if resume else None
-    trainer.fit(Module(net), order, DataLoader(data, 8), ckpt_path=checkpoint)
+    trainer.fit(Module(net), DataLoader(data, 4), DataLoader(data, 8), ckpt_path=checkpoint)
 
 
 class Library:
@@ -191,7 +191,7 @@ def test_every_batch_runs_one_drawn_size_and_the_list_grows(finished):
     _, _, net, record, callback = finished
     assert len(record.learning) == 2 * STEPS
     assert len({tuple(widths.values()) for widths in record.learning}) > 3
-    assert record.learning[-1] == callback.drawn.spec
+    assert record.learning[-1] == net.resolve(callback.drawn.spec)
     half = net.macs() * (1 - Recipe().reduction / STAGES["stages"])
     costs = [net.macs(widths) for widths in record.learning]
     assert min(costs[: 2 * STAGES["stage_steps"]]) > 0.8 * half > min(costs)  # the first stage has half of the list
@@ -214,7 +214,7 @@ def test_the_size_of_a_batch_follows_from_seed_and_number(finished):
     for batch in range(STAGES["stage_steps"] * STAGES["stages"], 2 * STEPS):  # the list is finished
         moment = {"transformers": divmod(batch, 2), "lightning": (batch,)}[library.name]
         position = stream(0, "draw", *moment).choice(places)
-        assert record.learning[batch] == given.spec(position)
+        assert record.learning[batch] == net.resolve(given.spec(position))
 
 
 def test_evaluation_runs_the_full_size(finished):
@@ -241,12 +241,12 @@ class Teaching(nn.Module):
 
 def test_a_named_spec_and_a_pass_without_gradients_run_what_they_say(library, tmp_path):
     net = fresh()
-    named, full, record = net.strata.spec(1), net.resolve(None), Record(net)
+    named, full, record = net.resolve(net.strata.spec(1)), net.resolve(None), Record(net)
     library.train(Teaching(net, named), tmp_path, [library.callback(make_batches(), **STAGES)])
-    batches = [record.runs[i - 1 : i + 3] for i, run in enumerate(record.runs) if run == (True, named)]
-    assert len(batches) >= 2 * STEPS
-    assert all(batch[0] == (False, full) and batch[2] == (True, full) for batch in batches)
-    assert len({tuple(batch[3][1].values()) for batch in batches}) > 3
+    starts = [i for i in range(1, len(record.runs)) if record.runs[i - 1 : i + 1] == [(False, full), (True, named)]]
+    assert len(starts) == 2 * STEPS
+    assert all(record.runs[i + 1] == (True, full) for i in starts)
+    assert len({tuple(record.runs[i + 2][1].values()) for i in starts}) > 3
 
 
 # ---- the network is left alone ----------------------------------------------------------------------------------
@@ -302,7 +302,7 @@ def test_other_threads_and_copies_run_the_full_size_while_it_trains(library, tmp
     assert len(found) >= 4 * STEPS
     for start in range(0, len(found), 4):
         assert all(torch.equal(one, found[start + 3]) for one in found[start : start + 3])
-    assert not torch.equal(found[0], full)  # it had learnt by then
+    assert not torch.equal(found[-1], full)  # it had learnt by then
 
 
 def test_a_run_that_draws_the_full_size_is_one_without_the_callback(library, tmp_path, monkeypatch):
@@ -324,7 +324,7 @@ def test_what_was_saved_loads_and_extracts(finished):
     images, loaded = make_images(2, seed=9), stratavit.SuperNet.load(path / "trained")
     spec = loaded.spec(macs=0.6)
     assert same_tensors(loaded.model.state_dict(), net.model.state_dict())
-    assert loaded.strata == net.strata
+    assert loaded.strata.to_json() == net.strata.to_json()
     with torch.no_grad():
         assert torch.equal(loaded(images, spec), net(images, spec))
         torch.testing.assert_close(loaded.extract(spec=spec)(images), net(images, spec), atol=1e-5, rtol=1e-4)
@@ -339,7 +339,8 @@ def test_means_are_those_of_the_weights_that_were_saved(finished):
     again = copy.deepcopy(loaded)
     statistics = collect(again.model, make_batches(), "auto", "none", "means", contraction.TOKEN_WEIGHT)
     for name, module in again.elastic.items():
-        torch.testing.assert_close(statistics[name].channel_mean.to(module.channel_mean), module.channel_mean)
+        mean = contraction.moments_of(module, statistics[name])[0].to(module.channel_mean)
+        torch.testing.assert_close(mean, module.channel_mean, atol=1e-5, rtol=1e-4)
 
 
 def test_there_is_a_network_at_every_checkpoint(library, tmp_path):
@@ -412,11 +413,14 @@ def test_bad_runs_are_refused_before_the_first_step(library, tmp_path):
     assert (tmp_path / "taken" / "file").exists()
 
 
-@pytest.mark.parametrize(("name", "missing"), [("SuperNetTrainerCallback", "transformers"), ("SuperNetLightningCallback", "lightning")])
+@pytest.mark.parametrize(
+    ("name", "missing"), [("SuperNetTrainerCallback", "transformers"), ("SuperNetLightningCallback", "lightning")]
+)
 def test_a_missing_library_is_one_sentence(name, missing):
-    """The names are there, so that all of them can be imported; only making one needs the library."""
-    code = f"import sys; sys.modules[{missing!r}] = None\nfrom stratavit import *\n{name}([])"
+    """The name is there, so that all names can be imported; only making a callback needs the library."""
+    code = f"import sys; sys.modules[{missing!r}] = None; import stratavit\nkind = stratavit.{name}\nprint('there')\nkind([])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "there\n"
     assert done.stderr.splitlines()[-1].startswith("stratavit.errors.StrataViTError")
     assert "pip install" in done.stderr.splitlines()[-1]
 

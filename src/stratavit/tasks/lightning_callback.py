@@ -10,13 +10,20 @@ from stratavit.errors import StrataViTError
 from stratavit.tasks.own_loop import PrefixTraining
 from stratavit.training.task import SampledNetwork
 
-try:
-    from lightning.pytorch import Callback
-except ImportError:  # said where one is made
-    Callback = object
+
+def _base() -> Any:
+    """The library's class, or `object` where that is not installed, which is said where a callback is made."""
+    try:
+        from lightning.pytorch import Callback
+    except ImportError:
+        return object
+    return Callback
 
 
-class SuperNetLightningCallback(Callback):
+_BASE: Any = _base()
+
+
+class SuperNetLightningCallback(_BASE):
     """Trains a super-network at every size in Lightning's `Trainer`; the `LightningModule` stays as it is.
 
     The module holds one `SuperNet` and calls it as ``self.net(images)``; everything else is as in
@@ -39,7 +46,7 @@ class SuperNetLightningCallback(Callback):
         stage_steps: int | None = None,
         overwrite: bool = False,
     ) -> None:
-        if Callback is object:
+        if _BASE is object:
             raise StrataViTError("this callback needs Lightning: pip install 'stratavit[lightning]'")
         self.training = PrefixTraining(proxy, out, config, stages, stage_steps, overwrite, ("lightning",))
         self.batches = 0

@@ -187,8 +187,8 @@ class PrefixTraining:
         length = self.asked_steps or max(int(steps) // (2 * stages), 1)
         if known and (stages - 1) * length >= steps:
             raise StrataViTError(
-                f"{stages} stages of {length} steps do not fit into the {steps:.0f} steps of this training, so the list "
-                "would stay unfinished; lower stages or stage_steps"
+                f"{stages} stages of {length} steps do not fit into the {steps:.0f} steps of this training, which would "
+                "leave the list unfinished; lower stages or stage_steps"
             )
         return length
 

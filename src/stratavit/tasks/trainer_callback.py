@@ -10,15 +10,22 @@ from stratavit.errors import StrataViTError
 from stratavit.tasks.own_loop import PrefixTraining
 from stratavit.training.task import SampledNetwork
 
-try:
-    from transformers import TrainerCallback
-except ImportError:  # said where one is made
-    TrainerCallback = object
+
+def _base() -> Any:
+    """The library's class, or `object` where that is not installed, which is said where a callback is made."""
+    try:
+        from transformers import TrainerCallback
+    except ImportError:
+        return object
+    return TrainerCallback
+
+
+_BASE: Any = _base()
 
 KEY = "stratavit"  # of our state in the Trainer's, which is saved and read with every checkpoint
 
 
-class SuperNetTrainerCallback(TrainerCallback):
+class SuperNetTrainerCallback(_BASE):
     """Trains a super-network at every size in Hugging Face's `Trainer`, whose loop and loss stay as they are.
 
     The model of the Trainer holds one `SuperNet` and calls it as ``net(images)``. In training steps such a call runs
@@ -54,8 +61,8 @@ class SuperNetTrainerCallback(TrainerCallback):
         stage_steps: int | None = None,
         overwrite: bool = False,
     ) -> None:
-        if TrainerCallback is object:
-            raise StrataViTError("this callback needs transformers: pip install 'stratavit[transformers,train]'")
+        if _BASE is object:
+            raise StrataViTError("this callback needs transformers: pip install 'stratavit[transformers]' 'stratavit[train]'")
         self.training = PrefixTraining(proxy, out, config, stages, stage_steps, overwrite, ("transformers",))
         self.batch = 0
 
@@ -68,8 +75,8 @@ class SuperNetTrainerCallback(TrainerCallback):
         """Training begins, or goes on from a checkpoint."""
         if args.n_gpu > 1:
             raise StrataViTError(
-                f"the Trainer would split every batch over {args.n_gpu} GPUs in one process, where draws have no effect; "
-                "use torchrun or accelerate launch, or one GPU"
+                f"the Trainer would split every batch over {args.n_gpu} GPUs in one process, where draws have no "
+                "effect; use torchrun or accelerate launch, or one GPU"
             )
         own = state.stateful_callbacks.get(KEY) if state.global_step else None
         main = state.is_world_process_zero
