@@ -61,7 +61,7 @@ class SuperNetLightningCallback(_BASE):
         """Training begins, or goes on from a checkpoint."""
         state, self._loaded = self._loaded, None
         self.batches = 0 if state is None else state["batches"]
-        places = [trainer.default_root_dir, *(one.dirpath for one in trainer.checkpoint_callbacks)]
+        places = [trainer.default_root_dir, *(getattr(one, "dirpath", None) for one in trainer.checkpoint_callbacks)]
         folders, steps = [place for place in places if place], trainer.estimated_stepping_batches
         self.training.begin(pl_module, steps, trainer.global_step, trainer.is_global_zero, folders, state)
 
