@@ -187,14 +187,14 @@ def finished(request, tmp_path_factory):
 # ---- sizes ------------------------------------------------------------------------------------------------------
 
 
-def test_every_batch_runs_one_drawn_size_and_the_list_grows(finished):
+def test_every_batch_runs_a_drawn_size_of_the_list_so_far(finished):
     _, _, net, record, callback = finished
     assert len(record.learning) == 2 * STEPS
     assert len({tuple(widths.values()) for widths in record.learning}) > 3
     assert record.learning[-1] == net.resolve(callback.drawn.spec)
     half = net.macs() * (1 - Recipe().reduction / STAGES["stages"])
-    costs = [net.macs(widths) for widths in record.learning]
-    assert min(costs[: 2 * STAGES["stage_steps"]]) > 0.8 * half > min(costs)  # the first stage has half of the list
+    first = record.learning[: 2 * STAGES["stage_steps"]]
+    assert all(net.macs(widths) > 0.8 * half for widths in first)  # the first stage has half of the list
 
 
 def test_sizes_follow_the_seed(library, tmp_path):

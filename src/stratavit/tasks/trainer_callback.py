@@ -62,7 +62,9 @@ class SuperNetTrainerCallback(_BASE):
         overwrite: bool = False,
     ) -> None:
         if _BASE is object:
-            raise StrataViTError("this callback needs transformers: pip install 'stratavit[transformers]' 'stratavit[train]'")
+            raise StrataViTError(
+                "this callback needs transformers: pip install 'stratavit[transformers]' 'stratavit[train]'"
+            )
         self.training = PrefixTraining(proxy, out, config, stages, stage_steps, overwrite, ("transformers",))
         self.batch = 0
 
