@@ -418,7 +418,7 @@ def test_bad_runs_are_refused_before_the_first_step(library, tmp_path):
 )
 def test_a_missing_library_is_one_sentence(name, missing):
     """The name is there, so that all names can be imported; only making a callback needs the library."""
-    code = f"import sys; sys.modules[{missing!r}] = None; import stratavit\nkind = stratavit.{name}\nprint('there')\nkind([])"
+    code = f"import sys; sys.modules[{missing!r}] = None\nfrom stratavit import {name}\nprint('there')\n{name}([])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "there\n"
     assert done.stderr.splitlines()[-1].startswith("stratavit.errors.StrataViTError")
