@@ -11,7 +11,7 @@ from packaging.version import Version
 
 PROJECT = nox.project.load_toml("pyproject.toml")["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-USED = ("demo", "export", "train", "transformers")  # extras that users of the package install
+USED = ("demo", "export", "train", "transformers", "lightning")  # extras that users of the package install
 TOOLS = [name for name in EXTRAS["dev"] if not name.startswith(("stratavit", "ruff", "mypy"))]  # none for the site
 RECORD = "benchmarks/version_matrix.py"
 

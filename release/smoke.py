@@ -18,7 +18,7 @@ from PIL import Image
 
 import stratavit
 
-EXTRAS = ("sklearn", "onnx", "onnxruntime", "onnxscript", "accelerate", "tensorboard", "transformers")
+EXTRAS = ("sklearn", "onnx", "onnxruntime", "onnxscript", "accelerate", "tensorboard", "transformers", "lightning")
 COMMANDS = ("convert", "extract", "evaluate", "curve", "report", "export", "bench", "train", "finetune", "info", "demo")
 
 

@@ -27,7 +27,7 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 PYPROJECT = read_toml(ROOT / "pyproject.toml")
 CORE = PYPROJECT["project"]["dependencies"]
 EXTRAS = PYPROJECT["project"]["optional-dependencies"]
-OURS = ("demo", "export", "train", "transformers")  # extras that the package itself imports from
+OURS = ("demo", "export", "train", "transformers", "lightning")  # extras that the package itself imports from
 BROUGHT = {"torchvision": "timm"}  # not declared: comes with a dependency
 ANY_VERSION = {"hatchling"}  # a build in isolation takes the newest
 TOOLS = [line for line in (ROOT / "release/requirements.txt").read_text("utf-8").splitlines() if line[0] != "#"]

@@ -41,8 +41,10 @@ if TYPE_CHECKING:
     from stratavit.spec import Spec as Spec
     from stratavit.supernet import SuperNet as SuperNet
     from stratavit.tasks.finetune import finetune as finetune
+    from stratavit.tasks.lightning_callback import SuperNetLightningCallback as SuperNetLightningCallback
     from stratavit.tasks.piad import train_piad as train_piad
     from stratavit.tasks.recover import recover as recover
+    from stratavit.tasks.trainer_callback import SuperNetTrainerCallback as SuperNetTrainerCallback
     from stratavit.training.recipe import Recipe as Recipe
 
 _NAMES = {  # module -> public names that it defines
@@ -67,8 +69,10 @@ _NAMES = {  # module -> public names that it defines
     "spec": "Spec",
     "supernet": "SuperNet",
     "tasks.finetune": "finetune",
+    "tasks.lightning_callback": "SuperNetLightningCallback",
     "tasks.piad": "train_piad",
     "tasks.recover": "recover",
+    "tasks.trainer_callback": "SuperNetTrainerCallback",
     "training.recipe": "Recipe",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -178,8 +178,7 @@ class PiadTask(TrainingTask):
         """Weights, averaged weights, means, moments and list."""
         modules = self.net.elastic
         return {
-            "strata": self.strata.to_json(),
-            "given": Strata(self.listed, self.given).to_json(),
+            **self.lists(),
             **super().state(),
             "means": {name: module.channel_mean for name, module in modules.items()},
             "moments": {name: None if m.moments is None else vars(m.moments) for name, m in modules.items()},
@@ -192,6 +191,14 @@ class PiadTask(TrainingTask):
             contraction.set_mean(module, state["means"][name])
             moments = state["moments"][name]
             module.moments = None if moments is None else Moments(**moments).to(module.out.weight.device)
+        self.restore_lists(state)
+
+    def lists(self) -> dict[str, Any]:
+        """The list so far, and the one that it goes by: the part of the state that JSON can hold."""
+        return {"strata": self.strata.to_json(), "given": Strata(self.listed, self.given).to_json()}
+
+    def restore_lists(self, state: Mapping[str, Any]) -> None:
+        """Goes back to the lists that `lists` returned."""
         self.given = list(Strata.from_json(self.listed, state["given"]).entries)
         self.set_list(list(Strata.from_json(self.listed, state["strata"]).entries))
 

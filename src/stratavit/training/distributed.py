@@ -83,7 +83,7 @@ def reset_accelerator(accelerator: Any) -> None:
 
 def leave_process_group() -> None:
     """Takes the process out of its group: one that exits while its group's threads run may abort after a good run."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _joined():
         torch.distributed.destroy_process_group()
 
 
@@ -112,18 +112,23 @@ def unwrap(accelerator: Any, model: Any) -> None:
 
 
 def broadcast(value: Any) -> Any:
-    """The first process's value of a plain object, on all of them."""
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([value])[0]
+    """The first process's value of a plain object, on all of them, whoever joined them."""
+    box = [value]
+    if _joined():
+        torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def broadcast_tensor(tensor: Tensor) -> Tensor:
     """The first process's tensor on all of them; each has one of the same shape."""
-    from accelerate.utils import broadcast as broadcast_parts
-
-    received: Tensor = broadcast_parts(tensor.contiguous())
+    received = tensor.contiguous()
+    if _joined():
+        torch.distributed.broadcast(received, src=0)
     return received
+
+
+def _joined() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def gather(items: list[T]) -> list[T]:
