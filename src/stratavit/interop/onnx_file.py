@@ -89,7 +89,7 @@ def write_onnx(model: nn.Module, example: Tensor, path: Path, opset: int | None 
     got = next(one.version for one in made.opset_import if one.domain in ("", "ai.onnx"))
     if opset not in (None, got):
         raise StrataViTError(f"export: this model cannot be written in opset {opset}; torch wrote {got}, take that")
-    for node in made.graph.node:  # where each comes from in the source, with this machine's paths: 0.6 MB
+    for node in made.graph.node:  # where each comes from in the source files, with this machine's paths
         del node.metadata_props[:]
     onnx.helper.set_model_props(made, texts_of(model))
     onnx.save(made, path)
