@@ -87,7 +87,7 @@ def export_options(command: ArgumentParser) -> None:
     text = "linear layers in 8-bit integers, calibrated on --data; for onnx and openvino"
     command.add_argument("--int8", action="store_true", help=text)
     text = (
-        f"refuse an int8 file that agrees with float32 on fewer images (default: {MIN_AGREEMENT:g}; 0: none is refused)"
+        f"refuse an int8 file that agrees with float32 on fewer images (default: {MIN_AGREEMENT:g}; 0: accept all)"
     )
     command.add_argument("--min-agreement", type=float, metavar="PERCENT", help=text)
     what = "images to compare on, a folder with val/ or the class folders (default: noise); for --int8 any images"
