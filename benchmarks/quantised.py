@@ -51,8 +51,10 @@ def main() -> None:
     rows = []
     for twelfths in TWELFTHS:
         model = net.extract(spec={} if twelfths == 12 else net.spec(macs=twelfths / 12, axes=args.axes)).eval()
-        with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-            rows += measured(f"{twelfths}/12", entries(model, Path(folder), images, args.threads), batches, args.seconds)
+        with tempfile.TemporaryDirectory() as folder:
+            found = entries(model, Path(folder), images, args.threads)
+            with torch.inference_mode():
+                rows += measured(f"{twelfths}/12", found, batches, args.seconds)
     count = sum(len(labels) for _, labels in batches)
     note = (
         f"Top-1 and agreement (same first class as PyTorch in float32) on {count} validation images; int8 files "

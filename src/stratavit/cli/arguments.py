@@ -86,9 +86,7 @@ def export_options(command: ArgumentParser) -> None:
     command.add_argument("--opset", type=positive, metavar="N", help=text)
     text = "linear layers in 8-bit integers, calibrated on --data; for onnx and openvino"
     command.add_argument("--int8", action="store_true", help=text)
-    text = (
-        f"refuse an int8 file that agrees with float32 on fewer images (default: {MIN_AGREEMENT:g}; 0: accept all)"
-    )
+    text = f"refuse an int8 file that agrees with float32 on fewer images (default: {MIN_AGREEMENT:g}; 0: accept all)"
     command.add_argument("--min-agreement", type=float, metavar="PERCENT", help=text)
     what = "images to compare on, a folder with val/ or the class folders (default: noise); for --int8 any images"
     options.add_data(command, what, required=False)

@@ -67,7 +67,7 @@ def agreement(found: Tensor, expected: Tensor, classes: bool) -> float:
         classes: They are logits: the share of images with the same first class; otherwise the mean cosine.
     """
     if classes:
-        return 100 * float((found.argmax(-1) == expected.argmax(-1)).float().mean())
+        return 100 * int((found.argmax(-1) == expected.argmax(-1)).sum()) / len(found)  # exact: 36 of 40 are 90
     return 100 * float(F.cosine_similarity(found.flatten(1), expected.flatten(1)).mean())
 
 
