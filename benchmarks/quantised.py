@@ -16,6 +16,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def measured(size: str, found: dict[str, Entry], batches: Batches, seconds: floa
     images = torch.cat([part for part, _ in batches])
     for batch in BATCHES:
         some = images[:batch].contiguous()
-        runs = {name: (lambda run=run: run(some)) for name, (run, _) in found.items()}
+        runs = {name: partial(run, some) for name, (run, _) in found.items()}
         times = interleaved(runs, turns(runs, seconds))
         for row in rows:
             row[f"ms, batch {batch}"] = 1e3 * times[row["runtime"]]
