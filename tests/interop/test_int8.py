@@ -157,7 +157,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert main(["export", "nowhere", "--int8", "--format", "torch"]) == 2
     assert "int8 is for onnx and openvino" in capsys.readouterr().err
     model = small()
-    model.pretrained_cfg["label_names"] = [f"class {number}" for number in range(CLASSES)]
+    model.pretrained_cfg = {"label_names": [f"class {number}" for number in range(CLASSES)]}
     stratavit.save(model, "small")
     write_images(tmp_path / "data")
     data = ["--data", "data", "--workers", "0", "--json"]
