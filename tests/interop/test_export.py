@@ -14,7 +14,7 @@ import stratavit
 from stratavit import ArtifactError, StrataViTError
 from stratavit.cli.parser import main
 from stratavit.interop.export import FLOOR, SUFFIXES, TOLERANCE, _difference
-from stratavit.interop.onnx_model import OnnxModel
+from stratavit.interop.exported_model import exported_model
 
 SPEC = {"blocks.0.attn": 8, "blocks.0.mlp": 0, "blocks.1.attn": 0, "blocks.1.mlp": 20}
 
@@ -66,11 +66,13 @@ def test_exported_is_eager_at_any_batch_size(exported, name):
     assert all(torch.equal(tensor, eager.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("name", "part"), [("onnx", "onnx"), ("torch", "program")])
-def test_a_file_whose_outputs_differ_is_not_kept(tmp_path, monkeypatch, name, part):
+@pytest.mark.parametrize(
+    ("name", "parts"), [("onnx", ("write_onnx", "run_onnx")), ("torch", ("_to_program", "_run_program"))]
+)
+def test_a_file_whose_outputs_differ_is_not_kept(tmp_path, monkeypatch, name, parts):
     module, output = sys.modules["stratavit.interop.export"], partial(torch.full_like, fill_value=0.01)
-    monkeypatch.setattr(module, f"_to_{part}", lambda model, example, path, **options: path.touch())
-    monkeypatch.setattr(module, f"_run_{part}", lambda path: lambda images: output(images[:, 0, 0, :CLASSES]))
+    monkeypatch.setattr(module, parts[0], lambda model, example, path, *options: path.touch())
+    monkeypatch.setattr(module, parts[1], lambda path: lambda images: output(images[:, 0, 0, :CLASSES]))
     (tmp_path / "old").write_text("kept")
     with pytest.raises(StrataViTError, match=f"{name} file"):
         stratavit.export(small("paper"), tmp_path / "old", name, overwrite=True)
@@ -141,7 +143,7 @@ def test_the_opset_is_the_one_that_was_asked_for(tmp_path):
 
 def test_a_file_is_a_model_that_can_be_measured(exported):
     model, path, _ = exported["onnx"]
-    file, images = OnnxModel(path), make_images(5, seed=9)
+    file, images = exported_model(path), make_images(5, seed=9)
     assert torch.allclose(file(images), RUN["onnx"](path, images))
     assert file.num_classes == CLASSES
     assert file.data_config["input_size"] == [3, 32, 32]
@@ -158,12 +160,12 @@ def test_files_that_are_no_such_model(tmp_path, exported, monkeypatch):
     onnx.save(foreign, tmp_path / "foreign.onnx")
     for name, words in (("none", "not a file"), ("text", "cannot|not an ONNX"), ("foreign", "data_config")):
         with pytest.raises(ArtifactError, match=words):
-            OnnxModel(tmp_path / f"{name}.onnx")
+            exported_model(tmp_path / f"{name}.onnx")
     with pytest.raises(StrataViTError, match="cannot run images"):
-        OnnxModel(exported["onnx"][1])(make_images(2)[:, :1])
+        exported_model(exported["onnx"][1])(make_images(2)[:, :1])
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(StrataViTError, match="pip install"):
-        OnnxModel(exported["onnx"][1])
+        exported_model(exported["onnx"][1])
 
 
 def test_the_command(tmp_path, capsys):

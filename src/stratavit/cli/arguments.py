@@ -5,11 +5,21 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from typing import get_args
 
-from stratavit.choices import CRITERIA, OBJECTIVES, SUFFIXES, Axes, Precision, Runtime
+from stratavit.choices import (
+    CALIBRATED,
+    COMPARED,
+    CRITERIA,
+    MIN_AGREEMENT,
+    OBJECTIVES,
+    SUFFIXES,
+    Axes,
+    Precision,
+    Runtime,
+)
 from stratavit.cli import options
 from stratavit.cli.options import positive
 
-TARGET = "a saved folder, an ONNX file, a folder of transformers, or a model's name as for convert"
+TARGET = "a saved folder, an ONNX or OpenVINO file, a folder of transformers, or a model's name as for convert"
 LABELLED = "labelled images: a folder with val/, or the class folders themselves"
 
 
@@ -69,14 +79,19 @@ def export_options(command: ArgumentParser) -> None:
     """SMALL and a format."""
     command.add_argument("small", metavar="SMALL", help="folder of a small model")
     command.add_argument("--format", choices=tuple(SUFFIXES), default="onnx", help="file format (default: %(default)s)")
-    command.add_argument("--images", type=positive, default=32, help="images to compare on (default: %(default)s)")
+    text = f"images to compare on (default: {COMPARED}; with --int8, which is calibrated on them, {CALIBRATED})"
+    command.add_argument("--images", type=positive, metavar="N", help=text)
     text = "weights and arithmetic in float16; images and logits stay in float32"
     command.add_argument("--half", action="store_true", help=text)
     text = "version of ONNX operators (default: torch's choice)"
     command.add_argument("--opset", type=positive, metavar="N", help=text)
-    what = "images to compare on, a folder with val/ or the class folders (default: noise)"
+    text = "linear layers in 8-bit integers, calibrated on --data; for onnx and openvino"
+    command.add_argument("--int8", action="store_true", help=text)
+    text = f"refuse an int8 file that agrees with float32 on fewer images (default: {MIN_AGREEMENT:g}; 0: accept all)"
+    command.add_argument("--min-agreement", type=float, metavar="PERCENT", help=text)
+    what = "images to compare on, a folder with val/ or the class folders (default: noise); for --int8 any images"
     options.add_data(command, what, required=False)
-    where = "file to write (default: SMALL.onnx, SMALL.pt2, or the folder SMALL-transformers)"
+    where = "file to write (default: SMALL.onnx, SMALL-int8.onnx, SMALL.pt2, or the folder SMALL-openvino and so on)"
     options.add_out(command, "FILE", where, required=False)
 
 
@@ -117,7 +132,7 @@ def demo_options(command: ArgumentParser) -> None:
 
 def evaluate_options(command: ArgumentParser) -> None:
     """A model, images, how to measure, and budgets."""
-    command.add_argument("target", metavar="SMALL|RUN|FILE.onnx|MODEL", help=TARGET)
+    command.add_argument("target", metavar="SMALL|RUN|FILE|MODEL", help=TARGET)
     options.add_model(command)
     options.add_data(command, LABELLED)
     options.add_judge(command)
@@ -127,7 +142,7 @@ def evaluate_options(command: ArgumentParser) -> None:
 def predict_options(command: ArgumentParser) -> None:
     """A model, images, and how many classes."""
     add = command.add_argument
-    add("target", metavar="SMALL|RUN|FILE.onnx|MODEL", help=TARGET)
+    add("target", metavar="SMALL|RUN|FILE|MODEL", help=TARGET)
     add("images", nargs="+", metavar="IMAGE", help="image files, or folders with images directly in them")
     options.add_model(command)
     add("--class-map", metavar="FILE", help=f"{options.CLASS_MAP} (default: the names that the model has)")

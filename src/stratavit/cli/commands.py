@@ -9,20 +9,25 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from torch import nn
 
 from stratavit.artifacts import folder_format, sub_network
 from stratavit.budgets.amounts import Budget
 from stratavit.budgets.constraints import MEGABYTE
+from stratavit.choices import CALIBRATED, COMPARED
 from stratavit.cli import options
 from stratavit.cli.options import Outcome
 from stratavit.data.class_names import class_names_of
 from stratavit.data.image_files import some
 from stratavit.dropout_list.floors import floors_of
+from stratavit.data.splits import find_split
+from stratavit.data.unlabelled import images_in
+from stratavit.errors import StrataViTError
 from stratavit.evaluation.curve_points import points_in
 from stratavit.evaluation.latency import Setting
 from stratavit.files.folders import check_free
 from stratavit.interop import supported
-from stratavit.interop.export import SUFFIXES
+from stratavit.interop.export import SUFFIXES, check_options
 from stratavit.interop.export import export as export_model
 from stratavit.models.architecture import resolve_data_config
 from stratavit.reports import hub
@@ -73,15 +78,26 @@ def _sliced(net: SuperNet, met: Budget, folder: str, args: Namespace) -> Outcome
 
 
 def export(args: Namespace) -> Outcome:
-    """SMALL to one ONNX file, a torch.export program, or a folder of transformers."""
-    file = Path(args.out or f"{str(args.small).rstrip('/')}{SUFFIXES[args.format]}")
+    """SMALL to one ONNX file, a torch.export program, or a folder of OpenVINO or transformers."""
+    check_options(args.format, args.half, args.opset, args.int8, args.min_agreement)
+    if args.int8 and args.data is None:
+        raise StrataViTError("--int8 is calibrated on images: give --data DIR, a folder with some hundreds of them")
+    file = Path(args.out or f"{str(args.small).rstrip('/')}{'-int8' * args.int8}{SUFFIXES[args.format]}")
     model: Any = sub_network.load(args.small, timm_form=True).float()  # exact, whatever it was saved in
-    images = None
-    if args.data is not None:
-        loader = options.loader_of(args, resolve_data_config(model), "val", model, args.images)
-        images = torch.cat([batch for batch, _ in loader])
-    parity = export_model(model, file, args.format, images, args.overwrite, half=args.half, opset=args.opset)
+    images = None if args.data is None else _images_of(args, model)
+    asked: dict[str, Any] = {name: getattr(args, name) for name in ("half", "opset", "int8", "min_agreement")}
+    parity = export_model(model, file, args.format, images, args.overwrite, **asked)
     return parity.to_dict(), [str(parity)]
+
+
+def _images_of(args: Namespace, model: nn.Module) -> torch.Tensor:
+    """Images of ``--data``, to compare on; for int8 of its training split, if there is one."""
+    config = resolve_data_config(model)
+    if args.int8:
+        folder = find_split(args.data, "train") or find_split(args.data, "val") or args.data
+        return images_in(folder, model, config, args.images or CALIBRATED, max(args.workers, 0)).float()
+    loader = options.loader_of(args, config, "val", model, args.images or COMPARED)
+    return torch.cat([batch for batch, _ in loader])
 
 
 def push(args: Namespace) -> Outcome:

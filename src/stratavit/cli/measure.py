@@ -28,7 +28,7 @@ from stratavit.evaluation.features import knn, read_embeddings
 from stratavit.evaluation.latency import Setting
 from stratavit.evaluation.prediction import image_paths
 from stratavit.files.folders import check_free, check_free_file, write_folder
-from stratavit.interop.onnx_model import OnnxModel
+from stratavit.interop.exported_model import exported_model, is_exported
 from stratavit.models.architecture import resolve_data_config
 from stratavit.reports import curve as curves
 from stratavit.reports import plots
@@ -108,8 +108,8 @@ def asked_for(args: Namespace) -> tuple[nn.Module, dict[str, Any], Budget | None
         return net, net.data_config, net.budget(**asked) if asked else None
     if asked:
         raise BudgetError(f"{args.target} has one size only; budgets are for super-networks")
-    if str(args.target).endswith(".onnx"):
-        file = OnnxModel(args.target)
+    if is_exported(args.target):
+        file = exported_model(args.target)
         return file, file.data_config, None
     model = model_at(args.target, args.weights, args.num_classes, device)
     return model, resolve_data_config(model), None

@@ -120,7 +120,8 @@ class TimedCall(NamedTuple):
 
 def session_of(model: nn.Module, image_size: Sequence[int], threads: int) -> Any:
     """The model in ONNX Runtime, any batch size."""
-    from stratavit.interop.export import export, onnx_session
+    from stratavit.interop.export import export
+    from stratavit.interop.onnx_file import onnx_session
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
@@ -139,7 +140,7 @@ def runner(model: nn.Module, image_size: Sequence[int], setting: Setting, sessio
     Raises:
         StrataViTError: The model cannot be run in this setting.
     """
-    from stratavit.interop.export import INPUT, without_their_warnings
+    from stratavit.interop.onnx_file import INPUT, without_their_warnings
 
     images = noise(setting.batch_size, image_size)
     dtype, timed = setting.dtype_of(model), model

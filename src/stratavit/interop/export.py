@@ -1,43 +1,39 @@
-"""Small models in other forms, checked against eager before they are kept: ONNX, torch.export, transformers."""
+"""Small models in other forms, checked against eager before they are kept: ONNX, OpenVINO, torch.export and others."""
 
 from __future__ import annotations
 
 import io
 import json
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stratavit.choices import FOLDERS, INT8_FORMATS, MIN_AGREEMENT
 from stratavit.choices import SUFFIXES as SUFFIXES
 from stratavit.choices import Format as Format
 from stratavit.data.batches import check_finite, check_images, unpack
-from stratavit.data.class_names import class_names_of
 from stratavit.errors import StrataViTError
 from stratavit.files.atomic import followed, move_into_place, temporary_sibling
 from stratavit.files.folders import check_free, check_free_file
 from stratavit.interop.libraries import as_timm
+from stratavit.interop.onnx_file import FREE_BATCH, Runner, metadata_of, run_onnx, without_their_warnings, write_onnx
+from stratavit.interop.openvino_file import openvino_package, run_openvino, write_openvino
+from stratavit.interop.quantised import BATCH, agreement, quantise
 from stratavit.interop.timm_equivalent import tensor_of
 from stratavit.interop.transformers.folders import load_transformers, save_transformers
 from stratavit.models.architecture import resolve_data_config
 from stratavit.models.number_types import HALF_TOLERANCE, InHalf
-from stratavit.utils.model import eval_mode, is_super_network, model_device, model_dtype
+from stratavit.utils.model import classes_of, eval_mode, is_super_network, model_device, model_dtype
 from stratavit.utils.wrappers import unwrapped
 
 TOLERANCE = 1e-4  # of the largest logit of an image
 FLOOR = 1e-10  # and this: what is left where logits cancel out
 NOISE_IMAGES = 8
-INPUT, OUTPUT = "images", "logits"
 METADATA = "stratavit.json"  # what a program of torch.export holds `metadata_of` under
-FREE_BATCH = ({0: torch.export.Dim("batch", min=1)},)
-Runner = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,12 +41,15 @@ class Parity:
     """How an exported file compares with the model it came from.
 
     Attributes:
-        file: The file, or the folder of ``transformers``.
-        format: ``onnx``, ``torch`` or ``transformers``.
+        file: The file, or the folder of ``openvino`` and ``transformers``.
+        format: ``onnx``, ``openvino``, ``torch`` or ``transformers``.
         size: Of the file or the folder, bytes.
         images: Number of images compared.
         difference: Largest absolute difference of a logit.
         largest: Largest absolute logit.
+        agreement: Of an int8 file: percent of the images with the same first class as the model's; for a model that
+            outputs features 100 times the mean cosine. None of others.
+        measure: What `agreement` is, in words; empty if it is None.
     """
 
     file: str
@@ -59,16 +58,34 @@ class Parity:
     images: int
     difference: float
     largest: float
+    agreement: float | None = None
+    measure: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
         return asdict(self)
 
     def __str__(self) -> str:
+        wrote = f"wrote {self.file} ({self.size / 2**20:.3g} MiB)"
+        if self.agreement is not None:
+            return f"{wrote}; int8 and float32 agree: {self.agreement:.1f} % over {self.images} images ({self.measure})"
         return (
-            f"wrote {self.file} ({self.size / 2**20:.3g} MiB); largest logit difference to eager {self.difference:.1e} "
+            f"{wrote}; largest logit difference to eager {self.difference:.1e} "
             f"over {self.images} images (largest logit {self.largest:.3g})"
         )
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is written, and on what it is compared."""
+
+    path: Path
+    format: Format
+    images: Tensor
+    tolerance: float
+    opset: int | None
+    int8: bool
+    least: float  # percent of agreement
 
 
 def export(
@@ -80,24 +97,32 @@ def export(
     tolerance: float = TOLERANCE,
     half: bool = False,
     opset: int | None = None,
+    int8: bool = False,
+    min_agreement: float | None = None,
 ) -> Parity:
     """Writes a model to one file that needs neither this library nor timm; the batch size is free.
 
-    The file is read back and run (ONNX Runtime, or `torch.export.load`) on the images, one batch and one image alone,
-    and kept only if its outputs are the model's. The folder that ``transformers`` writes by ``save_pretrained`` is
-    compared on the batch; `load_transformers` reads it.
+    The file is read back and run (ONNX Runtime, OpenVINO, or `torch.export.load`) on the images, one batch and one
+    image alone, and kept only if its outputs are the model's. The folder that ``transformers`` writes by
+    ``save_pretrained`` is compared on the batch; `load_transformers` reads it.
+
+    With `int8`, linear layers are quantised (weights per channel, inputs by ranges measured on the images), the rest
+    stays in float32; the file is kept if it agrees with the model on enough of the images.
 
     Args:
         model: What `SuperNet.extract` or `load` returned, in float32; exported as in eval mode, on the CPU.
-        path: File to write; a folder for ``transformers``.
-        format: ``onnx``, by torch's own exporter (torch.export), ``torch``, a program for `torch.export.load`, or
-            ``transformers``, for models that came from there.
-        images: To compare on, ``[B, C, H, W]``, prepared for the model; noise if None.
+        path: File to write; a folder for ``openvino`` and ``transformers``.
+        format: ``onnx``, by torch's own exporter (torch.export), ``openvino``, made from ONNX, ``torch``, a program
+            for `torch.export.load`, or ``transformers``, for models that came from there.
+        images: To compare on, ``[B, C, H, W]``, prepared for the model; noise if None. `int8` is calibrated on them.
         overwrite: Replace the file if it is there.
         tolerance: Largest difference of a logit that passes, as a share of the largest logit of its image (and
-            `FLOOR` more), so that logits of any scale are judged alike; with `half` at least `HALF_TOLERANCE`.
-        half: Weights and arithmetic in float16; images and logits stay in float32. Not for ``transformers``.
-        opset: Version of ONNX operators; torch's choice if None.
+            `FLOOR` more), so that logits of any scale are judged alike; with `half` at least `HALF_TOLERANCE`. With
+            `int8`, of the float32 file that is quantised.
+        half: Weights and arithmetic in float16; images and logits stay in float32. For ``onnx`` and ``torch``.
+        opset: Version of ONNX operators, for ``onnx``; torch's choice if None.
+        int8: Quantise, for ``onnx`` and ``openvino``.
+        min_agreement: Of an int8 file, percent; 0 accepts any. See `Parity.agreement`; 90 if None.
 
     Returns:
         Where it was written, its size in bytes, and by how much its outputs differ from the model's.
@@ -108,21 +133,58 @@ def export(
             is left.
         ArtifactError: The file exists or cannot be written.
     """
-    if format not in SUFFIXES:
-        raise StrataViTError(f"export: expected a format of {', '.join(SUFFIXES)}, got {format!r}")
-    if half and format == "transformers":
-        raise StrataViTError("export: half is for onnx and torch; save_pretrained keeps the type of the weights")
-    if opset is not None and format != "onnx":
-        raise StrataViTError(f"export: opset is a version of ONNX operators, and the format is {format}; leave it out")
+    check_options(format, half, opset, int8, min_agreement)
     model = unwrapped(model)
     if is_super_network(model):
         raise StrataViTError("export: a super-network has many sizes; extract one first")
     if model_dtype(model) is not torch.float32:
         raise StrataViTError(f"export: the model is in {model_dtype(model)}; call model.float() first")
     model, path = as_timm(model), Path(path)
-    (check_free if format == "transformers" else check_free_file)(path, overwrite)
+    (check_free if format in FOLDERS else check_free_file)(path, overwrite)
     if format == "transformers" and not getattr(model, "origin", None):
         raise StrataViTError("export: format transformers is for models that came from there; this one is timm's")
+    images = _images(model, images, int8)
+    device = model_device(model)
+    least = MIN_AGREEMENT if min_agreement is None else min_agreement
+    try:
+        with eval_mode(model), torch.no_grad():
+            written = InHalf(model.cpu()).eval() if half else model.cpu()
+            tolerance = max(tolerance, HALF_TOLERANCE) if half else tolerance
+            return _kept(model, written, _Task(path, format, images, tolerance, opset, int8, least), overwrite)
+    finally:
+        model.to(device)
+
+
+def check_options(
+    format: Format, half: bool = False, opset: int | None = None, int8: bool = False, min_agreement: float | None = None
+) -> None:
+    """Checks what `export` is asked for, before any work.
+
+    Raises:
+        StrataViTError: An unknown format, options that it does not have or that exclude each other.
+    """
+    if format not in SUFFIXES:
+        raise StrataViTError(f"export: expected a format of {', '.join(SUFFIXES)}, got {format!r}")
+    if half and format in FOLDERS:
+        raise StrataViTError(f"export: half is for onnx and torch, and the format is {format}; leave it out")
+    if opset is not None and format != "onnx":
+        raise StrataViTError(f"export: opset is a version of ONNX operators, and the format is {format}; leave it out")
+    if int8 and format not in INT8_FORMATS:
+        raise StrataViTError(f"export: int8 is for {' and '.join(INT8_FORMATS)}, and the format is {format}")
+    if int8 and half:
+        raise StrataViTError("export: int8 and half are two ways to make a file smaller; ask for one of them")
+    if min_agreement is not None and not int8:
+        raise StrataViTError("export: min_agreement is the bound of int8 files; leave it out, or ask for int8, too")
+    if min_agreement is not None and not 0 <= min_agreement <= 100:
+        raise StrataViTError(f"export: min_agreement = {min_agreement:g}, expected a percentage, 0 to 100")
+    if format == "openvino":
+        openvino_package()
+
+
+def _images(model: nn.Module, images: Tensor | None, int8: bool) -> Tensor:
+    """What to compare on, checked, in float32 on the CPU."""
+    if images is None and int8:
+        raise StrataViTError("export: int8 is calibrated on images; give images=, some hundreds like those it will see")
     if images is None:
         size = resolve_data_config(model)["input_size"]
         images = torch.randn(NOISE_IMAGES, *size, generator=torch.Generator().manual_seed(0))
@@ -131,46 +193,76 @@ def export(
     check_finite(images, "export")
     if not len(images):
         raise StrataViTError("export: there are no images to compare on; give at least one, or leave images out")
-    images = images.float().cpu()
-    device = model_device(model)
-    try:
-        with eval_mode(model), torch.no_grad():
-            written = InHalf(model.cpu()).eval() if half else model.cpu()
-            tolerance = max(tolerance, HALF_TOLERANCE) if half else tolerance
-            return _checked(model, written, path, format, images, tolerance, overwrite, opset)
-    finally:
-        model.to(device)
+    return images.float().cpu()
 
 
-def _checked(
-    model: nn.Module,
-    written: nn.Module,
-    path: Path,
-    format: Format,
-    images: Tensor,
-    tolerance: float,
-    overwrite: bool,
-    opset: int | None,
-) -> Parity:
-    """Writes next to `path`, compares with the model, moves it there."""
+def _kept(model: nn.Module, written: nn.Module, task: _Task, overwrite: bool) -> Parity:
+    """Writes next to the path, compares with the model, moves it there."""
+    target = followed(task.path)
+    with temporary_sibling(target) as place:
+        # torch asks for its own suffix
+        new = place if task.format in FOLDERS else place.with_suffix(SUFFIXES[task.format])
+        parity = _quantised(model, new, task) if task.int8 else _exact(model, written, new, task)
+        move_into_place(new, target, overwrite)
+    return parity
+
+
+def _exact(model: nn.Module, written: nn.Module, new: Path, task: _Task) -> Parity:
+    """Writes a file that must compute what the model does."""
     writers: dict[Format, tuple[Callable[[nn.Module, Tensor, Path], None], Callable[[Path], Runner]]] = {
-        "onnx": (partial(_to_onnx, opset=opset), _run_onnx),
+        "onnx": (lambda model, example, path: write_onnx(model, example, path, task.opset), run_onnx),
+        "openvino": (_to_openvino, run_openvino),
         "torch": (_to_program, _run_program),
         "transformers": (_to_folder, _run_folder),
     }
-    write, run = writers[format]
-    target = followed(path)
-    with temporary_sibling(target) as place:
-        new = place if format == "transformers" else place.with_suffix(SUFFIXES[format])  # torch asks for its own
-        # a copy: the program keeps its example, and a view would keep all images
-        write(written, images[:2].clone() if len(images) > 1 else images.repeat(2, 1, 1, 1), new)
-        expected, exported = model(images), run(new)
-        batches = [images] if format == "transformers" else [images, images[:1]]  # what is eager has no fixed size
-        found = torch.cat([exported(batch) for batch in batches])
-        difference = _difference(found, torch.cat([expected[: len(b)] for b in batches]), format, tolerance)
-        size = sum(file.stat().st_size for file in (new.iterdir() if new.is_dir() else [new]))
-        move_into_place(new, target, overwrite)
-    return Parity(str(path), format, size, len(images), difference, float(expected.abs().max()))
+    write, run = writers[task.format]
+    write(written, _example(task.images), new)
+    # what is eager has no fixed size
+    batches = [task.images] if task.format == "transformers" else [task.images, task.images[:1]]
+    expected, exported = model(task.images), run(new)
+    difference = _compared(exported, expected, batches, task)
+    largest = float(expected.abs().max())
+    return Parity(str(task.path), task.format, _size(new), len(task.images), difference, largest)
+
+
+def _quantised(model: nn.Module, new: Path, task: _Task) -> Parity:
+    """Writes a file in int8, which must agree with the model on most images."""
+    source = new.with_name("float32.onnx")
+    write_onnx(model, _example(task.images), source, task.opset)
+    batches = task.images.split(BATCH)
+    expected = torch.cat([model(batch) for batch in batches])
+    _compared(run_onnx(source), expected, [batches[0], batches[0][:1]], task)
+    file = new if task.format == "onnx" else new.with_name("int8.onnx")
+    quantise(source, file, task.images)
+    if task.format == "openvino":
+        write_openvino(file, new)
+    run = run_onnx(new) if task.format == "onnx" else run_openvino(new)
+    found = torch.cat([run(batch) for batch in batches])
+    classes = bool(classes_of(model))
+    same, measure = agreement(found, expected, classes), "same first class" if classes else "mean cosine"
+    if not same >= task.least:  # NaN is not
+        raise StrataViTError(
+            f"export: the int8 file and the model agree on {same:.1f} % over {len(task.images)} images ({measure}), "
+            f"below {task.least:g} %; nothing was written: calibrate on more images like those it will see, export in "
+            f"float32, or accept it with min_agreement={int(same) if same > 0 else 0}"
+        )
+    difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
+    return Parity(str(task.path), task.format, _size(new), len(task.images), difference, largest, same, measure)
+
+
+def _example(images: Tensor) -> Tensor:
+    """Two images; a copy, as a program keeps its example, and a view would keep all images."""
+    return images[:2].clone() if len(images) > 1 else images.repeat(2, 1, 1, 1)
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
+
+
+def _compared(run: Runner, expected: Tensor, batches: list[Tensor], task: _Task) -> float:
+    """Largest difference of a logit; the batches are the first images, again and again."""
+    found = torch.cat([run(batch) for batch in batches])
+    return _difference(found, torch.cat([expected[: len(b)] for b in batches]), task.format, task.tolerance)
 
 
 def _difference(found: Tensor, expected: Tensor, format: Format, tolerance: float) -> float:
@@ -186,71 +278,10 @@ def _difference(found: Tensor, expected: Tensor, format: Format, tolerance: floa
     return float(differences.max())
 
 
-@contextmanager
-def without_their_warnings() -> Iterator[None]:
-    """Drops what exporters and compilers warn about their own parts; what they say of our calls is kept."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"(?!stratavit\b)")
-        yield
-
-
-@contextmanager
-def _quiet_log() -> Iterator[None]:
-    """Drops what is logged of attempts to reach an older opset; whether it was reached is looked at afterwards."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
-def metadata_of(model: nn.Module) -> dict[str, Any]:
-    """What a file says of its images and classes: ``data_config``, and ``label_names`` if they are known."""
-    names = class_names_of(model)
-    return {"data_config": resolve_data_config(model), **({"label_names": names} if names else {})}
-
-
-def _to_onnx(model: nn.Module, example: Tensor, path: Path, opset: int | None = None) -> None:
-    try:
-        import onnx
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise StrataViTError("export to ONNX needs more packages: pip install 'stratavit[export]'") from error
-    with without_their_warnings(), _quiet_log(), redirect_stdout(io.StringIO()):  # some releases print what they did
-        torch.onnx.export(
-            model,
-            (example,),
-            str(path),
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            dynamic_shapes=FREE_BATCH,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-            opset_version=opset,
-        )
-    made = onnx.load(path)
-    got = next(one.version for one in made.opset_import if one.domain in ("", "ai.onnx"))
-    if opset not in (None, got):
-        raise StrataViTError(f"export: this model cannot be written in opset {opset}; torch wrote {got}, take that")
-    onnx.helper.set_model_props(made, {key: json.dumps(value) for key, value in metadata_of(model).items()})
-    onnx.save(made, path)
-
-
-def onnx_session(path: Path, threads: int = 0) -> Any:
-    """An ONNX Runtime session on the CPU; 0 threads is what it chooses itself."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def _run_onnx(path: Path) -> Runner:
-    session = onnx_session(path)
-    return lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
+def _to_openvino(model: nn.Module, example: Tensor, path: Path) -> None:
+    source = path.with_name("float32.onnx")
+    write_onnx(model, example, source)
+    write_openvino(source, path)
 
 
 def _to_program(model: nn.Module, example: Tensor, path: Path) -> None:

@@ -1,0 +1,110 @@
+"""ONNX files: written by torch's exporter, run by ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stratavit.data.class_names import class_names_of
+from stratavit.errors import StrataViTError
+from stratavit.models.architecture import resolve_data_config
+
+INPUT, OUTPUT = "images", "logits"
+FREE_BATCH = ({0: torch.export.Dim("batch", min=1)},)
+Runner = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def without_their_warnings() -> Iterator[None]:
+    """Drops what exporters and compilers warn about their own parts; what they say of our calls is kept."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(?!stratavit\b)")
+        yield
+
+
+@contextmanager
+def quiet_log() -> Iterator[None]:
+    """Drops what libraries log; what matters of it, such as whether an opset was reached, is looked at afterwards."""
+    before, handlers = logging.root.manager.disable, logging.root.handlers[:]
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+        logging.root.handlers[:] = handlers  # `logging.warning` adds one
+
+
+def metadata_of(model: nn.Module) -> dict[str, Any]:
+    """What a file says of its images and classes: ``data_config``, and ``label_names`` if they are known."""
+    names = class_names_of(model)
+    return {"data_config": resolve_data_config(model), **({"label_names": names} if names else {})}
+
+
+def texts_of(model: nn.Module) -> dict[str, str]:
+    """The parts of `metadata_of` as JSON texts."""
+    return {key: json.dumps(value) for key, value in metadata_of(model).items()}
+
+
+def write_onnx(model: nn.Module, example: Tensor, path: Path, opset: int | None = None) -> None:
+    """Writes a model with what `metadata_of` says of it; the batch size is free.
+
+    Args:
+        model: In eval mode, on the CPU.
+        example: Images ``[2, C, H, W]``.
+        path: The file.
+        opset: Version of ONNX operators; torch's choice if None.
+
+    Raises:
+        StrataViTError: Packages are missing, or torch cannot write that version.
+    """
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise StrataViTError("export to ONNX needs more packages: pip install 'stratavit[export]'") from error
+    with without_their_warnings(), quiet_log(), redirect_stdout(io.StringIO()):  # some releases print what they did
+        torch.onnx.export(
+            model,
+            (example,),
+            str(path),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=FREE_BATCH,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+            opset_version=opset,
+        )
+    made = onnx.load(path)
+    got = next(one.version for one in made.opset_import if one.domain in ("", "ai.onnx"))
+    if opset not in (None, got):
+        raise StrataViTError(f"export: this model cannot be written in opset {opset}; torch wrote {got}, take that")
+    for node in made.graph.node:  # where each comes from in the source files, with this machine's paths
+        del node.metadata_props[:]
+    onnx.helper.set_model_props(made, texts_of(model))
+    onnx.save(made, path)
+
+
+def onnx_session(path: Path, threads: int = 0) -> Any:
+    """An ONNX Runtime session on the CPU; 0 threads is what it chooses itself."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run_onnx(path: Path) -> Runner:
+    """What maps images ``[B, C, H, W]`` to the outputs of a file of `write_onnx`."""
+    session = onnx_session(path)
+    return lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
