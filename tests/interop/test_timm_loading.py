@@ -19,7 +19,7 @@ import stratavit
 from stratavit import ArtifactError, StrataViTError, SuperNet
 from stratavit.artifacts.timm_config import needs_stratavit
 from stratavit.interop.supported import rows
-from stratavit.interop.timm_registration import NAME
+from stratavit.interop.timm_name import NAME
 from stratavit.reports.hub import write_upload
 from stratavit.reports.model_card import model_card
 

@@ -13,8 +13,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from stratavit.interop.timm_entry import entry_config
-from stratavit.interop.timm_registration import NAME
+from stratavit.interop.timm_name import FORMAT_VERSION, KEY, NAME
 from stratavit.models import architecture
 from stratavit.models.families import family_of
 
@@ -72,3 +71,16 @@ def stock_config(description: Mapping[str, Any], built: nn.Module) -> dict[str, 
             args.pop("num_classes")
             return {"architecture": name, "model_args": args}
     return None
+
+
+def entry_config(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of ``config.json`` by which timm calls `timm_entry.create`: ``architecture`` and ``model_args``.
+
+    The number of classes is not among the arguments: timm reads it elsewhere, and transformers passes it, too.
+
+    Args:
+        description: See `architecture.describe`.
+    """
+    args = {key: value for key, value in description["args"].items() if value is not None and key != "num_classes"}
+    rest = {key: value for key, value in description.items() if key != "args"}
+    return {"architecture": NAME, "model_args": {**args, KEY: {"format_version": FORMAT_VERSION, **rest}}}

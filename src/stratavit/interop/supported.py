@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, one_line
-from stratavit.interop.timm_registration import NAME
+from stratavit.interop.timm_name import NAME
 from stratavit.interop.transformers.layouts import LAYOUTS
 from stratavit.models import architecture, source_checks
 from stratavit.models.cost import cost_model

@@ -16,26 +16,11 @@ from torch import Tensor, nn
 from stratavit.elastic.plain import SplitAttention
 from stratavit.errors import ArtifactError, described
 from stratavit.interop.timm_filter import filter_of
-from stratavit.interop.timm_registration import NAME
+from stratavit.interop.timm_name import FORMAT_VERSION, KEY, NAME
 from stratavit.models import architecture
 from stratavit.models.size_checks import check_numbers
 
-KEY = "stratavit"  # of ``model_args``: what timm's own arguments do not say
-FORMAT_VERSION = 1  # of what is under it
 SOURCE = f"config.json: {KEY}"
-
-
-def entry_config(description: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of ``config.json`` by which timm finds and calls `create`: ``architecture`` and ``model_args``.
-
-    The number of classes is not among the arguments: timm reads it elsewhere, and transformers passes it, too.
-
-    Args:
-        description: See `architecture.describe`.
-    """
-    args = {key: value for key, value in description["args"].items() if value is not None and key != "num_classes"}
-    rest = {key: value for key, value in description.items() if key != "args"}
-    return {"architecture": NAME, "model_args": {**args, KEY: {"format_version": FORMAT_VERSION, **rest}}}
 
 
 def create(pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
@@ -43,7 +28,10 @@ def create(pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
 
     Args:
         pretrained: Load weights.
-        kwargs: What timm passes: ``model_args`` of the ``config.json``, replaced and extended by the caller's arguments.
+        kwargs: What timm passes: ``model_args`` of the ``config.json``, under the arguments of the caller.
+
+    Returns:
+        The model, or timm's wrapper of its features if the caller asks for these.
 
     Raises:
         ArtifactError: There is no description, or it is of a newer format, or cannot be built.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-NAME = "stratavit_vit"
+from stratavit.interop.timm_name import NAME
 
 
 def stratavit_vit(pretrained: bool = False, **kwargs: Any) -> Any:

@@ -17,14 +17,14 @@ from stratavit.interop.transformers.weights import blocks_of, mlp_layers
 
 
 def state_widths(model: Any, layout: Layout) -> bool:
-    """Puts the widths of a model into its configuration, if its class then builds the same shapes; else changes nothing.
+    """Puts the widths of a model into its configuration, if its class then builds the same shapes.
 
     Args:
         model: Of transformers, with the layers that it is to have.
         layout: Of its class.
 
     Returns:
-        Whether the configuration now describes the model.
+        Whether the configuration now describes the model; if not, it is as it was.
     """
     blocks = [(block.get_submodule(layout.attention), block.mlp) for _, block in blocks_of(model, layout)]
     if any(isinstance(module, Constant) for block in blocks for module in block):
