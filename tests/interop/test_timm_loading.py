@@ -137,7 +137,7 @@ def test_timm_loads_from_the_hub(tmp_path, monkeypatch):
         assert same(timm.create_model("hf-hub:someone/small", pretrained=True).eval(), small)
         assert 'timm.create_model("hf-hub:someone/small"' in hub.repos["someone/small"]["README.md"].decode()
         del hub.repos["someone/small"]["model.safetensors"]
-        with pytest.raises(Exception, match="pytorch_model.bin"):  # the last name that timm looks for
+        with pytest.raises(Exception, match=r"pytorch_model\.bin"):  # the last name that timm looks for
             timm.create_model("hf-hub:someone/small", pretrained=True, cache_dir=tmp_path / "other")
 
 
@@ -243,7 +243,7 @@ def test_transformers_loads_any_small_model_by_timm(name, tmp_path):
     assert tuple(processor.data_config["input_size"]) == (3, 32, 32)
 
 
-@pytest.mark.parametrize("name", ("ViTForImageClassification", "DeiTForImageClassification", "Dinov2Model"))
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "DeiTForImageClassification", "Dinov2Model"])
 def test_transformers_own_classes_load_equal_widths(name, tmp_path):
     net = SuperNet(architectures.make(name)).contract([IMAGES])
     small = net.extract(spec={site.name: site.width // 2 for site in net.sites}, verbose=False)
@@ -255,7 +255,7 @@ def test_transformers_own_classes_load_equal_widths(name, tmp_path):
     assert stratavit.load_transformers(tmp_path).config.head_dim == found.config.head_dim
 
 
-@pytest.mark.parametrize("name", ("CLIPVisionModel", "SwinForImageClassification"))
+@pytest.mark.parametrize("name", ["CLIPVisionModel", "SwinForImageClassification"])
 def test_transformers_own_classes_load_equal_mlps(name, tmp_path):
     """Where the class reads no head width."""
     net = SuperNet(architectures.make(name)).contract([IMAGES])
@@ -278,14 +278,19 @@ def test_no_class_of_ours_reads_widths_by_layer(name):
     fields = model.config.to_dict() | {"per_layer_config": {"0": {field: 3}}}
     if name == "SwinForImageClassification":
         fields["num_hidden_layers"] = 2  # of which it has none of its own
+    assert shapes_from(type(model), fields) in (None, shapes_of(model))
+
+
+def shapes_from(kind, fields):
+    """Shapes that a class builds from a configuration; None if it refuses it."""
     try:
-        built = type(model)(type(model.config).from_dict(fields))
-    except Exception as error:  # of the field that it wants to read once
-        assert field in str(error) or "num_hidden_layers" in str(error)
-    else:
-        assert {key: one.shape for key, one in built.state_dict().items()} == {
-            key: one.shape for key, one in model.state_dict().items()
-        }
+        return shapes_of(kind(kind.config_class.from_dict(fields)))
+    except (AttributeError, RuntimeError, ValueError):
+        return None
+
+
+def shapes_of(model):
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def test_a_small_model_of_transformers_is_pushed_in_timms_form(tmp_path):
