@@ -1,7 +1,8 @@
 """Widths in transformers' own terms: what its classes read of a configuration, so that its own loaders build a model.
 
 Its vision classes read one head width (ViT, DeiT, DINOv2: ``head_dim``) and one hidden width (``intermediate_size`` or
-``mlp_ratio``) for all blocks. None of ours reads ``per_layer_config``, as of release 5.24: they refuse it.
+``mlp_ratio``) for all blocks. None of ours reads ``per_layer_config``, as of release 5.24: they refuse it. Where rounding
+(SwiGLU) or another user of a width (the pooling of SigLIP) is in the way, the class builds other shapes, and is not asked.
 """
 
 from __future__ import annotations
@@ -44,8 +45,6 @@ def _hidden_field(config: Any, hidden: int, dim: int) -> dict[str, Any]:
     """The field that sets the hidden width of every MLP, and its value."""
     if hasattr(config, "intermediate_size"):
         return {"intermediate_size": hidden}
-    if getattr(config, "use_swiglu_ffn", False):
-        hidden = hidden * 3 // 2  # of which two thirds are taken, up to a multiple of 8
     if hidden % dim == 0:
         return {"mlp_ratio": hidden // dim}  # of some classes a whole number
     ratio = hidden / dim
