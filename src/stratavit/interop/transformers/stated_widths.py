@@ -1,8 +1,8 @@
 """Widths in transformers' own terms: what its classes read of a configuration, so that its own loaders build a model.
 
 Its vision classes read one head width (ViT, DeiT, DINOv2: ``head_dim``) and one hidden width (``intermediate_size`` or
-``mlp_ratio``) for all blocks. None of ours reads ``per_layer_config``, as of release 5.24: they refuse it. Where rounding
-(SwiGLU) or another user of a width (the pooling of SigLIP) is in the way, the class builds other shapes, and is not asked.
+``mlp_ratio``) for all blocks. None of ours reads ``per_layer_config``, as of release 5.24: they refuse it. Rounding
+(SwiGLU) or a module that shares a width (the pooling of SigLIP) may be in the way; so what a class builds is compared.
 """
 
 from __future__ import annotations
