@@ -44,7 +44,7 @@ def create(pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
         partial(_build, form),
         NAME,
         pretrained,
-        pretrained_filter_fn=partial(_fitted, form.get("architecture")),
+        pretrained_filter_fn=partial(_fitted, str(form.get("architecture"))),
         feature_cfg=features,
         **kwargs,
     )
