@@ -6,6 +6,7 @@ Names are loaded when they are first used, so that ``import stratavit`` costs no
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from stratavit.interop.timm_registration import register_with_timm as _register_with_timm
 from stratavit.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ _NAMES = {  # module -> public names that it defines
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_HOMES)
+_register_with_timm()
 
 
 def __getattr__(name: str) -> Any:

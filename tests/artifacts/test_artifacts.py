@@ -289,7 +289,7 @@ def test_a_folder_that_is_not_empty_is_kept_unless_asked(tmp_path):
         save(tmp_path / "out")
     assert content(tmp_path) == before
     save(tmp_path / "out", overwrite=True)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {FILES[0], FILES[2]}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {timm_config.FILE, FILES[0], FILES[2]}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

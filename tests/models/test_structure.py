@@ -156,10 +156,10 @@ def test_a_beit_without_biases_of_qkv_is_refused():
 
 
 def test_arguments_that_an_architecture_sets_itself(monkeypatch):
-    """Then there is no config.json that timm could load by."""
+    """Then timm alone cannot load by the config.json."""
     model = timm.create_model("vit_tiny_patch16_224", img_size=32)
     description, config = architecture.describe(model), architecture.resolve_data_config(model)
-    assert timm_config.timm_config(description, config) is not None
+    assert not timm_config.needs_stratavit(timm_config.timm_config(description, config))
     built = architecture.build(description, device="meta")
 
     def twice(*args, **options):
@@ -167,4 +167,4 @@ def test_arguments_that_an_architecture_sets_itself(monkeypatch):
 
     monkeypatch.setattr(architecture, "build", lambda *args, **options: built)
     monkeypatch.setattr(timm, "create_model", twice)
-    assert timm_config.timm_config(description, config) is None
+    assert timm_config.needs_stratavit(timm_config.timm_config(description, config))

@@ -12,6 +12,7 @@ from helpers import CLASSES, FAMILIES, make_batches, make_images, make_net
 
 import stratavit
 from stratavit import ArtifactError, BudgetError, StrataViTError, SuperNet, from_pretrained, push_to_hub
+from stratavit.artifacts.timm_config import needs_stratavit
 from stratavit.cli.parser import main
 from stratavit.data.class_names import set_class_names
 from stratavit.evaluation import curve_points
@@ -66,7 +67,7 @@ def test_a_sub_network_there_and_back(hub, net, points, tmp_path):
     assert "curve.png" in files(hub)
     small = net.extract(macs=0.5, verbose=False)
     push(hub, small)
-    assert files(hub) == {"README.md", "model.safetensors", "stratavit.json"}  # timm has no words for its widths
+    assert files(hub) == {"README.md", "config.json", "model.safetensors", "stratavit.json"}
     with torch.no_grad():
         assert torch.equal(get(hub, tmp_path)(IMAGES), small(IMAGES))
     with pytest.raises(BudgetError, match=NAME):
@@ -136,7 +137,7 @@ def test_the_card_of_a_sub_network_and_cards_without_measurements(net, points):
         assert "Accuracy was not measured." in card
         assert "Not stated. It follows that of the source weights." in card
         assert "license" not in front_matter(card)
-    assert "hf-hub" not in model_card(small, NAME)
+    assert "import stratavit\nimport timm" in model_card(small, NAME)
     assert 'macs="50%"' not in model_card(make_net("plain"), NAME)  # no list yet
 
 
@@ -189,20 +190,23 @@ def test_timm_loads_towers_with_norms_of_their_own(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_timm_loads_what_its_terms_can_say(family, tmp_path):
+def test_timm_alone_loads_what_its_terms_can_say(family, tmp_path):
+    """All else it loads, too, but by the name that this library registers."""
     net = make_net(family, stratified=True)
     net.save(tmp_path / "run")
     half = {name: width // 2 for name, width in net.resolve(None).items() if name.endswith("mlp")}
     even = net.extract(spec=half)
     stratavit.save(even, tmp_path / "even")
-    stratavit.save(net.extract(spec={"blocks.0.mlp": 8}), tmp_path / "uneven")
-    said = [("run", net), ("even", even)]
+    uneven = net.extract(spec={"blocks.0.mlp": 8})
+    stratavit.save(uneven, tmp_path / "uneven")
+    ours = {"uneven"}
     if family == "no_bias":  # what is cut leaves a bias behind, which timm's terms do not give to some layers only
-        assert not (tmp_path / said.pop()[0] / "config.json").exists()
-    for name, source in said:
+        ours.add("even")
+    for name, source in (("run", net), ("even", even), ("uneven", uneven)):
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert needs_stratavit(config) is (name in ours)
         model = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True).eval()
         with torch.no_grad():
             assert torch.equal(model(IMAGES), source(IMAGES))
         found, expected = (json.dumps(one) for one in (timm.data.resolve_model_data_config(model), net.data_config))
         assert json.loads(found) == json.loads(expected)
-    assert not (tmp_path / "uneven" / "config.json").exists()

@@ -38,7 +38,7 @@ def finished(tmp_path_factory):
 
 def test_what_a_run_leaves(finished):
     folder, model = finished
-    assert names(folder) == {"state.pt", "log.jsonl", "model.safetensors", "stratavit.json"}
+    assert names(folder) == {"state.pt", "log.jsonl", "model.safetensors", "stratavit.json", "config.json"}
     loaded = stratavit.load(folder)
     with torch.no_grad():
         assert torch.equal(loaded(make_images(3)), model(make_images(3)))

@@ -80,7 +80,7 @@ def test_a_small_model_comes_nearer_to_its_source_and_keeps_its_layers():
 
 def test_what_a_run_leaves(tmp_path):
     model = run(small(), tmp_path / "run")
-    assert names(tmp_path / "run") == {"state.pt", "log.jsonl", "model.safetensors", "stratavit.json"}
+    assert names(tmp_path / "run") == {"state.pt", "log.jsonl", "model.safetensors", "stratavit.json", "config.json"}
     with torch.no_grad():
         assert torch.equal(stratavit.load(tmp_path / "run")(make_images(3)), model(make_images(3)))
     facts, found = model.provenance["recover"], rows(tmp_path / "run")

@@ -57,7 +57,7 @@ def write_saved(
     overwrite: bool,
     moments: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes a folder: weights, moments if there are any, the JSON file with their hashes, and timm's where it applies.
+    """Writes a folder: weights, moments if there are any, the JSON file with their hashes, and timm's.
 
     Args:
         path: The folder.
@@ -84,8 +84,7 @@ def write_saved(
             save_file(_contiguous(moments), files[1])
         write_json(folder / JSON_FILE, checksums.added(content, JSON_FILE, files))
         config = timm_config.timm_config(content["model"], content["data_config"])
-        if config is not None:
-            write_json(folder / timm_config.FILE, config | named)
+        write_json(folder / timm_config.FILE, config | named)
 
     write_folder(path, write, overwrite)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, one_line
+from stratavit.interop.timm_name import NAME
 from stratavit.interop.transformers.layouts import LAYOUTS
 from stratavit.models import architecture, source_checks
 from stratavit.models.cost import cost_model
@@ -101,7 +102,7 @@ def rows(pattern: str | None = None) -> list[dict[str, Any]]:
         StrataViTError: Nothing matches.
     """
     if pattern is not None:
-        names = timm.list_models(pattern)
+        names = [name for name in timm.list_models(pattern) if name != NAME]
         if not names:
             raise StrataViTError(f"timm {timm.__version__} has no model that matches {pattern!r}; try 'vit_*'")
         found = [("", support_of(name)) for name in names]

@@ -32,6 +32,7 @@ DATA_KEYS = {"input_size", "interpolation", "mean", "std", "crop_pct", "crop_mod
 _TRANSIENT = (nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices, nn.Identity)  # of training only
 _ASIDE = {
     *("training", "fused_attn", "grad_checkpointing", "data_config", "provenance", "init_values", "embedding"),
+    "source_architecture",
     "target_shift_size",  # of windows: read when these are set again, and then only whether it is 0
 }
 
@@ -68,7 +69,8 @@ def described_and_built(model: nn.Module) -> tuple[dict[str, Any], nn.Module]:
         raise ArtifactError(f"cannot describe a {type(model).__name__}: {error}") from error
     distilled = isinstance(model, VisionTransformerDistilled)
     fallback = "deit_tiny_distilled_patch16_224" if distilled else family.fallback
-    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or fallback
+    own = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    name = getattr(model, "source_architecture", None) or own or fallback
     description: dict[str, Any] = {
         "architecture": name if timm.is_model(name) else fallback,
         "args": {**getattr(model, "source_args", {}), **family.arguments(model)},  # heads may all be cut away

@@ -19,6 +19,7 @@ from stratavit.budgets.constraints import BudgetArgs
 from stratavit.errors import ArtifactError, BudgetError
 from stratavit.evaluation import curve_points
 from stratavit.files.folders import write_folder
+from stratavit.interop.libraries import as_timm
 from stratavit.reports import plots
 from stratavit.reports.model_card import CARD_FILE, CURVE_FILE, model_card
 from stratavit.supernet import SuperNet
@@ -165,6 +166,8 @@ def write_upload(
     if isinstance(model, str | Path):
         super_network = folder_format.kind(model) == folder_format.SUPER
         model = SuperNet.load(model) if super_network else sub_network.load(model)
+    if not isinstance(model, SuperNet):
+        model = as_timm(model)  # of transformers: what is saved, and described by the card
     title = repo_id.rpartition("/")[2]
 
     def write(folder: Path) -> None:

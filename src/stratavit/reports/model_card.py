@@ -10,11 +10,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from stratavit.artifacts.sub_network import site_widths
-from stratavit.artifacts.timm_config import timm_config
+from stratavit.artifacts.timm_config import needs_stratavit, timm_config
 from stratavit.data.class_names import class_names_of
 from stratavit.data.image_files import some
 from stratavit.evaluation.curve_points import LISTS, Point, by_list
-from stratavit.models.architecture import describe
+from stratavit.models.architecture import describe, resolve_data_config
 from stratavit.utils.model import is_super_network
 from stratavit.utils.text import human
 
@@ -44,8 +44,8 @@ def model_card(
     """
     net: Any = model if is_super_network(model) else None
     provenance: Mapping[str, Any] = getattr(model, "provenance", {})
-    data_config: Mapping[str, Any] = getattr(model, "data_config", {})
     description = net.description if net else describe(model)
+    config = timm_config(description, net.data_config if net else resolve_data_config(model))
     data = ModelCardData(
         license=licence,
         base_model=base_model or _source(provenance).get("base_model"),
@@ -57,7 +57,7 @@ def model_card(
         f"---\n{data.to_yaml()}\n---",
         f"# {repo_id.rpartition('/')[2]}",
         _what(net, description["architecture"], provenance),
-        _use(net, repo_id, bool(data_config) and timm_config(description, data_config) is not None),
+        _use(net, repo_id, stock=not needs_stratavit(config)),
         *_classes(model),
         _sizes(net, model, points),
         f"## Licence\n\n{f'`{licence}`' if licence else 'Not stated. It follows that of the source weights.'}",
@@ -89,7 +89,7 @@ def _what(net: SuperNet | None, architecture: str, provenance: Mapping[str, Any]
     )
 
 
-def _use(net: SuperNet | None, repo_id: str, plain: bool) -> str:
+def _use(net: SuperNet | None, repo_id: str, stock: bool) -> str:
     load = f'stratavit.from_pretrained("{repo_id}"'
     lines = [f"model = {load})"] if net is None else [f"net = {load})  # all sizes"]
     if net is not None and net.strata is not None:
@@ -98,9 +98,15 @@ def _use(net: SuperNet | None, repo_id: str, plain: bool) -> str:
         )
         lines.append(f'small = {load}, macs="50%")  # one, {kind}')
     used = "## Use\n\n```python\nimport stratavit\n\n" + "\n".join(lines) + "\n```"
-    if plain:
-        what = "The full-size model" if net else "It"
-        used += f'\n\n{what} also loads in timm alone: `timm.create_model("hf-hub:{repo_id}", pretrained=True)`.'
+    what = "the full-size model" if net else "it"
+    first = (
+        f"timm alone loads {what}, too:"
+        if stock
+        else f"timm loads {what}, too, after `import stratavit`, which registers its form:"
+    )
+    imports = "import timm" if stock else "import stratavit\nimport timm"
+    call = f'model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()'
+    used += f"\n\n{first}\n\n```python\n{imports}\n\n{call}\n```"
     return used
 
 

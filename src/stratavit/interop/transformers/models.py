@@ -1,6 +1,7 @@
 """Models of Hugging Face transformers: to timm's equivalent on entry, back to their own class on extraction.
 
-A small model is of the class that it came from; its ``config.stratavit`` names the width of every module that was cut.
+A small model is of the class that it came from; its ``config.stratavit`` names the width of every module that was cut,
+and where transformers' own terms say the same (`stated_widths`), they do.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from stratavit.elastic.plain import Constant
 from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, described, one_line
 from stratavit.interop.timm_equivalent import fill_equivalent
 from stratavit.interop.transformers.layouts import LAYOUTS, Layout
+from stratavit.interop.transformers.stated_widths import state_widths
 from stratavit.interop.transformers.weights import (
     blocks_of,
     frozen_of,
@@ -154,6 +156,7 @@ def from_timm(small: Any, origin: Mapping[str, Any]) -> Any:
         with initialization.no_init_weights():
             model = kind(config)
             resize(model)
+            state_widths(model, layout)
         load_state(model, layout, small.state_dict())
         set_frozen_there(model, layout, frozen_names(small))
     except Exception as error:  # a configuration from a file can be wrong in any way that transformers does not check
