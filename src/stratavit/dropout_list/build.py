@@ -12,17 +12,19 @@ from stratavit.calibration.contraction import Method, set_mean
 from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.calibration.objectives import Measure, Objective
 from stratavit.calibration.statistics import SiteStatistics, collect
+from stratavit.data.feed import Feed
 from stratavit.data.pixels import Seen
 from stratavit.dropout_list.allocation import ordered_list
 from stratavit.dropout_list.joint import TokenSearch, joint_list
 from stratavit.dropout_list.sensitivity import measure_importance
 from stratavit.dropout_list.strata import Strata, removal_order
-from stratavit.dropout_list.walk import Walk, walk
+from stratavit.dropout_list.walk import ENOUGH, Walk, walk
 from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.network import sites_in
 from stratavit.models.cost import CostModel
 from stratavit.models.final_mean import FinalMean
 from stratavit.utils.model import temporarily
+from stratavit.utils.progress import say
 
 
 class Lists(NamedTuple):
@@ -68,7 +70,7 @@ def make_list(
     Raises:
         StrataViTError: Bad images, labels or options.
     """
-    elastic, sites, plan = sites_in(model), cost.sites, plan or Walk()
+    elastic, sites = sites_in(model), cost.sites
     if method == "paper":
         importance, statistics, gamma = measure_importance(model, sites, loader, objective, measure, seed)
         _fill_means(elastic, statistics)
@@ -77,8 +79,11 @@ def make_list(
         return Lists(Strata(sites, removal_order(sites, importance, cost.price)), None, None, facts)
     if any(module.channel_mean.numel() == 0 for module in elastic.values()):
         _fill_means(elastic, collect(model, loader, objective, "none", "means"))
+    feed = Feed(loader, model)
+    plan = _plan_for(feed) if plan is None else plan
     with temporarily("compensation", dict.fromkeys(elastic.values(), "full")):
-        states, ratios, mean = walk(model, sites, cost, loader, plan, known, seen)
+        states, ratios, mean = walk(model, sites, cost, feed, plan, known, seen)
+        del feed  # and the images that it holds
         widths = Strata(sites, ordered_list(sites, states, ratios))
         both = None if tokens is None else joint_list(model, sites, cost, loader, widths.entries, tokens, known)
     facts = {
@@ -90,6 +95,19 @@ def make_list(
         return Lists(widths, None, mean, facts)
     facts["both_axes"] = both[1]
     return Lists(widths, Strata((*sites, *cost.places), both[0]), mean, facts)
+
+
+def _plan_for(feed: Feed) -> Walk:
+    """The default plan, or one of fewer steps if there are few images, as is said."""
+    usual = Walk()
+    images = feed.count(usual.images)
+    plan = usual.suited_to(images)
+    if plan != usual:
+        say(
+            f"stratify: {images} images are few: {plan.steps} steps in place of {usual.steps}, and a rougher list; "
+            f"{ENOUGH} and more make the full one"
+        )
+    return plan
 
 
 def _fill_means(elastic: Mapping[str, ElasticSite], statistics: Mapping[str, SiteStatistics]) -> None:
