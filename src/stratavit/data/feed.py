@@ -99,7 +99,7 @@ class Feed:
         self._batch = 1  # images of the loader's largest batch
 
     def count(self, least: int) -> int:
-        """Images that the loader yields; if it was not run through yet, it is, and at least so many of a fold are held."""
+        """Images that the loader yields; it is run through once for that, and at least so many of a fold are held."""
         if not any(one.size for one in self._folds):
             self._read(least)
         return sum(one.size for one in self._folds)

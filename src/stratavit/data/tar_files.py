@@ -47,7 +47,7 @@ class TarImages:
         except (tarfile.TarError, OSError) as error:
             reason = getattr(error, "strerror", None) or one_line(error)
             raise StrataViTError(
-                f"data: {path} cannot be read as a tar file ({reason}); expected one that is complete and not compressed"
+                f"data: {path} cannot be read as a tar file ({reason}); expected a complete, uncompressed one"
             ) from error
         if not found:
             raise StrataViTError(f"data: {path} holds no images in a format that Pillow reads")

@@ -25,8 +25,8 @@ from stratavit.utils.progress import say
 
 Images = str | Path | Sequence[str | Path] | Iterable[Any]  # see `opened`
 FORMS = (
-    "a folder of images, a .tar file or a folder of them, hfds/NAME (a data set of Hugging Face); in Python also a list "
-    "of paths, a data set or a loader"
+    "a folder of images, a .tar file or a folder of them, hfds/NAME (a data set of Hugging Face); in Python also a "
+    "list of paths, a data set or a loader"
 )
 
 
@@ -55,9 +55,9 @@ def opened(
     Args:
         images: A folder, in which images may lie anywhere (below ``train/``, if there is one); a tar file, or a folder
             of them (shards); ``hfds/NAME``, see `load_named`; a sequence of paths of images, folders or tar files; a
-            data set of torch or datasets, or a sequence, of pictures or of samples with one (`items.pictures`). Of these
-            forms labels are not read. Or an iterable of batches, see `batches.unpack`, which keep their labels, or of samples or
-            batches of pictures.
+            data set of torch or datasets, or a sequence, of pictures or of samples with one (`items.pictures`). Of
+            these forms labels are not read. Or an iterable of batches, see `batches.unpack`, which keep their labels,
+            or of samples or batches of pictures.
         data_config: timm's data configuration of the model.
         limit: At most this many; evenly spread, of an iterable the first.
         batch_size, workers: Images of a batch, and processes that read; of an iterable pictures alone are batched.

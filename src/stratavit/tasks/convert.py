@@ -140,8 +140,8 @@ def convert(
     Args:
         model: Of timm, transformers or torchvision, which is copied; or a name or a folder, see `dense_model`.
         images: A folder, in which images may lie anywhere (below ``train/``, if there is one); a ``.tar`` file, or a
-            folder of them (shards of a webdataset); ``hfds/NAME``, a data set that Hugging Face's datasets loads; a list
-            of paths of any of these; a data set of torch or datasets, or a list, of pictures or samples such as
+            folder of them (shards of a webdataset); ``hfds/NAME``, a data set that Hugging Face's datasets loads; a
+            list of paths of any of these; a data set of torch or datasets, or a list, of pictures or samples such as
             ``{"image": picture, "label": 3}``; or a loader of such samples, of batches of these, or of batches of
             prepared tensors as `SuperNet.contract` reads, whose images are held in memory.
         method, criterion, objective, seed: See `SuperNet.contract`.
@@ -273,7 +273,7 @@ def _source(name: str, options: Options, model: Any) -> dict[str, Any]:
 
 
 def _loader(net: SuperNet, images: Images, options: Options) -> tuple[Iterable[Any], ImageLoader | None]:
-    """Batches for `contract` and `stratify`, and what reads files, if something does; the same where it reads labels."""
+    """Batches for `contract` and `stratify`, and what reads files, if something does; the same if it reads labels."""
     folder = isinstance(images, str | Path) and Path(images).is_dir()
     why = _why_no_labels(net, Path(images), options) if folder else None  # type: ignore[arg-type]
     if folder and why is None:
