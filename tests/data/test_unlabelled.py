@@ -49,7 +49,7 @@ def archive(path, files):
     with tarfile.open(path, "w") as tar:
         for file in files:
             tar.add(file, f"./{file.name}")
-            tar.add(path.parent / "0.cls", f"{file.stem}.cls")
+            tar.add(path.parent / "0.cls", f"./{file.stem}.cls")
         tar.add(files[0], f"__MACOSX/._{files[0].name}")
     (path.parent / "0.cls").unlink()
 
@@ -252,5 +252,12 @@ def test_the_split_to_use():
 
 
 def test_a_shard_s_split_is_in_its_name(work):
-    kinds = {"imagenet-train-0000": "train", "val_00": "val", "test": "test", "0001": None, "contest-12": None}
+    kinds = {
+        "imagenet-train-0000": "train",
+        "val_00": "val",
+        "test": "test",
+        "val-0-of-12": "val",
+        "0001": None,
+        "contest-12": None,
+    }
     assert {stem: unlabelled._kind(work / f"{stem}.tar") for stem in kinds} == kinds

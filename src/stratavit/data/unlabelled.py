@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from stratavit.data.batches import batches_of, unpack
 from stratavit.data.image_files import Listing, all_images, in_natural_order, some
-from stratavit.data.image_folder import ImageFolder, ImageLoader
+from stratavit.data.image_folder import ImageFolder, ImageLoader, Opener
 from stratavit.data.image_reading import open_image
 from stratavit.data.items import DataSetImages, is_data_set, pictures
 from stratavit.data.named_data_sets import is_named, load_named, one_split
@@ -28,6 +29,7 @@ FORMS = (
     "a folder of images, a .tar file or a folder of them, hfds/NAME (a data set of Hugging Face); in Python also a "
     "list of paths, a data set or a loader"
 )
+_NUMBER = re.compile(r"([-_.]?\d+)?([-_.]of[-_.]\d+)?$")  # of a shard
 
 
 class UnlabelledLoader:
@@ -68,6 +70,7 @@ def opened(
     Raises:
         StrataViTError: There are no images, or they are in none of these forms.
     """
+    opener: Opener
     if is_named(images):
         images = load_named(cast(str, images))
     if isinstance(images, Mapping) and all(hasattr(one, "column_names") for one in images.values()):
@@ -142,7 +145,7 @@ def _shards(folder: Path) -> list[Path]:
 
 def _kind(shard: Path) -> str | None:
     """The split that the name of a shard says, such as ``imagenet1k-validation-00.tar``."""
-    stem = shard.stem.rstrip("0123456789").rstrip("_- .")
+    stem = _NUMBER.sub("", shard.stem)
     end = split_at_the_end(stem)
     return end[1] if end else kind_of_split(stem)
 
@@ -216,6 +219,11 @@ def _first(
         yield from _prepared(waiting, data_config, batch_size)
     if damaged:
         print(f"left out {damaged} unreadable images", file=sys.stderr)
+    if not count + len(waiting):
+        raise StrataViTError(
+            "images: the loader gave no images that can be read; a generator is used up after one pass, give a list or "
+            "a DataLoader"
+        )
 
 
 def _prepared(found: list[Any], data_config: Mapping[str, Any], batch_size: int) -> UnlabelledLoader:
