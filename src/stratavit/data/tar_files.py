@@ -37,7 +37,8 @@ class TarImages:
         Raises:
             StrataViTError: The file cannot be read as a tar file that is not compressed, or holds no images.
         """
-        read, found = endings(), {}
+        read = endings()
+        found: dict[str, tuple[str, int, int]] = {}
         try:
             with tarfile.open(path, "r:") as archive:
                 for member in archive:

@@ -81,8 +81,8 @@ def opened(
     elif _is_paths(images):
         listing, opener = _listed([Path(path) for path in cast(Sequence[str], images)])
     elif is_data_set(images):
-        opener = DataSetImages(images)
-        listing = Listing(Path(), [(name, "") for name in opener.names])
+        opener = source = DataSetImages(images)
+        listing = Listing(Path(), [(name, "") for name in source.names])
     else:
         return _first(images, data_config, limit, batch_size)
     if not listing.samples:
