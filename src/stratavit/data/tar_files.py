@@ -44,7 +44,7 @@ class TarImages:
                 for member in archive:
                     aside = any(map(is_aside, member.name.removeprefix("./").split("/")))
                     if member.isfile() and not aside and os.path.splitext(member.name)[1].lower() in read:
-                        found[os.path.join(path, member.name)] = str(path), member.offset_data, member.size
+                        found[f"{path}/{member.name}"] = str(path), member.offset_data, member.size
         except (tarfile.TarError, OSError) as error:
             reason = getattr(error, "strerror", None) or one_line(error)
             raise StrataViTError(
