@@ -39,6 +39,7 @@ def convert(args: Namespace) -> Outcome:
     net = made.net
     net.save(args.out, args.overwrite, moments=not args.no_moments)
     assert net.strata is not None
+    moments, floors = folder_format.moments_bytes(args.out), floors_of((*net.sites, *net.cost.places))
     result = {
         "run": str(args.out),
         "images": made.images,
@@ -48,12 +49,12 @@ def convert(args: Namespace) -> Outcome:
         "params": net.params(),
         "smallest_macs": made.smallest_macs,
         "entries": len(net.strata),
-        "floors": floors_of((*net.sites, *net.cost.places)),
-        "moments_bytes": folder_format.moments_bytes(args.out),
+        "floors": floors,
+        "moments_bytes": moments,
         "dense": None if made.check is None else made.check.to_dict(),
         "classes_named": class_names_of(net) is not None,
     }
-    text = f"{made} of {args.out} ({result['moments_bytes'] / 2**20:.3g} MiB of it are moments)"
-    if result["floors"]:
-        text += f"; {len(result['floors'])} sites keep what --ignore and --min-width ask for"
+    text = f"{made} of {args.out} ({moments / 2**20:.3g} MiB of it are moments)"
+    if floors:
+        text += f"; {len(floors)} sites keep what --ignore and --min-width ask for"
     return result, [text] if made.check is None else [str(made.check), text]
