@@ -20,7 +20,7 @@ from stratavit.calibration.contraction import Method, resolve_method
 from stratavit.calibration.objectives import OBJECTIVES, Objective
 from stratavit.calibration.wpac import Criterion
 from stratavit.choices import ListAxes
-from stratavit.data.class_names import class_names_of, full_names, set_class_names
+from stratavit.data.class_names import all_named, class_names_of, full_names, set_class_names
 from stratavit.data.image_files import class_folders
 from stratavit.data.image_folder import ImageLoader, image_loader
 from stratavit.data.shared_images import report_shared_images
@@ -134,8 +134,8 @@ def convert(
     """Makes a super-network from a pre-trained model and images, as the command ``convert`` does; no training.
 
     It is ``SuperNet(model).contract(...).stratify(...)`` on images in any form. Labels are used where the folders of
-    a folder are as many as the model's classes, where a loader gives them, and where the objective needs them;
-    the dense model's accuracy is checked where labels come from folders.
+    a folder are as many as the model's classes or have their names, where a loader gives them, and where the objective
+    needs them; the dense model's accuracy is checked where labels come from folders.
 
     Args:
         model: Of timm, transformers or torchvision, which is copied; or a name or a folder, see `dense_model`.
@@ -301,7 +301,9 @@ def _why_no_labels(net: SuperNet, folder: Path, options: Options) -> str | None:
     classes, found = classes_of(net), class_folders(split_folder(folder, "train"))
     if not classes:
         return " (the model outputs features)"
-    return None if len(found) == classes else f" (folders with images: {len(found)}, the model's classes: {classes})"
+    if len(found) == classes or all_named(folder, found, class_names_of(net)):
+        return None
+    return f" (folders with images: {len(found)}, the model's classes: {classes})"
 
 
 def _looked_at(net: SuperNet, images: Images, reader: ImageLoader | None, labelled: bool) -> DenseCheck | None:
