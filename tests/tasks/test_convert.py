@@ -177,6 +177,16 @@ def test_mistakes_are_found_before_any_work(model, error, options):
     assert "no such folder" not in str(found.value)
 
 
+def test_what_must_not_change_is_passed_on(work, model):
+    net = stratavit.convert(model, work / "flat", ignore=["blocks.0.*"], min_width={"blocks.1.mlp": 16}, verbose=False)
+    smallest = net.strata.smallest()
+    assert smallest["blocks.0.attn"] == net.resolve(None)["blocks.0.attn"]
+    assert smallest["blocks.1.mlp"] >= 16
+    assert smallest["blocks.1.attn"] == 0
+    with pytest.raises(StrataViTError, match="ignore"):
+        stratavit.convert(model, work / "flat", ignore=["nothing.*"], verbose=False)
+
+
 @pytest.mark.parametrize("options", [{"objective": "labels"}, {"axes": "tokens"}, {"price": "time"}])
 def test_options_of_convert_are_checked_first(model, options):
     with pytest.raises(StrataViTError, match=next(iter(options))):
