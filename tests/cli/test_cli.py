@@ -284,10 +284,8 @@ def test_no_hub_access(capsys, work, tmp_path, monkeypatch):
         ["fly"],
     ],
 )
-def test_usage_errors_exit_with_2(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
+def test_usage_errors_exit_with_2(arguments):
+    assert main(arguments) == 2
 
 
 def test_budgets_and_options_that_cannot_be_met(work, run, data, tmp_path, capsys):
@@ -299,7 +297,7 @@ def test_budgets_and_options_that_cannot_be_met(work, run, data, tmp_path, capsy
         ("at least one budget", "extract", run, "--out", tmp_path / "out"),
         ("--memory", "extract", run, "--memory", "0.001", "--out", tmp_path / "out"),
         ("'fast'", "extract", run, "--latency", "fast", "--out", tmp_path / "out"),
-        ("give data", "extract", run, "--max-drop", "1", "--out", tmp_path / "out"),
+        ("--data", "extract", run, "--max-drop", "1", "--out", tmp_path / "out"),
         ("'slow'", "bench", run, "--runtimes", "eager,slow"),
         ("0.001", "bench", run, *low),
         ("0.001", "curve", run, *data, *low, "--out", tmp_path / "curve"),
@@ -315,7 +313,7 @@ def test_budgets_and_options_that_cannot_be_met(work, run, data, tmp_path, capsy
 def test_a_taken_folder_is_refused_before_any_work(work, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
-    assert "--overwrite" in refusal(capsys, *convert(work, tmp_path / "out", weights=tmp_path / "not even there"))
+    assert "--overwrite" in refusal(capsys, *convert(work, tmp_path / "out"))
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
 
 
