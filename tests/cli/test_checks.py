@@ -42,7 +42,7 @@ def here(place, monkeypatch):
 
 IMAGES = "--data data --workers 0"
 MODEL = "deit_tiny_patch16_224"
-ORDER = [  # a command with three mistakes, what is said of them one after the other, and how the first two are put right
+ORDER = [  # a command with three mistakes, what is said of one after the other, how the first two are put right
     (
         "extract none --macs 50 --out taken",
         ("did you mean 50%", "none is not a folder", "taken is not empty"),

@@ -65,11 +65,11 @@ def test_a_part_may_know_better_what_is_left(clock, capsys):
         begin_part(5, left=5)
         for _ in track(range(10), "part"):
             clock()
-        assert lines(capsys) == ["job: 20%, about 20 s left"]
+        assert lines(capsys) == ["job: 25%, about 15 s left"]
         begin_part(5, left=0)
         for _ in track(range(10), "part"):
             clock()
-    assert lines(capsys) == ["job: 70%, about 6 s left"]
+    assert lines(capsys) == ["job: 75%, about 5 s left"]
 
 
 def test_an_error_ends_a_job(clock, capsys):

@@ -45,7 +45,7 @@ def check_inputs(args: Namespace, *splits: str) -> None:
         path = getattr(args, name, None)
         if path is not None and not Path(path).is_file():
             raise StrataViTError(f"{name}: {path} is not a file")
-    for split in splits if args.data is not None else ():
+    for split in splits if getattr(args, "data", None) is not None else ():
         split_folder(args.data, split)
 
 
