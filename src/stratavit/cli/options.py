@@ -100,7 +100,7 @@ def add_costs(command: ArgumentParser) -> Any:
     add = group.add_argument
     add("--macs", metavar="BUDGET", help="a share of the dense model (50%%, 0.5, 8/12) or a count (2.1G)")
     add("--params", metavar="BUDGET", help="likewise (50%%, 8/12, 12M)")
-    add("--memory", metavar="MB", dest="memory_mb", help="megabytes of weights (12, 12MB), or a share (50%%)")
+    add("--memory", metavar="MB", dest="memory_mb", help="megabytes of weights (12, 12MB, 12MiB), or a share (50%%)")
     add("--position", type=int, metavar="N", help="drop the first N entries of the dropout list")
     text = "type of the weights, in the result, --memory and timings (default: as saved)"
     add("--dtype", choices=get_args(Precision), help=text)
