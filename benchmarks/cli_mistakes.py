@@ -56,9 +56,10 @@ LINES = (
     "extract someone/absent --macs 50% --out new",
 )
 RUNNER = """
-import json, os, sys, time
+import json, os, shutil, sys
 from stratavit.cli import bench, commands, convert, measure, parser  # once, before the processes part
 for words in json.load(sys.stdin):
+    shutil.rmtree("new", ignore_errors=True)
     child = os.fork()
     if child == 0:
         with open("said", "wb") as said:

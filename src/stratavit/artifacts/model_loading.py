@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from stratavit.artifacts import sub_network
-from stratavit.artifacts.hub_names import is_on_hub, timm_name
+from stratavit.artifacts.model_names import check_name, is_on_hub, timm_name
 from stratavit.errors import StrataViTError
 from stratavit.files.state_dicts import load_weights, unreachable
 from stratavit.files.torch_checkpoint import read_checkpoint
@@ -50,25 +49,6 @@ def dense_model(name: str, weights: str | Path | None = None, num_classes: int |
     with unreachable(name):
         model = timm.create_model(name, pretrained=True, **arguments)
     return model.eval()
-
-
-def check_name(name: str) -> None:
-    """Checks that a model is known by its name, or that its name says that the hub has it.
-
-    Raises:
-        StrataViTError: It is not.
-    """
-    known = timm_name(name)
-    if name in torchvision_vit.NAMES or is_on_hub(known) or timm.is_model(known):
-        return
-    close = difflib.get_close_matches(known, timm.list_models(), n=3)
-    if not close and any(mark in known for mark in "/\\"):
-        raise StrataViTError(
-            f"{name} is neither a folder nor the name of a model; give one that was saved, a name in timm, or "
-            "hf-hub:user/name for a repository on the hub"
-        )
-    hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() names them all"
-    raise StrataViTError(f"{name} is not a folder, and timm {timm.__version__} has no model named {known!r}; {hint}")
 
 
 def model_at(

@@ -8,8 +8,7 @@ from pathlib import Path
 import timm
 
 from stratavit.artifacts import folder_format
-from stratavit.artifacts.hub_names import is_on_hub, repository_of, timm_name
-from stratavit.artifacts.model_loading import check_name
+from stratavit.artifacts.model_names import check_name, is_on_hub, repository_of, timm_name
 from stratavit.cli import options
 from stratavit.data.splits import split_folder
 from stratavit.errors import ArtifactError, BudgetError, StrataViTError

@@ -1,11 +1,15 @@
-"""Names of models as the Hugging Face hub writes them: ``user/name``, and timm's ``timm/NAME`` and ``hf-hub:``."""
+"""Names of models: timm's, torchvision's, and as the hub writes them: ``user/name``, ``timm/NAME``, ``hf-hub:``."""
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 
 import timm
+
+from stratavit.errors import StrataViTError
+from stratavit.interop import torchvision_vit
 
 _REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+")
 _PREFIX = re.compile(r"hf[-_]hub:", re.IGNORECASE)
@@ -32,6 +36,25 @@ def timm_name(name: str) -> str:
 def is_on_hub(name: str) -> bool:
     """Whether a name for timm is that of a repository on the hub."""
     return name.startswith("hf-hub:")
+
+
+def check_name(name: str) -> None:
+    """Checks that a model is known by its name, or that its name says that the hub has it.
+
+    Raises:
+        StrataViTError: It is not.
+    """
+    known = timm_name(name)
+    if name in torchvision_vit.NAMES or is_on_hub(known) or timm.is_model(known):
+        return
+    close = difflib.get_close_matches(known, timm.list_models(), n=3)
+    if not close and any(mark in known for mark in "/\\"):
+        raise StrataViTError(
+            f"{name} is neither a folder nor the name of a model; give one that was saved, a name in timm, or "
+            "hf-hub:user/name for a repository on the hub"
+        )
+    hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() names them all"
+    raise StrataViTError(f"{name} is not a folder, and timm {timm.__version__} has no model named {known!r}; {hint}")
 
 
 def _has_weights(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stratavit.artifacts.hub_names import repository_of, timm_name
+from stratavit.artifacts.model_names import repository_of, timm_name
 
 KNOWN = "deit_tiny_patch16_224"
 
