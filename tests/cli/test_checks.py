@@ -7,6 +7,7 @@ from helpers import CLASSES, make_net
 
 import stratavit
 from stratavit.cli import bench, commands, convert, measure, recover, train
+from stratavit.cli.parser import main
 from stratavit.reports import hub as hub_module
 
 DATA = ["--data", "data", "--workers", "0"]
@@ -138,6 +139,8 @@ def repository(place, tmp_path, monkeypatch):
 
 
 def test_a_repository_on_the_hub_in_the_place_of_a_folder(repository, place, tmp_path, capsys, monkeypatch):
+    assert main(["info", "someone/net", "--json"]) == 0
+    assert capsys.readouterr().err == ""  # no bar in a file
     for name in ("someone/net", "hf_hub:someone/net"):
         got = output(capsys, "extract", name, "--macs", "50%", "--out", tmp_path / name[:3])
         assert (

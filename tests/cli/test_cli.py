@@ -18,6 +18,7 @@ import stratavit
 from stratavit.artifacts import folder_format
 from stratavit.cli import bench as bench_module
 from stratavit.cli.parser import COMMANDS, main
+from stratavit.utils import progress
 
 CLASSES = ("ant", "bee", "cat")
 QUICK = ["--batch-size", "6", "--workers", "0"]
@@ -146,6 +147,36 @@ def test_errors_are_objects_under_json(run, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["command"], found["type"], found["exit_code"]) == ("extract", "BudgetError", 2)
     assert "did you mean 50%?" in found["error"]
+
+
+def estimates(text, title):
+    """The percentages of the lines of one job; nothing else may show progress, nor move the cursor."""
+    assert not set(text) & {"\r", "\x1b"}
+    shown = re.findall(r"^([\w ]+): (\d+)%, about \d+ s left$", text, re.MULTILINE)
+    assert {name for name, _ in shown} == {title}
+    return [int(share) for _, share in shown]
+
+
+@pytest.mark.parametrize("method", ["default", "paper"])
+def test_convert_shows_one_estimate(work, tmp_path, capsys, monkeypatch, method):
+    monkeypatch.setattr(progress, "FIRST_LINE", 0.0)
+    monkeypatch.setattr("stratavit.cli.convert.check_dense", lambda *_: None)  # has an estimate of its own
+    assert main([*convert(work, tmp_path / "run"), "--method", method]) == 0
+    shown = estimates(capsys.readouterr().err, "convert")
+    assert shown == sorted(shown)
+    assert shown[-1] == 100
+
+
+def test_an_accuracy_says_how_long_it_takes(run, data, tmp_path, capsys, monkeypatch):
+    """How much is measured before it begins, then one estimate for all sizes."""
+    monkeypatch.setattr(progress, "FIRST_LINE", 0.0)
+    words = ["extract", run, "--max-drop", "34%", *data, "--limit", "6", "--out", tmp_path / "small"]
+    assert main([*map(str, words)]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    first = next(number for number, line in enumerate(lines) if "sizes on 6 images" in line)
+    assert not any("find max_drop" in line for line in lines[:first])
+    shown = estimates("\n".join(lines[first:]), "find max_drop")
+    assert 0 < max(shown) <= 100
 
 
 def test_extract_within_a_latency(run, tmp_path, capsys):

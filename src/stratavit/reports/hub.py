@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from torch import nn
 from typing_extensions import Unpack
 
@@ -91,11 +94,25 @@ def fetch(name: str, **options: Any) -> Path:
     """
     patterns = [*FILES, PROCESSOR]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, **options))
+        with _bars_on_terminals_only():
+            return Path(snapshot_download(name, allow_patterns=patterns, **options))
     except Exception as error:  # the transport below huggingface_hub, and so its errors, differ by version
         raise ArtifactError(
             f"{name!r} is neither a local folder nor a repository that the hub gives: {_line(error)}"
         ) from error
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Turns the client's progress bars off where they would fill a file with control characters."""
+    off = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if off:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if off:
+            enable_progress_bars()
 
 
 def push_to_hub(
