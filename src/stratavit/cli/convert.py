@@ -12,11 +12,13 @@ from stratavit.artifacts import folder_format
 from stratavit.artifacts.model_loading import model_at
 from stratavit.calibration.contraction import resolve_method
 from stratavit.cli import options
+from stratavit.cli.checks import check_inputs, check_model, check_typed
 from stratavit.cli.options import Outcome
+from stratavit.cli.targets import model_named
 from stratavit.data.class_names import class_names_of, full_names, set_class_names
 from stratavit.data.image_folder import ImageLoader
 from stratavit.data.shared_images import report_shared_images
-from stratavit.data.splits import split_folder
+from stratavit.dropout_list.build import list_work
 from stratavit.dropout_list.floors import floors_of, with_floors
 from stratavit.dropout_list.joint import token_search
 from stratavit.evaluation.dense_check import DenseCheck, check_dense
@@ -24,26 +26,32 @@ from stratavit.evaluation.latency import Setting
 from stratavit.files.folders import check_free
 from stratavit.supernet import SuperNet
 from stratavit.utils.devices import pick_device
+from stratavit.utils.progress import overall
 from stratavit.utils.text import human
 
 
 def convert(args: Namespace) -> Outcome:
     """MODEL and calibration images to a super-network folder."""
-    check_free(args.out, args.overwrite)
-    split_folder(args.data, "train")
-    device = pick_device(args.device)
-    model: Any = model_at(args.model, args.weights, args.num_classes, device)
-    net = SuperNet(model, embedding=args.embedding or None)
     method, _ = resolve_method(args.method, args.criterion)
+    check_typed(args)
+    check_model(args.model)
+    check_inputs(args, "train")
+    check_free(args.out, args.overwrite)
+    device = pick_device(args.device)
+    model: Any = model_at(model_named(args.model), args.weights, args.num_classes, device)
+    net = SuperNet(model, embedding=args.embedding or None)
     axes = ("width", "tokens") if args.axes == "both" else ("width",)
     kept: dict[str, Any] = {"ignore": args.ignore, "min_width": args.min_width and dict(args.min_width)}
-    token_search(axes, method, net.model, with_floors(net.cost, **kept).places)  # refused before any work
+    tokens = token_search(axes, method, net.model, with_floors(net.cost, **kept).places)  # refused before any work
     loader = options.loader_of(args, net.data_config, "train", net, args.images)
     check = _looked_at(args, net, loader)
     started = time.perf_counter()
-    net.contract(loader, args.method, args.criterion, args.objective, args.seed)
-    setting = Setting(args.latency_batch, threads=args.threads)
-    net.stratify(loader, objective=args.objective, seed=args.seed, price=args.price, setting=setting, axes=axes, **kept)
+    setting, images = Setting(args.latency_batch, threads=args.threads), len(loader.chosen)
+    asked: dict[str, Any] = {"objective": args.objective, "seed": args.seed, "price": args.price, "axes": axes}
+    with overall("convert", images + sum(list_work(method, tokens=tokens))) as begin:
+        begin(images)
+        net.contract(loader, args.method, args.criterion, args.objective, args.seed)
+        net.stratify(loader, setting=setting, **asked, **kept)
     seconds = time.perf_counter() - started
     net.provenance["source"] = _source(args, model)
     net.save(args.out, args.overwrite, moments=not args.no_moments)

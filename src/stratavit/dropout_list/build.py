@@ -23,6 +23,22 @@ from stratavit.elastic.network import sites_in
 from stratavit.models.cost import CostModel
 from stratavit.models.final_mean import FinalMean
 from stratavit.utils.model import temporarily
+from stratavit.utils.progress import begin_part
+
+# of images in `contract`, as `benchmarks/conversion_cost.py` timed it: one image in a step of the walk, and in all
+# measurements at one size of the search over both axes, of which there are some dozens
+_STEP, _SEARCH = 0.5, 6.0
+
+
+def list_work(method: Method, plan: Walk | None = None, tokens: TokenSearch | None = None) -> tuple[float, float]:
+    """What making the list takes, for an estimate in units of one calibration image in `contract`.
+
+    Returns:
+        Work of the width list, and of the list over both axes.
+    """
+    plan = plan or Walk()
+    width = _STEP * plan.images * sum(steps for _, steps in plan.states)
+    return width, 0.0 if tokens is None or method == "paper" else _SEARCH * tokens.images * len(tokens.shares)
 
 
 class Lists(NamedTuple):
@@ -69,6 +85,7 @@ def make_list(
         StrataViTError: Bad images, labels or options.
     """
     elastic, sites, plan = sites_in(model), cost.sites, plan or Walk()
+    begin_part(*(() if method == "paper" else list_work(method, plan, tokens)))
     if method == "paper":
         importance, statistics, gamma = measure_importance(model, sites, loader, objective, measure, seed)
         _fill_means(elastic, statistics)
@@ -79,8 +96,10 @@ def make_list(
         _fill_means(elastic, collect(model, loader, objective, "none", "means"))
     with temporarily("compensation", dict.fromkeys(elastic.values(), "full")):
         states, ratios, mean = walk(model, sites, cost, loader, plan, known, seen)
-        widths = Strata(sites, ordered_list(sites, states, ratios))
-        both = None if tokens is None else joint_list(model, sites, cost, loader, widths.entries, tokens, known)
+        widths, both = Strata(sites, ordered_list(sites, states, ratios)), None
+        if tokens is not None:
+            begin_part()
+            both = joint_list(model, sites, cost, loader, widths.entries, tokens, known)
     facts = {
         "cross_fitted": all(module.crossed for module in elastic.values()),
         "walk": asdict(plan) | {"states": [list(state) for state in plan.states]},
