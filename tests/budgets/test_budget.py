@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stratavit import BudgetError, Setting, StrataViTError, SuperNet, evaluate
-from stratavit.budgets.amounts import parse
+from stratavit.budgets.amounts import MOST, check_amount, parse
 from stratavit.utils.text import human
 
 DENSE = 1_074_925_056  # MACs of DeiT-Tiny
@@ -86,16 +86,18 @@ def test_a_fraction_is_a_share(twelfths, dense):
     )
 
 
-@given(st.integers(0, 10**15))
+@given(st.integers(MOST + 1, 10**15))
 def test_counts_are_taken_as_they_are(count):
     assert parse("macs", count, DENSE) == parse("macs", str(count), DENSE) == count
 
 
 def test_measured_amounts():
-    amounts = (12, 12.5, "12.5", " 50 % ", 100, "8ms", "8 ms", "6/12")
-    assert [parse("latency_ms", amount, 80) for amount in amounts] == [12, 12.5, 12.5, 40, 100, 8, 8, 40]
-    assert [parse("memory_mb", amount, 80) for amount in ("12MB", "0.5 GB", "900kB", "3/4")] == [12, 500, 0.9, 60]
-    assert [parse("top1", amount, 0) for amount in (75, 75.5, "75%", "0.5")] == [75, 75.5, 75, 0.5]
+    amounts = (12, 12.5, "12.5", " 50 % ", 100, "8ms", "8 ms", "6/12", "0.01s")
+    assert [parse("latency_ms", amount, 80) for amount in amounts] == [12, 12.5, 12.5, 40, 100, 8, 8, 40, 10]
+    amounts = ("12MB", "0.5 GB", "900kB", "3/4", "1MiB")
+    assert [parse("memory_mb", amount, 80) for amount in amounts] == [12, 500, 0.9, 60, 2**20 / 1e6]
+    assert [parse("macs", amount, DENSE) for amount in ("2.1GMACs", "600M MACs")] == [2_100_000_000, 600_000_000]
+    assert [parse("top1", amount, 0) for amount in (75, 75.5, "75%", "0.5%", "1")] == [75, 75.5, 75, 0.5, 1]
     assert parse("max_drop", 0.5, 0) == 0.5
 
 
@@ -106,7 +108,7 @@ TEXTS = [
     "50 percent",
     "1e9",
     "-1G",
-    "2.1GMACs",
+    "MACs",
     "%",
     "G",
     ".",
@@ -124,12 +126,28 @@ BAD = {
     "latency_ms": [0, -1, NAN, INF, "fast", "12MB", "12K", "13/12", "s", "", True, None, "0%", "101%"],
     "top1": [-1, 100.5, NAN, 0.75, "high", "1K", None, True],
 }
+MEANT = [  # kind, what was written, what it may have meant
+    ("macs", "50", "50%"),
+    ("params", "8", "8%"),
+    ("macs", "1", "100%"),
+    ("macs", "50.0", "50%"),
+    ("top1", "0.7", "70%"),
+    ("max_drop", ".02", "2%"),
+    ("max_drop", "0.5", "0.5%"),
+]
 
 
 @pytest.mark.parametrize(("kind", "amount"), [(kind, amount) for kind, amounts in BAD.items() for amount in amounts])
 def test_amounts_that_make_no_sense_are_refused(kind, amount):
     with pytest.raises(BudgetError, match=f"{kind}: .*%"):  # shows what can be written
         parse(kind, amount, 80)
+
+
+@pytest.mark.parametrize(("kind", "amount", "meant"), MEANT)
+def test_what_may_have_been_meant_is_asked_before_any_work(kind, amount, meant):
+    with pytest.raises(BudgetError, match=rf"^{kind}: .*{amount!r}.*{meant}"):
+        check_amount(kind, amount)
+    assert check_amount(kind, meant) is None
 
 
 @given(st.text(max_size=12))
@@ -208,7 +226,7 @@ def test_accuracy_budgets_are_measured_on_the_data():
     for wanted in sorted(set(curve)):
         if wanted > dense or wanted == 0:
             continue
-        met = net.budget(top1=float(wanted) if wanted >= 1 else str(wanted), data=data)
+        met = net.budget(top1=float(wanted) if wanted >= 1 else f"{wanted}%", data=data)
         assert met.got == curve[met.position] >= wanted
         assert met.position == len(net.strata) or curve[met.position + 1] < wanted
         drop = net.budget(max_drop=dense - wanted, data=data)

@@ -19,6 +19,7 @@ import stratavit
 from stratavit.artifacts import folder_format
 from stratavit.cli import bench as bench_module
 from stratavit.cli.parser import COMMANDS, main
+from stratavit.utils import progress
 
 CLASSES = ("ant", "bee", "cat")
 QUICK = ["--batch-size", "6", "--workers", "0"]
@@ -163,6 +164,36 @@ def test_errors_are_objects_under_json(run, tmp_path, capsys):
     assert "did you mean 50%?" in found["error"]
 
 
+def estimates(text, title):
+    """The percentages of the lines of one job; nothing else may show progress, nor move the cursor."""
+    assert not set(text) & {"\r", "\x1b"}
+    shown = re.findall(r"^([\w ]+): (\d+)%, about \d+ s left$", text, re.MULTILINE)
+    assert {name for name, _ in shown} == {title}
+    return [int(share) for _, share in shown]
+
+
+@pytest.mark.parametrize("method", ["default", "paper"])
+def test_convert_shows_one_estimate(work, tmp_path, capsys, monkeypatch, method):
+    monkeypatch.setattr(progress, "FIRST_LINE", 0.0)
+    monkeypatch.setattr("stratavit.tasks.convert.check_dense", lambda *_: None)  # has an estimate of its own
+    assert main([*convert(work, tmp_path / "run"), "--method", method]) == 0
+    shown = estimates(capsys.readouterr().err, "convert")
+    assert shown == sorted(shown)
+    assert shown[-1] == 100
+
+
+def test_an_accuracy_says_how_long_it_takes(run, data, tmp_path, capsys, monkeypatch):
+    """How much is measured before it begins, then one estimate for all sizes."""
+    monkeypatch.setattr(progress, "FIRST_LINE", 0.0)
+    words = ["extract", run, "--max-drop", "34%", *data, "--limit", "6", "--out", tmp_path / "small"]
+    assert main([*map(str, words)]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    first = next(number for number, line in enumerate(lines) if "sizes on 6 images" in line)
+    assert not any("find max_drop" in line for line in lines[:first])
+    shown = estimates("\n".join(lines[first:]), "find max_drop")
+    assert 0 < max(shown) <= 100
+
+
 def test_extract_within_a_latency(run, tmp_path, capsys):
     got = output(capsys, "extract", run, "--latency", "1000", "--latency-batch", "2", "--out", tmp_path / "small")
     assert (got["kind"], got["asked"], got["position"]) == ("latency_ms", 1000, 0)
@@ -304,10 +335,8 @@ def test_no_hub_access(capsys, work, tmp_path, monkeypatch):
         ["fly"],
     ],
 )
-def test_usage_errors_exit_with_2(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
+def test_usage_errors_exit_with_2(arguments):
+    assert main(arguments) == 2
 
 
 def test_budgets_and_options_that_cannot_be_met(work, run, data, tmp_path, capsys):
@@ -319,7 +348,7 @@ def test_budgets_and_options_that_cannot_be_met(work, run, data, tmp_path, capsy
         ("at least one budget", "extract", run, "--out", tmp_path / "out"),
         ("--memory", "extract", run, "--memory", "0.001", "--out", tmp_path / "out"),
         ("'fast'", "extract", run, "--latency", "fast", "--out", tmp_path / "out"),
-        ("give data", "extract", run, "--max-drop", "1", "--out", tmp_path / "out"),
+        ("--data", "extract", run, "--max-drop", "1", "--out", tmp_path / "out"),
         ("'slow'", "bench", run, "--runtimes", "eager,slow"),
         ("0.001", "bench", run, *low),
         ("0.001", "curve", run, *data, *low, "--out", tmp_path / "curve"),
@@ -335,7 +364,7 @@ def test_budgets_and_options_that_cannot_be_met(work, run, data, tmp_path, capsy
 def test_a_taken_folder_is_refused_before_any_work(work, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
-    assert "--overwrite" in refusal(capsys, *convert(work, tmp_path / "out", weights=tmp_path / "not even there"))
+    assert "--overwrite" in refusal(capsys, *convert(work, tmp_path / "out"))
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
 
 

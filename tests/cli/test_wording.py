@@ -1,5 +1,6 @@
 """Help and mistakes: at once, in one line, in the words of the command line."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 from stratavit.cli import arguments, train_options
 from stratavit.cli.parser import COMMANDS, main, parsers
 from stratavit.cli.train_options import key_texts
-from stratavit.cli.wording import in_options
+from stratavit.cli.wording import SYNONYMS, in_options
 from stratavit.training.recipe import field_types
 
 SLOW = ("torch", "timm", "numpy", "matplotlib", "PIL", "rich", "safetensors")
@@ -36,15 +37,50 @@ def test_every_command_has_options_of_its_own():
         (["--verison"], "--verison.* --version"),
         (["extract"], "RUN"),
         (["qqqqqq"], "not a command; see"),
+        (["extract", "run", "--flops", "50%"], "--flops.* --macs .*FLOPs"),
+        (["extract", "run", "--val-images=50"], "--val-images.* --limit"),
+        (["convert", "m", "--num-images", "50"], "--num-images.* --images"),
+        (["curve", "run", "--force"], "--force.* --overwrite"),
+        (["extract", "run", "--runtime", "onx"], "--runtime: 'onx' .*compiled.* mean onnx"),
+        (["bench", "run", "--batches", "1,x"], "--batches: .*at least 1, got 'x'"),
+        (["evaluate", "run", "--limit", "0"], "--limit: .*at least 1, got '0'"),
+        (["bench", "run", "--seconds", "long"], "--seconds: .*number, got 'long'"),
+        (["extract", "run", "--position", "1.5"], "--position: .*whole number, got '1.5'"),
+        (["extract", "run", "--macs"], "--macs: .*value"),
     ],
 )
 def test_misspelt_words(words, said, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(words)
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert captured.out == ""
     assert re.search(said, line)
     assert "--help" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (["extract", "run", "--maks", "50%"], "extract"),
+        (["evaluate", "run"], "evaluate"),
+        (["curve", "run", "--data", "d", "--precision", "fp8"], "curve"),
+        (["convrt"], None),
+        ([], None),
+    ],
+)
+def test_usage_errors_are_objects_under_json(words, command, capsys):
+    assert main([*words, "--json"]) == 2
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert (found["command"], found["type"], found["exit_code"]) == (command, "UsageError", 2)
+    assert found["error"] in captured.err
+
+
+def test_what_other_tools_call_an_option_is_none_of_ours():
+    """A synonym stands in for an option that there is, and hides none."""
+    known = {option for parser in parsers()[1].values() for option in parser._option_string_actions}
+    assert not known & SYNONYMS.keys()
+    assert {ours.partition(" ")[0] for names in SYNONYMS.values() for ours in names} <= known
 
 
 def test_beginnings_of_options_are_options():

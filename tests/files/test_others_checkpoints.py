@@ -51,7 +51,8 @@ def test_a_name_with_a_pretrained_tag(state, tmp_path):
     ("name", "words"),
     [
         ("deit_tinny_patch16_224", "deit_tiny_patch16_224"),
-        ("timm/vit_tiny_patch16_224", "did you mean .*vit_tiny_patch16_224"),
+        ("timm/vit_tinny_patch16_224", "did you mean .*vit_tiny_patch16_224"),
+        ("someone/thing", "hf-hub:user/name"),
         ("qqqqqqq", r"timm\.list_models\(\)"),
         ("/tmp/gone", "folder"),
     ],

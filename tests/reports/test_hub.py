@@ -90,7 +90,7 @@ def test_a_folder_there_and_back(hub, net, points, tmp_path):
 
 
 def test_failures_are_one_sentence(hub, net, tmp_path):
-    with pytest.raises(ArtifactError, match=r"^cannot get 'someone/thing' from the hub, nor is it a folder: [^\n]*$"):
+    with pytest.raises(ArtifactError, match=r"^'someone/thing' is neither a local folder [^\n]*$"):
         get(hub, tmp_path)
     with pytest.raises(ArtifactError, match="'not a name!'"):
         get(hub, tmp_path, name="not a name!")

@@ -5,7 +5,7 @@ from contextlib import suppress
 import pytest
 
 from stratavit.utils import progress
-from stratavit.utils.progress import overall, track
+from stratavit.utils.progress import begin_part, overall, track
 
 
 @pytest.fixture
@@ -56,6 +56,20 @@ def test_one_estimate_for_all_parts(clock, capsys):
                 list(track(range(9), "inner"))
     assert lines(capsys) == ["job: 38%, about 10 s left", "job: 100%, about 0 s left"]
     list(track(range(2), "afterwards"))
+
+
+def test_a_part_may_know_better_what_is_left(clock, capsys):
+    """And begins where the work is done, far from where the job is shown."""
+    begin_part(1)  # of no job
+    with overall("job", 100):
+        begin_part(5, left=5)
+        for _ in track(range(10), "part"):
+            clock()
+        assert lines(capsys) == ["job: 25%, about 15 s left"]
+        begin_part(5, left=0)
+        for _ in track(range(10), "part"):
+            clock()
+    assert lines(capsys) == ["job: 75%, about 5 s left"]
 
 
 def test_an_error_ends_a_job(clock, capsys):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+from contextlib import nullcontext
 from pathlib import Path
 
 import timm
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from stratavit.artifacts import sub_network
+from stratavit.artifacts.model_names import check_name, is_on_hub, timm_name
 from stratavit.errors import StrataViTError
 from stratavit.files.state_dicts import load_weights, unreachable
 from stratavit.files.torch_checkpoint import read_checkpoint
@@ -22,7 +23,8 @@ def dense_model(name: str, weights: str | Path | None = None, num_classes: int |
     """A pre-trained timm model in eval mode, or timm's equivalent of one of torchvision.
 
     Args:
-        name: timm's model name, with or without a pretrained tag; or torchvision's, such as ``vit_b_16``.
+        name: timm's model name, with or without a pretrained tag, also as on the hub (``timm/NAME``,
+            ``hf-hub:user/name``); or torchvision's, such as ``vit_b_16``.
         weights: Local checkpoint (``.safetensors``, or ``.pth`` read with ``weights_only=True``), fitted as timm
             does; the hub's pretrained weights if None.
         num_classes: Size of the head, if it is not the architecture's own.
@@ -36,17 +38,12 @@ def dense_model(name: str, weights: str | Path | None = None, num_classes: int |
     if name in torchvision_vit.NAMES:
         state = None if weights is None else read_checkpoint(Path(weights))
         return torchvision_vit.named(name, state, str(weights), num_classes)
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() names them all"
-        if not close and any(mark in name for mark in "/\\"):
-            raise StrataViTError(
-                f"{name} is neither a folder nor the name of a model; give one that was saved, or a name"
-            )
-        raise StrataViTError(f"timm {timm.__version__} has no model named {name!r}; {hint}")
+    check_name(name)
+    name = timm_name(name)
     arguments = {} if num_classes is None else {"num_classes": num_classes}
     if weights is not None:
-        model: nn.Module = timm.create_model(name, **arguments)
+        with unreachable(name) if is_on_hub(name) else nullcontext():  # timm asks the hub for its architecture
+            model: nn.Module = timm.create_model(name, **arguments)
         load_weights(model, fitted(name, model, read_checkpoint(Path(weights)), str(weights)), str(weights))
         return model.eval()
     with unreachable(name):

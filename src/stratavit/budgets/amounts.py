@@ -18,9 +18,12 @@ Amount = float | int | str
 COUNTS = ("macs", "params")  # whole numbers, where a share is a float; the rest are absolute
 GOALS = ("top1", "max_drop")  # accuracies; the rest are costs
 KINDS = (*COUNTS, "memory_mb", "latency_ms", *GOALS)
-_TEXT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|[KMG]B|ms|[KMGT]?)", re.IGNORECASE)
+_TEXT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|[KMG]i?B|m?s|[KMGT]?)", re.IGNORECASE)
 _FRACTION = re.compile(r"(\d+)\s*/\s*(\d+)")
-_UNITS = {"memory_mb": {"": 1.0, "KB": 1e-3, "MB": 1.0, "GB": 1e3}, "latency_ms": {"": 1.0, "MS": 1.0}}
+_MEGABYTES = {"": 1.0, "KB": 1e-3, "MB": 1.0, "GB": 1e3, "KIB": 2**10 / 1e6, "MIB": 2**20 / 1e6, "GIB": 2**30 / 1e6}
+_UNITS = {"memory_mb": _MEGABYTES, "latency_ms": {"": 1.0, "MS": 1.0, "S": 1e3}}
+_MACS = re.compile(r"(?<=[\dKMGT])\s*MACs?", re.IGNORECASE)  # after a count of them
+MOST = 100  # a count in digits alone up to this is a percentage without its sign: no network is so small
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,9 @@ def parse(kind: str, amount: Amount, dense: float) -> float:
 
     Args:
         kind: Counts (``macs``, ``params``) are a share (``0.5``, ``"50%"``, ``"8/12"``) or absolute (an int,
-            ``"2.1G"``); ``memory_mb`` and ``latency_ms`` a number (``12``, ``"12.5"``, ``"12MB"``, ``"8ms"``) or a
-            share (``"50%"``, ``"8/12"``); accuracies are percent of images (``75``, ``"75"``, ``"75%"``).
+            ``"2.1G"``, ``"600M MACs"``); ``memory_mb`` and ``latency_ms`` a number (``12``, ``"12.5"``, ``"12MB"``,
+            ``"12MiB"``, ``"8ms"``, ``"0.01s"``) or a share (``"50%"``, ``"8/12"``); accuracies are percent of images
+            (``75``, ``"75"``, ``"75%"``).
         amount: What was written.
         dense: Of the dense model; accuracies do not need it.
 
@@ -112,11 +116,9 @@ def parse(kind: str, amount: Amount, dense: float) -> float:
         BudgetError: The amount is none of these, or out of range.
     """
     if kind in GOALS:
-        expected = "percent of images from 0 to 100, such as 75 or '75%'"
-        value, _ = _number(kind, amount, expected, ("", "%"))
-        if not 0 <= value <= 100 or (kind == "top1" and 0 < value < 1 and not isinstance(amount, str)):
-            raise BudgetError(f"{kind}: expected {expected}, got {amount!r}")
-        return value
+        return _percent(kind, amount)
+    if isinstance(amount, str) and kind == "macs":
+        amount = _MACS.sub("", amount)
     fraction = _FRACTION.fullmatch(amount.strip()) if isinstance(amount, str) else None
     if fraction is not None:
         share = _share(kind, int(fraction[1]) / max(int(fraction[2]), 1e-9), amount)
@@ -133,6 +135,28 @@ def parse(kind: str, amount: Amount, dense: float) -> float:
     return value * units[unit]
 
 
+def check_amount(kind: str, amount: Amount) -> None:
+    """Reads an amount as far as that needs no network, so that a mistake is found before any work.
+
+    Raises:
+        BudgetError: See `parse`.
+    """
+    parse(kind, amount, 10.0**9)
+
+
+def _percent(kind: str, amount: Amount) -> float:
+    """An accuracy, or a loss of it; a text that may be a share is asked about."""
+    expected = "percent of images from 0 to 100, such as 75 or '75%'"
+    value, unit = _number(kind, amount, expected, ("", "%"))
+    if not 0 <= value <= 100 or (kind == "top1" and 0 < value < 1 and not isinstance(amount, str)):
+        raise BudgetError(f"{kind}: expected {expected}, got {amount!r}")
+    if isinstance(amount, str) and not unit and 0 < value < 1:
+        raise BudgetError(
+            f"{kind}: expected {expected}, got {amount!r}; did you mean {100 * value:g}%? If not, write {value:g}%"
+        )
+    return value
+
+
 def _count(kind: str, amount: Any, dense: float) -> int:
     with suppress(TypeError):  # a float, a text, or an array of one share
         if not isinstance(amount, bool):
@@ -141,7 +165,12 @@ def _count(kind: str, amount: Any, dense: float) -> int:
     if unit == "%":
         number /= 100
     elif unit or (isinstance(amount, str) and "." not in amount):
+        if not unit and 1 <= number <= MOST:
+            meant = "100%, also written 1.0" if number == 1 else f"{number:g}%"
+            raise BudgetError(f"{kind}: {amount!r} is a count, and no network has so few; did you mean {meant}?")
         return int(Decimal(str(number)) * SUFFIXES[unit])
+    elif 1 < number <= MOST:
+        raise BudgetError(f"{kind}: a share must be above 0 and at most 1, got {amount!r}; did you mean {number:g}%?")
     return int(
         round(_share(kind, number, amount) * dense, 3)
     )  # down, but a count over dense, times dense, is the count

@@ -53,8 +53,12 @@ def find_sub_network(net: Any, asked: BudgetArgs) -> Budget:
     setting = asked.get("setting") or Setting()
     measures, ends = _measures(net, strata, asked.get("data"), setting), (positions[0], positions[-1])
     measures["latency_ms"] = curve = LatencyCurve(net, strata, positions, setting)
-    timing = {"latency_ms": curve}
-    limits = [Limit(kind, amount, measures[kind], ends, timing.get(kind)) for kind, amount in amounts.items()]
+    timing, dense = {"latency_ms": curve}, net.macs()
+
+    def size(position: int) -> float:
+        return float(net.macs(strata.spec(position)) / dense)
+
+    limits = [Limit(kind, amount, measures[kind], ends, timing.get(kind), size) for kind, amount in amounts.items()]
     return meet(limits, strata.spec, positions)
 
 

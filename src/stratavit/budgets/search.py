@@ -10,7 +10,7 @@ from stratavit.budgets.latency_curve import LatencyCurve
 from stratavit.errors import BudgetError
 from stratavit.evaluation import turns
 from stratavit.spec import Spec
-from stratavit.utils.progress import track
+from stratavit.utils.progress import begin_part, overall
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Limit:
         measure: Value of the sub-network at a position of the list.
         ends: First and last position that may be chosen.
         timing: For a latency, what times it and knows how certain it is; its values are those of `measure`.
+        size: Share of the dense model's MACs at a position, which the work of an accuracy follows.
         known: Position -> value, as far as measured.
         asked: The amount in absolute units, once `open` has read it.
     """
@@ -32,6 +33,7 @@ class Limit:
     measure: Callable[[int], float]
     ends: tuple[int, int]
     timing: LatencyCurve | None = None
+    size: Callable[[int], float] = lambda position: 1.0
     known: dict[int, float] = field(default_factory=dict)
     asked: float = 0.0
 
@@ -40,15 +42,17 @@ class Limit:
         """An accuracy; else a cost."""
         return self.kind in GOALS
 
-    def value(self, position: int) -> float:
-        """At a position; measured once."""
+    def value(self, position: int, left: float | None = None) -> float:
+        """At a position; measured once. `left` is the work that follows, see `begin_part`."""
         if position not in self.known:
+            if self.is_goal:
+                begin_part(self.size(position), left)
             self.known[position] = self.measure(position)
         return self.known[position]
 
-    def holds(self, position: int) -> bool:
+    def holds(self, position: int, left: float | None = None) -> bool:
         """Whether the sub-network at a position keeps the budget."""
-        value = self.value(position)
+        value = self.value(position, left)
         return value >= self.asked if self.kind == "top1" else value <= self.asked
 
     def open(self) -> None:
@@ -107,14 +111,29 @@ def meet(limits: Sequence[Limit], spec_at: Callable[[int], Spec], positions: Seq
         limit.open()
         if not limit.holds(positions[index]):
             index = _bisected(limit, positions, len(positions) - 1, index)
+    if goals:
+        with overall(f"find {' and '.join(limit.kind for limit in goals)}", _work(goals[0], positions, index)):
+            index = _smallest(goals, costs, positions, index)
+            for limit in goals:
+                limit.bound(positions[index])  # measures the ends of the range
+    position = positions[index]
+    return Budget(tuple(limit.bound(position) for limit in limits), position, spec_at(position))
+
+
+def _work(goal: Limit, positions: Sequence[int], index: int) -> float:
+    """Of finding the smallest sub-network from an index on: both ends, where the search begins, and its steps."""
+    middle = positions[(index + len(positions)) // 2]
+    ends = sum(goal.size(position) for position in {*goal.ends, positions[index]})
+    return ends + (len(positions) - index).bit_length() * goal.size(middle)
+
+
+def _smallest(goals: Sequence[Limit], costs: Sequence[Limit], positions: Sequence[int], index: int) -> int:
+    """The last index from `index` on at which all accuracies hold."""
     for limit in goals:
         limit.open()
         if not limit.holds(positions[index]):
             raise _conflict(limit, costs, positions[index])
-    if goals:
-        index = min(_bisected(limit, positions, index, len(positions)) for limit in goals)
-    position = positions[index]
-    return Budget(tuple(limit.bound(position) for limit in limits), position, spec_at(position))
+    return min(_bisected(limit, positions, index, len(positions)) for limit in goals)
 
 
 def _conflict(limit: Limit, others: Sequence[Limit], position: int) -> BudgetError:
@@ -127,10 +146,11 @@ def _conflict(limit: Limit, others: Sequence[Limit], position: int) -> BudgetErr
 
 def _bisected(limit: Limit, positions: Sequence[int], holds: int, fails: int) -> int:
     """An index that holds while its neighbour does not, between an index that holds and one that does not."""
-    steps = range(abs(holds - fails).bit_length())
-    for _ in track(steps, f"find {limit.kind}") if limit.is_goal else steps:
+    for left in reversed(range(abs(holds - fails).bit_length())):
         middle = (holds + fails) // 2
         if middle in (holds, fails):
             break
-        holds, fails = (middle, fails) if limit.holds(positions[middle]) else (holds, middle)
+        place = positions[middle]
+        good = limit.holds(place, left * limit.size(place) + limit.size(limit.ends[1]))
+        holds, fails = (middle, fails) if good else (holds, middle)
     return holds

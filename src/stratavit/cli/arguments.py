@@ -19,7 +19,8 @@ from stratavit.choices import (
 from stratavit.cli import options
 from stratavit.cli.options import positive
 
-TARGET = "a saved folder, an ONNX or OpenVINO file, a folder of transformers, or a model's name as for convert"
+TARGET = "a saved folder, an ONNX or OpenVINO file, a folder of transformers, user/name on the hub, or a name"
+RUN, SAVED = "folder of a super-network, or user/name on the hub", "a saved folder, or user/name on the hub"
 LABELLED = "labelled images: a folder with val/, or the class folders themselves"
 
 
@@ -29,8 +30,8 @@ def convert_options(command: ArgumentParser) -> None:
     add(
         "model",
         metavar="MODEL|FOLDER",
-        help="a name in timm (deit_tiny_patch16_224) or torchvision (vit_b_16), or the folder of a small model or of a "
-        "model of transformers",
+        help="a name in timm (deit_tiny_patch16_224), also as on the hub (timm/NAME, hf-hub:user/name), or in "
+        "torchvision (vit_b_16); or the folder of a small model or of a model of transformers",
     )
     options.add_model(command)
     what = "images, with or without labels: a folder of any form, a .tar file or a folder of them, or hfds/NAME"
@@ -60,15 +61,15 @@ def convert_options(command: ArgumentParser) -> None:
 
 def extract_options(command: ArgumentParser) -> None:
     """RUN and budgets."""
-    command.add_argument("run", metavar="RUN", help="folder of a super-network")
+    command.add_argument("run", metavar="RUN", help=RUN)
     options.add_budgets(command)
     text = (
         "width: narrower layers alone; both: merge tokens, too; auto: both for MACs, latency and accuracy, if RUN can"
     )
     command.add_argument("--axes", choices=get_args(Axes), default="auto", help=text)
     add = command.add_argument_group("budgets of accuracy: the smallest sub-network that keeps them").add_argument
-    add("--top1", metavar="PERCENT", help="minimum top-1 accuracy on --data, in percent")
-    add("--max-drop", metavar="POINTS", help="maximum loss of top-1 accuracy on --data, in points")
+    add("--top1", metavar="PERCENT", help="minimum top-1 accuracy on --data, in percent (75, 75%%)")
+    add("--max-drop", metavar="POINTS", help="maximum loss of top-1 accuracy on --data, in points (2, 2%%)")
     what = "labelled images for --top1 and --max-drop: a folder with val/, or class folders"
     options.add_data(command, what, required=False)
     options.add_limit(command)
@@ -78,7 +79,7 @@ def extract_options(command: ArgumentParser) -> None:
 
 def export_options(command: ArgumentParser) -> None:
     """SMALL and a format."""
-    command.add_argument("small", metavar="SMALL", help="folder of a small model")
+    command.add_argument("small", metavar="SMALL", help="folder of a small model, or user/name on the hub")
     command.add_argument("--format", choices=tuple(SUFFIXES), default="onnx", help="file format (default: %(default)s)")
     text = f"images to compare on (default: {COMPARED}; with --int8, which is calibrated on them, {CALIBRATED})"
     command.add_argument("--images", type=positive, metavar="N", help=text)
@@ -121,7 +122,7 @@ def models_options(command: ArgumentParser) -> None:
 
 def info_options(command: ArgumentParser) -> None:
     """A saved folder."""
-    command.add_argument("target", metavar="SMALL|RUN", help="a saved folder")
+    command.add_argument("target", metavar="SMALL|RUN", help=SAVED)
 
 
 def demo_options(command: ArgumentParser) -> None:
@@ -153,7 +154,7 @@ def predict_options(command: ArgumentParser) -> None:
 
 def curve_options(command: ArgumentParser) -> None:
     """RUN, images, how to measure, and at which sizes."""
-    command.add_argument("run", metavar="RUN", help="folder of a super-network")
+    command.add_argument("run", metavar="RUN", help=RUN)
     options.add_data(command, LABELLED)
     options.add_judge(command)
     options.add_ladder(command)
@@ -163,7 +164,7 @@ def curve_options(command: ArgumentParser) -> None:
 def report_options(command: ArgumentParser) -> None:
     """RUN, its accuracy or how to measure it, and its latency."""
     add = command.add_argument
-    add("run", metavar="RUN", help="folder of a super-network")
+    add("run", metavar="RUN", help=RUN)
     text = "folder written by curve, to take accuracy from (default: RUN-curve, if there is one)"
     add("--curve", metavar="DIR", help=text)
     add("--title", metavar="TEXT", help="title of the page (default: source and method)")
@@ -183,7 +184,7 @@ def report_options(command: ArgumentParser) -> None:
 def bench_options(command: ArgumentParser) -> None:
     """A saved folder, and what to time of it."""
     add = command.add_argument
-    add("target", metavar="SMALL|RUN", help="a saved folder; several sizes of a super-network are timed")
+    add("target", metavar="SMALL|RUN", help=f"{SAVED}; several sizes of a super-network are timed")
     ladder = ("10/12", "8/12", "6/12", "4/12")
     text = "for a super-network: shares of the dense MACs (default: 10/12 to 4/12)"
     add("--shares", type=options.shares, default=ladder, metavar="LIST", help=text)

@@ -12,6 +12,8 @@ from torch import nn
 
 from stratavit.artifacts import folder_format, sub_network
 from stratavit.cli import options
+from stratavit.cli.checks import check_saved
+from stratavit.cli.targets import saved_at
 from stratavit.errors import BudgetError
 from stratavit.evaluation.benchmark import bench as time_models
 from stratavit.evaluation.benchmark import tables
@@ -37,13 +39,15 @@ def bench(args: Namespace) -> options.Outcome:
     elif args.runtimes is None and not has_onnx():
         runtimes, notes = ("eager",), ["ONNX Runtime is not here: pip install 'stratavit[export]'"]
     settings = [Setting(n, r, args.dtype, args.threads, args.seconds) for r in runtimes for n in args.batches]
-    if folder_format.kind(args.target) == folder_format.SUPER:
-        net = SuperNet.load(args.target, device)
+    check_saved(args.target)
+    target = saved_at(args.target)
+    if folder_format.kind(target) == folder_format.SUPER:
+        net = SuperNet.load(target, device)
         size, models = net.data_config["input_size"], sizes(net, args.shares, asked)
     elif asked:
         raise BudgetError(f"{args.target} has one size only; budgets are for super-networks")
     else:
-        small: Any = sub_network.load(args.target, device, timm_form=True)
+        small: Any = sub_network.load(target, device, timm_form=True)
         size, models = architecture.resolve_data_config(small)["input_size"], with_dense(small, Path(args.target).name)
     rows = time_models(models, size, settings)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -12,20 +13,23 @@ from rich.table import Table
 from torch import nn
 
 from stratavit.artifacts import folder_format, sub_network
-from stratavit.budgets.amounts import Budget
+from stratavit.budgets.amounts import GOALS, Budget
 from stratavit.budgets.constraints import MEGABYTE
 from stratavit.choices import CALIBRATED, COMPARED
 from stratavit.cli import options
+from stratavit.cli.checks import check_inputs, check_saved
 from stratavit.cli.options import Outcome
+from stratavit.cli.targets import saved_at, short_name
 from stratavit.data.class_names import class_names_of
 from stratavit.data.image_files import some
-from stratavit.dropout_list.floors import floors_of
+from stratavit.data.image_folder import ImageLoader
 from stratavit.data.splits import find_split
 from stratavit.data.unlabelled import images_in
+from stratavit.dropout_list.floors import floors_of
 from stratavit.errors import StrataViTError
 from stratavit.evaluation.curve_points import points_in
 from stratavit.evaluation.latency import Setting
-from stratavit.files.folders import check_free
+from stratavit.files.folders import check_free, check_free_file
 from stratavit.interop import supported
 from stratavit.interop.export import SUFFIXES, check_options
 from stratavit.interop.export import export as export_model
@@ -39,15 +43,28 @@ from stratavit.utils.text import human
 def extract(args: Namespace) -> Outcome:
     """RUN and a budget to a small model's folder, or several amounts of one budget to as many folders."""
     folders = options.several(args)
+    pick_device(args.device)
+    check_saved(args.run, folder_format.SUPER)
+    check_inputs(args, "val")
     for folder in folders:
         check_free(folder, args.overwrite)
     measured = args.latency_ms is not None or args.top1 is not None or args.max_drop is not None
-    net = SuperNet.load(args.run, pick_device(args.device) if measured else "cpu")
+    net = SuperNet.load(saved_at(args.run), pick_device(args.device) if measured else "cpu")
     data = None if args.data is None else options.loader_of(args, net.data_config, "val", net)
+    _announce(args, net, data)
     met = [net.budget(**asked, data=data, axes=args.axes) for asked in folders.values()]  # all, or nothing is written
     made = [_sliced(net, one, folder, args) for one, folder in zip(met, folders, strict=True)]
     view = [line for _, lines in made for line in lines]
     return made[0][0] if len(made) == 1 else {"models": [result for result, _ in made]}, view
+
+
+def _announce(args: Namespace, net: SuperNet, data: ImageLoader | None) -> None:
+    """Says how much is measured, before it takes its time."""
+    goals = [f"--{kind.replace('_', '-')}" for kind in GOALS if getattr(args, kind) is not None]
+    if goals and data is not None and net.strata is not None:
+        sizes = 2 + len(net.strata).bit_length()
+        images = f"{len(data.chosen)} images each" + ("" if args.limit else " (--limit N: on fewer)")
+        print(f"{' and '.join(goals)}: measures up to {sizes} sizes on {images}", file=sys.stderr)
 
 
 def _sliced(net: SuperNet, met: Budget, folder: str, args: Namespace) -> Outcome:
@@ -82,8 +99,12 @@ def export(args: Namespace) -> Outcome:
     check_options(args.format, args.half, args.opset, args.int8, args.min_agreement)
     if args.int8 and args.data is None:
         raise StrataViTError("--int8 is calibrated on images: give --data DIR, a folder with some hundreds of them")
-    file = Path(args.out or f"{str(args.small).rstrip('/')}{'-int8' * args.int8}{SUFFIXES[args.format]}")
-    model: Any = sub_network.load(args.small, timm_form=True).float()  # exact, whatever it was saved in
+    check_saved(args.small, folder_format.SUB)
+    if not args.int8:
+        check_inputs(args, "val")
+    file = Path(args.out or f"{short_name(args.small)}{'-int8' * args.int8}{SUFFIXES[args.format]}")
+    (check_free_file if SUFFIXES[args.format].startswith(".") else check_free)(file, args.overwrite)
+    model: Any = sub_network.load(saved_at(args.small), timm_form=True).float()  # exact, whatever it was saved in
     images = None if args.data is None else _images_of(args, model)
     asked: dict[str, Any] = {name: getattr(args, name) for name in ("half", "opset", "int8", "min_agreement")}
     parity = export_model(model, file, args.format, images, args.overwrite, **asked)
@@ -102,10 +123,13 @@ def _images_of(args: Namespace, model: nn.Module) -> torch.Tensor:
 
 def push(args: Namespace) -> Outcome:
     """SMALL or RUN to the hub, or to a folder that shows what would go there."""
+    hub.check_names(args.repo, args.base_model)
+    check_saved(args.target)
     points = [] if args.curve is None else points_in(args.curve)
     shared: dict[str, Any] = {"points": points, "licence": args.license, "base_model": args.base_model}
     shared["moments"] = not args.no_moments
     if args.dry_run is not None:
+        check_free(args.dry_run, args.overwrite)
         hub.write_upload(args.target, args.dry_run, args.repo, overwrite=args.overwrite, **shared)
         return {"folder": str(args.dry_run)}, [f"wrote {args.dry_run}: what would be uploaded to {args.repo}"]
     url = hub.push_to_hub(args.target, args.repo, private=args.private or None, endpoint=args.endpoint, **shared)
@@ -126,11 +150,13 @@ def models(args: Namespace) -> Outcome:
 
 def info(args: Namespace) -> Outcome:
     """What a saved folder holds."""
-    kind = folder_format.kind(args.target)
+    check_saved(args.target)
+    folder = saved_at(args.target)
+    kind = folder_format.kind(folder)
     facts: dict[str, Any]
     model: Any
     if kind == folder_format.SUPER:
-        model = net = SuperNet.load(args.target)
+        model = net = SuperNet.load(folder)
         provenance, config, widths = net.provenance, net.data_config, dict(net.resolve(None))
         facts = {
             "macs": net.macs(),
@@ -139,7 +165,7 @@ def info(args: Namespace) -> Outcome:
             "smallest_macs": net.macs() if net.strata is None else net.macs(net.strata.smallest()),
             "method": net.method,
             "compensation": net.compensation,
-            "moments_bytes": folder_format.moments_bytes(args.target),
+            "moments_bytes": folder_format.moments_bytes(folder),
             "entries": 0 if net.strata is None else len(net.strata),
             "joint_entries": 0 if net.joint_strata is None else len(net.joint_strata),
             "floors": floors_of((*net.sites, *net.cost.places)),
@@ -147,7 +173,7 @@ def info(args: Namespace) -> Outcome:
         if net.joint_strata is not None:
             facts["joint_smallest_macs"] = net.macs(net.joint_strata.smallest())
     else:
-        model = sub_network.load(args.target, timm_form=True)
+        model = sub_network.load(folder, timm_form=True)
         provenance, config = dict(getattr(model, "provenance", {})), resolve_data_config(model)
         widths = sub_network.site_widths(model)
         facts = {"params": sum(p.numel() for p in model.parameters())}

@@ -5,8 +5,11 @@ from __future__ import annotations
 from argparse import Namespace
 
 from stratavit.artifacts import folder_format
+from stratavit.cli.checks import check_inputs, check_model, check_typed
 from stratavit.cli.options import Outcome
+from stratavit.cli.targets import model_named
 from stratavit.data.class_names import class_names_of
+from stratavit.data.unlabelled import check_there
 from stratavit.dropout_list.floors import floors_of
 from stratavit.evaluation.latency import Setting
 from stratavit.files.folders import check_free
@@ -15,7 +18,6 @@ from stratavit.tasks.convert import Options, converted
 
 def convert(args: Namespace) -> Outcome:
     """MODEL and calibration images to a super-network folder."""
-    check_free(args.out, args.overwrite)
     options = Options(
         method=args.method,
         criterion=args.criterion,
@@ -35,7 +37,13 @@ def convert(args: Namespace) -> Outcome:
         workers=max(args.workers, 0),
         device=args.device,
     )
-    made = converted(args.model, args.data, options)
+    options.check()
+    check_typed(args)
+    check_model(args.model)
+    check_inputs(args)
+    check_there(args.data)
+    check_free(args.out, args.overwrite)
+    made = converted(model_named(args.model), args.data, options, args.model)
     net = made.net
     net.save(args.out, args.overwrite, moments=not args.no_moments)
     assert net.strata is not None

@@ -15,7 +15,9 @@ from stratavit.artifacts import folder_format
 from stratavit.artifacts.model_loading import model_at
 from stratavit.budgets.amounts import Budget
 from stratavit.cli import options
+from stratavit.cli.checks import check_inputs, check_model, check_saved, check_typed
 from stratavit.cli.options import Outcome
+from stratavit.cli.targets import model_named, saved_at, short_name
 from stratavit.data.class_names import full_names, read_class_map
 from stratavit.data.image_folder import ImageLoader
 from stratavit.data.shared_images import report_shared_images
@@ -51,10 +53,8 @@ def _judge_and_images(args: Namespace, model: nn.Module, config: dict[str, Any])
     """The same in the model's own precision.
 
     Raises:
-        StrataViTError: Two ways are asked for, or the images do not suit the one.
+        StrataViTError: The images do not suit the way that is asked for.
     """
-    if args.zero_shot is not None and args.knn is not None:
-        raise StrataViTError("--knn and --zero-shot are two ways to measure; give one of them")
     if args.zero_shot is not None:
         embeddings = read_embeddings(args.zero_shot)
         images = options.loader_of(args, config, "val", classes=len(embeddings))
@@ -75,7 +75,9 @@ def _judge_and_images(args: Namespace, model: nn.Module, config: dict[str, Any])
 
 def evaluate(args: Namespace) -> Outcome:
     """Accuracy of a saved folder, an ONNX file or a timm model."""
-    split_folder(args.data, "val")
+    check_typed(args)
+    check_model(args.target, asked=bool(options.budgets(args)))
+    check_inputs(args, "val")
     model, config, met = asked_for(args)
     judge, images = judge_and_images(args, model, config)
     metrics = judge(model, images, None if met is None else met.spec, description="evaluate")
@@ -102,21 +104,24 @@ def asked_for(args: Namespace) -> tuple[nn.Module, dict[str, Any], Budget | None
     Raises:
         BudgetError: It has one size only.
     """
-    device, asked = pick_device(args.device), options.budgets(args)
-    if folder_format.is_supernet(args.target):
-        net = SuperNet.load(args.target, device)
+    device, asked, target = pick_device(args.device), options.budgets(args), model_named(args.target)
+    if folder_format.is_supernet(target):
+        net = SuperNet.load(target, device)
         return net, net.data_config, net.budget(**asked) if asked else None
     if asked:
         raise BudgetError(f"{args.target} has one size only; budgets are for super-networks")
-    if is_exported(args.target):
-        file = exported_model(args.target)
+    if is_exported(target):
+        file = exported_model(target)
         return file, file.data_config, None
-    model = model_at(args.target, args.weights, args.num_classes, device)
+    model = model_at(target, args.weights, args.num_classes, device)
     return model, resolve_data_config(model), None
 
 
 def predict(args: Namespace) -> Outcome:
     """The most likely classes of a few images, by name."""
+    check_typed(args)
+    check_model(args.target, asked=bool(options.budgets(args)))
+    check_inputs(args)
     paths = image_paths(args.images)
     names = None if args.class_map is None else full_names([*read_class_map(Path(args.class_map))])
     model, config, met = asked_for(args)
@@ -131,14 +136,17 @@ def predict(args: Namespace) -> Outcome:
 
 def curve_folder(run: Path | str) -> Path:
     """Where `curve` writes to, and `report` looks, unless another folder is named."""
-    return Path(f"{str(run).rstrip('/')}-curve")
+    return Path(f"{short_name(str(run))}-curve")
 
 
 def curve(args: Namespace) -> Outcome:
     """Table, CSV and PNG of accuracy against size."""
+    check_typed(args)
+    check_saved(args.run, folder_format.SUPER)
+    check_inputs(args, "val")
     out = args.out or curve_folder(args.run)
     check_free(out, args.overwrite)
-    net = SuperNet.load(args.run, pick_device(args.device))
+    net = SuperNet.load(saved_at(args.run), pick_device(args.device))
     points = measured(args, net)
     write_curve(points, out, curves.title_of(net), args.overwrite)
     result = {"points": [vars(point) for point in points], "folder": str(out)}
@@ -182,19 +190,17 @@ def write_curve(points: list[curve_points.Point], out: str | Path, title: str, o
 
 def report(args: Namespace) -> Outcome:
     """RUN, and its accuracy if it is given or can be measured, to one HTML page."""
-    out = args.out or f"{str(args.run).rstrip('/')}-report.html"
-    check_free_file(out, args.overwrite)
-    if args.curve is not None and args.data is not None:
-        raise StrataViTError("--curve and --data are two ways to the same accuracies; give one of them")
-    if args.data is None and (args.knn is not None or args.zero_shot is not None):
-        raise StrataViTError("--knn and --zero-shot say how images are measured; give --data, too")
+    check_typed(args)
     usual = curve_folder(args.run)
     found = usual if args.curve is None and args.data is None and usual.is_dir() else args.curve
-    if args.latency and found is None and args.data is None:
-        raise StrataViTError("--latency times the points of the curve; give --curve or --data, too")
+    _check_report(args, found)
     setting = Setting(args.latency_batch, args.runtime, args.dtype, args.threads) if args.latency else None
-    net = SuperNet.load(args.run, pick_device(args.device))
+    check_saved(args.run, folder_format.SUPER)
+    check_inputs(args, "val")
     points = [] if found is None else curve_points.points_in(found)
+    out = args.out or f"{short_name(args.run)}-report.html"
+    check_free_file(out, args.overwrite)
+    net = SuperNet.load(saved_at(args.run), pick_device(args.device))
     if args.data is not None:
         points = measured(args, net)
     file = write_report(net, out, points, args.title, args.overwrite, latency=setting, run=str(args.run))
@@ -203,3 +209,13 @@ def report(args: Namespace) -> Outcome:
     source = "" if found is None else f" (from {found})"
     text += f", {len(points)} of them measured{source}" if points else "; --curve DIR or --data DIR adds accuracy"
     return {"file": str(file), "bytes": size, "sizes": sizes, "points": len(points)}, [text]
+
+
+def _check_report(args: Namespace, found: str | Path | None) -> None:
+    """Raises for options that exclude each other, or that lack the curve that they speak of."""
+    if args.curve is not None and args.data is not None:
+        raise StrataViTError("--curve and --data are two ways to the same accuracies; give one of them")
+    if args.data is None and (args.knn is not None or args.zero_shot is not None):
+        raise StrataViTError("--knn and --zero-shot say how images are measured; give --data, too")
+    if args.latency and found is None and args.data is None:
+        raise StrataViTError("--latency times the points of the curve; give --curve or --data, too")

@@ -6,7 +6,7 @@ import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from typing import TYPE_CHECKING, Any, get_args
 
-from stratavit.budgets.amounts import KINDS
+from stratavit.budgets.amounts import GOALS, KINDS, check_amount
 from stratavit.choices import NEIGHBOURS, Precision, Runtime
 from stratavit.errors import BudgetError
 from stratavit.evaluation.curve_points import LADDER, parse_share
@@ -22,10 +22,9 @@ CLASS_MAP = "text file, one class folder name per line in the order of the head"
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def shares(text: str) -> tuple[str, ...]:
@@ -121,7 +120,7 @@ def add_costs(command: ArgumentParser) -> Any:
     add = group.add_argument
     add("--macs", metavar="BUDGET", help="a share of the dense model (50%%, 0.5, 8/12) or a count (2.1G)")
     add("--params", metavar="BUDGET", help="likewise (50%%, 8/12, 12M)")
-    add("--memory", metavar="MB", dest="memory_mb", help="megabytes of weights (12, 12MB), or a share (50%%)")
+    add("--memory", metavar="MB", dest="memory_mb", help="megabytes of weights (12, 12MB, 12MiB), or a share (50%%)")
     add("--position", type=int, metavar="N", help="drop the first N entries of the dropout list")
     text = "type of the weights, in the result, --memory and timings (default: as saved)"
     add("--dtype", choices=get_args(Precision), help=text)
@@ -140,10 +139,22 @@ def add_budgets(command: ArgumentParser) -> None:
 
 
 def budgets(args: Namespace) -> Any:
-    """The budgets that were given, and how latency is timed; empty if there are none."""
+    """The budgets that were given, and how latency is timed; empty if there are none.
+
+    Raises:
+        BudgetError: One cannot be read, or they do not go together; no network is needed to see that.
+    """
     asked = {kind: getattr(args, kind, None) for kind in (*KINDS, "position")}
-    if all(amount is None for amount in asked.values()):
+    given = {kind: amount for kind, amount in asked.items() if amount is not None}
+    if not given:
         return {}
+    if "position" in given and len(given) > 1:
+        raise BudgetError("--position goes with no other budget; leave one of them out")
+    for kind, amount in given.items():
+        if kind != "position":
+            check_amount(kind, amount)
+        if kind in GOALS and args.data is None:
+            raise BudgetError(f"{kind}: is measured on labelled images; give --data DIR")
     from stratavit.evaluation.latency import Setting
 
     setting = Setting(getattr(args, "latency_batch", 1), getattr(args, "runtime", "eager"), args.dtype, args.threads)
@@ -154,8 +165,12 @@ def several(args: Namespace) -> dict[str, Any]:
     """The folders to write, with what `budgets` reads for each: one, or one for each amount of a list.
 
     Raises:
-        BudgetError: Two budgets are lists, or two amounts give one name.
+        BudgetError: See `budgets`; there is none, two are lists, or two amounts give one name.
     """
+    if all(getattr(args, kind) is None for kind in (*KINDS, "position")):
+        raise BudgetError(
+            "give at least one budget: --macs, --params, --memory, --latency, --top1, --max-drop or --position"
+        )
     lists = {kind: str(getattr(args, kind)).split(",") for kind in KINDS if "," in str(getattr(args, kind))}
     if not lists:
         return {str(args.out): budgets(args)}

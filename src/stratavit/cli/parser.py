@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from stratavit.cli import arguments, train_options
-from stratavit.cli.wording import Parser, check_spelling, in_options
+from stratavit.cli.wording import Parser, UsageError, check_spelling, in_options
 from stratavit.errors import StrataViTError, reason_of
 from stratavit.utils import signals
 from stratavit.version import __version__
@@ -81,8 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     main_parser, commands = parsers()
-    check_spelling(words, main_parser, commands)
-    args = main_parser.parse_args(words)
+    try:
+        check_spelling(words, main_parser, commands)
+        args = main_parser.parse_args(words)
+    except UsageError as error:
+        command = words[0] if words and words[0] in commands else None
+        unread = argparse.Namespace(command=command, json="--json" in words)
+        return _failed(unread, str(error), type(error).__name__, 2)
     done = _run(args, commands[args.command])
     return done if isinstance(done, int) else _print(args, *done)
 
@@ -127,7 +132,7 @@ def _print(args: argparse.Namespace, result: dict[str, Any], view: list[Any]) ->
 
 def _failed(args: argparse.Namespace, text: str, kind: str, code: int) -> int:
     """Says what went wrong on standard error, and with ``--json`` as an object on standard output, too."""
-    print(f"stratavit {args.command}: {text}", file=sys.stderr)
+    print(f"stratavit{f' {args.command}' if args.command else ''}: {text}", file=sys.stderr)
     if args.json:
         with suppress(OSError):
             print(json.dumps({"command": args.command, "error": text, "type": kind, "exit_code": code}, indent=1))

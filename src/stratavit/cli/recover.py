@@ -11,8 +11,8 @@ from torch import nn
 from stratavit.artifacts import folder_format, sub_network
 from stratavit.artifacts.model_loading import model_at
 from stratavit.cli.options import Outcome
+from stratavit.cli.targets import model_named, saved_at
 from stratavit.cli.train import begin, follower, origin
-from stratavit.errors import StrataViTError
 from stratavit.supernet import SuperNet
 from stratavit.tasks.recover import recover as recover_model
 from stratavit.training.recipe import RECOVERY_IMAGES
@@ -22,8 +22,9 @@ from stratavit.training.run_files import LOG_FILE, Journal
 def recover(args: Namespace) -> Outcome:
     """SMALL or RUN and images to a folder of the same kind."""
     recipe = begin(args)
-    whole = folder_format.is_supernet(args.target)
-    model: Any = SuperNet.load(args.target) if whole else sub_network.load(args.target, timm_form=True)
+    target = saved_at(args.target)
+    whole = folder_format.is_supernet(target)
+    model: Any = SuperNet.load(target) if whole else sub_network.load(target, timm_form=True)
     recover_model(
         model,
         args.data,
@@ -59,9 +60,8 @@ def recover(args: Namespace) -> Outcome:
 
 def _teacher(args: Namespace) -> nn.Module | None:
     if args.teacher is None:
-        if args.teacher_weights is not None:
-            raise StrataViTError("--teacher-weights needs --teacher MODEL")
         return None
-    if folder_format.is_supernet(args.teacher):
-        return SuperNet.load(args.teacher, moments=False)
-    return model_at(args.teacher, args.teacher_weights)
+    teacher = model_named(args.teacher)
+    if folder_format.is_supernet(teacher):
+        return SuperNet.load(teacher, moments=False)
+    return model_at(teacher, args.teacher_weights)

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from stratavit.artifacts import sub_network
+from stratavit.artifacts import folder_format, sub_network
 from stratavit.artifacts.model_loading import model_at
+from stratavit.cli.checks import check_inputs, check_model, check_saved
 from stratavit.cli.options import Outcome, default_workers
+from stratavit.cli.targets import model_named, saved_at
 from stratavit.cli.wording import PREFIX
 from stratavit.data.class_names import MEND, class_names_of, full_names, set_class_names
 from stratavit.data.image_files import class_folders
@@ -83,7 +85,7 @@ def images_of(args: Namespace, config: Mapping[str, Any], head: nn.Module | None
 
 
 def begin(args: Namespace) -> Recipe:
-    """The recipe to train by; checks folder and device."""
+    """The recipe to train by; checks what was typed, then what is there."""
     if args.device not in ("auto", "cpu", "cuda"):
         raise StrataViTError(
             f"device {args.device!r}: training takes auto, cpu or cuda; choose among several by CUDA_VISIBLE_DEVICES"
@@ -101,7 +103,14 @@ def begin(args: Namespace) -> Recipe:
     source = _fill(args, {} if begun is None else begun.get("origin") or {})
     if Path(args.out).resolve() == Path(source).resolve():
         raise StrataViTError(f"{source} is what the run starts from; give it another folder with --out")
-    return recipe_of(args, None if begun is None else begun["recipe"])
+    if args.teacher is None and args.teacher_weights is not None:
+        raise StrataViTError("--teacher-weights needs --teacher MODEL")
+    recipe = recipe_of(args, None if begun is None else begun["recipe"])
+    check_saved(source, {"train": folder_format.SUPER, "finetune": folder_format.SUB}.get(args.kind))
+    if args.teacher is not None:
+        check_model(args.teacher)
+    check_inputs(args, *(() if args.kind == "recover" else ("train",)))
+    return recipe
 
 
 def _fill(args: Namespace, origin: Mapping[str, Any]) -> str:
@@ -127,9 +136,8 @@ def _how(args: Namespace, classes: int) -> dict[str, Any]:
     """How both kinds of training are run, for a student of so many classes."""
     teacher: nn.Module | None = None
     if args.teacher is not None:
-        teacher = model_at(args.teacher, args.teacher_weights, None if Path(args.teacher).is_dir() else classes)
-    elif args.teacher_weights is not None:
-        raise StrataViTError("--teacher-weights needs --teacher MODEL")
+        named = model_named(args.teacher)
+        teacher = model_at(named, args.teacher_weights, None if Path(named).is_dir() else classes)
     how = {"resume": args.resume, "overwrite": args.overwrite, "cpu": args.device == "cpu", "teacher": teacher}
     return how | {"origin": origin(args)}
 
@@ -148,7 +156,7 @@ def train(args: Namespace) -> Outcome:
     from stratavit.tasks.piad import train_piad
 
     recipe = begin(args)
-    net = SuperNet.load(args.run)
+    net = SuperNet.load(saved_at(args.run))
     images = images_of(args, net.data_config, net, recipe)
     how = _how(args, net.model.num_classes)
     train_piad(net, images.train, images.evaluation, recipe, args.out, proxy=images.proxy, **how)
@@ -169,7 +177,7 @@ def train(args: Namespace) -> Outcome:
 def finetune(args: Namespace) -> Outcome:
     """SMALL and training images to a fine-tuned small model's folder."""
     recipe = begin(args)
-    model: Any = sub_network.load(args.small, timm_form=True)
+    model: Any = sub_network.load(saved_at(args.small), timm_form=True)
     images = images_of(args, resolve_data_config(model), None if args.new_head else model, recipe)
     if args.new_head:
         new_head(model, images.proxy.class_names, recipe.seed)

@@ -24,7 +24,29 @@ from stratavit.elastic.network import sites_in
 from stratavit.models.cost import CostModel
 from stratavit.models.final_mean import FinalMean
 from stratavit.utils.model import temporarily
-from stratavit.utils.progress import say
+from stratavit.utils.progress import begin_part, say
+
+# of images in `contract`, as `benchmarks/conversion_cost.py` timed it: one image in a step of the walk, and in all
+# measurements at one size of the search over both axes, of which there are some dozens
+_STEP, _SEARCH = 0.5, 6.0
+
+
+def list_work(
+    method: Method, plan: Walk | None = None, tokens: TokenSearch | None = None, images: int = ENOUGH
+) -> tuple[float, float]:
+    """What making the list takes, for an estimate in units of one calibration image in `contract`.
+
+    Args:
+        method, plan, tokens: See `make_list`.
+        images: Calibration images; half of them, a fold, is the most that a measurement takes.
+
+    Returns:
+        Work of the width list, and of the list over both axes.
+    """
+    plan, fold = plan or Walk().suited_to(images), (images + 1) // 2
+    width = _STEP * min(plan.images, fold) * plan.steps
+    joint = tokens is not None and method != "paper"
+    return width, _SEARCH * min(tokens.images, fold) * len(tokens.shares) if joint and tokens else 0.0
 
 
 class Lists(NamedTuple):
@@ -72,6 +94,7 @@ def make_list(
     """
     elastic, sites = sites_in(model), cost.sites
     if method == "paper":
+        begin_part()
         importance, statistics, gamma = measure_importance(model, sites, loader, objective, measure, seed)
         _fill_means(elastic, statistics)
         images = next(iter(statistics.values())).images
@@ -81,11 +104,14 @@ def make_list(
         _fill_means(elastic, collect(model, loader, objective, "none", "means"))
     feed = Feed(loader, model)
     plan = _plan_for(feed) if plan is None else plan
+    begin_part(*list_work(method, plan, tokens, feed.count(plan.images)))
     with temporarily("compensation", dict.fromkeys(elastic.values(), "full")):
         states, ratios, mean = walk(model, sites, cost, feed, plan, known, seen)
         del feed  # and the images that it holds
-        widths = Strata(sites, ordered_list(sites, states, ratios))
-        both = None if tokens is None else joint_list(model, sites, cost, loader, widths.entries, tokens, known)
+        widths, both = Strata(sites, ordered_list(sites, states, ratios)), None
+        if tokens is not None:
+            begin_part()
+            both = joint_list(model, sites, cost, loader, widths.entries, tokens, known)
     facts = {
         "cross_fitted": all(module.crossed for module in elastic.values()),
         "walk": asdict(plan) | {"states": [list(state) for state in plan.states]},

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from torch import nn
 from typing_extensions import Unpack
 
@@ -20,6 +24,7 @@ from stratavit.errors import ArtifactError, BudgetError
 from stratavit.evaluation import curve_points
 from stratavit.files.folders import write_folder
 from stratavit.interop.libraries import as_timm
+from stratavit.interop.transformers.folders import PROCESSOR
 from stratavit.reports import plots
 from stratavit.reports.model_card import CARD_FILE, CURVE_FILE, model_card
 from stratavit.supernet import SuperNet
@@ -63,20 +68,9 @@ def from_pretrained(
         StrataViTError: The device is not there.
         BudgetError: The budget cannot be met, or the repository holds one size only.
     """
-    folder, device = Path(name), pick_device(str(device))
-    if not folder.is_dir():
-        try:
-            found = snapshot_download(
-                str(name),
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                endpoint=endpoint,
-                allow_patterns=list(FILES),
-            )
-        except Exception as error:  # the transport below huggingface_hub, and so its errors, differ by version
-            raise ArtifactError(f"cannot get {str(name)!r} from the hub, nor is it a folder: {_line(error)}") from error
-        folder = Path(found)
+    device = pick_device(str(device))
+    options = {"revision": revision, "token": token, "cache_dir": cache_dir, "endpoint": endpoint}
+    folder = Path(name) if Path(name).is_dir() else fetch(str(name), **options)
     sized = spec is not None or any(value is not None for value in asked.values())
     if folder_format.kind(folder) == folder_format.SUB:
         if sized:
@@ -84,6 +78,42 @@ def from_pretrained(
         return sub_network.load(folder, device)
     net = SuperNet.load(folder, device, moments)
     return net.extract(spec=spec, verbose=verbose, **asked) if sized else net
+
+
+def fetch(name: str, **options: Any) -> Path:
+    """Downloads the files of a repository on the hub that StrataViT reads; those that are here are not fetched again.
+
+    Args:
+        name: ``user/name``.
+        **options: Of `huggingface_hub.snapshot_download`.
+
+    Returns:
+        The folder, in the hub's cache.
+
+    Raises:
+        ArtifactError: The repository cannot be fetched.
+    """
+    patterns = [*FILES, PROCESSOR]
+    try:
+        with _bars_on_terminals_only():
+            return Path(snapshot_download(name, allow_patterns=patterns, **options))
+    except Exception as error:  # the transport below huggingface_hub, and so its errors, differ by version
+        raise ArtifactError(
+            f"{name!r} is neither a local folder nor a repository that the hub gives: {_line(error)}"
+        ) from error
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Turns the client's progress bars off where they would fill a file with control characters."""
+    off = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if off:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if off:
+            enable_progress_bars()
 
 
 def push_to_hub(
@@ -141,6 +171,19 @@ def push_to_hub(
     return str(url)
 
 
+def check_names(repo_id: str, base_model: str | None = None) -> None:
+    """Checks that the hub allows the name of a repository, and of the base model.
+
+    Raises:
+        ArtifactError: It does not.
+    """
+    for name, what in ((repo_id, "upload to"), (base_model, "name the base model")):
+        try:
+            validate_repo_id(repo_id if name is None else name)
+        except HFValidationError as error:
+            raise ArtifactError(f"cannot {what} {name!r}: {_line(error)}") from error
+
+
 def write_upload(
     model: nn.Module | str | Path,
     out: str | Path,
@@ -156,11 +199,7 @@ def write_upload(
     Raises:
         ArtifactError: The hub does not allow the name, the model cannot be saved, or the folder cannot be written.
     """
-    for name, what in ((repo_id, "upload to"), (base_model, "name the base model")):
-        try:
-            validate_repo_id(repo_id if name is None else name)
-        except HFValidationError as error:
-            raise ArtifactError(f"cannot {what} {name!r}: {_line(error)}") from error
+    check_names(repo_id, base_model)
     if not points and isinstance(model, str | Path):
         points = curve_points.read_csv(Path(model) / "curve.csv")
     if isinstance(model, str | Path):

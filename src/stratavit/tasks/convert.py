@@ -26,6 +26,7 @@ from stratavit.data.image_folder import ImageLoader, image_loader
 from stratavit.data.shared_images import report_shared_images
 from stratavit.data.splits import split_folder
 from stratavit.data.unlabelled import Images, UnlabelledLoader, check_there, opened
+from stratavit.dropout_list.build import list_work
 from stratavit.dropout_list.floors import MinWidth, with_floors
 from stratavit.dropout_list.joint import token_search
 from stratavit.errors import StrataViTError, described
@@ -219,39 +220,36 @@ def compress(
     return net.extract(verbose=verbose, **asked)
 
 
-def converted(model: nn.Module | str | Path, images: Images, options: Options) -> Conversion:
-    """The work of `convert`, also for errors."""
+def converted(model: nn.Module | str | Path, images: Images, options: Options, name: str | None = None) -> Conversion:
+    """The work of `convert`, also for errors; `name` is what the user calls the model, if not `model`."""
     options.check()
     check_there(images)
     named = isinstance(model, str | Path)
+    name = name or (str(model) if named else type(model).__name__)
     source = _source_model(model, options)
     net = SuperNet(source, embedding=options.embedding or None)
     if not named and options.device is not None:
         net.to(pick_device(str(options.device)))
-    axes = ("width", "tokens") if options.axes == "both" else ("width",)
     method, _ = resolve_method(options.method, options.criterion)
+    asked: Any = {"axes": ("width", "tokens") if options.axes == "both" else ("width",)}
     kept: Any = {"ignore": options.ignore, "min_width": options.min_width}
-    token_search(axes, method, net.model, with_floors(net.cost, **kept).places)  # refused before any work
+    places = with_floors(net.cost, **kept).places
+    tokens = token_search(asked["axes"], method, net.model, places)  # refused before any work
     loader, reader = _loader(net, images, options)
     check = _looked_at(net, images, reader, labelled=loader is reader)
+    asked |= kept | {key: getattr(options, key) for key in ("objective", "seed", "price", "setting")}
+    count = len(reader.chosen) if reader is not None else sum(len(batch) for batch, _ in loader)
     started = time.perf_counter()
-    net.contract(loader, options.method, options.criterion, options.objective, options.seed)
-    net.stratify(
-        loader,
-        objective=options.objective,
-        seed=options.seed,
-        price=options.price,
-        setting=options.setting,
-        axes=axes,
-        **kept,
-    )
+    with overall("convert", count + sum(list_work(method, tokens=tokens, images=count))) as begin:
+        begin(count)
+        net.contract(loader, options.method, options.criterion, options.objective, options.seed)
+        net.stratify(loader, **asked)
     seconds = time.perf_counter() - started
     if reader is not None:
         reader.close()
     if named:
-        net.provenance["source"] = _source(str(model), options, source)
+        net.provenance["source"] = _source(name, options, source)
     unreadable = 0 if reader is None else len(reader.unreadable)
-    name = str(model) if named else type(model).__name__
     return Conversion(net, name, net.provenance["contract"]["images"], unreadable, seconds, check)
 
 

@@ -180,7 +180,7 @@ class PrefixTraining:
             yield
 
     def _length_of_stage(self, steps: float) -> int:
-        """Steps of a stage: as asked, or so many that the list is finished after half of all steps."""
+        """Steps of a stage: as asked, or so many that the list ends after half of all steps."""
         stages, known = self.recipe.stages, steps > 0 and math.isfinite(steps)
         if self.asked_steps is None and not known:
             raise StrataViTError("the training loop does not know its number of steps; give stage_steps")

@@ -21,11 +21,13 @@ class _Display:
 
     Attributes:
         done: Work done, in the unit of the total.
-        part: What the first loop to come is worth, in an `overall` job.
+        begun: Work of the parts that have begun, in an `overall` job.
+        part: What the first loop to come is worth there.
     """
 
     def __init__(self, description: str, total: float | None, silent: bool = False) -> None:
-        self.description, self.total, self.done, self.part = description, total, 0.0, 0.0
+        self.description, self.total = description, total
+        self.done, self.begun, self.part = 0.0, 0.0, 0.0
         self.started, self.pause, self.silent = time.monotonic(), FIRST_LINE, silent
         self.next_line = self.started + self.pause
         self.bar: Progress | None = None
@@ -44,6 +46,18 @@ class _Display:
             self.pause = min(2 * self.pause, LONGEST_PAUSE)
             self.next_line = now + self.pause
             print(self.line(now - self.started), file=sys.stderr, flush=True)
+
+    def begin(self, work: float | None = None, left: float | None = None) -> None:
+        """A part of an `overall` job begins, see `begin_part`."""
+        if work is None:
+            work = max((self.total or 0.0) - self.begun, 0.0)
+        if left is not None:
+            self.total = self.begun + work + left
+            if self.bar is not None:
+                self.bar.update(self.task, total=self.total)
+        self.move(self.begun)
+        self.part = work
+        self.begun += work
 
     def line(self, seconds: float) -> str:
         """What is said off a terminal after so many seconds."""
@@ -90,8 +104,22 @@ def track(items: Iterable[T], description: str) -> Iterator[T]:
 def say(text: str) -> None:
     """Prints a line on standard error, unless it happens in a job that shows nothing."""
     outer = _OVERALL.get()
-    if outer is None or not outer.silent:
+    if outer is not None and outer.bar is not None:
+        outer.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)  # above the bar
+    elif outer is None or not outer.silent:
         print(text, file=sys.stderr)
+
+
+def begin_part(work: float | None = None, left: float | None = None) -> None:
+    """Says in a job that is shown by `overall` that a part begins; elsewhere it does nothing.
+
+    Args:
+        work: What the part is worth, in the unit of the job's total; all that is left if None.
+        left: Work after this part, if that is known better now than when the job began.
+    """
+    display = _OVERALL.get()
+    if display is not None:
+        display.begin(work, left)
 
 
 @contextmanager
@@ -109,16 +137,10 @@ def overall(description: str, total: float, silent: bool = False) -> Iterator[Ca
     if _OVERALL.get() is not None:
         yield lambda work: None
         return
-    display, begun = _Display(description, total, silent), [0.0]
-
-    def begin(work: float) -> None:
-        display.move(sum(begun))
-        display.part = work
-        begun.append(work)
-
+    display = _Display(description, total, silent)
     token = _OVERALL.set(display)
     try:
-        yield begin
+        yield display.begin
     finally:
         _OVERALL.reset(token)
         display.close()
