@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from stratavit.reports.hub import push_to_hub as push_to_hub
     from stratavit.spec import Spec as Spec
     from stratavit.supernet import SuperNet as SuperNet
+    from stratavit.tasks.convert import compress as compress
+    from stratavit.tasks.convert import convert as convert
     from stratavit.tasks.finetune import finetune as finetune
     from stratavit.tasks.lightning_callback import SuperNetLightningCallback as SuperNetLightningCallback
     from stratavit.tasks.piad import train_piad as train_piad
@@ -69,6 +71,7 @@ _NAMES = {  # module -> public names that it defines
     "reports.hub": "from_pretrained push_to_hub",
     "spec": "Spec",
     "supernet": "SuperNet",
+    "tasks.convert": "compress convert",
     "tasks.finetune": "finetune",
     "tasks.lightning_callback": "SuperNetLightningCallback",
     "tasks.piad": "train_piad",

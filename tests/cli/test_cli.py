@@ -274,7 +274,7 @@ def bad(work, tmp_path_factory):
     save_file(timm.create_model("resnet18", num_classes=3).state_dict(), folder / "resnet.safetensors")
     torch.save({"model": Bomb(folder / "exploded")}, folder / "bomb.pth")
     (folder / "map.txt").write_text("ant\nbee\ndog\n")
-    for name, classes in (("empty", ()), ("two", CLASSES[:2]), ("unreadable", CLASSES)):
+    for name, classes in (("empty", ()), ("unreadable", CLASSES)):
         (folder / name).mkdir()
         for label in classes:
             (folder / name / label).mkdir()
@@ -290,8 +290,7 @@ def bad(work, tmp_path_factory):
         ("weights", "other.safetensors", "is missing"),
         ("weights", "bomb.pth", "not loaded"),
         ("num-classes", None, "head.bias .*--num-classes"),
-        ("data", "empty", "no usable images"),
-        ("data", "two", "--class-map"),
+        ("data", "empty", "holds no images"),
         ("data", "unreadable", "no images"),
         ("class-map", "map.txt", "cat is not a class"),
     ],
@@ -310,8 +309,8 @@ def test_a_model_that_cannot_be_cut(capsys, work, bad, tmp_path):
 
 
 def test_images_are_looked_for_before_weights_are_fetched(tmp_path, capsys, monkeypatch):
-    for module in ("convert", "measure"):
-        monkeypatch.setattr(f"stratavit.cli.{module}.model_at", None)
+    for module in ("tasks.convert", "cli.measure"):
+        monkeypatch.setattr(f"stratavit.{module}.model_at", None)
     for arguments in (["convert", MODEL, "--out", tmp_path / "out"], ["evaluate", MODEL]):
         assert f"{tmp_path / 'none'} is not a folder" in refusal(capsys, *arguments, "--data", tmp_path / "none")
 

@@ -9,7 +9,7 @@ from typing import Any, SupportsIndex, TypedDict, get_args
 
 import torch
 
-from stratavit.budgets.amounts import GOALS, KINDS, Amount, Bound, Budget
+from stratavit.budgets.amounts import GOALS, KINDS, Amount, Bound, Budget, parse
 from stratavit.budgets.latency_curve import LatencyCurve
 from stratavit.budgets.search import Limit, meet
 from stratavit.choices import Axes as Axes
@@ -60,6 +60,17 @@ def find_sub_network(net: Any, asked: BudgetArgs) -> Budget:
 
     limits = [Limit(kind, amount, measures[kind], ends, timing.get(kind), size) for kind, amount in amounts.items()]
     return meet(limits, strata.spec, positions)
+
+
+def check_budgets(asked: Mapping[str, Any]) -> None:
+    """Checks budgets as far as that is possible without a network, so that a mistake is found before long work.
+
+    Raises:
+        BudgetError: No budget, an unreadable one, or budgets that exclude each other.
+    """
+    for kind, amount in _given(asked).items():
+        if kind != "position":
+            parse(kind, amount, 1.0)
 
 
 def _list_for(net: Any, amounts: Mapping[str, Any], axes: str) -> Strata:

@@ -34,7 +34,8 @@ def convert_options(command: ArgumentParser) -> None:
         "torchvision (vit_b_16); or the folder of a small model or of a model of transformers",
     )
     options.add_model(command)
-    options.add_data(command, "images to calibrate on: a folder with train/, or the class folders themselves")
+    what = "images, with or without labels: a folder of any form, a .tar file or a folder of them, or hfds/NAME"
+    options.add_data(command, what)
     options.add_out(command, "RUN", "folder to write the super-network to")
     text = "maximum number of calibration images (default: %(default)s, as in the paper)"
     add("--images", type=positive, default=1024, help=text)

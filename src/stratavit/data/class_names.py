@@ -153,6 +153,14 @@ def numbered(
     return named or _by_order(folder, found, train() if train else found, classes, unmatched=bool(names))
 
 
+def all_named(folder: Path, found: Sequence[str], names: Sequence[str] | None) -> bool:
+    """Whether class folders, some or all of the classes, are called by the names of a model's classes."""
+    try:
+        return bool(names) and _by_names(folder, found, names or ()) is not None
+    except StrataViTError:  # not all, or two by one name
+        return False
+
+
 def _by_class_map(folder: Path, found: Sequence[str], path: str | Path) -> Numbering:
     known = read_class_map(Path(path))
     index = {name: known[composed(name)] for name in found if composed(name) in known}

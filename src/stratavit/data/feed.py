@@ -98,6 +98,12 @@ class Feed:
         self._folds = Fold(), Fold()
         self._batch = 1  # images of the loader's largest batch
 
+    def count(self, least: int) -> int:
+        """Images that the loader yields; it is run through once for that, and at least so many of a fold are held."""
+        if not any(one.size for one in self._folds):
+            self._read(least)
+        return sum(one.size for one in self._folds)
+
     def take(self, count: int, fold: int) -> list[Tensor]:
         """Batches of `count` images of a fold together, or of all that it has; none comes twice.
 

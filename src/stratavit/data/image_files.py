@@ -94,13 +94,19 @@ def all_images(folder: Path) -> Listing:
     """Finds the images of a folder, however deep they lie, all of one nameless class; see `list_images`.
 
     Raises:
-        StrataViTError: There are none, or a folder cannot be read.
+        StrataViTError: There are none, a folder in it holds splits, or one cannot be read.
     """
     found, read = Listing(folder), endings()
-    found.samples = [(path, "") for path, _ in _walk(str(folder), (), found) if _ending(path) in read]
+    for path, _ in _walk(str(folder), (), found):
+        if _ending(path) in read:
+            found.samples.append((path, ""))
+        else:
+            found.passed[_ending(path)] += 1
     found.samples.sort(key=lambda sample: (_natural_key(sample[0]), sample[0]))
     if not found.samples:
-        raise StrataViTError(f"{folder} holds no images in a format that Pillow reads; give a folder of images")
+        raise StrataViTError(f"data: {folder} holds no images in a format that Pillow reads; give a folder of images")
+    _check_splits(found)
+    _check_endings(found)
     return found
 
 
@@ -112,7 +118,7 @@ def class_folders(folder: Path) -> list[str]:
     """
     read, aside = endings(), Listing(folder)
     _, names, _ = next(os.walk(folder, onerror=_refuse))
-    inside = {name: _walk(os.path.join(folder, name), (name,), aside) for name in names if not _is_aside(name)}
+    inside = {name: _walk(os.path.join(folder, name), (name,), aside) for name in names if not is_aside(name)}
     return in_natural_order(name for name, files in inside.items() if any(_ending(path) in read for path, _ in files))
 
 
@@ -133,15 +139,15 @@ def _walk(top: str, parts: tuple[str, ...], found: Listing) -> Iterator[tuple[st
         (parts, above), real = ways.pop(path), os.path.realpath(path)
         if real in above:
             raise StrataViTError(f"data: {path} is a link to a folder that holds it; take it out")
-        found.hidden += filter(_is_aside, (*names, *files))
-        names[:] = [name for name in names if not _is_aside(name)]  # the others are not walked
+        found.hidden += filter(is_aside, (*names, *files))
+        names[:] = [name for name in names if not is_aside(name)]  # the others are not walked
         ways |= {os.path.join(path, name): ((*parts, name), (*above, real)) for name in names}
         if parts and len({kind_of_split(name) for name in names} - {None}) > 1:
             found.splits[path] = list(names)
         for name in names:
             if len(parts) < 2:
                 found.inner.setdefault(parts[0] if parts else name, []).extend([name] if parts else [])
-        yield from ((os.path.join(path, name), parts) for name in files if not _is_aside(name))
+        yield from ((os.path.join(path, name), parts) for name in files if not is_aside(name))
 
 
 def _refuse(error: OSError) -> NoReturn:
@@ -152,18 +158,15 @@ def _ending(path: str) -> str:
     return os.path.splitext(path)[1].lower()
 
 
-def _is_aside(name: str) -> bool:
+def is_aside(name: str) -> bool:
+    """Whether a file or folder of this name is left out: hidden ones, and those of tools."""
     return name.startswith(".") or name.casefold() in _TOOLS
 
 
 def _check_depth(found: Listing, bare: bool) -> None:
     """Refuses folders that are not classes, as far as names can tell."""
     folder = found.folder
-    for path, inner in found.splits.items():
-        raise StrataViTError(
-            f"data: {path} holds {some(f'{inside}/' for inside in inner)}, which are splits, not images of one class; "
-            f"give that folder, or put the splits above the classes, such as train/{os.path.basename(path)}"
-        )
+    _check_splits(found)
     for name, inner in found.inner.items():
         only = len(found.classes) == 1 and any(map(kind_of_split, inner))
         if bare and inner and (only or looks_like_split(name)):
@@ -178,6 +181,15 @@ def _check_depth(found: Listing, bare: bool) -> None:
         raise StrataViTError(
             f"data: {folder} holds all images in one folder, {found.classes[0]}, and {lists[0]}; expected "
             "<class>/<image>: sort the images into class folders by that file"
+        )
+
+
+def _check_splits(found: Listing) -> None:
+    """Refuses folders that hold splits: what is to be measured on would be calibrated on."""
+    for path, inner in found.splits.items():
+        raise StrataViTError(
+            f"data: {path} holds {some(f'{inside}/' for inside in inner)}, which are splits, not images of one class; "
+            f"give that folder, or put the splits above the classes, such as train/{os.path.basename(path)}"
         )
 
 

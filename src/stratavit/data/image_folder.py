@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -22,9 +23,11 @@ from stratavit.data.image_files import Listing, class_folders, list_images
 from stratavit.data.image_reading import decoded, open_image
 from stratavit.data.splits import SPLITS, find_split, split_folder, unused_splits
 from stratavit.errors import StrataViTError, described, one_line, out_of_memory
+from stratavit.utils.progress import say
 from stratavit.utils.signals import hush
 
 Sample = tuple[Tensor | None, int, str]
+Opener = Callable[[str], Image.Image | Tensor]
 
 
 class ImageFolder(Dataset[Sample]):
@@ -34,6 +37,7 @@ class ImageFolder(Dataset[Sample]):
         listing: See `image_files.list_images`.
         numbering: See `class_names.numbered`.
         data_config: timm's data configuration (input size, mean, std, interpolation, crop).
+        opener: Opens what a path of the listing stands for, as a picture or as an image that is prepared already.
 
     Attributes:
         samples: Path and number of the class of every image.
@@ -42,8 +46,10 @@ class ImageFolder(Dataset[Sample]):
         StrataViTError: The model takes images of other than 1 or 3 channels.
     """
 
-    def __init__(self, listing: Listing, numbering: Numbering, data_config: Mapping[str, Any]) -> None:
-        self.listing, self.numbering = listing, numbering
+    def __init__(
+        self, listing: Listing, numbering: Numbering, data_config: Mapping[str, Any], opener: Opener = open_image
+    ) -> None:
+        self.listing, self.numbering, self.opener = listing, numbering, opener
         self.samples = [(path, numbering.index[name]) for path, name in listing.samples]
         channels = data_config["input_size"][0]
         if channels not in (1, 3):
@@ -56,9 +62,9 @@ class ImageFolder(Dataset[Sample]):
         self.transform = create_transform(**config, is_training=False)
 
     @classmethod
-    def unlabelled(cls, listing: Listing, data_config: Mapping[str, Any]) -> ImageFolder:
+    def unlabelled(cls, listing: Listing, data_config: Mapping[str, Any], opener: Opener = open_image) -> ImageFolder:
         """Images of no class: all have number 0, and ``""`` for a class folder."""
-        return cls(listing, Numbering(("",), {"": 0}, "alike"), data_config)
+        return cls(listing, Numbering(("",), {"": 0}, "alike"), data_config, opener)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -67,7 +73,10 @@ class ImageFolder(Dataset[Sample]):
         path, label = self.samples[index]
         picture, size = None, ""
         try:
-            with open_image(path) as image:
+            image = self.opener(path)
+            if isinstance(image, Tensor):
+                return image, label, path
+            with image:
                 size = f", which says it has {image.width} x {image.height} pixels"
                 picture = decoded(image, self.mode, path)
             return self.transform(picture), label, path
@@ -239,4 +248,4 @@ def _report(listing: Listing, numbering: Numbering, unused: list[str], head: boo
             f"letters, the other way round: if the model was trained in their order, {MEND}"
         )
     for line in lines + listing.notes():
-        print(f"data: {line}", file=sys.stderr)
+        say(f"data: {line}")

@@ -35,14 +35,23 @@ def formats() -> tuple[str, ...]:
 def open_image(path: str) -> Image.Image:
     """An image that is not decoded yet, of the format that its content says.
 
-    It is read from memory: of a damaged file Pillow would allocate the length that it announces.
-
     Raises:
         OSError: It is not a regular file (reading from a pipe would wait), or not an image.
     """
     if not os.path.isfile(path):
         raise OSError(errno.EINVAL, "not a regular file")
-    return Image.open(io.BytesIO(Path(path).read_bytes()), formats=formats())
+    return open_bytes(Path(path).read_bytes())
+
+
+def open_bytes(content: bytes) -> Image.Image:
+    """The same of the content of a file.
+
+    It is read from memory: of a damaged file Pillow would allocate the length that it announces.
+
+    Raises:
+        OSError: It is not an image.
+    """
+    return Image.open(io.BytesIO(content), formats=formats())
 
 
 def decoded(image: Image.Image, mode: str, path: str) -> Image.Image:

@@ -12,18 +12,19 @@ from stratavit.calibration.contraction import Method, set_mean
 from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.calibration.objectives import Measure, Objective
 from stratavit.calibration.statistics import SiteStatistics, collect
+from stratavit.data.feed import Feed
 from stratavit.data.pixels import Seen
 from stratavit.dropout_list.allocation import ordered_list
 from stratavit.dropout_list.joint import TokenSearch, joint_list
 from stratavit.dropout_list.sensitivity import measure_importance
 from stratavit.dropout_list.strata import Strata, removal_order
-from stratavit.dropout_list.walk import Walk, walk
+from stratavit.dropout_list.walk import ENOUGH, Walk, walk
 from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.network import sites_in
 from stratavit.models.cost import CostModel
 from stratavit.models.final_mean import FinalMean
 from stratavit.utils.model import temporarily
-from stratavit.utils.progress import begin_part
+from stratavit.utils.progress import begin_part, say
 
 # of images in `contract`, as `benchmarks/conversion_cost.py` timed it: one image in a step of the walk, and in all
 # measurements at one size of the search over both axes, of which there are some dozens
@@ -84,9 +85,9 @@ def make_list(
     Raises:
         StrataViTError: Bad images, labels or options.
     """
-    elastic, sites, plan = sites_in(model), cost.sites, plan or Walk()
-    begin_part(*(() if method == "paper" else list_work(method, plan, tokens)))
+    elastic, sites = sites_in(model), cost.sites
     if method == "paper":
+        begin_part()
         importance, statistics, gamma = measure_importance(model, sites, loader, objective, measure, seed)
         _fill_means(elastic, statistics)
         images = next(iter(statistics.values())).images
@@ -94,8 +95,12 @@ def make_list(
         return Lists(Strata(sites, removal_order(sites, importance, cost.price)), None, None, facts)
     if any(module.channel_mean.numel() == 0 for module in elastic.values()):
         _fill_means(elastic, collect(model, loader, objective, "none", "means"))
+    feed = Feed(loader, model)
+    plan = _plan_for(feed) if plan is None else plan
     with temporarily("compensation", dict.fromkeys(elastic.values(), "full")):
-        states, ratios, mean = walk(model, sites, cost, loader, plan, known, seen)
+        begin_part(*list_work(method, plan, tokens))
+        states, ratios, mean = walk(model, sites, cost, feed, plan, known, seen)
+        del feed  # and the images that it holds
         widths, both = Strata(sites, ordered_list(sites, states, ratios)), None
         if tokens is not None:
             begin_part()
@@ -109,6 +114,19 @@ def make_list(
         return Lists(widths, None, mean, facts)
     facts["both_axes"] = both[1]
     return Lists(widths, Strata((*sites, *cost.places), both[0]), mean, facts)
+
+
+def _plan_for(feed: Feed) -> Walk:
+    """The default plan, or one of fewer steps if there are few images, as is said."""
+    usual = Walk()
+    images = feed.count(usual.images)
+    plan = usual.suited_to(images)
+    if plan != usual:
+        say(
+            f"stratify: {images} images are few: {plan.steps} steps in place of {usual.steps}, and a rougher list; "
+            f"{ENOUGH} and more make the full one"
+        )
+    return plan
 
 
 def _fill_means(elastic: Mapping[str, ElasticSite], statistics: Mapping[str, SiteStatistics]) -> None:

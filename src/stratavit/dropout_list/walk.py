@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from stratavit.models.final_mean import FinalMean
 from stratavit.utils.model import eval_mode, frozen, takes_gradients
 from stratavit.utils.progress import track
 
+ENOUGH = 500  # images; with fewer, fewer steps are made
 FAMILIAR = 0.1  # share of images below which they are not those of `contract`
 
 
@@ -51,12 +52,25 @@ class Walk:
                 f"least 1 image and a rate above 0, got {self}"
             )
 
+    def suited_to(self, images: int) -> Walk:
+        """Fewer steps if there are few images, in proportion, and at least one at every size.
+
+        All steps would draw the same few images again and again, and follow their noise.
+        """
+        share = min(1.0, images / ENOUGH)
+        return replace(self, states=tuple((size, math.ceil(steps * share)) for size, steps in self.states))
+
+    @property
+    def steps(self) -> int:
+        """At all sizes together."""
+        return sum(steps for _, steps in self.states)
+
 
 def walk(
     model: nn.Module,
     sites: Sequence[Site],
     cost: CostModel,
-    loader: Iterable[Any],
+    loader: Iterable[Any] | Feed,
     plan: Walk,
     dense_outputs: DenseOutputs | None = None,
     seen: Seen | None = None,
@@ -65,7 +79,7 @@ def walk(
 
     Args:
         model, sites, cost: The sites are elastic modules, calibrated.
-        loader: See `statistics.collect`; labels are not used.
+        loader: See `statistics.collect`, or what feeds its images; labels are not used.
         plan: Sizes, steps and images.
         dense_outputs: Of the dense model, as far as they are known.
         seen: The images that the moments of the sites were computed from, if that is known.
@@ -79,7 +93,7 @@ def walk(
     """
     if not takes_gradients(model):
         raise StrataViTError("stratify needs gradients: make the network and call it outside torch.inference_mode()")
-    feed, fold = Feed(loader, model), 0
+    feed, fold = loader if isinstance(loader, Feed) else Feed(loader, model), 0
     dense_outputs = DenseOutputs() if dense_outputs is None else dense_outputs
     ratios = dict.fromkeys((site.name for site in sites), 0.0)
     caps = {site.name: site.width for site in sites}

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import io
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stratavit.data.unlabelled import images_in
+from stratavit.data.unlabelled import Images, images_in
 from stratavit.errors import StrataViTError
 from stratavit.interop.libraries import as_source, as_timm
 from stratavit.interop.transformers.models import is_transformers
@@ -38,7 +38,7 @@ TIMED = 2  # steps
 
 def recover(
     model: nn.Module,
-    images: str | Path | Iterable[Any],
+    images: Images,
     teacher: nn.Module | None = None,
     minutes: float | None = None,
     steps: int | None = None,
@@ -61,7 +61,7 @@ def recover(
     Args:
         model: What `SuperNet.extract` returned, or a `SuperNet` with a dropout list: then all of its sizes learn
             together, and the second moments, which are a part of how sizes are made, stay as they are.
-        images: A folder with images anywhere in it, or batches as for `SuperNet.contract`. Labels are not used.
+        images: A folder with images anywhere in it, or any other form that `convert` reads. Labels are not used.
         teacher: The source, or a super-network of it, which teaches at full width; a super-network is its own if None.
         minutes: Time of the whole call. Some steps are timed first; then as many are planned as fit.
         steps: Steps of the optimiser, at most so many if `minutes` are given, too; rounded down to a multiple of the

@@ -113,6 +113,13 @@ def begin_part(work: float | None = None, left: float | None = None) -> None:
         display.begin(work, left)
 
 
+def say(text: str) -> None:
+    """Prints a line on standard error, unless it happens in a job that shows nothing."""
+    outer = _OVERALL.get()
+    if outer is None or not outer.silent:
+        print(text, file=sys.stderr)
+
+
 @contextmanager
 def overall(description: str, total: float, silent: bool = False) -> Iterator[Callable[[float], None]]:
     """One display for a job of several parts, each of them a loop, or some.
