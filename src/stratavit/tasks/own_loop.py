@@ -180,15 +180,15 @@ class PrefixTraining:
             yield
 
     def _length_of_stage(self, steps: float) -> int:
-        """Steps of a stage: as asked, or so many that the list ends after half of all steps."""
+        """Steps of a stage: as asked, or so many that the list ends at half of all steps."""
         stages, known = self.recipe.stages, steps > 0 and math.isfinite(steps)
         if self.asked_steps is None and not known:
             raise StrataViTError("the training loop does not know its number of steps; give stage_steps")
         length = self.asked_steps or max(int(steps) // (2 * stages), 1)
         if known and (stages - 1) * length >= steps:
             raise StrataViTError(
-                f"{stages} stages of {length} steps do not fit into the {steps:.0f} steps of this training, which would "
-                "leave the list unfinished; lower stages or stage_steps"
+                f"{stages} stages of {length} steps do not fit into the {steps:.0f} steps of this training, which "
+                "would leave the list unfinished; lower stages or stage_steps"
             )
         return length
 
