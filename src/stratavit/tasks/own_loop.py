@@ -189,8 +189,8 @@ class PrefixTraining:
         length = self.asked_steps or max(int(steps) // (2 * stages), 1)
         if known and (stages - 1) * length >= steps:
             raise StrataViTError(
-                f"{stages} stages of {length} steps do not fit into the {steps:.0f} steps of this training; lower stages "
-                "or stage_steps, or the list stays unfinished"
+                f"{stages} stages of {length} steps do not fit into the {steps:.0f} steps of this training; lower "
+                "stages or stage_steps, or the list stays unfinished"
             )
         return length
 
