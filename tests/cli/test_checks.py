@@ -9,7 +9,7 @@ import stratavit
 from stratavit.cli import bench, commands, measure, recover, train
 from stratavit.cli.parser import main
 from stratavit.reports import hub as hub_module
-from stratavit.tasks import convert
+from stratavit.tasks import convert as conversion
 
 DATA = ["--data", "data", "--workers", "0"]
 
@@ -35,7 +35,7 @@ def here(place, monkeypatch):
     def loaded(*args, **kwargs):
         raise AssertionError("work began before the mistake was named")
 
-    for module in (bench, commands, convert, measure, recover, train):
+    for module in (bench, commands, conversion, measure, recover, train):
         for name in ("SuperNet", "model_at"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, loaded)
@@ -115,6 +115,8 @@ def test_mistakes_are_named_in_one_order(here, capsys, line, said, repairs):
         ("--teacher", ["recover", "small", *DATA[:2], "--teacher-weights", "x", "--out", "taken"]),
         ("is not a folder, and timm", ["evaluate", "none", *DATA]),
         ("none.onnx is not a file", ["evaluate", "none.onnx", *DATA]),
+        ("none.xml is not a file", ["evaluate", "none.xml", *DATA]),
+        ("--before: none", ["curve", "run", *DATA, "--before", "none", "--out", "taken"]),
         ("none is not a file", ["evaluate", "small", *DATA, "--zero-shot", "none"]),
         ("(user/name)", ["info", "none"]),
     ],

@@ -36,6 +36,7 @@ import stratavit
 from stratavit import StrataViTError, SuperNet
 from stratavit.calibration import contraction, statistics
 from stratavit.dropout_list.strata import Strata
+from stratavit.evaluation.curve_points import with_before
 from stratavit.reports.curve import curve
 from stratavit.tasks import demo
 from stratavit.tasks.piad import train_piad
@@ -161,7 +162,9 @@ def test_what_a_run_leaves(finished, case):
     written = {"state.pt", "log.jsonl", "model.safetensors", "moments.safetensors", "stratavit.json", "config.json"}
     assert names(folder) == written | {"curve.csv", "curve.png", "history.png"}
     assert [epoch for epoch, _ in evaluations(folder)] == [0, 2, 3]
-    assert evaluations(folder)[-1][1] == stratavit.evaluation.curve_points.read_csv(folder / "curve.csv")
+    shown = with_before(evaluations(folder)[-1][1], evaluations(folder)[0][1])
+    assert shown == stratavit.evaluation.curve_points.read_csv(folder / "curve.csv")
+    assert shown[0].before is not None
     assert (folder / "history.png").read_bytes()[:4] == b"\x89PNG"
     assert timm.create_model(f"local-dir:{folder}", pretrained=True)
     loaded = SuperNet.load(folder)

@@ -12,6 +12,7 @@ from stratavit.artifacts.model_names import check_name, is_on_hub, repository_of
 from stratavit.cli import options
 from stratavit.data.splits import split_folder
 from stratavit.errors import ArtifactError, BudgetError, StrataViTError
+from stratavit.interop.exported_model import is_exported
 from stratavit.utils.devices import pick_device
 
 _FILES = ("class_map", "weights", "teacher_weights", "zero_shot")
@@ -44,6 +45,8 @@ def check_inputs(args: Namespace, *splits: str) -> None:
         path = getattr(args, name, None)
         if path is not None and not Path(path).is_file():
             raise StrataViTError(f"{name}: {path} is not a file")
+    if getattr(args, "before", None) is not None and not Path(args.before).is_dir():
+        raise StrataViTError(f"before: {args.before} is not a folder; expected RUN, or the folder of a curve")
     for split in splits if getattr(args, "data", None) is not None else ():
         split_folder(args.data, split)
 
@@ -89,7 +92,7 @@ def check_model(name: str, asked: bool = False) -> None:
     if repository_of(name) is not None and is_on_hub(timm_name(f"hf-hub:{repository_of(name)}")):
         return
     if not Path(name).exists():
-        if name.endswith(".onnx"):
+        if is_exported(name):
             raise StrataViTError(f"{name} is not a file")
         check_name(name)
     if asked and not folder_format.is_supernet(name):

@@ -19,7 +19,6 @@ from torch import nn
 from stratavit.errors import ArtifactError, StrataViTError, described
 from stratavit.files.folders import check_free
 from stratavit.tasks.drawn_size import DrawnSize
-from stratavit.tasks.piad_task import PiadTask
 from stratavit.training import distributed, order
 from stratavit.training.recipe import LIST_KEYS, Recipe
 from stratavit.training.task import SampledNetwork
@@ -29,6 +28,7 @@ from stratavit.utils.random_streams import stream
 
 if TYPE_CHECKING:
     from stratavit.supernet import SuperNet
+    from stratavit.tasks.piad_task import PiadTask
 
 _ELSEWHERE = ("mode", "layer_drop", "list_epochs", "growths", "proxy_images")  # of `LIST_KEYS`: said by other arguments
 KEYS = ("seed", *(key for key in LIST_KEYS if key not in _ELSEWHERE))
@@ -95,6 +95,8 @@ class PrefixTraining:
             StrataViTError: There is not one super-network, it is not in float32, or stages do not fit the steps.
             ArtifactError: `out` is not free.
         """
+        from stratavit.tasks.piad_task import PiadTask  # with all that evaluates; a callback is made without it
+
         self.stop()  # a training that ended by an error
         net = _super_network_in(model)
         if state is not None:
@@ -180,15 +182,15 @@ class PrefixTraining:
             yield
 
     def _length_of_stage(self, steps: float) -> int:
-        """Steps of a stage: as asked, or so many that the list ends at half of all steps."""
+        """Steps of a stage: as asked, or so many that the list ends after half of all steps."""
         stages, known = self.recipe.stages, steps > 0 and math.isfinite(steps)
         if self.asked_steps is None and not known:
             raise StrataViTError("the training loop does not know its number of steps; give stage_steps")
         length = self.asked_steps or max(int(steps) // (2 * stages), 1)
         if known and (stages - 1) * length >= steps:
             raise StrataViTError(
-                f"{stages} stages of {length} steps do not fit into the {steps:.0f} steps of this training, which "
-                "would leave the list unfinished; lower stages or stage_steps"
+                f"{stages} stages of {length} steps do not fit into the {steps:.0f} steps of this training; lower "
+                "stages or stage_steps, or the list stays unfinished"
             )
         return length
 
