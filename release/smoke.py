@@ -18,7 +18,18 @@ from PIL import Image
 
 import stratavit
 
-EXTRAS = ("sklearn", "onnx", "onnxruntime", "onnxscript", "accelerate", "tensorboard", "transformers", "lightning")
+EXTRAS = (
+    "sklearn",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "accelerate",
+    "tensorboard",
+    "transformers",
+    "lightning",
+    "datasets",
+    "openvino",
+)
 COMMANDS = ("convert", "extract", "evaluate", "curve", "report", "export", "bench", "train", "finetune", "info", "demo")
 
 

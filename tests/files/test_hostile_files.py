@@ -501,7 +501,7 @@ def test_hostile_recipes(tmp_path, text):
 
 ROW = "6/12,0.5,1,1,1,1,1,1,width"
 LINES = ["6/12,nan,1,1,1,1,1,1,width", "6/12,0.5,-1,1,1,1,1,1,width", "6/12,0.5,1,1,inf,1,1,1,width"]
-LINES += [f"{ROW},1", "6/12,0.5", "<script>,0.5,1,1,1,1,1,1,width", "6/12,0.5,1,1,1,1,1,1,depth"]
+LINES += [f"{ROW},1,1", "6/12,0.5", "<script>,0.5,1,1,1,1,1,1,width", "6/12,0.5,1,1,1,1,1,1,depth"]
 CSV = ["asked\n1", "", f"{{h}},share\n{ROW},1", *(f"{{h}}\n{line}" for line in LINES)]
 
 
