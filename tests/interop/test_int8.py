@@ -1,6 +1,7 @@
 """Exports in int8 say how far they agree with the model and are kept above a bound only; OpenVINO's are the model."""
 
 import json
+import subprocess
 import sys
 
 import onnx
@@ -140,6 +141,18 @@ def test_openvino_is_eager_at_any_batch_size(tmp_path):
     assert 0 <= parity.difference < 1e-5
     with pytest.raises(ArtifactError, match="not empty"):
         stratavit.export(model, path, "openvino", IMAGES)
+
+
+def test_signals_are_handled_after_openvino_was_used(tmp_path):
+    """Models end in the order in which they began, as they do where one name is used for one after another."""
+    stratavit.export(small(), tmp_path / "model", "openvino", IMAGES)
+    code = (
+        "import os, signal, sys\nfrom stratavit.interop.exported_model import exported_model\n"
+        "first, second = exported_model(sys.argv[1]), exported_model(sys.argv[1])\ndel first\ndel second\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('handled', flush=True))\nos.kill(os.getpid(), signal.SIGTERM)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled\n")
 
 
 def test_files_that_are_not_openvinos(tmp_path):

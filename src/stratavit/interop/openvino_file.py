@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def write_openvino(source: Path, folder: Path) -> None:
 
 def read_openvino(path: Path) -> Any:
     """OpenVINO's model of a file."""
-    return openvino_package().Core().read_model(path)
+    return _core().read_model(path)
 
 
 def compiled(model: Any, threads: int = 0) -> Any:
@@ -50,13 +51,22 @@ def compiled(model: Any, threads: int = 0) -> Any:
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
-    return openvino_package().Core().compile_model(model, "CPU", settings)
+    return _core().compile_model(model, "CPU", settings)
 
 
 def run_openvino(folder: Path) -> Runner:
     """What maps images ``[B, C, H, W]`` to the outputs of a folder of `write_openvino`."""
     model = compiled(read_openvino(folder / FILE))
     return lambda images: torch.from_numpy(model(images.numpy())[0].copy())  # OpenVINO writes to one place
+
+
+@functools.cache
+def _core() -> Any:
+    """OpenVINO's devices, one for the process: each would change the stack of signal handlers, and change it back.
+
+    If several end in another order than the reverse of how they began, a signal ends the process (OpenVINO 2026.4).
+    """
+    return openvino_package().Core()
 
 
 def openvino_package() -> Any:
