@@ -9,7 +9,7 @@ from typing import Any, SupportsIndex, TypedDict, get_args
 
 import torch
 
-from stratavit.budgets.amounts import GOALS, KINDS, Amount, Bound, Budget, parse
+from stratavit.budgets.amounts import GOALS, KINDS, Amount, Bound, Budget, check_amount
 from stratavit.budgets.latency_curve import LatencyCurve
 from stratavit.budgets.search import Limit, meet
 from stratavit.choices import Axes as Axes
@@ -70,7 +70,7 @@ def check_budgets(asked: Mapping[str, Any]) -> None:
     """
     for kind, amount in _given(asked).items():
         if kind != "position":
-            parse(kind, amount, 1.0)
+            check_amount(kind, amount)
 
 
 def _list_for(net: Any, amounts: Mapping[str, Any], axes: str) -> Strata:

@@ -29,12 +29,13 @@ from stratavit.dropout_list.floors import floors_of
 from stratavit.errors import StrataViTError
 from stratavit.evaluation.curve_points import points_in
 from stratavit.evaluation.latency import Setting
-from stratavit.files.folders import check_free, check_free_file
+from stratavit.files.folders import check_free
 from stratavit.interop import supported
-from stratavit.interop.export import SUFFIXES, check_options
+from stratavit.interop.export import SUFFIXES, check_options, check_target
 from stratavit.interop.export import export as export_model
 from stratavit.models.architecture import resolve_data_config
 from stratavit.reports import hub
+from stratavit.reports.curve import lists_in
 from stratavit.supernet import SuperNet
 from stratavit.utils.devices import pick_device
 from stratavit.utils.text import human
@@ -62,7 +63,7 @@ def _announce(args: Namespace, net: SuperNet, data: ImageLoader | None) -> None:
     """Says how much is measured, before it takes its time."""
     goals = [f"--{kind.replace('_', '-')}" for kind in GOALS if getattr(args, kind) is not None]
     if goals and data is not None and net.strata is not None:
-        sizes = 2 + len(net.strata).bit_length()
+        sizes = 2 + max(len(one) for one in lists_in(net).values()).bit_length()
         images = f"{len(data.chosen)} images each" + ("" if args.limit else " (--limit N: on fewer)")
         print(f"{' and '.join(goals)}: measures up to {sizes} sizes on {images}", file=sys.stderr)
 
@@ -103,7 +104,7 @@ def export(args: Namespace) -> Outcome:
     if not args.int8:
         check_inputs(args, "val")
     file = Path(args.out or f"{short_name(args.small)}{'-int8' * args.int8}{SUFFIXES[args.format]}")
-    (check_free_file if SUFFIXES[args.format].startswith(".") else check_free)(file, args.overwrite)
+    check_target(file, args.format, args.overwrite)
     model: Any = sub_network.load(saved_at(args.small), timm_form=True).float()  # exact, whatever it was saved in
     images = None if args.data is None else _images_of(args, model)
     asked: dict[str, Any] = {name: getattr(args, name) for name in ("half", "opset", "int8", "min_agreement")}

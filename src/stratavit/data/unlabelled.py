@@ -81,8 +81,7 @@ def opened(
     elif _is_paths(images):
         listing, opener = _listed([Path(path) for path in cast(Sequence[str], images)])
     elif is_data_set(images):
-        opener = source = DataSetImages(images)
-        listing = Listing(Path(), [(name, "") for name in source.names])
+        listing, opener = _listed_samples(images)
     else:
         return _first(images, data_config, limit, batch_size)
     if not listing.samples:
@@ -226,7 +225,12 @@ def _first(
         )
 
 
+def _listed_samples(samples: Any) -> tuple[Listing, DataSetImages]:
+    """Every image of a data set or a sequence of samples, and what opens it."""
+    source = DataSetImages(samples)
+    return Listing(Path(), [(name, "") for name in source.names]), source
+
+
 def _prepared(found: list[Any], data_config: Mapping[str, Any], batch_size: int) -> UnlabelledLoader:
-    source = DataSetImages(found)
-    listing = Listing(Path(), [(name, "") for name in source.names])
-    return UnlabelledLoader(ImageLoader(ImageFolder.unlabelled(listing, data_config, source), batch_size))
+    listing, opener = _listed_samples(found)
+    return UnlabelledLoader(ImageLoader(ImageFolder.unlabelled(listing, data_config, opener), batch_size))

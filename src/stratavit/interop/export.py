@@ -22,11 +22,12 @@ from stratavit.files.folders import check_free, check_free_file
 from stratavit.interop.libraries import as_timm
 from stratavit.interop.onnx_file import FREE_BATCH, Runner, metadata_of, run_onnx, without_their_warnings, write_onnx
 from stratavit.interop.openvino_file import openvino_package, run_openvino, write_openvino
-from stratavit.interop.quantised import BATCH, agreement, quantise
+from stratavit.interop.quantised import BATCH, quantise
 from stratavit.interop.timm_equivalent import tensor_of
 from stratavit.interop.transformers.folders import load_transformers, save_transformers
 from stratavit.models.architecture import resolve_data_config
 from stratavit.models.number_types import HALF_TOLERANCE, InHalf
+from stratavit.utils.agreement import agreement
 from stratavit.utils.model import classes_of, eval_mode, is_super_network, model_device, model_dtype
 from stratavit.utils.wrappers import unwrapped
 
@@ -140,7 +141,7 @@ def export(
     if model_dtype(model) is not torch.float32:
         raise StrataViTError(f"export: the model is in {model_dtype(model)}; call model.float() first")
     model, path = as_timm(model), Path(path)
-    (check_free if format in FOLDERS else check_free_file)(path, overwrite)
+    check_target(path, format, overwrite)
     if format == "transformers" and not getattr(model, "origin", None):
         raise StrataViTError("export: format transformers is for models that came from there; this one is timm's")
     images = _images(model, images, int8)
@@ -179,6 +180,15 @@ def check_options(
         raise StrataViTError(f"export: min_agreement = {min_agreement:g}, expected a percentage, 0 to 100")
     if format == "openvino":
         openvino_package()
+
+
+def check_target(path: str | Path, format: Format, overwrite: bool) -> None:
+    """Checks that a file of this format, or a folder where it is one, may be written.
+
+    Raises:
+        ArtifactError: There is one already, or it cannot be written.
+    """
+    (check_free if format in FOLDERS else check_free_file)(path, overwrite)
 
 
 def _images(model: nn.Module, images: Tensor | None, int8: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""ONNX files in int8: the linear layers quantised by ONNX Runtime, and how far the result agrees with the model.
+"""ONNX files in int8: the linear layers quantised by ONNX Runtime.
 
 Only linear layers with fixed weights are quantised: their weights per output channel, their inputs per tensor by ranges
 that are measured on images. Softmax, norms, GELU, the products of attention and all sums stay in float32, and so do the
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from stratavit.errors import StrataViTError, one_line
@@ -57,18 +56,6 @@ def quantise(source: Path, path: Path, images: Tensor) -> None:
     facts = {one.key: one.value for one in onnx.load(source).metadata_props}
     onnx.helper.set_model_props(made, facts)
     onnx.save(made, path)
-
-
-def agreement(found: Tensor, expected: Tensor, classes: bool) -> float:
-    """How far two models' outputs ``[B, ...]`` agree, percent.
-
-    Args:
-        found, expected: Of the same images.
-        classes: They are logits: the share of images with the same first class; otherwise the mean cosine.
-    """
-    if classes:
-        return 100 * int((found.argmax(-1) == expected.argmax(-1)).sum()) / len(found)  # exact: 36 of 40 are 90
-    return 100 * float(F.cosine_similarity(found.flatten(1), expected.flatten(1)).mean())
 
 
 class _Feed:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from stratavit.errors import StrataViTError
-from stratavit.tasks.own_loop import PrefixTraining
-from stratavit.training.task import SampledNetwork
+from stratavit.tasks.own_loop import PrefixCallback
 
 
 def _base() -> Any:
@@ -23,7 +19,7 @@ def _base() -> Any:
 _BASE: Any = _base()
 
 
-class SuperNetLightningCallback(_BASE):
+class SuperNetLightningCallback(PrefixCallback, _BASE):
     """Trains a super-network at every size in Lightning's `Trainer`; the `LightningModule` stays as it is.
 
     The module holds one `SuperNet` and calls it as ``self.net(images)``; everything else is as in
@@ -36,26 +32,9 @@ class SuperNetLightningCallback(_BASE):
         StrataViTError: Lightning is not installed, or bad options.
     """
 
-    def __init__(
-        self,
-        proxy: Iterable[Any],
-        out: str | Path | None = None,
-        config: Mapping[str, Any] | None = None,
-        *,
-        stages: int = 10,
-        stage_steps: int | None = None,
-        overwrite: bool = False,
-    ) -> None:
-        if _BASE is object:
-            raise StrataViTError("this callback needs Lightning: pip install 'stratavit[lightning]'")
-        self.training = PrefixTraining(proxy, out, config, stages, stage_steps, overwrite, ("lightning",))
-        self.batches = 0
-        self._loaded: dict[str, Any] | None = None
-
-    @property
-    def drawn(self) -> SampledNetwork | None:
-        """The sub-network of the last batch: its spec, MACs and position in the list."""
-        return self.training.drawn
+    base, libraries, batches = _BASE, ("lightning",), 0
+    needs = "this callback needs Lightning: pip install 'stratavit[lightning]'"
+    _loaded: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Training begins, or goes on from a checkpoint."""

@@ -35,6 +35,39 @@ KEYS = ("seed", *(key for key in LIST_KEYS if key not in _ELSEWHERE))
 _BASE: dict[str, Any] = {"compensation": "auto", "list_source": "auto", "growths": 1, "ema_decay": 0.0, "keep": "raw"}
 
 
+class PrefixCallback:
+    """What the callbacks of both libraries are made with; see `SuperNetTrainerCallback`.
+
+    Attributes:
+        base: The library's class; `object` where the library is not installed.
+        libraries: Packages that the training loop may be of.
+        needs: What is said where a callback is made without its library.
+    """
+
+    base: Any
+    libraries: tuple[str, ...]
+    needs: str
+
+    def __init__(
+        self,
+        proxy: Iterable[Any],
+        out: str | Path | None = None,
+        config: Mapping[str, Any] | None = None,
+        *,
+        stages: int = 10,
+        stage_steps: int | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        if self.base is object:
+            raise StrataViTError(self.needs)
+        self.training = PrefixTraining(proxy, out, config, stages, stage_steps, overwrite, self.libraries)
+
+    @property
+    def drawn(self) -> SampledNetwork | None:
+        """The sub-network of the last batch: its spec, MACs and position in the list."""
+        return self.training.drawn
+
+
 class PrefixTraining:
     """Draws, lets the list grow and saves at the moments that a library's callback passes on.
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from stratavit.artifacts import folder_format, sub_network
@@ -31,6 +30,7 @@ from stratavit.training.run_files import publish
 from stratavit.training.task import SampledNetwork, TrainingTask
 from stratavit.training.teacher import Teacher
 from stratavit.training.unused_keys import RECOVERED
+from stratavit.utils.agreement import agreement
 from stratavit.utils.model import classes_of, is_super_network, measured_at
 
 LOOKS = 20  # times that a run measures the agreement with the teacher, at most
@@ -90,8 +90,7 @@ class HeldBack:
         with measured_at(net, spec) as run:
             ours, theirs = torch.cat([run(part).float() for part in parts]), self.outputs
         classes = classes_of(net.model)
-        agreed = ours.argmax(dim=-1) == theirs.argmax(dim=-1) if classes else F.cosine_similarity(ours, theirs)
-        return 100 * float(agreed.float().mean()), float(distance(ours, theirs, classes)) / len(ours)
+        return agreement(ours, theirs, bool(classes)), float(distance(ours, theirs, classes)) / len(ours)
 
 
 class RecoverTask(TrainingTask):

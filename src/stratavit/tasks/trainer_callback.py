@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from stratavit.errors import StrataViTError
-from stratavit.tasks.own_loop import PrefixTraining
-from stratavit.training.task import SampledNetwork
+from stratavit.tasks.own_loop import PrefixCallback
 
 
 def _base() -> Any:
@@ -25,7 +22,7 @@ _BASE: Any = _base()
 KEY = "stratavit"  # of our state in the Trainer's, which is saved and read with every checkpoint
 
 
-class SuperNetTrainerCallback(_BASE):
+class SuperNetTrainerCallback(PrefixCallback, _BASE):
     """Trains a super-network at every size in Hugging Face's `Trainer`, whose loop and loss stay as they are.
 
     The model of the Trainer holds one `SuperNet` and calls it as ``net(images)``. In training steps such a call runs
@@ -51,27 +48,8 @@ class SuperNetTrainerCallback(_BASE):
         StrataViTError: transformers is not installed, or bad options.
     """
 
-    def __init__(
-        self,
-        proxy: Iterable[Any],
-        out: str | Path | None = None,
-        config: Mapping[str, Any] | None = None,
-        *,
-        stages: int = 10,
-        stage_steps: int | None = None,
-        overwrite: bool = False,
-    ) -> None:
-        if _BASE is object:
-            raise StrataViTError(
-                "this callback needs transformers: pip install 'stratavit[transformers]' 'stratavit[train]'"
-            )
-        self.training = PrefixTraining(proxy, out, config, stages, stage_steps, overwrite, ("transformers",))
-        self.batch = 0
-
-    @property
-    def drawn(self) -> SampledNetwork | None:
-        """The sub-network of the last batch: its spec, MACs and position in the list."""
-        return self.training.drawn
+    base, libraries, batch = _BASE, ("transformers",), 0
+    needs = "this callback needs transformers: pip install 'stratavit[transformers]' 'stratavit[train]'"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Training begins, or goes on from a checkpoint."""
