@@ -16,7 +16,6 @@ from common import RESULTS
 
 NAMES = (
     "tokens-deit_tiny",
-    "tokens-tome-deit_tiny",
     "quality-deit_tiny",
     "quality-vit_tiny_augreg",
     "one-shot-deit_tiny",
