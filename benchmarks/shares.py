@@ -16,6 +16,7 @@ from common import RESULTS
 
 NAMES = (
     "tokens-deit_tiny",
+    "tokens-vit_tiny_augreg",
     "quality-deit_tiny",
     "quality-vit_tiny_augreg",
     "one-shot-deit_tiny",
