@@ -18,8 +18,9 @@ from typing import Any
 import onnx
 import timm
 import torch
-from common import Batches, write_results
+from common import WORK, Batches, write_results
 from onnx import numpy_helper
+from recover import recipe_keys
 from torch import Tensor, nn
 
 import stratavit
@@ -45,7 +46,8 @@ def main() -> None:
     arguments.add_argument("--size", type=int, default=112, help="pixels that the 32 are enlarged to")
     arguments.add_argument("--bank", type=int, default=10_000, help="training images that may be neighbours")
     arguments.add_argument("--queries", type=int, default=10_000, help="test images")
-    arguments.add_argument("--recover", type=int, metavar="STEPS", help="a row of small models after recovery, too")
+    arguments.add_argument("--recover", type=int, metavar="STEPS", help="only: small models before and after recovery")
+    arguments.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="keys of the recipe of recovery")
     args = arguments.parse_args()
     model = dinov2(args.onnx, args.size)
     config = model.data_config
@@ -56,6 +58,9 @@ def main() -> None:
     bank, queries = images("train", args.bank), images("val", args.queries)
     calibration = images("train", CALIBRATION)
     rows: list[dict[str, str | float]] = []
+    if args.recover:
+        write_recovered(model, calibration, args, bank, queries)
+        return
     for method, lists in METHODS.items():
         started = time.perf_counter()
         net = stratavit.SuperNet(model).contract(calibration, method=method)
@@ -67,9 +72,6 @@ def main() -> None:
                 row[f"{twelfths}/12"] = accuracy(net, bank, queries, twelfths, axes, rows)
                 print(json.dumps(row), flush=True)
             rows.append(row)
-    if args.recover:
-        rows.append(recovered(net, calibration, args.recover, bank, queries))
-        print(json.dumps(rows[-1]), flush=True)
     note = (
         f"CIFAR-10, {args.size} px: top-1 of the 20 nearest neighbours among {sum(len(y) for _, y in bank)} training "
         f"images, temperature 0.07, on {sum(len(y) for _, y in queries)} test images. Converted with {CALIBRATION} "
@@ -96,17 +98,33 @@ def accuracy(
     return round(knn(net, bank, queries, spec).top1, 2)
 
 
-def recovered(
-    net: stratavit.SuperNet, images: Batches, steps: int, bank: Batches, queries: Batches
-) -> dict[str, str | float]:
-    """Slices of the width list after label-free recovery on the calibration images, each on its own."""
-    row: dict[str, str | float] = {"method": f"default, recovered in {steps} steps"}
-    row |= {"seconds to convert": "", "12/12": "", "10/12": ""}
+def write_recovered(
+    model: nn.Module, calibration: Batches, args: argparse.Namespace, bank: Batches, queries: Batches
+) -> None:
+    """A table of slices of the width list before and after label-free recovery, each on its own."""
+    folder = WORK / f"dinov2-{args.size}px"
+    if not folder.exists():
+        stratavit.SuperNet(model).contract(calibration).stratify(calibration).save(folder)
+    net, rows = stratavit.SuperNet.load(folder), []
+    keys = recipe_keys(args.set)
     for twelfths in RECOVERED:
-        small = net.extract(macs=twelfths / 12, verbose=False)
-        stratavit.recover(small, [one for one, _ in images], net, steps=steps)
-        row[f"{twelfths}/12"] = round(knn(small, bank, queries).top1, 2)
-    return row
+        small = net.extract(macs=twelfths / 12, axes="width", verbose=False)
+        row: dict[str, Any] = {"size": f"{twelfths}/12", "one-shot": round(knn(small, bank, queries).top1, 2)}
+        started = time.perf_counter()
+        stratavit.recover(small, [one for one, _ in calibration], net, steps=args.recover, config=keys)
+        row |= {"seconds": round(time.perf_counter() - started)}
+        facts = small.provenance["recover"]
+        row |= {"recovered": round(knn(small, bank, queries).top1, 2), "steps": facts["steps"]}
+        row |= {"error of the features": f"{facts['before']['divergence']:.3f} to {facts['divergence']:.3f}"}
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    known, tested = (sum(len(labels) for _, labels in batches) for batches in (bank, queries))
+    note = (
+        f"DINOv2 ViT-S/14, CIFAR-10, {args.size} px: top-1 of the 20 nearest neighbours among {known} training images, "
+        f"on {tested} test images. Recovered on the {CALIBRATION} images of calibration without labels; a tenth is "
+        "held back, and the last column is the relative squared error of the features there."
+    )
+    write_results(f"dinov2-recover-{args.size}px", rows, note)
 
 
 def dinov2(path: Path, size: int) -> nn.Module:

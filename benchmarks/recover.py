@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, net: stratavit.SuperNet, images: Batches, validation: Batches) -> None:
         self.args, self.net, self.images, self.validation = args, net, [one for one, _ in images], validation
-        kinds = field_types()
-        pairs = [text.split("=", 1) for text in args.set]
-        self.keys = {key: kinds[key](value) if kinds[key] in (int, float) else value for key, value in pairs}
+        self.keys = recipe_keys(args.set)
         self.device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
     @torch.inference_mode()
@@ -102,6 +100,13 @@ class Bench:
         before = {n: self.hits(net, spec) for n, spec in specs.items()}
         facts = self.recovered(net, "all")
         return [row(f"{n}/12 of all", before[n], self.hits(net, spec), facts) for n, spec in specs.items()]
+
+
+def recipe_keys(pairs: Sequence[str]) -> dict[str, Any]:
+    """Keys of a recipe from texts ``KEY=VALUE``."""
+    kinds = field_types()
+    found = dict(text.split("=", 1) for text in pairs)
+    return {key: kinds[key](value) if kinds[key] in (int, float) else value for key, value in found.items()}
 
 
 def row(what: str, before: Tensor, after: Tensor, facts: dict[str, Any]) -> dict[str, Any]:

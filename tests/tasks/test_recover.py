@@ -18,7 +18,7 @@ from stratavit import StrataViTError
 from stratavit.cli.parser import main
 from stratavit.elastic.merging import Merged, MergingBlock
 from stratavit.tasks import recover as recover_module
-from stratavit.tasks.recover_task import Clock
+from stratavit.tasks.recover_task import Clock, stalled
 from stratavit.training.imitation import Changes, Following, Imitation
 from stratavit.training.order import Seeded
 from stratavit.training.recipe import RECOVERY, Recipe
@@ -97,6 +97,20 @@ def test_the_best_weights_are_kept_and_a_run_without_gain_ends(tmp_path, capsys)
     assert_same(dict(model.state_dict()), dict(before))
     assert 0 < len(rows(tmp_path / "run")) < 20
     assert "nothing was learned" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("curve", "ends"),
+    [
+        ([0.5, *([0.6] * 10)], True),  # never better
+        ([0.5, *([0.6] * 9)], False),  # for too short a time
+        ([0.5, 0.4, *(0.5 + 0.01 * look for look in range(10))], True),  # better at first, then fitted to its images
+        ([0.5, *(0.9 - 0.03 * look for look in range(10))], False),  # on the way to a better one
+        ([0.5 - 0.01 * look for look in range(20)], False),
+    ],
+)
+def test_a_run_that_is_on_its_way_goes_on(curve, ends):
+    assert stalled(curve) == ends
 
 
 def test_biases_and_norms_alone():

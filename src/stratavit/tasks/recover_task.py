@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from stratavit.utils.agreement import agreement
 from stratavit.utils.model import classes_of, is_super_network, measured_at
 
 LOOKS = 20  # times that a run measures the agreement with the teacher, at most
-PATIENCE = 10  # looks without a better agreement, after which a run ends; the rate falls late, so it must be long
+PATIENCE = 10  # looks without a better agreement, and not on the way to one, after which a run ends
 SHARES = ("12/12", "8/12", "6/12", "4/12")  # of the MACs: sizes of a super-network that are looked at
 BATCH = 64
 FILES = (folder_format.WEIGHTS_FILE, folder_format.MOMENTS_FILE, TIMM_FILE, folder_format.JSON_FILE)
@@ -93,6 +93,16 @@ class HeldBack:
         return agreement(ours, theirs, bool(classes)), float(distance(ours, theirs, classes)) / len(ours)
 
 
+def stalled(curve: Sequence[float]) -> bool:
+    """Whether a run is of no more use: for some looks none was the best, and they are not falling either.
+
+    They may rise first and then fall below where they began, as the rate falls.
+    """
+    since = curve[curve.index(min(curve)) + 1 :]
+    before, last = since[-PATIENCE : -PATIENCE // 2], since[-PATIENCE // 2 :]
+    return len(since) >= PATIENCE and sum(last) >= sum(before)
+
+
 class RecoverTask(TrainingTask):
     """A network in recovery; the weights that agreed best with the teacher are kept.
 
@@ -141,8 +151,8 @@ class RecoverTask(TrainingTask):
 
     @property
     def finished(self) -> bool:  # type: ignore[override]
-        """Whether the agreement has not become better for some time, or the time is up."""
-        return len(self.curve) - 1 - self.curve.index(min(self.curve)) >= PATIENCE or self.clock.late
+        """Whether the agreement is not becoming better, or the time is up."""
+        return stalled(self.curve) or self.clock.late
 
     def facts(self) -> dict[str, Any]:
         """Looks at the agreement with the teacher, and keeps the weights if it is the best so far.
