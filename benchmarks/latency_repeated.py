@@ -22,9 +22,9 @@ from stratavit import BudgetError, Setting, SuperNet
 
 
 def multiply() -> None:
-    """Keeps a processor busy."""
-    matrix = torch.randn(512, 512)
-    while True:
+    """Keeps processors busy, for as long as the process that began it lives."""
+    matrix, parent = torch.randn(512, 512), multiprocessing.parent_process()
+    while parent is not None and parent.is_alive():
         torch.mm(matrix, matrix)
 
 
