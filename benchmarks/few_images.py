@@ -1,32 +1,28 @@
-"""Few calibration images: is a list of few steps worse than one of all steps, and how long does one call take?
+"""Few calibration images: how good is the list, and would fewer steps do?
 
     python benchmarks/few_images.py --model deit_tiny
 
-For each number of images two draws, without labels. `few` is what `stratify` does by default, `all` its plan for many
-images. Divergence from the dense model and top-1 are over the validation images, means of the draws. The last row is
-`stratavit.compress` on a flat folder of 64 images, to half of the MACs.
+For each number of images two draws, without labels. `all` are the steps of `stratify`, `few` fewer of them, in
+proportion to the images and at least one at each size. Divergence from the dense model and top-1 are over the
+validation images, means of the draws.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import math
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import DATA, MODELS, Batches, real_batches, real_model, timed, write_results
-from torch import nn
+from common import MODELS, Batches, real_batches, real_model, timed, write_results
 
 import stratavit
-from stratavit.data.image_files import all_images
 
 COUNTS = (16, 64, 200)
 DRAWS = 2
 TWELFTHS = (8, 6, 4)
-FOLDER = 64
 
 
 def main() -> None:
@@ -45,7 +41,7 @@ def main() -> None:
             chosen = [(index * len(images) // count + 7 * draw) % len(images) for index in range(count)]
             batches = list(images[chosen].split(32))
             contracted = stratavit.SuperNet(model).contract(batches)
-            for name, plan in (("few", None), ("all", stratavit.Walk())):
+            for name, plan in (("few", few_steps(count)), ("all", stratavit.Walk())):
                 net = copy.deepcopy(contracted)
                 seconds = timed(lambda net=net, plan=plan: net.stratify(batches, plan=plan))  # noqa: B023
                 found[name].append([seconds, *quality(net, validation, dense)])
@@ -57,9 +53,14 @@ def main() -> None:
                 row[f"divergence {twelfth}/12"] = round(figures[2 * place], 3)
                 row[f"top-1 {twelfth}/12"] = round(figures[2 * place + 1], 1)
             rows.append(row)
-    seconds = compressed(model)
-    note = f"`stratavit.compress(model, folder, macs=0.5)`, flat folder of {FOLDER} images: {seconds:.0f} s."
+    note = f"{sum(len(labels) for _, labels in validation)} validation images, means of {DRAWS} draws, nothing trained."
     write_results(f"few-images-{args.model}", rows, note)
+
+
+def few_steps(images: int) -> stratavit.Walk:
+    """Steps in proportion to the images, all of them from 500 on."""
+    share = min(1.0, images / 500)
+    return stratavit.Walk(tuple((size, math.ceil(steps * share)) for size, steps in stratavit.Walk().states))
 
 
 @torch.inference_mode()
@@ -78,15 +79,6 @@ def quality(net: stratavit.SuperNet, batches: Batches, dense: list[torch.Tensor]
         right = sum(int((ours.argmax(-1) == labels).sum()) for ours, (_, labels) in zip(outputs, batches, strict=True))
         found += [divergence / count, 100 * right / count]
     return found
-
-
-def compressed(model: nn.Module) -> float:
-    """Seconds of one call on a flat folder of links to images."""
-    paths = [path for path, _ in all_images(DATA / "imagenet" / "train").samples]
-    with tempfile.TemporaryDirectory() as folder:
-        for number, path in enumerate(paths[:: len(paths) // FOLDER][:FOLDER]):
-            Path(folder, f"{number}{Path(path).suffix}").symlink_to(Path(path).resolve())
-        return timed(lambda: stratavit.compress(model, folder, macs=0.5))
 
 
 if __name__ == "__main__":

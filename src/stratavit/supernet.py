@@ -243,7 +243,7 @@ class SuperNet(nn.Module):
                 module sensitivity times Taylor importance, per MAC. As set by `contract` if None.
             objective, seed: ``paper``: for the Taylor importance, see `statistics.collect`.
             measure: ``paper``: of sensitivity, ``top1``, ``cost`` or ``auto``, see `sensitivity.bypass_sensitivity`.
-            plan: ``default``: sizes and numbers of images. If None, few images (below 500) make fewer steps.
+            plan: ``default``: sizes, steps and numbers of images; `Walk()` if None.
             price, setting: Importance of widths is divided by MACs (paper) or by ``latency`` in a setting (one image).
             axes: ``("width", "tokens")`` makes a second list (`joint_strata`) that also merges tokens.
             ignore: Patterns (``blocks.0.*``) of sites that no list cuts, nor one that grows in training.

@@ -129,7 +129,7 @@ def test_compress_is_convert_and_extract(work, model, expected, capsys):
     before = copy.deepcopy(model.state_dict())
     small = stratavit.compress(model, work / "flat", macs=0.6)
     said = capsys.readouterr().err
-    assert all(word in said for word in ("images", "any size from", "asked", "got", "reachable", "few"))
+    assert all(word in said for word in ("images", "any size from", "asked", "got", "reachable"))
     with torch.no_grad():
         images = make_images(3)
         assert torch.equal(small(images), expected.extract(macs=0.6, verbose=False)(images))
@@ -217,16 +217,6 @@ def test_a_flat_folder_on_the_command_line(work, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
-def test_few_images_make_few_steps(work, model, expected, capsys):
-    """Every size keeps one; the usual numbers come with the usual images, and a plan that is given is kept."""
-    usual = Walk()
-    assert [Walk().suited_to(images).steps for images in (1, 64, 250, 499, 500, 10**6)] == [4, 4, 9, 15, 15, 15]
-    assert usual.suited_to(500) == usual
-    states = expected.provenance["stratify"]["walk"]["states"]
-    assert states == [[share, 1] for share, _ in usual.states]
-    found = batches(work, model)
-    net = copy.deepcopy(expected)
-    capsys.readouterr()
-    net.stratify(found, plan=usual)
-    assert net.provenance["stratify"]["walk"]["states"] == [list(state) for state in usual.states]
-    assert "few" not in capsys.readouterr().err
+def test_few_images_make_all_steps(expected):
+    """They are faster, not fewer: fewer steps gave worse small networks."""
+    assert expected.provenance["stratify"]["walk"]["states"] == [list(state) for state in Walk().states]

@@ -18,13 +18,13 @@ from stratavit.dropout_list.allocation import ordered_list
 from stratavit.dropout_list.joint import TokenSearch, joint_list
 from stratavit.dropout_list.sensitivity import measure_importance
 from stratavit.dropout_list.strata import Strata, removal_order
-from stratavit.dropout_list.walk import ENOUGH, Walk, walk
+from stratavit.dropout_list.walk import Walk, walk
 from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.network import sites_in
 from stratavit.models.cost import CostModel
 from stratavit.models.final_mean import FinalMean
 from stratavit.utils.model import temporarily
-from stratavit.utils.progress import begin_part, say
+from stratavit.utils.progress import begin_part
 
 # of images in `contract`, as `benchmarks/conversion_cost.py` timed it: one image in a step of the walk, and in all
 # measurements at one size of the search over both axes, of which there are some dozens
@@ -32,7 +32,7 @@ _STEP, _SEARCH = 0.5, 6.0
 
 
 def list_work(
-    method: Method, plan: Walk | None = None, tokens: TokenSearch | None = None, images: int = ENOUGH
+    method: Method, plan: Walk | None = None, tokens: TokenSearch | None = None, images: int = 1000
 ) -> tuple[float, float]:
     """What making the list takes, for an estimate in units of one calibration image in `contract`.
 
@@ -43,7 +43,7 @@ def list_work(
     Returns:
         Work of the width list, and of the list over both axes.
     """
-    plan, fold = plan or Walk().suited_to(images), (images + 1) // 2
+    plan, fold = plan or Walk(), (images + 1) // 2
     width = _STEP * min(plan.images, fold) * plan.steps
     joint = tokens is not None and method != "paper"
     return width, _SEARCH * min(tokens.images, fold) * len(tokens.shares) if joint and tokens else 0.0
@@ -103,7 +103,7 @@ def make_list(
     if any(module.channel_mean.numel() == 0 for module in elastic.values()):
         _fill_means(elastic, collect(model, loader, objective, "none", "means"))
     feed = Feed(loader, model)
-    plan = _plan_for(feed) if plan is None else plan
+    plan = Walk() if plan is None else plan
     begin_part(*list_work(method, plan, tokens, feed.count(plan.images)))
     with temporarily("compensation", dict.fromkeys(elastic.values(), "full")):
         states, ratios, mean = walk(model, sites, cost, feed, plan, known, seen)
@@ -121,19 +121,6 @@ def make_list(
         return Lists(widths, None, mean, facts)
     facts["both_axes"] = both[1]
     return Lists(widths, Strata((*sites, *cost.places), both[0]), mean, facts)
-
-
-def _plan_for(feed: Feed) -> Walk:
-    """The default plan, or one of fewer steps if there are few images, as is said."""
-    usual = Walk()
-    images = feed.count(usual.images)
-    plan = usual.suited_to(images)
-    if plan != usual:
-        say(
-            f"stratify: {images} images are few: {plan.steps} steps in place of {usual.steps}, and a rougher list; "
-            f"{ENOUGH} and more make the full one"
-        )
-    return plan
 
 
 def _fill_means(elastic: Mapping[str, ElasticSite], statistics: Mapping[str, SiteStatistics]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from stratavit.models.final_mean import FinalMean
 from stratavit.utils.model import eval_mode, frozen, takes_gradients
 from stratavit.utils.progress import track
 
-ENOUGH = 500  # images; with fewer, fewer steps are made
 FAMILIAR = 0.1  # share of images below which they are not those of `contract`
 
 
@@ -34,7 +33,7 @@ class Walk:
 
     Attributes:
         states: (share of the MACs, steps there), largest first.
-        images: Of each step.
+        images: Of each step; all of them if there are fewer.
         rate: Largest change of the logarithm of a keep ratio in one step.
     """
 
@@ -51,14 +50,6 @@ class Walk:
                 "plan: expected states (share, steps) with falling shares between 0 and 1 and at least 1 step each, at "
                 f"least 1 image and a rate above 0, got {self}"
             )
-
-    def suited_to(self, images: int) -> Walk:
-        """Fewer steps if there are few images, in proportion, and at least one at every size.
-
-        All steps would draw the same few images again and again, and follow their noise.
-        """
-        share = min(1.0, images / ENOUGH)
-        return replace(self, states=tuple((size, math.ceil(steps * share)) for size, steps in self.states))
 
     @property
     def steps(self) -> int:
