@@ -8,6 +8,7 @@ import torch
 from helpers import make_net
 
 from stratavit import BudgetError, Setting
+from stratavit.budgets import latency_curve
 from stratavit.budgets.latency_curve import SIZES, Sample, fitted
 from stratavit.evaluation import latency
 from stratavit.evaluation.turns import Ratio
@@ -45,6 +46,24 @@ def test_under_an_exact_clock_the_sub_network_is_that_of_a_budget_of_parameters(
     assert {setting.batch_size for _, setting in clock.seen} == {7}
     assert len(clock.seen) <= 2 * len(SHARES) * (SIZES + 2)
     assert net.budget(latency_ms="60%", params=0.4).spec == net.spec(params=0.4)
+
+
+def test_where_others_take_the_processors_sizes_are_compared_with_one_thread(clock, monkeypatch, capsys):
+    net, setting = make_net("plain", stratified=True), Setting(threads=4)
+    asked = {"latency_ms": "50%", "setting": setting}
+    quiet = net.budget(**asked)
+    assert {used.threads for _, used in clock.seen} == {4}
+    assert "processors" not in capsys.readouterr().err
+    clock.seen.clear()
+    monkeypatch.setattr(latency_curve, "share_waited", lambda run: [run(), 0.4][1])
+    met = net.budget(**asked)
+    assert (met.spec, met.asked) == (quiet.spec, quiet.asked)
+    assert [used.threads for _, used in clock.seen] == [4, *[1] * (len(clock.seen) - 1)]
+    assert "processors" in capsys.readouterr().err
+    clock.seen.clear()
+    net.budget(latency_ms="50%", setting=Setting(threads=1))  # has nobody to wait for
+    assert {used.threads for _, used in clock.seen} == {1}
+    assert "processors" not in capsys.readouterr().err
 
 
 def test_a_busy_machine_is_told_and_changes_little(clock, capsys):

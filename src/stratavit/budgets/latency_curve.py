@@ -2,16 +2,19 @@
 
 A timing of one size is as uncertain as the machine is busy. All timings together determine a model with few numbers:
 a pass costs something in any case, something per MAC, and something per module that is left. What a size differs from
-it is believed as far as it exceeds the spread of its timing.
+it is believed as far as it exceeds the spread of its timing. Where other programs take the processors, sizes are
+compared with one thread each, which slows down evenly.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,8 +22,10 @@ from torch import Tensor
 
 from stratavit.dropout_list.strata import Strata
 from stratavit.evaluation import latency, turns
+from stratavit.evaluation.crowding import CROWDED, share_waited
 from stratavit.evaluation.latency import Setting
 from stratavit.evaluation.turns import Ratio
+from stratavit.utils.model import model_device
 from stratavit.utils.progress import track
 
 SIZES = 7  # timed at most
@@ -48,12 +53,15 @@ class LatencyCurve:
     Attributes:
         samples: What was timed, in order.
         dense: Seconds of the dense model, round by round.
+        timed: How models are run to compare them.
     """
 
     def __init__(self, net: Any, strata: Strata, positions: Sequence[int], setting: Setting) -> None:
         self.net, self.strata, self.positions, self.setting = net, strata, positions, setting
         self.samples: list[Sample] = []
         self.dense: list[list[float]] = []
+        self.timed = setting
+        self._crowded: list[float] = []  # seconds of the dense model as the setting runs it, if it is not run so below
         self._ratios: list[float] = []
 
     @cached_property
@@ -69,11 +77,11 @@ class LatencyCurve:
 
     def _call(self, position: int) -> latency.TimedCall:
         small = self.net.small_at(self.strata.spec(position))
-        return latency.runner(small, self.net.data_config["input_size"], self.setting)
+        return latency.runner(small, self.net.data_config["input_size"], self.timed)
 
     def time(self, index: int) -> None:
         """Times one size in turns with the dense model."""
-        first, own = turns.take_turns([self._reference, self._call(self.positions[index])], self.setting)
+        first, own = turns.take_turns([self._reference, self._call(self.positions[index])], self.timed)
         self.dense += first
         self.samples.append(Sample(index, Ratio.of(own, first)))
         self._ratios = fitted(self.features, self.samples)
@@ -81,7 +89,7 @@ class LatencyCurve:
     @property
     def dense_ms(self) -> float:
         """Of the dense model, the median of all passes."""
-        return 1000 * float(torch.tensor(turns.flat(self.dense), dtype=torch.float64).median())
+        return 1000 * median(self._crowded or turns.flat(self.dense))
 
     def __call__(self, position: int) -> float:
         """Milliseconds per batch; `aim` first."""
@@ -105,6 +113,7 @@ class LatencyCurve:
             BudgetError: The amount cannot be read.
         """
         asked(1.0)  # refused before any work
+        self._avoid_crowding()
         last = len(self.positions) - 1
         self.time(last)
         target = asked(self.dense_ms)
@@ -118,6 +127,24 @@ class LatencyCurve:
         if note := turns.noise_note(turns.unrest(self.dense)):
             print(f"latency: {note}", file=sys.stderr)
         return target
+
+    def _avoid_crowding(self) -> None:
+        """Compares sizes with one thread if several would wait for processors, and so for one another."""
+        if self.setting.used_threads == 1 or model_device(self.net).type != "cpu":
+            return
+        passes = self._reference
+        waited = share_waited(lambda: self._crowded.extend(latency.pass_times(passes, self.setting, 1)))
+        if waited < CROWDED:
+            self._crowded.clear()
+            return
+        self.timed = dataclasses.replace(self.setting, threads=1)
+        del self._reference  # which runs as `timed` says
+        print(
+            f"latency: other programs take the processors ({waited:.0%} of the time of {self.setting.used_threads} "
+            "threads went by waiting for one): sizes are compared with one thread each, which changes their ratios a "
+            "little, and milliseconds may not hold; close other programs and ask again",
+            file=sys.stderr,
+        )
 
     def _choice(self, ratio: float) -> int:
         """The first position whose time is within a ratio, or the last."""
