@@ -49,9 +49,9 @@ def real_model(name: str) -> nn.Module:
 
 
 def real_batches(model: nn.Module, split: str, limit: int | None = None, batch_size: int = 50) -> Batches:
-    """Images of a split, held in memory."""
+    """Images of a split, held in memory, prepared as a model or a super-network needs them."""
     folder = DATA / "imagenet"
-    config = resolve_data_config(model)
+    config = getattr(model, "data_config", None) or resolve_data_config(model)
     return list(image_loader(folder, config, split, 1000, folder / "class_map.txt", batch_size, limit=limit))
 
 

@@ -23,7 +23,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--work", type=Path, default=WORK, help="folder where the converted model is kept")
     net = converted("deit_tiny", arguments.parse_args().work)
-    images = torch.cat([batch for batch, _ in real_batches(net.model, "val", IMAGES)])
+    images = torch.cat([batch for batch, _ in real_batches(net, "val", IMAGES)])
     smallest = net.spec(macs=4 / 12)
     specs = {f"{share:.3g}": dict(net.spec(macs=share)) for share in SHARES}
     specs["0.333, three modules cut to 0"] = dict(smallest) | {

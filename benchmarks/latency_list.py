@@ -25,7 +25,7 @@ def main() -> None:
     setting = Setting(args.batch_size)
     nets = {"macs": converted("deit_tiny", args.work)}
     nets["latency"] = converted("deit_tiny", args.work, price="latency")
-    loader = real_batches(nets["macs"].model, "val")
+    loader = real_batches(nets["macs"], "val")
     rows = []
     for share in SHARES:
         specs = {price: net.spec(latency_ms=f"{100 * share}%", setting=setting) for price, net in nets.items()}

@@ -47,8 +47,8 @@ def main() -> None:
     args = arguments.parse_args()
     torch.set_num_threads(args.threads)
     net = converted("deit_tiny", args.work, axes=("width", "tokens"))
-    batches = real_batches(net.model, "val", args.validation, 25)
-    images = torch.cat([part for part, _ in real_batches(net.model, "train", args.calibration)])
+    batches = real_batches(net, "val", args.validation, 25)
+    images = torch.cat([part for part, _ in real_batches(net, "train", args.calibration)])
     rows = []
     for twelfths in TWELFTHS:
         model = net.extract(spec={} if twelfths == 12 else net.spec(macs=twelfths / 12, axes=args.axes)).eval()
