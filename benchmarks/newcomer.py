@@ -55,7 +55,7 @@ def main() -> None:
             "timm loads it": [python, "-c", load],
             f"convert, {FLAT} images": [program, "convert", *named, "--data", "flat", "--out", "flat-run"],
             "extract from it": [program, "extract", "flat-run", "--macs", "50%", "--out", "flat-small", "--json"],
-            "int8 of it": [program, "export", "flat-small", "--int8", "--data", "flat", "--json"],
+            "int8 of it": [program, "export", "flat-small", "--int8", "--data", "flat", "--min-agreement", "80", "--json"],
             "evaluate the int8 file": [program, "evaluate", "flat-small-int8.onnx", *labelled, "--json"],
             "convert": [program, "convert", *named, *labelled, "--out", "run", *few],
             "extract": [program, "extract", "run", "--macs", "50%", "--out", "small", "--json"],
