@@ -47,6 +47,7 @@ def main() -> None:
             "import stratavit, timm; model = timm.create_model('local-dir:flat-compressed', pretrained=True); "
             "print(sum(p.numel() for p in model.parameters()), 'parameters')"
         )
+        poor = ["--min-agreement", "80"]  # as may be, from so few images
         steps = {
             "python -m venv": [sys.executable, "-m", "venv", "env"],
             "pip install": [python, "-m", "pip", "install", "--quiet", f"{CHECKOUT}[export]"],
@@ -55,7 +56,7 @@ def main() -> None:
             "timm loads it": [python, "-c", load],
             f"convert, {FLAT} images": [program, "convert", *named, "--data", "flat", "--out", "flat-run"],
             "extract from it": [program, "extract", "flat-run", "--macs", "50%", "--out", "flat-small", "--json"],
-            "int8 of it": [program, "export", "flat-small", "--int8", "--data", "flat", "--min-agreement", "80", "--json"],
+            "int8 of it": [program, "export", "flat-small", "--int8", "--data", "flat", *poor, "--json"],
             "evaluate the int8 file": [program, "evaluate", "flat-small-int8.onnx", *labelled, "--json"],
             "convert": [program, "convert", *named, *labelled, "--out", "run", *few],
             "extract": [program, "extract", "run", "--macs", "50%", "--out", "small", "--json"],
