@@ -5,6 +5,7 @@ import copy
 import io
 import runpy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
@@ -44,6 +45,12 @@ def held(net):
     return go
 
 
+def finished(work):
+    """Runs a coroutine in a thread of its own: in this one a browser's loop may be running."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
+
+
 def ask(app, count, body, before=lambda: None, **params):
     """Replies to requests that are all sent before the first is computed."""
 
@@ -54,7 +61,7 @@ def ask(app, count, body, before=lambda: None, **params):
             before()
             return await asyncio.gather(*sent)
 
-    return asyncio.run(run())
+    return finished(run())
 
 
 def test_the_size_follows_the_number_of_requests_that_wait(served):
@@ -77,7 +84,7 @@ def test_sizes_that_are_asked_for_run_at_the_same_time(served):
                 *(client.post("/classify", content=body, params={"size": name}) for name in asked)
             )
 
-    asked, replies = asyncio.run(run())
+    asked, replies = finished(run())
     for name, reply in zip(asked, replies, strict=True):
         assert reply.json()["size"] == name
         assert reply.json()["probability"] == pytest.approx(expected[name], abs=1e-6)
