@@ -74,9 +74,7 @@ def main() -> None:
         for name, command in steps.items():
             answer: list[str] = []
             rows.append({"step": name, "seconds": timed(lambda c=command, a=answer: a.append(output(c, work)))})
-            rows[-1]["answer"] = (
-                told(answer[0]) if "--json" in command else answer[0].strip()[:ANSWER].replace("\n", "; ")
-            )
+            rows[-1]["answer"] = told(answer[0]) if "--json" in command else first_words(answer[0])
             print(rows[-1], flush=True)
     total = sum(float(row["seconds"]) for row in rows)
     rows.append({"step": "all", "seconds": total, "answer": f"{total / 60:.1f} minutes"})

@@ -132,11 +132,11 @@ class LatencyCurve:
         """Compares sizes with one thread if several would wait for processors, and so for one another."""
         if self.setting.used_threads == 1 or model_device(self.net).type != "cpu":
             return
-        passes = self._reference
-        waited = share_waited(lambda: self._crowded.extend(latency.pass_times(passes, self.setting, 1)))
+        reference, passes = self._reference, list[float]()
+        waited = share_waited(lambda: passes.extend(latency.pass_times(reference, self.setting, 1)))
         if waited < CROWDED:
-            self._crowded.clear()
             return
+        self._crowded = passes
         self.timed = dataclasses.replace(self.setting, threads=1)
         del self._reference  # which runs as `timed` says
         print(
