@@ -36,7 +36,7 @@ def main() -> None:
     add("--steps", type=int, help="of each recovery")
     add("--images", type=int, default=1000, help="images to learn from (default: %(default)s)")
     add("--validation", type=int, help="validation images (default: all)")
-    add("--axes", choices=("width", "both"), default="width", help="both: along the list that merges tokens, too")
+    add("--axes", choices=("width", "both"), default="width", help="both: sizes of the list over width and tokens")
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="keys of the recipe")
     add("--out", type=Path, help="folder that the runs are kept in")
     add("--name", default="", help="end of the names of the result files")
@@ -96,6 +96,8 @@ class Bench:
     def all_sizes(self) -> list[dict[str, Any]]:
         """The super-network, a row for each size."""
         net = copy.deepcopy(self.net)
+        if self.args.axes == "width":
+            net.joint_strata = None  # a kept network may have one, too
         specs = {n: net.spec(macs=n / 12, axes=self.args.axes) for n in TWELFTHS}
         before = {n: self.hits(net, spec) for n, spec in specs.items()}
         facts = self.recovered(net, "all")

@@ -25,7 +25,7 @@ from stratavit.training.recipe import RECOVERY, Recipe
 from stratavit.training.tracing import Trace, block_error, merged_like, trace
 from stratavit.training.unused_keys import idle_keys
 
-SHORT = {"batch_size": 4, "lr": 3.5e-3, "bias_norm_lr_scale": 1.0}
+SHORT = {"batch_size": 4, "lr": 3.5e-3, "lr_unit": "absolute", "bias_norm_lr_scale": 1.0}
 SPEC = {"blocks.0.attn": 8, "blocks.0.mlp": 24, "blocks.1.attn": 8, "blocks.1.mlp": 24}
 
 

@@ -88,6 +88,24 @@ def test_biases_and_norms_learn_at_a_multiple_of_the_rate():
     assert len(known) == 3 * len(learning)
 
 
+def test_relative_rates_follow_the_size_of_the_weights():
+    model = make_model("plain")
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.mul_(8)
+        model.head.bias.zero_()
+    recipe = Recipe(lr_unit="relative", bias_norm_lr_scale=4.0, lr=0.01)
+    optimiser, schedule = optimiser_and_schedule(model, recipe, 512, 10)
+    schedule.step_update(0)
+    rates = {id(parameter): group["lr"] for group in optimiser.param_groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        size = max(float(parameter.detach().square().mean().sqrt()), 1e-3)
+        share = rates[id(parameter)] / size / (4 if parameter.dim() == 1 else 1)
+        assert 0.01 * 2**-0.25 <= share * (1 + 1e-6), name
+        assert share <= 0.01 * 2**0.25 * (1 + 1e-6), name
+    first, second = (rates[id(model.blocks[index].mlp.fc1.weight)] for index in (0, 1))
+    assert 4 < first / second < 16
+
+
 @pytest.mark.parametrize(("lr", "reported"), [(5e-4, False), (1e-9, True)])
 def test_a_rate_below_the_least_is_reported(lr, reported, capsys):
     report_unused(dataclasses.replace(TINY, lr=lr, min_lr=1e-6), "default", 7, processes=1)

@@ -19,6 +19,8 @@ from stratavit.utils.model import temporarily
 if TYPE_CHECKING:
     from stratavit.training.task import SampledNetwork
 
+LEAST_SIZE = 1e-3  # of weights, for a relative rate: those that are zero must be able to learn
+
 
 def optimiser_and_schedule(model: nn.Module, recipe: Recipe, images: int, epoch_steps: int) -> tuple[Any, Any]:
     """AdamW and its schedule per step, a function of the step's number alone.
@@ -26,24 +28,40 @@ def optimiser_and_schedule(model: nn.Module, recipe: Recipe, images: int, epoch_
     The weights of a module that a step skips have no gradient, so the step does not touch them, decay included.
     Weights cut from a module that runs have gradient 0: they decay, and follow their momentum. Norms, biases and tokens
     are spared from decay. The rate follows the global batch (`Recipe.lr_scaling`); one below `Recipe.min_lr` is
-    constant.
+    constant. Tensors may learn at multiples of it, see `rate_scale`.
     """
     rate = recipe.rate(images)
     least = min(recipe.min_lr, rate)  # neither the cosine nor the warm-up goes the other way
     optimiser = create_optimizer_v2(model, opt="adamw", lr=rate, weight_decay=recipe.weight_decay)
-    if recipe.bias_norm_lr_scale != 1:
-        _scale_vectors(optimiser, recipe.bias_norm_lr_scale)
+    _scale_rates(optimiser, recipe)
     warmup = recipe.warmup_epochs * epoch_steps
     options = {"warmup_t": warmup, "warmup_lr_init": least if warmup else 0.0, "t_in_epochs": False}
     return optimiser, CosineLRScheduler(optimiser, recipe.epochs * epoch_steps, least, **options)
 
 
-def _scale_vectors(optimiser: Any, scale: float) -> None:
-    """Gives biases, norms and LayerScale, all that are vectors, a group with a multiple of the rate."""
-    vectors = [parameter for group in optimiser.param_groups for parameter in group["params"] if parameter.dim() < 2]
+def _scale_rates(optimiser: Any, recipe: Recipe) -> None:
+    """Groups the tensors by their multiples of the rate, which timm's schedule reads as ``lr_scale``."""
+    groups: dict[tuple[float, float], list[Tensor]] = {}
     for group in optimiser.param_groups:
-        group["params"] = [parameter for parameter in group["params"] if parameter.dim() > 1]
-    optimiser.add_param_group({"params": vectors, "weight_decay": 0.0, "lr_scale": scale})  # timm's schedule reads it
+        for parameter in group["params"]:
+            groups.setdefault((rate_scale(parameter, recipe), group["weight_decay"]), []).append(parameter)
+    optimiser.param_groups.clear()
+    for (scale, decay), parameters in groups.items():
+        optimiser.add_param_group({"params": parameters, "weight_decay": decay, "lr_scale": scale})
+
+
+def rate_scale(parameter: Tensor, recipe: Recipe) -> float:
+    """The multiple of the rate that a tensor of weights learns at, by a recipe.
+
+    Vectors (biases, norms, LayerScale) have `Recipe.bias_norm_lr_scale`. A ``relative`` rate is that times the root
+    mean square of the weights, as in Adafactor (arXiv 1804.04235, section 8), rounded to a power of the square root of
+    two, so that few groups of tensors suffice.
+    """
+    scale = recipe.bias_norm_lr_scale if parameter.dim() < 2 else 1.0
+    if recipe.lr_unit == "absolute":
+        return scale
+    size = max(float(parameter.detach().float().square().mean().sqrt()), LEAST_SIZE)
+    return scale * float(2 ** (round(2 * math.log2(size)) / 2))
 
 
 @contextmanager

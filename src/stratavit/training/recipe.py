@@ -19,6 +19,7 @@ Sampling = Literal["uniform", "sandwich", "budget"]
 ListSource = Literal["auto", "progressive", "given"]
 Compensation = Literal["auto", "mean", "full"]
 Scaling = Literal["linear", "root"]
+RateUnit = Literal["absolute", "relative"]
 Kind = Literal["train", "finetune", "recover"]  # of a run: what its function and its command are called
 PAPER = "paper"  # stands for the paper's recipe where a file may be given
 Precision = Literal["auto", "no", "fp16", "bf16"]
@@ -54,6 +55,8 @@ class Recipe:
         lr: Largest learning rate at a global batch of 512 images (D).
         lr_scaling: How the rate follows the global batch: ``linear`` (D), or ``root``, as the square root, which suits
             AdamW at small batches (S; arXiv 2205.10287).
+        lr_unit: ``absolute``, or ``relative``: the rate is a share of the root mean square that each tensor of weights
+            has at the start, which suits models whatever the size of their weights (S; Adafactor, arXiv 1804.04235).
         bias_norm_lr_scale: Rate of biases, norms and LayerScale, a multiple of that of all other weights (S).
         min_lr: Learning rate at the end of the cosine (D).
         warmup_epochs: Epochs of linear warm-up from `min_lr` (P: none).
@@ -107,6 +110,7 @@ class Recipe:
     accumulate: Count = 1
     lr: Amount = 5e-4
     lr_scaling: Scaling = "linear"
+    lr_unit: RateUnit = "absolute"
     bias_norm_lr_scale: Amount = 1.0
     min_lr: Amount = 1e-5
     warmup_epochs: Whole = 0
@@ -269,7 +273,8 @@ FINETUNING: dict[str, Any] = {**_FEW_STEPS, "mode": "plain", "epochs": 30, "lr":
 RECOVERY: dict[str, Any] = {  # an epoch is what lies between two looks at the agreement with the teacher (S)
     **_FEW_STEPS,
     **{"mode": "plain", "distil": 1.0, "distil_blocks": 1.0, "epochs": 20, "warmup_epochs": 2, "batch_size": 32},
-    **{"lr": 2.5e-4, "bias_norm_lr_scale": 40.0, "crop": 0.5, "smoothing": 0.0, "ema_decay": 0.0, "keep": "raw"},
+    **{"lr": 4.5e-3, "lr_unit": "relative", "bias_norm_lr_scale": 5.0, "crop": 0.5, "smoothing": 0.0},
+    **{"ema_decay": 0.0, "keep": "raw"},
     **{"reduction": 2 / 3, "sampling": "sandwich", "workers": 0, "tracker": "none"},
 }
 RECOVERY_IMAGES, RECOVERY_STEPS = 4096, 1000  # most images that are held, and steps, unless others are asked for

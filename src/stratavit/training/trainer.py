@@ -231,8 +231,9 @@ class Trainer:
 
     @property
     def rate(self) -> float:
-        """Learning rate of the last step."""
-        return float(self.schedule.optimizer.param_groups[0]["lr"])
+        """Learning rate of the last step, before any multiple for some of the weights."""
+        group = self.schedule.optimizer.param_groups[0]
+        return float(group["lr"] / group["lr_scale"])
 
     def look(self) -> None:
         """Looks at the losses since the last look; one that is not finite is an error."""

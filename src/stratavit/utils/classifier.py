@@ -88,7 +88,7 @@ def _taken(name: str, holder: nn.Module, model: Any) -> tuple[nn.Module, float]:
         raise UnsupportedModelError(
             f"{name}: expected a Linear layer, perhaps dropout before it, or an Identity, found {kinds}; {WAY_OUT}"
         )
-    width = model.head.num_features if name == "head.fc" else getattr(model, "head_hidden_size", model.num_features)
+    width = getattr(model, "head_hidden_size", model.num_features)
     layer = head[0]
     if isinstance(layer, nn.Linear) and layer.in_features != width:
         raise UnsupportedModelError(
