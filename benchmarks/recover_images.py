@@ -22,8 +22,9 @@ from torch import Tensor
 import stratavit
 from stratavit.data.unlabelled import images_in
 
-COUNTS, STEPS = (100, 300, 1000), (20, 80, 240)
+COUNTS, STEPS = (100, 300, 1000), (20, 80, 160)
 USUAL = 80  # steps of runs that differ in their images
+LISTS = {"width": "list over width", "both": "list over width and tokens"}
 KEY = ("images of", "images", "steps", "seed")
 
 
@@ -31,7 +32,8 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = arguments.add_argument
     add("--model", choices=MODELS, default="deit_tiny")
-    add("--twelfths", type=int, default=6, metavar="N", help="size (default: %(default)s)")
+    add("--twelfths", type=int, default=4, metavar="N", help="size (default: %(default)s)")
+    add("--axes", choices=("width", "both"), default="both", help="list that the size is of")
     add("--counts", type=int, nargs="*", default=COUNTS, metavar="N", help="images to learn from")
     add("--steps", type=int, nargs="*", default=STEPS, metavar="N", help="of runs on all images")
     add("--other", type=Path, help="folder of images of another kind; as many are taken as there are of the usual")
@@ -40,7 +42,7 @@ def main() -> None:
     add("--validation", type=int, help="validation images (default: all)")
     add("--journal", type=Path, required=True, help="file with a line for each run")
     args = arguments.parse_args()
-    net, model = converted(args.model, WORK), real_model(args.model)
+    net, model = converted(args.model, WORK, axes=("width", "tokens")), real_model(args.model)
     kinds = {"imagenet": torch.cat([one for one, _ in real_batches(model, "train", 1000)])}
     most = len(kinds["imagenet"])
     cases = [("imagenet", count, USUAL) for count in args.counts] + [("imagenet", most, steps) for steps in args.steps]
@@ -48,26 +50,26 @@ def main() -> None:
         kinds[args.other.name] = images_in(args.other, net.model, net.data_config, most).float()
         cases.append((args.other.name, most, USUAL))
     bench, journal = Bench(args, net, [], real_batches(model, "val", args.validation)), Journal(args.journal, *KEY)
-    before = bench.hits(net.extract(macs=args.twelfths / 12, verbose=False))
+    before = bench.hits(net.extract(macs=args.twelfths / 12, axes=args.axes, verbose=False))
     for seed in range(args.seeds):
         for case in dict.fromkeys(cases):
             found = dict(zip(KEY, (*case, seed), strict=True))
             if found not in journal:
-                journal.add(found | one_run(bench, args.twelfths, kinds[case[0]], case, seed))
+                journal.add(found | one_run(bench, kinds[case[0]], case, seed))
     rows = [summary(list(journal.rows.values()), case, before) for case in dict.fromkeys(cases)]
     dense, cut = (100 * float(hits.mean()) for hits in (bench.hits(net), before))
     note = (
-        f"{args.model} at {args.twelfths}/12 of the MACs, dense {dense:.1f}, one-shot {cut:.1f}: top-1 on "
-        f"{len(before)} validation images, mean over {args.seeds} seeds; `sd` is that between seeds. "
+        f"{args.model} at {args.twelfths}/12 of the MACs ({LISTS[args.axes]}), dense {dense:.1f}, one-shot {cut:.1f}: "
+        f"top-1 on {len(before)} validation images, mean over {args.seeds} seeds; `sd` is that between seeds. "
         f"A tenth of the images is held back. `divergence`: KL from the source there, nats. Device: {bench.device}."
     )
     write_results(f"recover-images-{args.model}", rows, note)
 
 
-def one_run(bench: Bench, twelfths: int, images: Tensor, case: tuple[str, int, int], seed: int) -> dict[str, Any]:
+def one_run(bench: Bench, images: Tensor, case: tuple[str, int, int], seed: int) -> dict[str, Any]:
     """One recovery on evenly spread images, as a line of the journal."""
     _, count, steps = case
-    small = bench.net.extract(macs=twelfths / 12, verbose=False)
+    small = bench.net.extract(macs=bench.args.twelfths / 12, axes=bench.args.axes, verbose=False)
     chosen = images[[index * len(images) // count for index in range(count)]]
     stratavit.recover(small, list(chosen.split(50)), bench.net, steps=steps, config=bench.keys | {"seed": seed})
     facts = small.provenance["recover"]
