@@ -68,8 +68,8 @@ def recover_options(command: ArgumentParser) -> None:
     add("--teacher-weights", metavar="FILE", help=TEACHER_WEIGHTS)
     add("--out", metavar="OUT", help="folder of the run, and of the result: what was given, recovered")
     add("--overwrite", action="store_true", help="empty OUT first")
-    add("--minutes", type=float, metavar="M", help="time of the whole run; a few steps are timed to plan it")
-    text = f"at most so many steps of the optimiser (default without M: {RECOVERY_STEPS})"
+    add("--minutes", type=float, metavar="M", help="at most so many minutes; a few steps are timed first")
+    text = f"steps of the optimiser, fewer if M is too short (default: {RECOVERY_STEPS})"
     add("--steps", type=positive, metavar="N", help=text)
     add("--recipe", "--config", metavar="FILE", help="TOML file of a recipe (default: recipes/recover.toml)")
     add("--resume", nargs="?", const=True, default=False, metavar="OUT", help=RESUME)

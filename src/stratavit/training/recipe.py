@@ -277,7 +277,7 @@ RECOVERY: dict[str, Any] = {  # an epoch is what lies between two looks at the a
     **{"ema_decay": 0.0, "keep": "raw"},
     **{"reduction": 2 / 3, "sampling": "sandwich", "workers": 0, "tracker": "none"},
 }
-RECOVERY_IMAGES, RECOVERY_STEPS = 4096, 1000  # most images that are held, and steps, unless others are asked for
+RECOVERY_IMAGES, RECOVERY_STEPS = 4096, 80  # most images that are held, and steps, unless others are asked for
 DEFAULTS: dict[Kind, dict[str, Any]] = {"train": TRAINING, "finetune": FINETUNING, "recover": RECOVERY}
 LIST_KEYS = (
     *("mode", "layer_drop", "compensation", "reduction", "list_epochs", "growths", "head_dim_unit", "mlp_units"),
