@@ -42,7 +42,7 @@ def moments_of(x, weight, ridge=1e-3):
     """Mean, covariance and moments of channels."""
     mean = x.mean(dim=0)
     covariance = (x - mean).T @ (x - mean) / len(x)
-    return mean, covariance, factorise(covariance, weight, ridge)
+    return mean, covariance, factorise(covariance, energy(weight, covariance), ridge)
 
 
 def energy(weight, covariance):

@@ -47,23 +47,23 @@ def cholesky(covariance: Tensor, ridge: float = RIDGE) -> tuple[Tensor, float]:
     until the factor exists.
     """
     n = len(covariance)
-    unit = torch.eye(n, dtype=torch.float64, device=covariance.device)
     added = max(ridge * float(covariance.trace()) / n, torch.finfo(torch.float32).tiny)
     while True:
-        factor, failed = torch.linalg.cholesky_ex(covariance.double() + added * unit)
+        matrix = covariance.to(torch.float64, copy=True)
+        matrix.diagonal().add_(added)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
             return factor, added
         assert added < float("inf"), "the covariance is not finite"
         added *= 10
 
 
-def factorise(covariance: Tensor, weight: Tensor, ridge: float = RIDGE) -> Moments:
-    """Moments of channels with a covariance ``[n, n]``, read by a map ``[C, n]`` in the same order."""
+def factorise(covariance: Tensor, energy: float, ridge: float = RIDGE) -> Moments:
+    """Moments of channels with a covariance ``[n, n]``; `energy` is the variance of what their map makes of them."""
     factor, added = cholesky(covariance, ridge)
-    weight = weight.to(covariance)
-    energy = max(float(((weight @ covariance) * weight).sum()), 0.0)  # rounding can leave a little below
     # row by row, as it is read from a file: the layout decides how products are rounded
-    return Moments(factor.float().contiguous(), added, energy)
+    factor = factor.to(torch.float32, memory_format=torch.contiguous_format)
+    return Moments(factor, added, max(energy, 0.0))  # rounding can leave a little below
 
 
 def compensate(weight: Tensor, mean: Tensor, moments: Moments, keep: int, gain: float = GAIN) -> tuple[Tensor, Tensor]:
