@@ -75,6 +75,11 @@ class RunningScatter:
         return (scatter + scatter.transpose(1, 2)) / 2
 
 
+def _block_rows(n: int) -> list[tuple[int, int]]:
+    size = n if n < SMALL else max(SMALL // 2, -(-n // BLOCKS))
+    return [(start, min(start + size, n)) for start in range(0, n, size)]
+
+
 class GramSum:
     """``sum_t x_t x_t^T`` over tokens, as the block rows of its lower triangle; what lies above is its mirror image.
 
@@ -82,16 +87,21 @@ class GramSum:
     is off by at most about ``(T + FLUSH) 2^-24`` times ``sum_t |x_ti x_tj|``, T the tokens of the largest batch.
 
     Args:
-        like: A batch ``[T, n]``, for size, type and device.
+        n: Number of channels.
+        flat: Zeros, of `size(n)` numbers, in which the sum is kept.
     """
 
-    def __init__(self, like: Tensor) -> None:
-        n = like.shape[1]
-        size = n if n < SMALL else max(SMALL // 2, -(-n // BLOCKS))
-        self.ends = [(start, min(start + size, n)) for start in range(0, n, size)]
-        self._rows = [like.new_zeros(stop - start, stop) for start, stop in self.ends]
+    def __init__(self, n: int, flat: Tensor) -> None:
+        self.ends = _block_rows(n)
+        parts = flat.split([(stop - start) * stop for start, stop in self.ends])
+        self._rows = [part.view(-1, stop) for part, (_, stop) in zip(parts, self.ends, strict=True)]
         self._wide: list[Tensor] = []
         self._added = 0
+
+    @staticmethod
+    def size(n: int) -> int:
+        """How many numbers the block rows of ``[n, n]`` have."""
+        return sum((stop - start) * stop for start, stop in _block_rows(n))
 
     def add(self, x: Tensor) -> None:
         """Adds tokens ``[T, n]``."""
@@ -158,8 +168,9 @@ class RunningCovariance:
             self._add((fold, True), x * weight.sqrt().unsqueeze(1), weight.sum(), weight @ x)
 
     def _add(self, part: tuple[int, bool], x: Tensor, *sums: Tensor) -> None:
-        if part not in self._sums:
-            self._sums[part] = Sums(), GramSum(x)
+        if part not in self._sums:  # both sums of a fold lie together: what is large is given back when it is freed
+            for weighted, flat in enumerate(x.new_zeros(1 + (self.share > 0), GramSum.size(x.shape[1]))):
+                self._sums[part[0], bool(weighted)] = Sums(), GramSum(x.shape[1], flat)
         self._sums[part][0].add(len(x), *sums)
         self._sums[part][1].add(x)
 

@@ -31,7 +31,7 @@ from stratavit.utils.progress import track
 
 Method = Literal["default", "paper"]
 TOKEN_WEIGHT = 0.5
-HOST_BYTES, DEVICE_BYTES = 2**27, 2**31  # of covariances and maps of sites that are sorted together
+HOST_BYTES, DEVICE_BYTES = 2**27, 2**30  # of covariances and maps of sites that are sorted together
 
 
 def known_method(method: Method) -> Method:
@@ -79,14 +79,24 @@ def sort_channels(
     dense_outputs = None if share is None else DenseOutputs()
     asked = (objective, scatter_needed(criterion), "contract", share, seed, dense_outputs)
     observers, images = observe(model, loader, *asked)
+    sort_sites(model, observers, criterion, seed)
+    facts = {"criterion": criterion, "objective": objective, "images": images, "seed": seed, "token_weight": share}
+    return facts, dense_outputs
+
+
+def sort_sites(model: nn.Module, observers: dict[str, SiteObserver], criterion: Criterion, seed: int = 0) -> None:
+    """Sorts the channels of the sites that were observed, in place.
+
+    Args:
+        model: Its sites are elastic modules.
+        observers: Of `statistics.observe`; used up.
+        criterion, seed: See `sort_channels`.
+    """
     generator = torch.Generator().manual_seed(seed)
     sites = {name: site_of(model, name) for name in observers}
     for names in track(_alike(sites) if criterion == "output" else [[name] for name in sites], "sort channels"):
         chosen, watched = [sites[name] for name in names], [observers.pop(name) for name in names]
-        scales = [layer_scale(model, name) for name in names]
-        _sort_sites(chosen, watched, criterion, scales, generator)
-    facts = {"criterion": criterion, "objective": objective, "images": images, "seed": seed, "token_weight": share}
-    return facts, dense_outputs
+        _sort_alike(chosen, watched, criterion, [layer_scale(model, name) for name in names], generator)
 
 
 def _alike(sites: Mapping[str, ElasticSite]) -> list[list[str]]:
@@ -104,7 +114,7 @@ def _alike(sites: Mapping[str, ElasticSite]) -> list[list[str]]:
 
 
 @torch.no_grad()
-def _sort_sites(
+def _sort_alike(
     modules: Sequence[ElasticSite],
     observers: Sequence[SiteObserver],
     criterion: Criterion,
@@ -161,7 +171,7 @@ def _sort_site(
 def _map_products(module: ElasticSite) -> GramSum:
     """``W^T W`` of the map out of the channels, whose product with a covariance is the output's variance."""
     weight = wide(module.out.weight.detach())
-    products = GramSum(weight)
+    products = GramSum(weight.shape[1], weight.new_zeros(GramSum.size(weight.shape[1])))
     products.add(weight)
     return products
 
