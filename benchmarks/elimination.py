@@ -89,7 +89,7 @@ def small_networks(
     net.final_mean = kept.final_mean
     found = {"energy lost, %": round(100 * lost_energy(net), 3)}
     for twelfths in TWELFTHS:
-        spec = kept.spec(macs=twelfths / 12)
+        spec = kept.spec(macs=twelfths / 12, axes="width")
         found[f"{twelfths}/12"] = round(stratavit.evaluate(net, validation, spec).top1, 1)
     return found
 
