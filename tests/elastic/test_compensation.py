@@ -298,7 +298,9 @@ def test_a_module_whose_channels_hardly_vary_is_cut_saved_and_loaded(tmp_path):
 
 def test_a_covariance_that_rounding_left_indefinite_is_regularised_until_it_can_be_factored():
     covariance = torch.diag(torch.tensor([1.0, 1e-3, -1e-2, 0.5], dtype=torch.float64))
+    before = covariance.clone()
     factor, added = cholesky(covariance)
+    assert torch.equal(covariance, before)
     assert added > 1e-2
     torch.testing.assert_close(factor @ factor.T, covariance + added * torch.eye(4, dtype=torch.float64))
     assert cholesky(covariance.abs())[1] == pytest.approx(1e-3 * float(covariance.abs().trace()) / 4)

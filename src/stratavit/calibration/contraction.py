@@ -27,6 +27,7 @@ from stratavit.elastic.compensation import Moments, factorise
 from stratavit.elastic.network import site_of
 from stratavit.errors import StrataViTError, described
 from stratavit.models.families import layer_scale
+from stratavit.utils.freed_memory import give_back
 from stratavit.utils.progress import track
 
 Method = Literal["default", "paper"]
@@ -79,6 +80,7 @@ def sort_channels(
     dense_outputs = None if share is None else DenseOutputs()
     asked = (objective, scatter_needed(criterion), "contract", share, seed, dense_outputs)
     observers, images = observe(model, loader, *asked)
+    give_back()  # what the activations took
     sort_sites(model, observers, criterion, seed)
     facts = {"criterion": criterion, "objective": objective, "images": images, "seed": seed, "token_weight": share}
     return facts, dense_outputs
@@ -157,14 +159,13 @@ def _sort_site(
     set_mean(module, _moved_mean(new, mean))
     if covariance is None or products is None:
         return
-    energy = float(products.inner(covariance))
-    module.moments = _moments(module, _moved_covariance(new, covariance), energy)
-    del found, covariance
+    energy, covariance = float(products.inner(covariance)), _moved_covariance(new, covariance)
+    del found  # one covariance at a time
+    module.moments = _moments(module, covariance, energy)
     crossed = []
-    for its_mean, its_covariance in observer.crossed():
-        energy = float(products.inner(its_covariance))
-        moments = _moments(module, _moved_covariance(new, its_covariance), energy)
-        crossed.append((_moved_mean(new, its_mean).to(module.out.weight), moments))
+    for its_mean, covariance in observer.crossed():
+        energy, covariance = float(products.inner(covariance)), _moved_covariance(new, covariance)
+        crossed.append((_moved_mean(new, its_mean).to(module.out.weight), _moments(module, covariance, energy)))
     module.crossed = tuple(crossed)
 
 

@@ -49,10 +49,12 @@ def cholesky(covariance: Tensor, ridge: float = RIDGE) -> tuple[Tensor, float]:
     """
     n = len(covariance)
     added = max(ridge * float(covariance.trace()) / n, torch.finfo(torch.float32).tiny)
+    matrix = covariance.double()
+    diagonal, before = matrix.diagonal(), matrix.diagonal().clone()
     while True:
-        matrix = covariance.to(torch.float64, copy=True)
-        matrix.diagonal().add_(added)
+        diagonal.add_(added)
         factor, failed = torch.linalg.cholesky_ex(matrix)
+        diagonal.copy_(before)  # a copy of the matrix would be the largest part of what contraction holds
         if not failed:
             return factor, added
         assert added < float("inf"), "the covariance is not finite"
