@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stratavit.calibration.accumulators import RunningCovariance, RunningScatter, Sums, gram
+from stratavit.calibration import accumulators
+from stratavit.calibration.accumulators import GramSum, RunningCovariance, RunningScatter, Sums
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 SHARES = (0.0, 0.5, 1.0)
@@ -95,8 +96,48 @@ def test_a_large_mean_costs_no_precision_and_inputs_stay_as_they_were():
     assert torch.equal(weight, kept[1])
 
 
-@pytest.mark.parametrize("n", [7, 256, 301])
-def test_gram_equals_the_plain_product(n):
-    """Below and above the size from which blocks are mirrored, whether the blocks divide it or not."""
-    x = torch.randn(9, n, dtype=torch.float64)
-    torch.testing.assert_close(gram(x), x.T @ x, rtol=1e-12, atol=1e-12)
+def gram_sum(x):
+    return GramSum(x.shape[-1], x.new_zeros(GramSum.size(x.shape[-1])))
+
+
+def mirrored(products, n):
+    total = torch.zeros(n, n, dtype=torch.float64)
+    products.add_to(total, torch.tensor(1.0, dtype=torch.float64))
+    products.mirror(total)
+    return total
+
+
+@pytest.mark.parametrize("flush", [2, 99])
+@pytest.mark.parametrize("n", [7, 256, 301, 1100])
+def test_gram_sums_equal_the_plain_product(n, flush, monkeypatch):
+    """Below and above the size from which there are blocks, whether these divide it or not, moved to float64 or not."""
+    monkeypatch.setattr(accumulators, "FLUSH", flush)
+    x = torch.randn(5, 9, n, dtype=torch.float64)
+    products = gram_sum(x)
+    for part in x:
+        products.add(part)
+    expected = (x.mT @ x).sum(dim=0)
+    torch.testing.assert_close(mirrored(products, n), expected, rtol=1e-12, atol=1e-12)
+    other = expected + 1
+    torch.testing.assert_close(products.inner(other), (expected * other).sum(), rtol=1e-12, atol=1e-12)
+
+
+def test_sums_of_float32_keep_their_bound_over_many_batches():
+    """600 batches of 16 tokens: of (16 + 256) 2^-24 times the sum of magnitudes no entry uses a tenth."""
+    x = torch.randn(600, 16, 5) + 1
+    products = gram_sum(x)
+    for part in x:
+        products.add(part)
+    exact, magnitude = (torch.einsum("bti,btj->ij", y, y) for y in (x.double(), x.double().abs()))
+    error = (mirrored(products, 5) - exact).abs() / magnitude
+    assert float(error.max()) <= 0.1 * (16 + accumulators.FLUSH) * 2**-24
+
+
+@pytest.mark.parametrize("what", ["nan", "overflow"])
+def test_what_is_not_finite_is_noticed(what):
+    running, x = RunningCovariance(0.5), torch.randn(2, 6, 4)
+    running.update(x[0], torch.ones(6))
+    assert running.is_finite()
+    x[1, 3, 2] = torch.nan if what == "nan" else 1e30
+    running.update(x[1], torch.ones(6), fold=1)
+    assert not running.is_finite()

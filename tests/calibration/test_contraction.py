@@ -17,6 +17,7 @@ from helpers import (
 )
 
 from stratavit import StrataViTError, SuperNet
+from stratavit.calibration import contraction
 from stratavit.calibration.objectives import distance
 from stratavit.calibration.statistics import collect
 from stratavit.calibration.wpac import CRITERIA
@@ -95,6 +96,25 @@ def test_layer_scale_counts_as_part_of_the_map_out():
     for name, module in found.elastic.items():
         for one, other in zip(module.in_weight(8), expected.elastic[name].in_weight(8), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def moments_in(module):
+    return [module.moments, *(moments for _, moments in module.crossed)]
+
+
+@pytest.mark.parametrize("limit", [1, 30_000])
+def test_sites_sorted_together_equal_those_sorted_one_by_one(family, limit, monkeypatch):
+    """However many find room: one, or two of four."""
+    together = SuperNet(make_model(family, dtype=torch.float64)).contract(BATCHES)
+    monkeypatch.setattr(contraction, "HOST_BYTES", limit)
+    apart = SuperNet(make_model(family, dtype=torch.float64)).contract(BATCHES)
+    for name, module in together.elastic.items():
+        other = apart.elastic[name]
+        assert len(module.crossed) == 2
+        for one, two in zip(moments_in(module), moments_in(other), strict=True):
+            torch.testing.assert_close(one.factor, two.factor, rtol=1e-5, atol=1e-7)
+    for one, two in zip(together.model.parameters(), apart.model.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11)
 
 
 def test_moments_are_dropped_by_a_criterion_that_measures_none(batches):

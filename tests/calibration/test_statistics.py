@@ -307,3 +307,20 @@ def test_bad_input_is_one_clear_sentence(case):
     with pytest.raises(StrataViTError, match=words) as caught:
         run(make_model("plain"), loader, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_products_are_those_of_full_float32_whatever_the_process_allows():
+    model, batches, before = make_model("plain"), make_batches(), torch.get_float32_matmul_precision()
+    expected, seen = run(model, batches, token_weight=0.5), []
+
+    def watched():
+        for batch in batches:
+            seen.append(torch.get_float32_matmul_precision())
+            yield batch
+
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert_same(run(model, watched(), token_weight=0.5), expected, 1e-9)
+        assert (set(seen), torch.get_float32_matmul_precision()) == ({"highest"}, "medium")
+    finally:
+        torch.set_float32_matmul_precision(before)

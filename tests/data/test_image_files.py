@@ -4,6 +4,7 @@ import pytest
 from image_folders import labels_of, write
 
 from stratavit import StrataViTError
+from stratavit.data import image_files
 from stratavit.data.image_files import in_natural_order
 
 LAYOUTS = {
@@ -100,3 +101,11 @@ def test_classes_may_be_called_like_the_end_of_a_split(tmp_path):
 
 def test_natural_order():
     assert in_natural_order({"b", "a10", "a9", "A1", "²", "a"}) == ["a", "A1", "a9", "a10", "b", "²"]
+
+
+def test_the_work_of_listing_grows_with_images_not_with_their_square(tmp_path, monkeypatch):
+    whole, asked = image_files._natural_key, []
+    monkeypatch.setattr(image_files, "_natural_key", lambda name: asked.append(name) or whole(name))
+    write(tmp_path, *(f"train/c{number}/0.png" for number in range(40)))
+    image_files.list_images(tmp_path / "train")
+    assert len(asked) <= 5 * 40

@@ -52,7 +52,7 @@ class Interpolated(torch.nn.Module):
         module = self.module
         weight, bias = module.out.weight, module.out.bias
         if width < module.full_width:
-            weight, bias = module.compensated_out(width)
+            weight, bias = module.compensated_outs([width])[0]
         weight = weight.view(len(weight), module.heads, width)
         return F.pad(weight, (0, self.padded - width)), torch.zeros_like(weight[:, 0, 0]) if bias is None else bias
 
@@ -120,7 +120,7 @@ def test_a_probe_computes_what_the_network_does_however_far_it_is_padded(family,
             for site in net.sites:
                 index = min(site.steps.index(cut[site.name]) + stretch, len(site.steps) - 1)
                 padded = site.steps[index]
-                probes[site.name] = marginal_effects.make_probe(net.elastic[site.name], cut[site.name], padded)
+                probes[site.name] = marginal_effects.make_probes(net.elastic[site.name], [cut[site.name]], padded)[0]
             with probing(net, probes):
                 assert relative_error(net.model(IMAGES), expected) <= 1e-5
 

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stratavit import SuperNet, evaluate
-from stratavit.elastic.compensation import LARGEST_RATIO, cholesky, compensate, factorise
+from stratavit.elastic.compensation import LARGEST_RATIO, cholesky, compensate, factorise, project
 
 IMAGES = make_images(2, seed=9)
 CALIBRATION = torch.cat([images for images, _ in make_batches()])
@@ -42,7 +42,7 @@ def moments_of(x, weight, ridge=1e-3):
     """Mean, covariance and moments of channels."""
     mean = x.mean(dim=0)
     covariance = (x - mean).T @ (x - mean) / len(x)
-    return mean, covariance, factorise(covariance, weight, ridge)
+    return mean, covariance, factorise(covariance, energy(weight, covariance), ridge)
 
 
 def energy(weight, covariance):
@@ -71,6 +71,21 @@ def test_every_cut_equals_the_dense_computation(gain, seed, n, outputs):
         kept, bias = cut(weight, mean, moments, keep, gain)
         assert relative_error(kept, expected) <= 1e-3
         torch.testing.assert_close(bias, weight @ mean - kept @ mean[:keep], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("keep", [3, 511, 512, 515, 600])
+def test_zeros_of_the_factor_are_left_out_of_the_product_only(keep):
+    weight, factor = torch.randn(4, 600), torch.randn(600, 600).tril()
+    torch.testing.assert_close(project(weight, factor, keep), weight @ factor[:, :keep], rtol=1e-4, atol=1e-4)
+
+
+def test_widths_that_share_a_product_equal_those_that_do_not():
+    module = make_net("plain").elastic["blocks.0.mlp"]
+    widths = [30, module.full_width, 8, 30]
+    with torch.no_grad():
+        for width, pair in zip(widths, module.outs_at(widths), strict=True):
+            for found, expected in zip(pair, module.weights_at(width)[2:], strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def squared_error(x, weight, kept, bias):
@@ -207,8 +222,8 @@ def counted(net, monkeypatch):
     """Names of sites, each time that their compensated weights are computed."""
     made = []
     for name, module in net.elastic.items():
-        whole = module.compensated_out
-        monkeypatch.setattr(module, "compensated_out", lambda *args, n=name, f=whole: made.append(n) or f(*args))
+        whole = module.compensated_outs
+        monkeypatch.setattr(module, "compensated_outs", lambda *args, n=name, f=whole: made.append(n) or f(*args))
     return made
 
 
@@ -276,14 +291,16 @@ def test_a_module_whose_channels_hardly_vary_is_cut_saved_and_loaded(tmp_path):
         module = net.elastic[name]
         assert module.moments.energy >= 0
         for width in range(1, module.full_width):
-            assert all(t.dtype == torch.float32 and t.isfinite().all() for t in module.compensated_out(width))
+            assert all(t.dtype == torch.float32 and t.isfinite().all() for t in module.compensated_outs([width])[0])
     net.save(tmp_path / "run")
     assert SuperNet.load(tmp_path / "run").elastic["blocks.0.mlp"].moments.energy >= 0
 
 
 def test_a_covariance_that_rounding_left_indefinite_is_regularised_until_it_can_be_factored():
     covariance = torch.diag(torch.tensor([1.0, 1e-3, -1e-2, 0.5], dtype=torch.float64))
+    before = covariance.clone()
     factor, added = cholesky(covariance)
+    assert torch.equal(covariance, before)
     assert added > 1e-2
     torch.testing.assert_close(factor @ factor.T, covariance + added * torch.eye(4, dtype=torch.float64))
     assert cholesky(covariance.abs())[1] == pytest.approx(1e-3 * float(covariance.abs().trace()) / 4)

@@ -33,7 +33,7 @@ def test_specialised_sizes_answer_as_before(family):
 def test_nothing_is_computed_while_serving(monkeypatch):
     net, specs, _, _ = served(moments=True)
     for module in net.elastic.values():
-        monkeypatch.setattr(module, "compensated_out", None)
+        monkeypatch.setattr(module, "compensated_outs", None)
     with torch.inference_mode():
         for spec in specs:
             net(IMAGES, spec)

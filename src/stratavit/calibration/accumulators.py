@@ -8,6 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FLUSH = 256  # batches that are added up in their own precision
+SMALL, BLOCKS = 256, 8  # channels below which a product is made whole; else block rows, of half so many at least
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float64; on the CPU where the device has no float64."""
+    return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)
+
 
 class Sums:
     """Sums over tokens, in float64; on the CPU where the device has no float64.
@@ -23,8 +31,8 @@ class Sums:
 
     def add(self, count: int, *parts: Tensor) -> None:
         """Adds sums over `count` more tokens, of the same shapes each time; float64 ones may be kept and changed."""
-        wide = [part.to("cpu" if part.device.type == "mps" else part.device, torch.float64) for part in parts]
-        self.totals = [a.add_(b) for a, b in zip(self.totals, wide, strict=True)] if self.totals else wide
+        new = [wide(part) for part in parts]
+        self.totals = [a.add_(b) for a, b in zip(self.totals, new, strict=True)] if self.totals else new
         self.count += count
 
     @property
@@ -38,10 +46,13 @@ class RunningScatter:
 
     Products are computed per batch in the batch's own precision and added up in float64. Tokens are shifted by the mean
     of the first batch beforehand, so that no precision is lost to a large mean; the shift cancels in the result.
+
+    Attributes:
+        sums: So far, of the shifted tokens.
     """
 
     def __init__(self) -> None:
-        self._sums = Sums()
+        self.sums = Sums()
         self._shift: Tensor | None = None  # [G, 1, d]
 
     def update(self, x: Tensor, weight: Tensor | None = None) -> None:
@@ -51,17 +62,83 @@ class RunningScatter:
         x = x - self._shift
         weight = x.new_ones(x.shape[:2]) if weight is None else weight
         weighted = x * weight.unsqueeze(-1)  # [G, T, d]
-        self._sums.add(x.shape[1], x.sum(dim=1), weight.sum(dim=1), weighted.sum(dim=1), x.transpose(1, 2) @ weighted)
+        self.sums.add(x.shape[1], x.sum(dim=1), weight.sum(dim=1), weighted.sum(dim=1), x.transpose(1, 2) @ weighted)
 
     @property
     def scatter(self) -> Tensor:
         """The scatter of all tokens, ``[G, d, d]`` float64, symmetric."""
-        plain, total, first, second = self._sums.totals
-        mean = plain / self._sums.count  # of the shifted tokens
+        plain, total, first, second = self.sums.totals
+        mean = plain / self.sums.count  # of the shifted tokens
         cross = first.unsqueeze(-1) * mean.unsqueeze(-2)  # sum_t w_t x_t mean^T
         outer = mean.unsqueeze(-1) * mean.unsqueeze(-2)
         scatter = second - cross - cross.transpose(1, 2) + total[:, None, None] * outer
         return (scatter + scatter.transpose(1, 2)) / 2
+
+
+def _block_rows(n: int) -> list[tuple[int, int]]:
+    size = n if n < SMALL else max(SMALL // 2, -(-n // BLOCKS))
+    return [(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+class GramSum:
+    """``sum_t x_t x_t^T`` over tokens, as the block rows of its lower triangle; what lies above is its mirror image.
+
+    Products are added up in the batches' own precision, and moved to float64 every `FLUSH` batches. In float32 an entry
+    is off by at most about ``(T + FLUSH) 2^-24`` times ``sum_t |x_ti x_tj|``, T the tokens of the largest batch.
+
+    Args:
+        n: Number of channels.
+        flat: Zeros, of `size(n)` numbers, in which the sum is kept.
+    """
+
+    def __init__(self, n: int, flat: Tensor) -> None:
+        self.ends = _block_rows(n)
+        parts = flat.split([(stop - start) * stop for start, stop in self.ends])
+        self._rows = [part.view(-1, stop) for part, (_, stop) in zip(parts, self.ends, strict=True)]
+        self._wide: list[Tensor] = []
+        self._added = 0
+
+    @staticmethod
+    def size(n: int) -> int:
+        """How many numbers the block rows of ``[n, n]`` have."""
+        return sum((stop - start) * stop for start, stop in _block_rows(n))
+
+    def add(self, x: Tensor) -> None:
+        """Adds tokens ``[T, n]``."""
+        if self._added == FLUSH:
+            self._flush()
+        for (start, stop), row in zip(self.ends, self._rows, strict=True):
+            row.addmm_(x[:, start:stop].T, x[:, :stop])
+        self._added += 1
+
+    def _flush(self) -> None:
+        rows = [wide(row) for row in self._rows]
+        self._wide = [a.add_(b) for a, b in zip(self._wide, rows, strict=True)] if self._wide else rows
+        self._rows, self._added = [torch.zeros_like(row) for row in self._rows], 0
+
+    def add_to(self, total: Tensor, factor: Tensor) -> None:
+        """Adds `factor` times the sum to `total` ``[n, n]`` float64, its lower block triangle only."""
+        for part in (self._rows, self._wide):
+            for (start, stop), row in zip(self.ends, part, strict=False):
+                total[start:stop, :stop].addcmul_(wide(row), factor)
+
+    def mirror(self, total: Tensor) -> None:
+        """Copies the lower block triangle of ``[n, n]`` to the upper one."""
+        for start, stop in self.ends:
+            total[:start, start:stop] = total[start:stop, :start].T
+
+    def inner(self, other: Tensor) -> Tensor:
+        """Sum of the products of all its entries with those of a symmetric ``[n, n]`` float64."""
+        total = other.new_zeros(())
+        for part in (self._rows, self._wide):
+            for (start, stop), row in zip(self.ends, part, strict=False):
+                products = wide(row) * other[start:stop, :stop]
+                total += 2 * products.sum() - products[:, start:].sum()
+        return total
+
+    def is_finite(self) -> Tensor:
+        """Whether all of it is, one boolean on the device."""
+        return torch.stack([row.isfinite().all() for row in (*self._rows, *self._wide)]).all()
 
 
 class RunningCovariance:
@@ -78,20 +155,24 @@ class RunningCovariance:
     def __init__(self, share: float) -> None:
         self.share = share
         self._shift: Tensor | None = None  # [n]
-        self._sums: dict[tuple[int, bool], Sums] = {}  # (fold, weighted) -> sums of w, w x, w x x^T
+        self._sums: dict[tuple[int, bool], tuple[Sums, GramSum]] = {}  # (fold, weighted) -> of w and w x; of w x x^T
 
     def update(self, x: Tensor, weight: Tensor | None = None, fold: int = 0) -> None:
         """Adds tokens ``[T, n]`` with weights ``[T]`` >= 0 to a fold."""
         if self._shift is None:
             self._shift = x.mean(dim=0)
         x = x - self._shift
-        plain = self._sums.setdefault((fold, False), Sums())
-        plain.add(len(x), x.new_tensor(len(x)), x.sum(dim=0), gram(x))
+        self._add((fold, False), x, x.new_full((), len(x)), x.sum(dim=0))
         if self.share > 0:
             assert weight is not None
-            root = x * weight.sqrt().unsqueeze(1)
-            weighted = self._sums.setdefault((fold, True), Sums())
-            weighted.add(len(x), weight.sum(), (x * weight.unsqueeze(1)).sum(dim=0), gram(root))
+            self._add((fold, True), x * weight.sqrt().unsqueeze(1), weight.sum(), weight @ x)
+
+    def _add(self, part: tuple[int, bool], x: Tensor, *sums: Tensor) -> None:
+        if part not in self._sums:  # both sums of a fold lie together: what is large is given back when it is freed
+            for weighted, flat in enumerate(x.new_zeros(1 + (self.share > 0), GramSum.size(x.shape[1]))):
+                self._sums[part[0], bool(weighted)] = Sums(), GramSum(x.shape[1], flat)
+        self._sums[part][0].add(len(x), *sums)
+        self._sums[part][1].add(x)
 
     def result(self, folds: tuple[int, ...] = (0, 1)) -> tuple[Tensor, Tensor]:
         """Mean ``[n]`` and covariance ``[n, n]``, float64; of all data if the folds are empty.
@@ -101,31 +182,25 @@ class RunningCovariance:
         assert self._shift is not None, "no batch was seen"
         if not any(fold in folds for fold, _ in self._sums):
             folds = (0, 1)
-        first, second = (torch.zeros_like(total) for total in next(iter(self._sums.values())).totals[1:])
+        first = torch.zeros_like(wide(self._shift))
+        second = first.new_zeros(len(first), len(first))
         for weighted, share in ((False, 1 - self.share), (True, self.share)):
             if share > 0:
                 parts = self._parts(folds, weighted) or self._parts(folds, False)
-                total = torch.stack([part[0] for part in parts]).sum()
-                for _, sum_x, sum_xx in parts:
-                    first += share * sum_x / total
-                    second += share * sum_xx / total
-        return self._shift.to(first) + first, second - torch.outer(first, first)
+                factor = share / torch.stack([sums.totals[0] for sums, _ in parts]).sum()
+                for sums, products in parts:
+                    first += factor * sums.totals[1]
+                    products.add_to(second, factor)
+        products.mirror(second)
+        return wide(self._shift) + first, second.addr_(first, first, alpha=-1)
 
-    def _parts(self, folds: tuple[int, ...], weighted: bool) -> list[list[Tensor]]:
+    def _parts(self, folds: tuple[int, ...], weighted: bool) -> list[tuple[Sums, GramSum]]:
         """The sums of folds; none if nothing in them weighs anything."""
-        found = [self._sums[fold, weighted].totals for fold in folds if (fold, weighted) in self._sums]
-        return found if any(part[0] > 0 for part in found) else []
+        found = [self._sums[fold, weighted] for fold in folds if (fold, weighted) in self._sums]
+        return found if any(sums.totals[0] > 0 for sums, _ in found) else []
 
-
-def gram(x: Tensor) -> Tensor:
-    """``x^T x`` of ``[T, n]``; of 4 x 4 blocks those above the diagonal are mirrored: 3/8 of the products saved."""
-    n = x.shape[1]
-    if n < 256:
-        return x.T @ x
-    result, size = x.new_empty(n, n), -(-n // 4)
-    for start in range(0, n, size):
-        stop = min(start + size, n)
-        part = x[:, start:stop].T @ x[:, :stop]  # [stop - start, stop]
-        result[start:stop, :stop] = part
-        result[:start, start:stop] = part[:, :start].T
-    return result
+    def is_finite(self) -> Tensor:
+        """Whether all sums are, one boolean on the device."""
+        first = [total.isfinite().all() for sums, _ in self._sums.values() for total in sums.totals]
+        second = [products.is_finite() for _, products in self._sums.values()]
+        return torch.stack([*first, *(one.to(first[0].device) for one in second)]).all()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from stratavit.calibration.accumulators import GramSum, wide
 from stratavit.calibration.dense_outputs import DenseOutputs
+from stratavit.calibration.elimination import elimination_order
 from stratavit.calibration.objectives import Objective
-from stratavit.calibration.output_aware import elimination_order, output_axes
-from stratavit.calibration.statistics import SiteStatistics, collect
+from stratavit.calibration.output_aware import output_axes
+from stratavit.calibration.statistics import SiteObserver, SiteStatistics, observe
 from stratavit.calibration.wpac import (
     CRITERIA,
     Criterion,
@@ -25,10 +27,12 @@ from stratavit.elastic.compensation import Moments, factorise
 from stratavit.elastic.network import site_of
 from stratavit.errors import StrataViTError, described
 from stratavit.models.families import layer_scale
+from stratavit.utils.freed_memory import give_back
 from stratavit.utils.progress import track
 
 Method = Literal["default", "paper"]
 TOKEN_WEIGHT = 0.5
+HOST_BYTES, DEVICE_BYTES = 2**27, 2**30  # of covariances and maps of sites that are sorted together
 
 
 def known_method(method: Method) -> Method:
@@ -74,55 +78,126 @@ def sort_channels(
         raise StrataViTError(f"token_weight: expected a share from 0 to 1, got {token_weight!r}")
     share = token_weight if criterion == "output" else None
     dense_outputs = None if share is None else DenseOutputs()
-    statistics = collect(model, loader, objective, scatter_needed(criterion), "contract", share, seed, dense_outputs)
-    generator = torch.Generator().manual_seed(seed)
-    for name, found in track(statistics.items(), "sort channels"):
-        _sort_site(site_of(model, name), found, criterion, layer_scale(model, name), generator)
-    images = next(iter(statistics.values())).images
+    asked = (objective, scatter_needed(criterion), "contract", share, seed, dense_outputs)
+    observers, images = observe(model, loader, *asked)
+    give_back()  # what the activations took
+    sort_sites(model, observers, criterion, seed)
     facts = {"criterion": criterion, "objective": objective, "images": images, "seed": seed, "token_weight": share}
     return facts, dense_outputs
 
 
+def sort_sites(model: nn.Module, observers: dict[str, SiteObserver], criterion: Criterion, seed: int = 0) -> None:
+    """Sorts the channels of the sites that were observed, in place.
+
+    Args:
+        model: Its sites are elastic modules.
+        observers: Of `statistics.observe`; used up.
+        criterion, seed: See `sort_channels`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sites = {name: site_of(model, name) for name in observers}
+    for names in track(_alike(sites) if criterion == "output" else [[name] for name in sites], "sort channels"):
+        chosen, watched = [sites[name] for name in names], [observers.pop(name) for name in names]
+        _sort_alike(chosen, watched, criterion, [layer_scale(model, name) for name in names], generator)
+
+
+def _alike(sites: Mapping[str, ElasticSite]) -> list[list[str]]:
+    """Names of sites of one shape together, as many as may be worked on at once."""
+    shapes: dict[Any, list[str]] = {}
+    for name, site in sites.items():
+        shapes.setdefault((site.attention, site.tied, site.heads, site.out.weight.shape), []).append(name)
+    groups = []
+    for names in shapes.values():
+        weight = sites[names[0]].out.weight
+        size = 8 * weight.shape[1] * sum(weight.shape)  # bytes of covariance and map in float64
+        most = max(1, (HOST_BYTES if weight.device.type == "cpu" else DEVICE_BYTES) // size)
+        groups += [names[start : start + most] for start in range(0, len(names), most)]
+    return groups
+
+
 @torch.no_grad()
-def _sort_site(
-    module: ElasticSite, found: SiteStatistics, criterion: Criterion, scale: Tensor | None, generator: torch.Generator
+def _sort_alike(
+    modules: Sequence[ElasticSite],
+    observers: Sequence[SiteObserver],
+    criterion: Criterion,
+    scales: Sequence[Tensor | None],
+    generator: torch.Generator,
 ) -> None:
-    """Folds new coordinates into the weights, and keeps means and moments in these coordinates."""
+    """Folds new coordinates into the weights of sites of one shape, and keeps means and moments in these.
+
+    Args:
+        modules: The sites; more than one only for the criterion ``output``.
+        observers: What was seen of each.
+        criterion: What channels are sorted by.
+        scales: Their LayerScale.
+        generator: For ``random``.
+    """
+    found = [observer.result() for observer in observers]
+    coordinates: list[AttentionTransform | Tensor]
+    if criterion == "output":
+        coordinates = _output_coordinates(modules, found, scales)
+    else:
+        choose = attention_transform if modules[0].attention else mlp_order
+        coordinates = [choose(found[0], criterion, modules[0].norms(), generator)]
+    for module, observer, new in zip(modules, observers, coordinates, strict=True):
+        _sort_site(module, found.pop(0), observer, new)
+
+
+def _sort_site(
+    module: ElasticSite, found: SiteStatistics, observer: SiteObserver, new: AttentionTransform | Tensor
+) -> None:
+    """Folds an attention module's transform, or the order ``[m]`` of an MLP's channels, into the weights."""
     module.forget()
-    mean, new = found.channel_mean, _new_coordinates(module, found, criterion, scale, generator)
+    products = _map_products(module) if found.covariance is not None else None
     if isinstance(new, AttentionTransform):
         module.fold(new)
         new = new.v
     else:
         module.permute(new)
+    mean, covariance = found.channel_mean, found.covariance
     new = new.to(mean.device)
     set_mean(module, _moved_mean(new, mean))
-    if found.covariance is not None:
-        module.moments = _moments(module, _moved_covariance(new, found.covariance))
-        module.crossed = tuple(
-            (_moved_mean(new, m).to(module.out.weight), _moments(module, _moved_covariance(new, c)))
-            for m, c in found.crossed
-        )
+    if covariance is None or products is None:
+        return
+    energy, covariance = float(products.inner(covariance)), _moved_covariance(new, covariance)
+    del found  # one covariance at a time
+    module.moments = _moments(module, covariance, energy)
+    crossed = []
+    for its_mean, covariance in observer.crossed():
+        energy, covariance = float(products.inner(covariance)), _moved_covariance(new, covariance)
+        crossed.append((_moved_mean(new, its_mean).to(module.out.weight), _moments(module, covariance, energy)))
+    module.crossed = tuple(crossed)
 
 
-def _new_coordinates(
-    module: ElasticSite, found: SiteStatistics, criterion: Criterion, scale: Tensor | None, generator: torch.Generator
-) -> AttentionTransform | Tensor:
-    """The transform of an attention module, or the order ``[m]`` of an MLP's channels; `scale` is the LayerScale."""
-    if criterion != "output":
-        choose = attention_transform if module.attention else mlp_order
-        return choose(found, criterion, module.norms(), generator)
-    mean, covariance = found.channel_mean, found.covariance
-    assert covariance is not None
-    weight = module.out_by_head().to(covariance)  # [C, H, d]
-    weight = weight if scale is None else weight * scale.to(covariance)[:, None, None]
-    if not module.attention:
-        return elimination_order(weight.flatten(1), covariance)
-    qk = None if found.scatter is None else principal_axes(found.scatter.sum(dim=0)).transpose(-1, -2)
-    blocks = covariance.unflatten(0, mean.shape).unflatten(2, mean.shape)  # [H, d, H, d]
-    axes = [output_axes(weight[:, h], blocks[h, :, h]) for h in range(module.heads)]
-    v, o = (torch.stack(side).to(mean) for side in zip(*axes, strict=True))
-    return AttentionTransform(qk, qk, v, o)
+def _map_products(module: ElasticSite) -> GramSum:
+    """``W^T W`` of the map out of the channels, whose product with a covariance is the output's variance."""
+    weight = wide(module.out.weight.detach())
+    products = GramSum(weight.shape[1], weight.new_zeros(GramSum.size(weight.shape[1])))
+    products.add(weight)
+    return products
+
+
+def _output_coordinates(
+    modules: Sequence[ElasticSite], found: Sequence[SiteStatistics], scales: Sequence[Tensor | None]
+) -> list[AttentionTransform | Tensor]:
+    """What the criterion ``output`` chooses for sites of one shape."""
+    weight = torch.stack([wide(module.out_by_head().detach()) for module in modules])  # [S, C, H, d]
+    for own, scale in zip(weight, scales, strict=True):
+        if scale is not None:
+            own *= wide(scale.detach())[:, None, None]
+    covariances = [one.covariance for one in found if one.covariance is not None]
+    if not modules[0].attention:
+        return list(elimination_order(weight.flatten(2), covariances))
+    blocks = torch.stack([_own_blocks(covariance, weight.shape[2]) for covariance in covariances])  # [S, H, d, d]
+    values = output_axes(weight.transpose(1, 2), blocks)
+    scatters = [one.scatter.sum(dim=0) for one in found if one.scatter is not None]
+    turns = principal_axes(torch.stack(scatters)).mT if scatters else [None] * len(modules)  # [S, H, d, d]
+    return [AttentionTransform(qk, qk, v, o) for qk, v, o in zip(turns, *values, strict=True)]
+
+
+def _own_blocks(covariance: Tensor, heads: int) -> Tensor:
+    """The covariance of each head's own channels ``[H, d, d]``, of that of all, ``[H*d, H*d]``."""
+    return covariance.unflatten(0, (heads, -1)).unflatten(2, (heads, -1)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def _moved_mean(new: Tensor, mean: Tensor) -> Tensor:
@@ -133,7 +208,7 @@ def _moved_mean(new: Tensor, mean: Tensor) -> Tensor:
 def _moved_covariance(new: Tensor, covariance: Tensor) -> Tensor:
     """Covariance ``[H*d, H*d]`` or ``[m, m]`` after the same."""
     if new.dim() == 1:
-        return covariance[new][:, new]
+        return covariance.index_select(0, new).index_select(1, new)
     shape, turn = new.shape[:2], new.to(covariance)
     blocks = covariance.unflatten(0, shape).unflatten(2, shape)  # [H, d, H, d]
     return torch.einsum("hij,hjgk,glk->higl", turn, blocks, turn).flatten(2).flatten(0, 1)
@@ -142,15 +217,15 @@ def _moved_covariance(new: Tensor, covariance: Tensor) -> Tensor:
 def moments_of(module: ElasticSite, found: SiteStatistics) -> tuple[Tensor, Moments]:
     """Mean ``[H, d]`` and moments of a site's channels in their coordinates, from statistics with a covariance."""
     assert found.covariance is not None
-    return found.channel_mean, _moments(module, found.covariance)
+    energy = float(_map_products(module).inner(found.covariance))
+    return found.channel_mean, _moments(module, found.covariance, energy)
 
 
-def _moments(module: ElasticSite, covariance: Tensor) -> Moments:
+def _moments(module: ElasticSite, covariance: Tensor, energy: float) -> Moments:
     """Moments, coordinate-major, of channels whose covariance ``[H*d, H*d]`` is head-major."""
     shape = (module.heads, -1)
     blocks = covariance.unflatten(0, shape).unflatten(2, shape).permute(1, 0, 3, 2)  # [d, H, d, H]
-    moments = factorise(blocks.flatten(2).flatten(0, 1), module.out_by_coordinate().detach())
-    return moments.to(module.out.weight.device)
+    return factorise(blocks.flatten(2).flatten(0, 1), energy).to(module.out.weight.device)
 
 
 def set_mean(module: ElasticSite, mean: Tensor) -> None:

@@ -5,8 +5,8 @@ Shape legend: B images, N tokens, H heads, w head_dim (at the width in use), m M
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -25,6 +25,7 @@ from stratavit.utils.model import (
     classes_of,
     eval_mode,
     frozen,
+    full_products,
     model_device,
     model_dtype,
     takes_gradients,
@@ -71,12 +72,13 @@ class SiteObserver:
             module's output; None: gather Taylor terms instead.
 
     Attributes:
-        folds: Of the images of the batch that runs, ``[B]``; windows of an image lie one after the other.
+        sizes: Images of fold 0 and of fold 1 in the batch that runs, in this order; windows of an image lie one after
+            the other.
     """
 
     def __init__(self, site: ElasticSite, scatter: Scatter, token_weight: float | None = None) -> None:
         self.heads, self.attention = site.heads, site.attention
-        self.weighted, self.folds = scatter == "weighted", torch.zeros(1, dtype=torch.long)
+        self.weighted, self.sizes = scatter == "weighted", (1, 0)
         turned = site.tied or (site.attention and token_weight is None)  # v turns by its covariance where there is one
         self._scatter = RunningScatter() if turned and scatter != "none" else None
         self._covariance = None if token_weight is None else RunningCovariance(token_weight)
@@ -104,9 +106,9 @@ class SiteObserver:
     def outputs(self, outputs: Tensor) -> None:
         """What the module adds, ``[B, N, C]``: the norm of its gradient weighs the token."""
         if self._covariance is not None:
-            x, folds = self._held.pop(), self.folds
-            x = x.reshape(len(folds), -1, x.shape[-1])  # [B, N, H*w], the tokens of all windows of an image
-            outputs.register_hook(lambda gradient: self._covariance_of(x, gradient, folds.to(x.device)))
+            x, sizes = self._held.pop(), self.sizes
+            x = x.reshape(sum(sizes), -1, x.shape[-1])  # [B, N, H*w], the tokens of all windows of an image
+            outputs.register_hook(lambda gradient: self._covariance_of(x, gradient, sizes))
 
     def _await_gradient(self, features: Tensor, then: Callable[[Tensor, Tensor], None]) -> None:
         """Calls `then` with features and gradient once that is there, and lets go of them."""
@@ -134,27 +136,40 @@ class SiteObserver:
         weight = importance.mean(dim=-1).flatten(1).T if self.weighted else None  # [G*H, T]
         self._scatter.update(x, weight)
 
-    def _covariance_of(self, x: Tensor, gradient: Tensor, folds: Tensor) -> None:
-        """`x` ``[B, N, H*w]``, `gradient` ``[B, N, C]`` of images in `folds` ``[B]``."""
+    def _covariance_of(self, x: Tensor, gradient: Tensor, sizes: tuple[int, int]) -> None:
+        """`x` ``[B, N, H*w]``, `gradient` ``[B, N, C]``, images of fold 0 before those of fold 1."""
         assert self._covariance is not None
         weight = gradient.norm(dim=-1).reshape(len(x), -1)  # [B, N]
-        for fold in (0, 1):
-            chosen = folds == fold
-            if chosen.any():
-                self._covariance.update(x[chosen].flatten(0, 1), weight[chosen].flatten(), fold)
+        for fold, (own, its_weight) in enumerate(zip(x.split(sizes), weight.split(sizes), strict=True)):
+            if len(own):
+                self._covariance.update(own.flatten(0, 1), its_weight.flatten(), fold)
 
     def result(self) -> SiteStatistics:
-        """The moments over everything seen."""
+        """The moments over everything seen, but for those of the folds."""
         scatter = None if self._scatter is None else self._scatter.scatter.unflatten(0, (-1, self.heads))
         if self._covariance is None:
             (taylor, hessian), (mean,) = self._taylor.means, self._mean.means
             return SiteStatistics(taylor, hessian, mean, scatter)
-        (mean, covariance), *crossed = (
-            (mean.unflatten(0, (self.heads, -1)), covariance)
-            for mean, covariance in map(self._covariance.result, ((0, 1), (1,), (0,)))
-        )
+        mean, covariance = self._moments((0, 1))
         empty = mean.new_empty(0)
-        return SiteStatistics(empty, empty, mean, scatter, covariance, tuple(crossed))
+        return SiteStatistics(empty, empty, mean, scatter, covariance)
+
+    def crossed(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """`SiteStatistics.crossed`, one after the other; nothing where there are no covariances."""
+        if self._covariance is not None:
+            yield from map(self._moments, ((1,), (0,)))
+
+    def _moments(self, folds: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        assert self._covariance is not None
+        mean, covariance = self._covariance.result(folds)
+        return mean.unflatten(0, (self.heads, -1)), covariance
+
+    def is_finite(self) -> bool:
+        """Whether all sums are."""
+        sums = [self._taylor, self._mean, *(() if self._scatter is None else (self._scatter.sums,))]
+        parts = [total.isfinite().all() for one in sums for total in one.totals]
+        parts += [] if self._covariance is None else [self._covariance.is_finite()]
+        return bool(torch.stack([part.to(parts[0].device) for part in parts]).all())
 
 
 def collect(
@@ -192,6 +207,28 @@ def collect(
     Raises:
         StrataViTError: No images, labels missing or out of range, or a non-finite result.
     """
+    observers, images = observe(model, loader, objective, scatter, description, token_weight, seed, dense_outputs)
+    results = {}
+    for name in list(observers):
+        observer = observers.pop(name)  # so that no site's sums outlive its result
+        results[name] = replace(observer.result(), crossed=tuple(observer.crossed()), images=images)
+    return results
+
+
+def observe(
+    model: nn.Module,
+    loader: Iterable[Any],
+    objective: Objective,
+    scatter: Scatter,
+    description: str,
+    token_weight: float | None,
+    seed: int = 0,
+    dense_outputs: DenseOutputs | None = None,
+) -> tuple[dict[str, SiteObserver], int]:
+    """The pass of `collect`: site name -> what its observer has added up, and the number of images.
+
+    Results need several times the memory of the sums: whoever can uses up one site after the other.
+    """
     if objective not in OBJECTIVES:
         raise StrataViTError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
     if not takes_gradients(model):
@@ -203,17 +240,14 @@ def collect(
     sites = {name: site for name, site in sites_in(model).items() if site.width and not site.bypassed}
     observers = {name: SiteObserver(site, scatter, token_weight) for name, site in sites.items()}
     watching = temporarily("observer", {site: observers[name] for name, site in sites.items()})
-    with watching, eval_mode(model), frozen(model):
+    with watching, eval_mode(model), frozen(model), full_products():
         images_seen = _run(model, track(loader, description), score, observers.values(), dense_outputs)
     if images_seen == 0:
         raise StrataViTError("calibration: the loader gave no images; check the data folder or the loader")
-    results = {}
-    for name in sites:
-        results[name] = found = observers.pop(name).result()  # popped, so that no site's sums outlive its result
-        found.images = images_seen
-        if not all(t.isfinite().all() for t in vars(found).values() if isinstance(t, Tensor)):
+    for name, observer in observers.items():
+        if not observer.is_finite():
             raise StrataViTError(f"calibration: {name} produced NaN or infinite values; check weights and images")
-    return results
+    return observers, images_seen
 
 
 def _run(
@@ -229,9 +263,9 @@ def _run(
     images_seen = 0
     for images, labels in batches_of(loader, model):
         keys = keys_of(images)
-        folds = folds_of(keys)
+        images, labels, keys, sizes = by_fold(images, labels, keys)
         for observer in observers:
-            observer.folds = folds
+            observer.sizes = sizes
         with torch.no_grad():
             tokens = parts.stem(images.to(device, dtype))
         tokens.requires_grad_(True)
@@ -243,3 +277,14 @@ def _run(
                 dense_outputs.add(keys, parts.tail(left), parts.pool(left))
         images_seen += len(images)
     return images_seen
+
+
+def by_fold(
+    images: Tensor, labels: Tensor | None, keys: list[bytes]
+) -> tuple[Tensor, Tensor | None, list[bytes], tuple[int, int]]:
+    """A batch with its images of fold 0 first, and how many there are of either: each fold is then a view."""
+    folds = folds_of(keys)
+    order = folds.argsort(stable=True)
+    second = int(folds.sum())
+    labels = None if labels is None else labels[order.to(labels.device)]
+    return images[order.to(images.device)], labels, [keys[i] for i in order.tolist()], (len(keys) - second, second)

@@ -165,10 +165,10 @@ def is_aside(name: str) -> bool:
 
 def _check_depth(found: Listing, bare: bool) -> None:
     """Refuses folders that are not classes, as far as names can tell."""
-    folder = found.folder
+    folder, classes = found.folder, found.classes
     _check_splits(found)
     for name, inner in found.inner.items():
-        only = len(found.classes) == 1 and any(map(kind_of_split, inner))
+        only = len(classes) == 1 and any(map(kind_of_split, inner))
         if bare and inner and (only or looks_like_split(name)):
             raise StrataViTError(
                 f"data: {folder / name} looks like a split or a data set, not like a class (it holds "
@@ -177,9 +177,9 @@ def _check_depth(found: Listing, bare: bool) -> None:
     if bare:
         _check_endings(found)
     lists = [name for name in found.files if "annotation" in name.casefold()]
-    if len(found.classes) == 1 and lists:
+    if len(classes) == 1 and lists:
         raise StrataViTError(
-            f"data: {folder} holds all images in one folder, {found.classes[0]}, and {lists[0]}; expected "
+            f"data: {folder} holds all images in one folder, {classes[0]}, and {lists[0]}; expected "
             "<class>/<image>: sort the images into class folders by that file"
         )
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stratavit.calibration.accumulators import wide
 from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.calibration.objectives import distance
 from stratavit.elastic.base import ElasticSite, Probe, Weights
@@ -77,10 +78,10 @@ class Reference:
         """Mean distance of the network at `widths` to the dense model."""
         with run_at(self.elastic, widths, fixed=True):
             found = [
-                float(distance(self._stages.tail(self._tokens(batch)), dense, self.classes))
+                distance(self._stages.tail(self._tokens(batch)), dense, self.classes)
                 for batch, dense in zip(self._batches, self._logits, strict=True)
             ]
-        return sum(found) / self.count
+        return float(wide(torch.stack(found)).sum()) / self.count
 
     def effects(self, cost: CostModel, widths: Mapping[str, int]) -> dict[str, float]:
         """By how much the mean distance falls, to first order, per price of what a site is given.
@@ -96,26 +97,29 @@ class Reference:
             Site name -> effect.
         """
         ladder = {site.name: neighbours(site, widths[site.name], cost) for site in self.sites}
-        probes = {name: make_probe(m, widths[name], max(ladder[name])) for name, m in self.elastic.items()}
+        probes = {name: make_probes(m, [widths[name]], max(ladder[name]))[0] for name, m in self.elastic.items()}
         in_place = temporarily("probe", {module: probes[name] for name, module in self.elastic.items()})
         with in_place, run_at(self.elastic, widths), torch.enable_grad():
             for batch, dense in zip(self._batches, self._logits, strict=True):
                 distance(self._stages.tail(self._tokens(batch)), dense, self.classes).backward()
-        found = {}
+        names: list[str] = []
+        falls: list[Tensor] = []  # one at each step, on the device
         for site in self.sites:
-            module, probe, falls = self.elastic[site.name], probes[site.name], []
-            for width in ladder[site.name]:
-                if width != widths[site.name]:
-                    step = cost.price(site, width) - cost.price(site, widths[site.name])
-                    falls.append(-_first_order(probe, make_probe(module, width, max(ladder[site.name]))) / step)
-            if falls:
-                found[site.name] = sum(falls) / len(falls) / self.count
-        return found
+            module, here, steps = self.elastic[site.name], widths[site.name], ladder[site.name]
+            other = [width for width in steps if width != here]
+            for width, probe in zip(other, make_probes(module, other, max(steps)), strict=True):
+                price = cost.price(site, width) - cost.price(site, here)
+                names.append(site.name)
+                falls.append(-_first_order(probes[site.name], probe) / price)
+        found: dict[str, list[float]] = {}
+        for name, fall in zip(names, torch.stack(falls).tolist() if falls else [], strict=True):
+            found.setdefault(name, []).append(fall)
+        return {name: sum(values) / len(values) / self.count for name, values in found.items()}
 
 
 def _total(batches: Iterable[Tensor]) -> Tensor:
     """Sum over all images of ``[B, C]`` batches, ``[C]`` float64 on the CPU."""
-    return torch.stack([features.double().sum(dim=0).cpu() for features in batches]).sum(dim=0)
+    return torch.stack([wide(features).sum(dim=0) for features in batches]).sum(dim=0).cpu()
 
 
 def neighbours(site: Site, width: int, cost: CostModel) -> tuple[int, int]:
@@ -130,23 +134,25 @@ def neighbours(site: Site, width: int, cost: CostModel) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def make_probe(module: ElasticSite, width: int, padded: int) -> Probe:
-    """Weights at `width` written out at the width `padded`: zeros for the channels between; leaves for gradients."""
+def make_probes(module: ElasticSite, widths: Sequence[int], padded: int) -> list[Probe]:
+    """Weights at widths written out at the width `padded`: zeros for the channels between; leaves for gradients."""
     in_weight, in_bias = module.in_weight(padded)
-    _, _, out_weight, bias = module.weights_at(width)
-    out_bias = torch.zeros_like(out_weight[:, 0]) if bias is None else bias
-    by_head = out_weight.unflatten(1, (module.heads, width))
-    out_weight = F.pad(by_head, (0, padded - width)).flatten(1)  # [C, H*p]
-    gate = (torch.arange(padded, device=out_weight.device) < width).to(out_weight)
-    leaves = [leaf.detach().clone().requires_grad_(True) for leaf in (out_weight, out_bias, gate)]
-    return Probe(Weights(in_weight, in_bias, leaves[0], leaves[1]), leaves[2] if module.tied else None)
+    probes = []
+    for width, (out_weight, bias) in zip(widths, module.outs_at(widths), strict=True):
+        out_bias = torch.zeros_like(out_weight[:, 0]) if bias is None else bias
+        by_head = out_weight.unflatten(1, (module.heads, width))
+        out_weight = F.pad(by_head, (0, padded - width)).flatten(1)  # [C, H*p]
+        gate = (torch.arange(padded, device=out_weight.device) < width).to(out_weight)
+        leaves = [leaf.detach().clone().requires_grad_(True) for leaf in (out_weight, out_bias, gate)]
+        probes.append(Probe(Weights(in_weight, in_bias, leaves[0], leaves[1]), leaves[2] if module.tied else None))
+    return probes
 
 
-def _first_order(probe: Probe, other: Probe) -> float:
-    """``<gradient at probe, other - probe>`` over out_weight, out_bias and the gate of q."""
+def _first_order(probe: Probe, other: Probe) -> Tensor:
+    """``<gradient at probe, other - probe>`` over out_weight, out_bias and the gate of q; a float64 on the device."""
     ours, theirs = ((p.weights.out_weight, p.weights.out_bias, p.gate) for p in (probe, other))
-    total = 0.0
+    total = wide(probe.weights.out_weight.new_zeros(()))
     for here, there in zip(ours, theirs, strict=True):
         if here is not None and there is not None and here.grad is not None:
-            total += float((here.grad.double() * (there - here).detach().double()).sum())
+            total = total + (wide(here.grad) * wide((there - here).detach())).sum()
     return total

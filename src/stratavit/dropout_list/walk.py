@@ -21,7 +21,7 @@ from stratavit.errors import StrataViTError
 from stratavit.models.cost import CostModel
 from stratavit.models.families import last_norm
 from stratavit.models.final_mean import FinalMean
-from stratavit.utils.model import eval_mode, frozen, takes_gradients
+from stratavit.utils.model import eval_mode, frozen, full_products, takes_gradients
 from stratavit.utils.progress import track
 
 FAMILIAR = 0.1  # share of images below which they are not those of `contract`
@@ -92,7 +92,7 @@ def walk(
     steps = [(share, left) for share, count in plan.states if share > floor for left in reversed(range(count))]
     states: list[State] = []
     drifts: dict[float, Tensor] = {}  # by the share that was reached, not the one asked for
-    with eval_mode(model), frozen(model):
+    with eval_mode(model), frozen(model), full_products():
         for share, left in track(steps, "measure the list"):
             fold = 1 - fold
             batches = feed.take(plan.images, fold)

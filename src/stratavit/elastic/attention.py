@@ -159,9 +159,8 @@ class ElasticAttention(HeadsSite):
         scale = (width / self.full_width) ** 0.5
 
         def cut(x: Tensor) -> Tensor:  # [3*H*d, ...] -> [3*H*w, ...]
-            kept = prefix_of_heads(x, 3 * self.heads, width).unflatten(0, (3, -1))
-            factor = kept.new_tensor([scale, 1.0, 1.0]).view(3, *[1] * (kept.dim() - 1))
-            return (kept * factor).flatten(0, 1)
+            q, k, v = prefix_of_heads(x, 3 * self.heads, width).chunk(3)
+            return torch.cat([q * scale, k, v])
 
         return cut(self.qkv.weight), None if self.qkv.bias is None else cut(self.qkv.bias)
 

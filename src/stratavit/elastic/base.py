@@ -9,6 +9,7 @@ Shape legend: B images, N tokens, C token width, H heads, d full head_dim, m ful
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stratavit.elastic.compensation import GAIN, Moments, compensate
+from stratavit.elastic.compensation import GAIN, Moments, compensate, project
 from stratavit.elastic.corrected import Corrected, stale
 from stratavit.elastic.running import current_run
 from stratavit.elastic.site import Site
@@ -202,15 +203,23 @@ class ElasticSite(nn.Module):
         Raises:
             StrataViTError: They were computed by `specialise`, and the weights have changed since.
         """
-        into = self.in_weight(width)
-        if width == self.full_width:
-            return Weights(*into, self.out.weight, self.out.bias)
-        if self.compensation == "full" and self.moments is not None:
-            return Weights(*into, *self.compensated_out(width))
-        if self.compensation == "full" and width in self.corrected:
-            return Weights(*into, *self.corrected[width].checked(self._basis(), width))
-        kept = self.out_by_head()[:, :, :width].flatten(1)  # [C, H, w] -> [C, H*w]
-        return Weights(*into, kept, self.out_bias_at(width))
+        return Weights(*self.in_weight(width), *self.outs_at([width])[0])
+
+    def outs_at(self, widths: Sequence[int]) -> list[tuple[Tensor, Tensor | None]]:
+        """Weight and bias of `out` at widths, see `weights_at`; those that are compensated share a product."""
+        cut = [width for width in widths if width < self.full_width]
+        found: dict[int, tuple[Tensor, Tensor | None]] = {self.full_width: (self.out.weight, self.out.bias)}
+        if self.compensation == "full" and self.moments is not None and cut:
+            found |= zip(cut, self.compensated_outs(cut), strict=True)
+        for width in cut:
+            if width in found:
+                continue
+            if self.compensation == "full" and width in self.corrected:
+                found[width] = self.corrected[width].checked(self._basis(), width)
+            else:
+                kept = self.out_by_head()[:, :, :width].flatten(1)  # [C, H, w] -> [C, H*w]
+                found[width] = kept, self.out_bias_at(width)
+        return [found[width] for width in widths]
 
     def weights_now(self) -> Weights:
         """Weights of the call that runs: the probe's, else those at its width.
@@ -232,7 +241,7 @@ class ElasticSite(nn.Module):
         if self.compensation != "full" or self.moments is None or not 0 < width < self.full_width:
             return None
         with torch.no_grad():
-            return self.compensated_out(width)
+            return self.compensated_outs([width])[0]
 
     def specialise(self, width: int) -> None:
         """Keeps `fixed_out` at a width for as long as the weights stay as they are."""
@@ -253,18 +262,22 @@ class ElasticSite(nn.Module):
         """What the second map is computed from, besides the moments."""
         return [t for t in (self.out.weight, self.out.bias, self.channel_mean) if t is not None]
 
-    def compensated_out(self, width: int) -> tuple[Tensor, Tensor]:
-        """Weight ``[C, H*w]`` and bias ``[C]`` of `out` with what the dropped channels did folded in."""
+    def compensated_outs(self, widths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Weight ``[C, H*w]`` and bias ``[C]`` of `out` with what the dropped channels did folded in, at widths."""
         assert self.moments is not None
         out = self.out.weight
         if self.moments.factor.device != out.device:  # pragma: no cover: needs a second device
             self.moments = self.moments.to(out.device)
+        found = []
         with torch.autocast(out.device.type, enabled=False):
             weight, mean = self.out_by_coordinate().float(), self.channel_mean.T.flatten().float()  # [C, d*H], [d*H]
-            kept, shift = compensate(weight, mean, self.moments, width * self.heads, self.gain)
-            kept = kept.unflatten(1, (width, self.heads)).transpose(1, 2).flatten(1)  # [C, w*H] -> [C, H*w]
-            bias = shift if self.out.bias is None else self.out.bias.float() + shift
-            return kept.to(out.dtype), bias.to(out.dtype)
+            projected = project(weight, self.moments.factor, max(widths) * self.heads)
+            for width in widths:
+                kept, shift = compensate(weight, mean, self.moments, width * self.heads, self.gain, projected)
+                kept = kept.unflatten(1, (width, self.heads)).transpose(1, 2).flatten(1)  # [C, w*H] -> [C, H*w]
+                bias = shift if self.out.bias is None else self.out.bias.float() + shift
+                found.append((kept.to(out.dtype), bias.to(out.dtype)))
+        return found
 
     def out_bias_at(self, width: int) -> Tensor | None:
         """Bias of `out` at a width: ``bias + W[:, w:] mean[w:]``, what the dropped channels add on average.

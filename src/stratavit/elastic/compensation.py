@@ -12,6 +12,7 @@ Pure functions on tensors; no images are needed at this point. Shape legend: C o
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -47,26 +48,38 @@ def cholesky(covariance: Tensor, ridge: float = RIDGE) -> tuple[Tensor, float]:
     until the factor exists.
     """
     n = len(covariance)
-    unit = torch.eye(n, dtype=torch.float64, device=covariance.device)
     added = max(ridge * float(covariance.trace()) / n, torch.finfo(torch.float32).tiny)
+    matrix = covariance.double()
+    diagonal, before = matrix.diagonal(), matrix.diagonal().clone()
     while True:
-        factor, failed = torch.linalg.cholesky_ex(covariance.double() + added * unit)
+        diagonal.add_(added)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        diagonal.copy_(before)  # a copy of the matrix would be the largest part of what contraction holds
         if not failed:
             return factor, added
         assert added < float("inf"), "the covariance is not finite"
         added *= 10
 
 
-def factorise(covariance: Tensor, weight: Tensor, ridge: float = RIDGE) -> Moments:
-    """Moments of channels with a covariance ``[n, n]``, read by a map ``[C, n]`` in the same order."""
+def factorise(covariance: Tensor, energy: float, ridge: float = RIDGE) -> Moments:
+    """Moments of channels with a covariance ``[n, n]``; `energy` is the variance of what their map makes of them."""
     factor, added = cholesky(covariance, ridge)
-    weight = weight.to(covariance)
-    energy = max(float(((weight @ covariance) * weight).sum()), 0.0)  # rounding can leave a little below
     # row by row, as it is read from a file: the layout decides how products are rounded
-    return Moments(factor.float().contiguous(), added, energy)
+    factor = factor.to(torch.float32, memory_format=torch.contiguous_format)
+    return Moments(factor, added, max(energy, 0.0))  # rounding can leave a little below
 
 
-def compensate(weight: Tensor, mean: Tensor, moments: Moments, keep: int, gain: float = GAIN) -> tuple[Tensor, Tensor]:
+def project(weight: Tensor, factor: Tensor, keep: int) -> Tensor:
+    """``W L[:, :keep]``, ``[C, keep]``, of W ``[C, n]`` and lower triangular L ``[n, n]``; most zeros are left out."""
+    if keep < 512:
+        return weight @ factor[:, :keep]
+    ends = [keep * quarter // 4 for quarter in range(5)]
+    return torch.cat([weight[:, start:] @ factor[start:, start:stop] for start, stop in pairwise(ends)], dim=1)
+
+
+def compensate(
+    weight: Tensor, mean: Tensor, moments: Moments, keep: int, gain: float = GAIN, projected: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The map that stands in for `weight` when only the first `keep` channels are left.
 
     Args:
@@ -77,13 +90,13 @@ def compensate(weight: Tensor, mean: Tensor, moments: Moments, keep: int, gain: 
         keep: 0 < keep <= n.
         gain: The result is scaled by ``(energy of W / energy of the result) ** (gain / 2)``: regression
             shrinks, and later blocks are used to the full variance. 0 leaves the plain regression.
+        projected: `project` of `weight` at this width or a larger one, where several widths share it.
 
     Returns:
         The map ``[C, keep]`` and what is added to the bias ``[C]``, so that the mean output stays.
     """
-    factor = moments.factor[:, :keep]
-    projected = weight @ factor  # [C, keep]
-    kept = torch.linalg.solve_triangular(factor[:keep], projected, upper=False, left=False)
+    projected = project(weight, moments.factor, keep) if projected is None else projected[:, :keep]
+    kept = torch.linalg.solve_triangular(moments.factor[:keep, :keep], projected, upper=False, left=False)
     if gain:  # in tensors, not numbers: nothing waits for a GPU, and a compiler sees through
         energy = projected.detach().square().sum() - moments.ridge * kept.detach().square().sum()
         wide = torch.float32 if energy.device.type == "mps" else torch.float64  # it has no other

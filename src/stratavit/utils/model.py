@@ -98,6 +98,17 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def full_products() -> Iterator[None]:
+    """Runs the body with products of float32 matrices in float32, whatever the process allows (TF32, bfloat16)."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Runs the body with no weight requiring a gradient."""
     with temporarily("requires_grad", dict.fromkeys(model.parameters(), False)):
