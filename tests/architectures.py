@@ -21,6 +21,7 @@ HF = {
     "patch_size": 8,
 }
 HEADLESS = {"num_classes": 0}
+MAPS = {"num_classes": 0, "global_pool": ""}  # all tokens are returned
 NAMES: dict[str, dict[str, Any]] = {  # timm's name -> arguments besides the sizes
     "vit_tiny_patch16_224": {},
     "deit_tiny_patch16_224": {},
@@ -51,6 +52,11 @@ NAMES: dict[str, dict[str, Any]] = {  # timm's name -> arguments besides the siz
     "swin_tiny_patch4_window7_224": {},
     "swin_s3_tiny_224": {"window_size": 4},
     "swinv2_tiny_window8_256": {},
+    "vit_tiny_patch16_224.maps": MAPS,
+    "vit_small_patch14_reg4_dinov2.maps": MAPS,
+    "vit_small_patch16_dinov3.maps": MAPS,
+    "beit_base_patch16_224.maps": MAPS,
+    "swin_tiny_patch4_window7_224.maps": MAPS,
 }
 TRANSFORMERS = (
     "ViTForImageClassification",
@@ -72,6 +78,8 @@ KINDS = (  # a model of every family, and of every kind of attention, MLP and po
     "beit_base_patch16_224",
     "swin_tiny_patch4_window7_224",
     "swinv2_tiny_window8_256",
+    "vit_small_patch14_reg4_dinov2.maps",
+    "swin_tiny_patch4_window7_224.maps",
 )
 ALL = (*NAMES, *TRANSFORMERS, "Dinov2Model, SwiGLU", TORCHVISION)
 
@@ -91,7 +99,7 @@ def _made(name: str, more: dict[str, Any]) -> nn.Module:
     if name.endswith(".qk_norm"):
         return VisionTransformer(**VIT, num_classes=CLASSES, qk_norm=True)
     sizes = SWIN if name.startswith("swin") else VIT
-    return timm.create_model(name, **{"num_classes": CLASSES} | sizes | NAMES[name] | more)
+    return timm.create_model(name.removesuffix(".maps"), **{"num_classes": CLASSES} | sizes | NAMES[name] | more)
 
 
 def _torchvision() -> nn.Module:

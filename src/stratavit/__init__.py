@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from stratavit.evaluation.latency import Setting as Setting
     from stratavit.evaluation.latency import Timing as Timing
     from stratavit.evaluation.latency import time_model as time_model
+    from stratavit.evaluation.output_agreement import Agreement as Agreement
+    from stratavit.evaluation.output_agreement import compare_outputs as compare_outputs
+    from stratavit.evaluation.probe import linear_probe as linear_probe
     from stratavit.interop.export import Parity as Parity
     from stratavit.interop.export import export as export
     from stratavit.interop.libraries import as_timm as as_timm
@@ -63,6 +66,8 @@ _NAMES = {  # module -> public names that it defines
     "evaluation.curve_points": "Point",
     "evaluation.features": "knn zero_shot",
     "evaluation.latency": "Setting Timing time_model",
+    "evaluation.output_agreement": "Agreement compare_outputs",
+    "evaluation.probe": "linear_probe",
     "interop.libraries": "as_timm",
     "interop.export": "Parity export",
     "interop.transformers.folders": "load_transformers",

@@ -70,6 +70,11 @@ def vit(**options):
     return lambda: VisionTransformer(**SMALL | options)
 
 
+def headed(model):
+    model.head = nn.Linear(32, 7)
+    return model
+
+
 def with_part(path, part):
     def make():
         model = make_model("plain")
@@ -84,7 +89,8 @@ REFUSED = {
     "not a ViT": (lambda: timm.create_model("resnet18"), ["ResNet", "VisionTransformer", "Eva", "stratavit models"]),
     "nothing to cut": (vit(scale_attn_norm=True, scale_mlp_norm=True), ["blocks.0.attn.norm"]),
     "parallel blocks": (vit(block_fn=ParallelScalingBlock), ["blocks.0", "ParallelScalingBlock"]),
-    "no pooling": (vit(num_classes=0, global_pool=""), ["global_pool"]),
+    "classes of every token": (vit(num_classes=7, global_pool=""), ["global_pool", "num_classes=0", "'token'"]),
+    "a head put on every token": (lambda: headed(vit(num_classes=0, global_pool="")()), ["global_pool"]),
     "own forward pass": (lambda: NarrowForward(**SMALL), ["forward_features", "NarrowForward"]),
 }
 

@@ -15,7 +15,7 @@ LIMIT_BYTES = 64 * 2**20  # memory does not grow with the number of images beyon
 
 
 class DenseOutputs:
-    """Logits and pooled features of images, found by their pixels, in whatever order the images come.
+    """Outputs and pooled features of images, found by their pixels, in whatever order the images come.
 
     Valid as long as the weights of the model stay as they were.
 
@@ -41,12 +41,12 @@ class DenseOutputs:
         return self._weights == _weights_digest(model)
 
     def add(self, keys: Sequence[bytes], logits: Tensor, features: Tensor) -> None:
-        """Remembers outputs for images: their keys (`keys_of`), logits ``[B, classes]``, features ``[B, C]``."""
+        """Remembers for images: their keys (`keys_of`), logits ``[B, classes]`` or maps, features ``[B, C]``."""
         self.seen.add(keys)
         self._remember(keys, logits, features)
 
     def of(self, images: Tensor, compute: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Logits ``[B, classes]`` and features ``[B, C]`` of images; `compute` runs on those not known."""
+        """Logits ``[B, classes]`` or maps, and features ``[B, C]``, of images; `compute` runs on those not known."""
         keys = keys_of(images)
         rows = {key: self._known[key] for key in keys if key in self._known}
         unknown = [number for number, key in enumerate(keys) if key not in rows]
@@ -58,12 +58,12 @@ class DenseOutputs:
 
     def _remember(self, keys: Sequence[bytes], *sides: Tensor) -> dict[bytes, tuple[Tensor, Tensor]]:
         """All of the outputs by key; those that find room are kept."""
-        logits, features = (side.detach().float().cpu().clone() for side in sides)
+        logits, features = (side.detach().float().cpu() for side in sides)
         rows = dict(zip(keys, zip(logits, features, strict=True), strict=True))
         for key, row in rows.items():
             size = sum(part.nbytes for part in row)
             if key not in self._known and size <= self._room:
-                self._known[key] = row
+                self._known[key] = row[0].clone(), row[1].clone()  # a view would keep its batch, and maps are large
                 self._room -= size
         return rows
 

@@ -26,7 +26,7 @@ class CalibrationObjective:
         objective: See `statistics.collect`.
         likelihood: Whether ``auto`` means a log-likelihood rather than a logit.
         seed: Of the classes of ``sampled``.
-        headless: The model's output is the feature; else the feature is what the head reads.
+        headless: The model's output is the feature, or a map of tokens; else the feature is what the head reads.
     """
 
     objective: Objective
@@ -77,6 +77,9 @@ def distance(small: Tensor, dense: Tensor, classes: int) -> Tensor:
 
 
 def relative_errors(small: Tensor, dense: Tensor) -> Tensor:
-    """Squared distance over squared length of `dense` ``[B, ...]`` for every image, in float32: ``[B]``."""
+    """Squared distance over squared length of `dense` ``[B, ...]`` for every image, in float32: ``[B]``.
+
+    Of maps the length is that of all tokens of an image together.
+    """
     small, dense = small.float().flatten(1), dense.float().flatten(1)
     return (small - dense).square().sum(dim=1) / dense.square().sum(dim=1).clamp_min(1e-12)

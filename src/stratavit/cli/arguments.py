@@ -138,6 +138,8 @@ def evaluate_options(command: ArgumentParser) -> None:
     options.add_model(command)
     options.add_data(command, LABELLED)
     options.add_judge(command)
+    text = "compare outputs with those of the full network, too; for RUN and a budget, needs no head and no labels"
+    command.add_argument("--agreement", action="store_true", help=text)
     options.add_budgets(command)
 
 

@@ -23,12 +23,19 @@ def check_typed(args: Namespace) -> None:
 
     Raises:
         BudgetError: A budget cannot be read, or lacks what it is measured on.
-        StrataViTError: The device is not there, or two ways to measure are given.
+        StrataViTError: The device is not there, several ways to measure are given, or one lacks what it needs.
     """
     options.budgets(args)
     pick_device(args.device)
-    if getattr(args, "knn", None) is not None and args.zero_shot is not None:
-        raise StrataViTError("--knn and --zero-shot are two ways to measure; give one of them")
+    ways = [
+        f"--{key.replace('_', '-')}" for key in ("knn", "probe", "zero_shot") if getattr(args, key, None) is not None
+    ]
+    if len(ways) > 1:
+        raise StrataViTError(f"{' and '.join(ways)} are different ways to measure; give one of them")
+    if getattr(args, "probe", None) is not None and not 0 <= args.probe < float("inf"):
+        raise StrataViTError(f"--probe: expected a ridge above 0, got {args.probe:g}")
+    if getattr(args, "agreement", False) and not options.budgets(args):
+        raise StrataViTError("--agreement compares a size of RUN with its full size; give a budget, such as --macs 50%")
 
 
 def check_inputs(args: Namespace, *splits: str) -> None:

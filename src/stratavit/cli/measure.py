@@ -28,7 +28,9 @@ from stratavit.evaluation.accuracy import evaluate as evaluate_model
 from stratavit.evaluation.dense_check import near_chance
 from stratavit.evaluation.features import knn, read_embeddings
 from stratavit.evaluation.latency import Setting
+from stratavit.evaluation.output_agreement import compare_outputs
 from stratavit.evaluation.prediction import image_paths
+from stratavit.evaluation.probe import linear_probe
 from stratavit.files.folders import check_free, check_free_file, write_folder
 from stratavit.interop.exported_model import exported_model, is_exported
 from stratavit.models.architecture import resolve_data_config
@@ -43,10 +45,13 @@ from stratavit.utils.model import classes_of, model_device
 def judge_and_images(args: Namespace, model: nn.Module, config: dict[str, Any]) -> tuple[curves.Judge, ImageLoader]:
     """How a model is measured, as `add_judge` lets one choose, and on what; see `_judge_and_images` for errors."""
     judge, images = _judge_and_images(args, model, config)
-    if args.precision == "no":
-        return judge, images
+    return judge if args.precision == "no" else _autocast(args, model)(judge), images
+
+
+def _autocast(args: Namespace, model: nn.Module) -> torch.autocast:
+    """The mixed precision that is asked for."""
     dtype = torch.float16 if args.precision == "fp16" else torch.bfloat16
-    return torch.autocast(model_device(model).type, dtype)(judge), images
+    return torch.autocast(model_device(model).type, dtype, enabled=args.precision != "no")
 
 
 def _judge_and_images(args: Namespace, model: nn.Module, config: dict[str, Any]) -> tuple[curves.Judge, ImageLoader]:
@@ -59,15 +64,20 @@ def _judge_and_images(args: Namespace, model: nn.Module, config: dict[str, Any])
         embeddings = read_embeddings(args.zero_shot)
         images = options.loader_of(args, config, "val", classes=len(embeddings))
         return curves.judge_of(model, embeddings=embeddings), images
-    if args.knn is None:
+    if args.knn is None and args.probe is None:
         return evaluate_model, options.loader_of(args, config, "val", model)
+    way = "--knn" if args.probe is None else "--probe"
     if split_folder(args.data, "train") == split_folder(args.data, "val"):
         raise StrataViTError(
-            f"data: {args.data} has no train/ and val/; --knn compares the images of val/ with those of train/, and "
+            f"data: {args.data} has no train/ and val/; {way} compares the images of val/ with those of train/, and "
             "images that are in both would find themselves"
         )
     bank, images = (options.loader_of(args, config, split) for split in ("train", "val"))
     report_shared_images(images, args.data, "train")
+    if args.probe is not None:
+        return lambda model, loader, spec=None, description="linear probe": linear_probe(
+            model, bank, loader, spec, args.probe or None, description
+        ), images
     return lambda model, loader, spec=None, description="nearest neighbours": knn(
         model, bank, loader, spec, args.knn, description=description
     ), images
@@ -80,16 +90,28 @@ def evaluate(args: Namespace) -> Outcome:
     check_inputs(args, "val")
     model, config, met = asked_for(args)
     judge, images = judge_and_images(args, model, config)
-    metrics = judge(model, images, None if met is None else met.spec, description="evaluate")
-    _warn_near_chance(args, model, metrics.top1, metrics.n)
-    budget = [] if met is None else [vars(bound) for bound in met.bounds]
-    result = {"model": str(args.target), "budget": budget, **metrics.to_dict(), "unreadable": len(images.unreadable)}
-    return result, [*([] if met is None else [str(met)]), str(metrics)]
+    result: dict[str, Any] = {"model": str(args.target), "budget": [] if met is None else list(map(vars, met.bounds))}
+    view = [] if met is None else [str(met)]
+    spec = None if met is None else met.spec
+    if not args.agreement or classes_of(model) or not _by_head(args):
+        metrics = judge(model, images, spec, description="evaluate")
+        _warn_near_chance(args, model, metrics.top1, metrics.n)
+        result, view = result | metrics.to_dict(), [*view, str(metrics)]
+    if args.agreement:
+        with _autocast(args, model):
+            found = compare_outputs(model, model, images, spec)
+        result, view = result | {"agreement": found.to_dict()}, [*view, str(found)]
+    return result | {"unreadable": len(images.unreadable)}, view
+
+
+def _by_head(args: Namespace) -> bool:
+    """Whether accuracy is that of the classes of the head."""
+    return args.knn is None and args.probe is None and args.zero_shot is None
 
 
 def _warn_near_chance(args: Namespace, model: nn.Module, top1: float, images: int) -> None:
     """Says so on standard error where the classes of the head are measured and are no better than guessing."""
-    classes = classes_of(model) if args.knn is None and args.zero_shot is None else 0
+    classes = classes_of(model) if _by_head(args) else 0
     if classes and near_chance(top1 / 100, images, classes):
         print(
             f"data: warning: top-1 {top1:.2f} % is near chance ({100 / classes:.2g} %): is the model so small, or are "
@@ -215,7 +237,7 @@ def _check_report(args: Namespace, found: str | Path | None) -> None:
     """Raises for options that exclude each other, or that lack the curve that they speak of."""
     if args.curve is not None and args.data is not None:
         raise StrataViTError("--curve and --data are two ways to the same accuracies; give one of them")
-    if args.data is None and (args.knn is not None or args.zero_shot is not None):
-        raise StrataViTError("--knn and --zero-shot say how images are measured; give --data, too")
+    if args.data is None and not _by_head(args):
+        raise StrataViTError("--knn, --probe and --zero-shot say how images are measured; give --data, too")
     if args.latency and found is None and args.data is None:
         raise StrataViTError("--latency times the points of the curve; give --curve or --data, too")

@@ -82,10 +82,12 @@ def add_out(command: ArgumentParser, name: str, what: str, required: bool = True
 def add_judge(command: ArgumentParser) -> None:
     """On how many images, and how models that output features are measured."""
     add_limit(command)
-    add = command.add_argument_group("how to measure", "by the classes of the head if neither is given").add_argument
+    add = command.add_argument_group("how to measure", "by the classes of the head if none is given").add_argument
     neighbours = f"by the K nearest neighbours in train/ (default K: {NEIGHBOURS})"
+    probe = "by a linear probe (ridge regression) fitted on train/ (default RIDGE: the best on a fifth held back)"
     texts = "by text embeddings of the classes: a .safetensors file, one tensor [classes, width]"
     add("--knn", nargs="?", type=int, const=NEIGHBOURS, metavar="K", help=neighbours)
+    add("--probe", nargs="?", type=float, const=0.0, metavar="RIDGE", help=probe)
     add("--zero-shot", metavar="FILE", help=texts)
     text = "mixed precision while measuring (default: %(default)s)"
     add("--precision", choices=("no", "fp16", "bf16"), default="no", help=text)

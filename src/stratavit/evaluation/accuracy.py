@@ -93,7 +93,8 @@ def evaluate(
     if not classes_of(model):
         raise StrataViTError(
             "evaluate: the model outputs features, not classes; measure it by nearest neighbours (stratavit.knn, "
-            "--knn) or by text embeddings (stratavit.zero_shot, --zero-shot FILE)"
+            "--knn), a linear probe (stratavit.linear_probe, --probe), text embeddings (stratavit.zero_shot, "
+            "--zero-shot FILE), or against its source (stratavit.compare_outputs, --agreement)"
         )
     tally = Tally()
     with measured_at(model, spec) as run:

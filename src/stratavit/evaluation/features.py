@@ -1,6 +1,6 @@
 """Accuracy of models that output features: nearest neighbours, and text embeddings of the classes (zero-shot).
 
-Shape legend: B images, n images of the bank, D feature width.
+Shape legend: B images, n images of the bank, D feature width, N tokens, C token width.
 """
 
 from __future__ import annotations
@@ -27,12 +27,19 @@ CHUNK = 4096  # images of the bank compared at once
 
 
 def features(model: Any, images: Tensor) -> Tensor:
-    """Unit-length features ``[B, D]`` float32: the outputs of a headless timm model, or what another's head reads."""
+    """Unit-length features ``[B, D]`` float32 of images.
+
+    They are the outputs of a model without a head, or what the head of another one reads; of a model that returns all
+    tokens (``[B, N, C]``, ``[B, H, W, C]``) the mean of its patches, without class and register tokens.
+    """
     images = images.to(model_device(model), model_dtype(model))
     if classes_of(model):
         found = model.forward_head(model.forward_features(images), pre_logits=True)
     else:
         found = tensor_of(model(images))
+    if found.dim() > 2:
+        first = getattr(model, "num_prefix_tokens", 0) if found.dim() == 3 else 0
+        found = found.flatten(1, -2)[:, first:].float().mean(dim=1)
     return F.normalize(found.float(), dim=-1)
 
 

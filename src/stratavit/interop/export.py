@@ -49,7 +49,7 @@ class Parity:
         difference: Largest absolute difference of a logit.
         largest: Largest absolute logit.
         agreement: Of an int8 file: percent of the images with the same first class as the model's; for a model that
-            outputs features 100 times the mean cosine. None of others.
+            outputs features, or maps of tokens, 100 times the mean cosine. None of others.
         measure: What `agreement` is, in words; empty if it is None.
     """
 

@@ -15,19 +15,22 @@ from stratavit.interop.onnx_file import onnx_session
 from stratavit.interop.openvino_file import FILE, SECTION, compiled, read_openvino
 from stratavit.models.architecture import DATA_KEYS
 
+FACTS = ("data_config", "label_names", "num_classes", "prefix_tokens")  # see `onnx_file.metadata_of`
+
 
 class ExportedModel(nn.Module):
-    """Images to logits by another runtime.
+    """Images to logits, features or maps by another runtime.
 
     Args:
         path: The file.
-        run: Maps images ``[B, C, H, W]`` to logits ``[B, classes]``, both NumPy arrays.
+        run: Maps images ``[B, C, H, W]`` to outputs ``[B, ...]``, both NumPy arrays.
         width: Of the output; None if it is not known.
         facts: The file's metadata, JSON texts.
 
     Attributes:
         data_config: How images must be prepared, from the file.
-        num_classes: Of the output.
+        num_classes: Of the output; 0 where the file says that it returns features or maps.
+        num_prefix_tokens: Tokens in front of the patches of a map, as the file says.
 
     Raises:
         ArtifactError: The file does not say how its images are prepared.
@@ -35,13 +38,15 @@ class ExportedModel(nn.Module):
 
     def __init__(self, path: Path, run: Callable[[Any], Any], width: int | None, facts: Mapping[str, str]) -> None:
         super().__init__()
-        self.path, self.run, self.num_classes = path, run, width or 0
+        self.path, self.run = path, run
+        self.num_classes: int = _read(facts, "num_classes", path) if "num_classes" in facts else width or 0
+        self.num_prefix_tokens: int = _read(facts, "prefix_tokens", path) if "prefix_tokens" in facts else 0
         self.data_config = _read(facts, "data_config", path)
         self.pretrained_cfg = {"label_names": _read(facts, "label_names", path)} if "label_names" in facts else {}
         self.place = nn.Parameter(torch.zeros(1), requires_grad=False)  # images are expected where this is
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images ``[B, C, H, W]`` to logits ``[B, classes]``."""
+        """Images ``[B, C, H, W]`` to logits ``[B, classes]``, features ``[B, D]`` or maps ``[B, N, C]``."""
         try:
             return torch.from_numpy(self.run(images.numpy())).float()
         except Exception as error:  # errors of other runtimes have classes of their own
@@ -92,7 +97,7 @@ def _openvino(path: Path) -> tuple[Callable[[Any], Any], int | None, dict[str, s
     model = read_openvino(path)
     shape = model.outputs[0].partial_shape
     width = shape[len(shape) - 1].get_length() if shape[len(shape) - 1].is_static else None
-    keys = [key for key in ("data_config", "label_names") if model.has_rt_info([SECTION, key])]
+    keys = [key for key in FACTS if model.has_rt_info([SECTION, key])]
     facts = {key: str(model.get_rt_info([SECTION, key]).value) for key in keys}
     run = compiled(model)
     return lambda images: run(images)[0].copy(), width, facts  # OpenVINO writes to one place

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from stratavit.data.class_names import class_names_of
 from stratavit.errors import StrataViTError
 from stratavit.models.architecture import resolve_data_config
+from stratavit.utils.model import classes_of
 
 INPUT, OUTPUT = "images", "logits"
 FREE_BATCH = ({0: torch.export.Dim("batch", min=1)},)
@@ -44,9 +45,15 @@ def quiet_log() -> Iterator[None]:
 
 
 def metadata_of(model: nn.Module) -> dict[str, Any]:
-    """What a file says of its images and classes: ``data_config``, and ``label_names`` if they are known."""
+    """What a file says of its images and outputs: ``data_config``, and ``label_names`` if they are known.
+
+    Of a model that returns features or maps also ``num_classes``, 0, and the number of ``prefix_tokens`` (class,
+    registers) in front of the patches of a map.
+    """
     names = class_names_of(model)
-    return {"data_config": resolve_data_config(model), **({"label_names": names} if names else {})}
+    found = {"data_config": resolve_data_config(model), **({"label_names": names} if names else {})}
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    return found if classes_of(model) else {**found, "num_classes": 0, "prefix_tokens": prefix}
 
 
 def texts_of(model: nn.Module) -> dict[str, str]:

@@ -38,9 +38,11 @@ def follow(net: Any) -> tuple[dict[str, Any], dict[str, Any], CostModel, tuple[A
 
     Raises:
         ArtifactError: It was changed in a way that timm's arguments cannot express.
+        UnsupportedModelError: It is now one that cannot be cut.
     """
     model = net.model
     with_plain_head(model, in_place=True)
+    family_of(model).check(model)
     description = {**net.description, "args": {**net.description["args"], **family_of(model).arguments(model)}}
     _check_tensors(model, architecture.build(description, "meta", computed=False))
     size: Any = architecture.own_size(model, net.data_config["input_size"])

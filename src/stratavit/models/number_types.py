@@ -28,6 +28,8 @@ class InHalf(nn.Module):
         self.model: Any = copy.deepcopy(model).half()
         self.data_config, self.num_classes = resolve_data_config(model), getattr(model, "num_classes", 0)
         self.pretrained_cfg, self.origin = getattr(model, "pretrained_cfg", None), getattr(model, "origin", None)
+        self.embedding = getattr(model, "embedding", False)
+        self.num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images to logits."""

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from stratavit.artifacts import folder_format, sub_network
 from stratavit.artifacts.timm_config import FILE as TIMM_FILE
-from stratavit.calibration.objectives import distance
 from stratavit.errors import StrataViTError
 from stratavit.evaluation import curve_points
 from stratavit.evaluation.curve_points import parse_share
+from stratavit.evaluation.output_agreement import OutputTally
 from stratavit.models.cost import linear_macs
 from stratavit.spec import Spec
 from stratavit.tasks.sampling import draw, prefixes_of
@@ -30,7 +30,6 @@ from stratavit.training.run_files import publish
 from stratavit.training.task import SampledNetwork, TrainingTask
 from stratavit.training.teacher import Teacher
 from stratavit.training.unused_keys import RECOVERED
-from stratavit.utils.agreement import agreement
 from stratavit.utils.model import classes_of, is_super_network, measured_at
 
 LOOKS = 20  # times that a run measures the agreement with the teacher, at most
@@ -74,7 +73,7 @@ class HeldBack:
 
     images: Tensor
     teacher: Teacher
-    outputs: Tensor | None = None
+    outputs: list[Tensor] = field(default_factory=list)
 
     @torch.no_grad()
     def distance(self, net: Any, spec: Spec, device: torch.device) -> tuple[float, float]:
@@ -85,12 +84,13 @@ class HeldBack:
             (of features: relative squared error).
         """
         parts = [part.to(device).float() for part in self.images.split(BATCH)]
-        if self.outputs is None:
-            self.outputs = torch.cat([self.teacher(part).float() for part in parts])
+        self.outputs = self.outputs or [self.teacher(part).float() for part in parts]
+        found = OutputTally(classes_of(net.model))
         with measured_at(net, spec) as run:
-            ours, theirs = torch.cat([run(part).float() for part in parts]), self.outputs
-        classes = classes_of(net.model)
-        return agreement(ours, theirs, bool(classes)), float(distance(ours, theirs, classes)) / len(ours)
+            for part, theirs in zip(parts, self.outputs, strict=True):
+                found.add(run(part), theirs)
+        result = found.result()
+        return result.agreement, result.distance
 
 
 def stalled(curve: Sequence[float]) -> bool:

@@ -7,12 +7,19 @@ from torch import Tensor
 
 
 def agreement(found: Tensor, expected: Tensor, classes: bool) -> float:
-    """How far two models' outputs ``[B, ...]`` agree, percent.
+    """How far two models' outputs agree, percent: the mean of `agreements`."""
+    return 100 * float(agreements(found, expected, classes).sum()) / len(found)  # exact: 36 of 40 are 90
+
+
+def agreements(found: Tensor, expected: Tensor, classes: bool) -> Tensor:
+    """How far two models' outputs agree on each image, at most 1: ``[B]`` float64.
 
     Args:
-        found, expected: Of the same images.
-        classes: They are logits: the share of images with the same first class; otherwise the mean cosine.
+        found, expected: Of the same images: logits ``[B, classes]``, features ``[B, D]``, or maps ``[B, N, C]`` or
+            ``[B, H, W, C]``.
+        classes: They are logits: 1 where the first class is the same, else 0. Otherwise the cosine of features, or the
+            mean cosine of an image's tokens.
     """
     if classes:
-        return 100 * int((found.argmax(-1) == expected.argmax(-1)).sum()) / len(found)  # exact: 36 of 40 are 90
-    return 100 * float(F.cosine_similarity(found.flatten(1), expected.flatten(1)).mean())
+        return (found.argmax(-1) == expected.argmax(-1)).double()
+    return F.cosine_similarity(found, expected, dim=-1).reshape(len(found), -1).double().mean(dim=1)

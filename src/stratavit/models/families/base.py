@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from stratavit.errors import UnsupportedModelError
+from stratavit.utils.classifier import classes_in_head
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class Stages:
     Attributes:
         stem: Images ``[B, 3, H, W]`` to tokens ``[B, N, C]`` (Swin: ``[B, H, W, C]``, everywhere).
         blocks: Name of every residual block (or step between blocks), and what it does to tokens.
-        tail: Tokens to logits ``[B, classes]``.
-        pool: Tokens to what the head reads, ``[B, C]``.
+        tail: Tokens to logits ``[B, classes]``, or to all tokens of a model without pooling.
+        pool: Tokens to what the head reads, ``[B, C]``; without pooling the mean of all tokens.
     """
 
     stem: Callable[[Tensor], Tensor]
@@ -28,7 +29,7 @@ class Stages:
     pool: Callable[[Tensor], Tensor]
 
     def outputs(self, images: Tensor) -> Tensor:
-        """All three parts: images ``[B, 3, H, W]`` to logits ``[B, classes]``."""
+        """All three parts: images ``[B, 3, H, W]`` to what the model returns."""
         return self.tail(self.through(self.stem(images)))
 
     def through(self, tokens: Tensor, first: int = 0) -> Tensor:
@@ -63,8 +64,8 @@ class Family:
         Raises:
             UnsupportedModelError: Says which part, and why.
         """
-        if not model.global_pool:
-            refuse("global_pool", "a model that returns all its tokens is not supported; pool them, e.g. 'token'")
+        if not model.global_pool and (model.num_classes or classes_in_head(model)):
+            refuse("global_pool", "every token has classes of its own; give it num_classes=0, or pool, e.g. 'token'")
         for method in ("forward", "forward_features"):
             if getattr(type(model), method) is not getattr(self.model, method):
                 refuse(method, f"{type(model).__name__} overrides the order of execution of {self.model.__name__}")
@@ -132,5 +133,10 @@ def head_stages(model: Any, stem: Any, blocks: Any) -> Stages:
         stem=stem,
         blocks=tuple(blocks),
         tail=lambda tokens: model.forward_head(model.norm(tokens)),
-        pool=lambda tokens: model.forward_head(model.norm(tokens), pre_logits=True),
+        pool=lambda tokens: mean_token(model.forward_head(model.norm(tokens), pre_logits=True)),
     )
+
+
+def mean_token(features: Tensor) -> Tensor:
+    """Features ``[B, C]`` as they are; the mean of all tokens of maps ``[B, N, C]`` or ``[B, H, W, C]``."""
+    return features if features.dim() == 2 else features.flatten(1, -2).mean(dim=1)

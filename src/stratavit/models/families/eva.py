@@ -86,4 +86,6 @@ class EvaFamily(BeitFamily):
         """Sizes and tokens; all else is the architecture's own."""
         registers = 0 if model.reg_token is None else model.reg_token.shape[1]
         found = {"class_token": model.cls_token is not None, "num_reg_tokens": registers}
+        if not model.global_pool and not isinstance(model.fc_norm, nn.Identity):  # pooling was taken away later
+            found["use_fc_norm"] = True
         return super().arguments(model) | found | ({"dynamic_img_size": True} if model.dynamic_img_size else {})

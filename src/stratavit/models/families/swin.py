@@ -38,7 +38,7 @@ class Swin(Family):
 
     def last_norm(self, model: Any) -> nn.Module | None:
         """`norm`: a shift of all tokens is a shift of their mean."""
-        return with_bias(model.norm) if model.global_pool == "avg" else None
+        return with_bias(model.norm) if model.global_pool in ("avg", "") else None
 
     def arguments(self, model: Any) -> dict[str, Any]:
         """Sizes; all else is the architecture's own."""
