@@ -156,6 +156,7 @@ def test_the_command_probes_and_compares(tmp_path, capsys):
         assert again["loss"] == pytest.approx(stated["loss"], rel=1e-4)
     assert "--probe" in refusal(capsys, *asked)
     assert "--knn and --probe" in refusal(capsys, *asked, "--knn", "--probe")
-    assert "ridge above 0" in refusal(capsys, *asked, "--probe", "-1")
+    for ridge in ("-1", "0"):
+        assert "ridge above 0" in refusal(capsys, *asked, "--probe", ridge)
     assert "--macs 50%" in refusal(capsys, "evaluate", tmp_path / "run", *rest, "--agreement")
     assert "one size" in refusal(capsys, "evaluate", tmp_path / "small", *rest, "--agreement", "--macs", "50%")

@@ -32,8 +32,9 @@ def check_typed(args: Namespace) -> None:
     ]
     if len(ways) > 1:
         raise StrataViTError(f"{' and '.join(ways)} are different ways to measure; give one of them")
-    if getattr(args, "probe", None) is not None and not 0 <= args.probe < float("inf"):
-        raise StrataViTError(f"--probe: expected a ridge above 0, got {args.probe:g}")
+    ridge = getattr(args, "probe", None)  # True: to be chosen
+    if ridge is not None and not 0 < ridge < float("inf"):
+        raise StrataViTError(f"--probe: expected a ridge above 0, got {ridge:g}")
     if getattr(args, "agreement", False) and not options.budgets(args):
         raise StrataViTError("--agreement compares a size of RUN with its full size; give a budget, such as --macs 50%")
 

@@ -76,7 +76,7 @@ def _judge_and_images(args: Namespace, model: nn.Module, config: dict[str, Any])
     report_shared_images(images, args.data, "train")
     if args.probe is not None:
         return lambda model, loader, spec=None, description="linear probe": linear_probe(
-            model, bank, loader, spec, args.probe or None, description
+            model, bank, loader, spec, None if args.probe is True else args.probe, description
         ), images
     return lambda model, loader, spec=None, description="nearest neighbours": knn(
         model, bank, loader, spec, args.knn, description=description

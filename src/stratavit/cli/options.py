@@ -87,7 +87,7 @@ def add_judge(command: ArgumentParser) -> None:
     probe = "by a linear probe (ridge regression) fitted on train/ (default RIDGE: the best on a fifth held back)"
     texts = "by text embeddings of the classes: a .safetensors file, one tensor [classes, width]"
     add("--knn", nargs="?", type=int, const=NEIGHBOURS, metavar="K", help=neighbours)
-    add("--probe", nargs="?", type=float, const=0.0, metavar="RIDGE", help=probe)
+    add("--probe", nargs="?", type=float, const=True, metavar="RIDGE", help=probe)
     add("--zero-shot", metavar="FILE", help=texts)
     text = "mixed precision while measuring (default: %(default)s)"
     add("--precision", choices=("no", "fp16", "bf16"), default="no", help=text)
