@@ -233,7 +233,7 @@ class Trainer:
     def rate(self) -> float:
         """Learning rate of the last step, before any multiple for some of the weights."""
         group = self.schedule.optimizer.param_groups[0]
-        return float(group["lr"] / group["lr_scale"])
+        return float(group["lr"] / group.get("lr_scale", 1.0))
 
     def look(self) -> None:
         """Looks at the losses since the last look; one that is not finite is an error."""
