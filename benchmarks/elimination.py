@@ -12,9 +12,9 @@ covariance.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -97,17 +97,12 @@ def small_networks(
 def lost_energy(net: stratavit.SuperNet) -> float:
     """Share of an MLP's output variance that half of its channels do not predict; mean over the blocks."""
     mlps = [module for module in net.elastic.values() if not module.attention]
-    return mean(unpredicted(module.out.weight.detach(), module.moments) for module in mlps)
+    return fmean(unpredicted(module.out.weight.detach(), module.moments) for module in mlps)
 
 
 def unpredicted(weight: Tensor, moments: Any) -> float:
     energies = (weight.double() @ moments.factor.double()).square().sum(dim=0)  # of W L, by column
     return float(energies[len(energies) // 2 :].sum() / energies.sum())
-
-
-def mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
 import gc
 import os
 import subprocess
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 
 import stratavit
 from stratavit.elastic.memory import size_of
+from stratavit.utils.freed_memory import give_back
 
 SIZES = {"12/12": 1.0, "8/12": 8 / 12, "6/12": 6 / 12}
 ONE, THREE = "one super-network", "three small models"
@@ -126,7 +126,7 @@ def memory(folder: Path, way: str, axes: str) -> tuple[int, ...]:
         net(image, spec)
     held = net.memory().total if way == ONE else size_of(net.state_dict().values())
     grown = [1024 * peak() - before, resident() - before]
-    ctypes.CDLL(None).malloc_trim(0)  # of glibc: gives back what was freed
+    give_back()
     return held, *grown, resident() - before
 
 

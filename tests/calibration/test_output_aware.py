@@ -4,19 +4,11 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from linear_maps import DEGENERATE, problem
 
 from stratavit.calibration.output_aware import BALANCE_FLOOR, FLOOR, output_axes
 
 SHAPES = st.tuples(st.integers(0, 999), st.integers(1, 9), st.integers(1, 12))  # seed, coordinates, outputs
-
-
-def problem(seed, dim=6, outputs=10):
-    """A map ``[outputs, dim]`` and a covariance ``[dim, dim]`` of uneven spectrum, float64."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(outputs, dim, generator=generator, dtype=torch.float64)
-    x = torch.randn(4 * dim, dim, generator=generator, dtype=torch.float64)
-    x = x * torch.logspace(0, -1.5, dim) @ torch.randn(dim, dim, generator=generator, dtype=torch.float64)
-    return weight, x.T @ x / len(x)
 
 
 def lost(weight, covariance, kept):
@@ -65,17 +57,6 @@ def test_scale_is_shared_between_both_sides():
     torch.testing.assert_close(variances, (weight @ backward).square().sum(dim=0), rtol=1e-6, atol=0)
     assert (variances[:-1] >= variances[1:]).all()
     assert float(variances[0]) == pytest.approx(float(singular_values(weight, covariance)[0]), rel=1e-6)
-
-
-DEGENERATE = {
-    "singular covariance": lambda w, s: (w, s[:, :3] @ s[:3]),
-    "zero covariance": lambda w, s: (w, s * 0),
-    "zero weight": lambda w, s: (w * 0, s),
-    "more coordinates than outputs": lambda w, s: (w[:2], s),
-    "equal columns": lambda w, s: (w[:, :1].expand_as(w), s),
-    "tiny": lambda w, s: (w * 1e-12, s * 1e-24),
-    "huge": lambda w, s: (w * 1e12, s * 1e24),
-}
 
 
 @pytest.mark.parametrize("case", DEGENERATE)

@@ -102,7 +102,7 @@ def _remove(table: Tensor, channels: Tensor, outputs: int, gone: Tensor, root: T
     taken = (last[:, None] == gone[:, None]).any(dim=2)  # [S, b]
     movers = last[taken.long().argsort(dim=1, stable=True)]  # those that stay come first, as many as holes before them
     channels.scatter_(1, holes, channels.gather(1, movers))
-    table.scatter_(1, _wide(holes, table), _rows(table, movers))
+    table.scatter_(1, _expanded(holes, table), _rows(table, movers))
     for part in (table[:, :, outputs:], change[:, :, outputs:]):  # and columns
         source, target = (index.unsqueeze(1).expand(-1, part.shape[1], -1) for index in (movers, holes))
         part.scatter_(2, target, part.gather(2, source))
@@ -113,8 +113,8 @@ def _remove(table: Tensor, channels: Tensor, outputs: int, gone: Tensor, root: T
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:
     """Rows ``[S, b]`` of ``[S, n, k]``: ``[S, b, k]``."""
-    return table.gather(1, _wide(index, table))
+    return table.gather(1, _expanded(index, table))
 
 
-def _wide(index: Tensor, table: Tensor) -> Tensor:
+def _expanded(index: Tensor, table: Tensor) -> Tensor:
     return index.unsqueeze(2).expand(-1, -1, table.shape[2])

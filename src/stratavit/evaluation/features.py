@@ -19,6 +19,7 @@ from stratavit.evaluation.accuracy import Metrics, Tally, labelled
 from stratavit.files.folders import read_tensors
 from stratavit.interop.libraries import as_timm
 from stratavit.interop.timm_equivalent import tensor_of
+from stratavit.models.families.base import mean_token
 from stratavit.utils.model import classes_of, measured_at, model_device, model_dtype
 
 TEMPERATURE = 0.07  # as DINO and DINOv2 are evaluated
@@ -37,10 +38,9 @@ def features(model: Any, images: Tensor) -> Tensor:
         found = model.forward_head(model.forward_features(images), pre_logits=True)
     else:
         found = tensor_of(model(images))
-    if found.dim() > 2:
-        first = getattr(model, "num_prefix_tokens", 0) if found.dim() == 3 else 0
-        found = found.flatten(1, -2)[:, first:].float().mean(dim=1)
-    return F.normalize(found.float(), dim=-1)
+    if found.dim() == 3:
+        found = found[:, getattr(model, "num_prefix_tokens", 0) :]
+    return F.normalize(mean_token(found.float()), dim=-1)
 
 
 @torch.inference_mode()
