@@ -21,7 +21,7 @@ ORDER = (
     # method
     *("calibration", "dropout_list", "evaluation", "budgets"),
     # object
-    *("artifacts", "supernet"),
+    *("artifacts", "supernet", "hosts"),
     # use
     *("training", "reports", "tasks", "cli"),
 )

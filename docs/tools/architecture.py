@@ -19,7 +19,7 @@ FLOORS = {  # from ground to use; tests/test_architecture.py holds every import 
     "ground": ("version", "errors", "choices", "spec", "utils", "files", "data"),
     "networks": ("elastic", "models", "interop"),
     "method": ("calibration", "dropout_list", "evaluation", "budgets"),
-    "object": ("artifacts", "supernet"),
+    "object": ("artifacts", "supernet", "hosts"),
     "use": ("training", "reports", "tasks", "cli"),
 }
 COLOURS = {"ground": "#eceff1", "networks": "#e3f2fd", "method": "#e8f5e9", "object": "#fff8e1", "use": "#fce4ec"}

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from stratavit.evaluation.output_agreement import Agreement as Agreement
     from stratavit.evaluation.output_agreement import compare_outputs as compare_outputs
     from stratavit.evaluation.probe import linear_probe as linear_probe
+    from stratavit.hosts.converting import convert_part as convert_part
+    from stratavit.hosts.part_net import PartNet as PartNet
+    from stratavit.hosts.sizes import part_sizes as part_sizes
+    from stratavit.hosts.sizes import resize_parts as resize_parts
     from stratavit.interop.export import Parity as Parity
     from stratavit.interop.export import export as export
     from stratavit.interop.libraries import as_timm as as_timm
@@ -68,6 +72,9 @@ _NAMES = {  # module -> public names that it defines
     "evaluation.latency": "Setting Timing time_model",
     "evaluation.output_agreement": "Agreement compare_outputs",
     "evaluation.probe": "linear_probe",
+    "hosts.converting": "convert_part",
+    "hosts.part_net": "PartNet",
+    "hosts.sizes": "part_sizes resize_parts",
     "interop.libraries": "as_timm",
     "interop.export": "Parity export",
     "interop.transformers.folders": "load_transformers",

@@ -11,6 +11,7 @@ from torch import nn
 
 from stratavit.errors import ArtifactError, described, one_line, shown
 from stratavit.files.folders import read_json, read_shapes
+from stratavit.interop.part_sites import resize as resize_modules
 from stratavit.interop.transformers.layouts import LAYOUTS
 from stratavit.interop.transformers.models import KEY, from_timm, library, resize, to_timm
 from stratavit.models.architecture import resolve_data_config
@@ -28,7 +29,7 @@ def is_folder_of_transformers(path: str | Path) -> bool:
 
 
 def load_transformers(path: str | Path) -> Any:
-    """A small model from the folder that its ``save_pretrained`` wrote.
+    """A small model, or one with a small part, from the folder that its ``save_pretrained`` wrote.
 
     Args:
         path: The folder.
@@ -48,14 +49,17 @@ def load_transformers(path: str | Path) -> Any:
         kind = getattr(transformers, (config.architectures or [""])[0], None)
     except Exception as error:
         raise ArtifactError(f"{path}: not a model of transformers ({one_line(error)})") from error
-    if kind is None or kind.__name__ not in LAYOUTS:
+    modules = _modules(config)
+    if kind is None or (kind.__name__ not in LAYOUTS and not modules):
         raise ArtifactError(
             f"{path}: expected a model of one of {', '.join(LAYOUTS)}, found {described(config.architectures)}"
         )
 
     def build(self: Any, config: Any) -> None:
         kind.__init__(self, config)
-        if getattr(config, KEY, None) is not None:
+        if modules:
+            resize_modules(self, modules)
+        elif getattr(config, KEY, None) is not None:
             resize(self)
 
     sliced: Any = type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
@@ -67,6 +71,12 @@ def load_transformers(path: str | Path) -> Any:
         raise ArtifactError(f"{path}: the weights lack {shown(min(found['missing_keys']))}; save the model again")
     model.__class__ = kind
     return model.eval()
+
+
+def _modules(config: Any) -> Any:
+    """Sizes of single modules in a configuration, see `part_sites.resize`; nothing if it has none."""
+    stated = getattr(config, KEY, None)
+    return stated.get("modules") if isinstance(stated, Mapping) else None
 
 
 def save_transformers(model: Any, path: str | Path) -> None:

@@ -22,6 +22,7 @@ from stratavit.elastic.site import Site
 from stratavit.errors import UnsupportedModelError
 from stratavit.models.families.base import Family, Stages
 from stratavit.models.families.eva import BeitFamily, EvaFamily
+from stratavit.models.families.hosted import Hosted, HostedPart
 from stratavit.models.families.swin import Swin, SwinV2
 from stratavit.models.families.vit import Vit
 
@@ -45,6 +46,8 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         UnsupportedModelError: It belongs to none.
     """
+    if isinstance(model, HostedPart):
+        return Hosted()
     for family in FAMILIES:
         if isinstance(model, family.model):
             return family

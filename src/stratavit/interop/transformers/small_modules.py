@@ -1,0 +1,126 @@
+"""Modules of transformers with fewer channels: the stock class, its linear layers of other sizes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stratavit.elastic.base import ElasticSite
+from stratavit.elastic.plain import Constant
+from stratavit.errors import ArtifactError, described
+from stratavit.interop.transformers.models import Absent, ConstantAttention
+from stratavit.interop.transformers.sites import is_rotary, names_of
+from stratavit.models.freezing import freeze_like
+
+
+class PaddedHeads(nn.Linear):
+    """A map into the first channels of every head; the others are zeros.
+
+    Args:
+        heads: H.
+        head_dim: Channels of a head that the attention reads, d.
+    """
+
+    heads: int
+    head_dim: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, N, C]`` to ``[B, N, H*d]``."""
+        found = super().forward(x).unflatten(-1, (self.heads, -1))  # [B, N, H, w]
+        return nn.functional.pad(found, (0, self.head_dim - found.shape[-1])).flatten(-2)
+
+
+class FirstOfHeads(nn.Linear):
+    """A map that reads the first channels of every head."""
+
+    heads: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, N, H*d]`` to ``[B, N, C]``."""
+        width = self.in_features // self.heads
+        return super().forward(x.unflatten(-1, (self.heads, -1))[..., :width].flatten(-2))
+
+
+@torch.no_grad()
+def resized(stock: Any, width: int, bias: bool) -> nn.Module:
+    """A module of the same class with other widths, its layers untrained; what is not cut is copied.
+
+    Args:
+        stock: An attention or MLP module, of full size.
+        width: Kept channels (of every head).
+        bias: There is a bias behind them.
+
+    Raises:
+        ArtifactError: The width is not one of a cut module.
+    """
+    names = names_of(stock)
+    if names is None:
+        raise ArtifactError(f"expected an attention or MLP module of transformers, found a {type(stock).__name__}")
+    attention = "q_proj" in names.first
+    last = getattr(stock, names.last)
+    full = stock.head_dim if attention else last.in_features
+    if type(width) is not int or not 0 <= width <= full:
+        raise ArtifactError(f"expected a width from 0 to {full}, got {described(width)}")
+    if width == 0:
+        gone = ConstantAttention(last.out_features * bias) if attention else Constant(last.out_features * bias)
+        gone.add_module(names.first[0], Absent(last.out_features))
+        return gone.to(last.weight.dtype)
+    return _attention(stock, names.last, width, bias) if attention else _mlp(stock, names, width, bias)
+
+
+def _attention(stock: Any, last: str, width: int, bias: bool) -> Any:
+    heads, out = stock.q_proj.out_features // stock.head_dim, getattr(stock, last)
+    tied = not is_rotary(stock)
+    cut = ("q_proj", "k_proj", "v_proj") if tied else ("v_proj",)
+    layers = {name: _linear(getattr(stock, name), outputs=heads * width) for name in cut}
+    layers[last] = _linear(out, inputs=heads * width, bias=bias)
+    if not tied and width < stock.head_dim:
+        layers["v_proj"].__class__, layers[last].__class__ = PaddedHeads, FirstOfHeads
+        layers["v_proj"].heads = layers[last].heads = heads
+        layers["v_proj"].head_dim = stock.head_dim
+    small = _copy_with(stock, layers)
+    if tied:
+        small.head_dim = width
+        for scale in ("scaling", "scale"):
+            if hasattr(small, scale):
+                setattr(small, scale, width**-0.5)
+    return small
+
+
+def _mlp(stock: Any, names: Any, width: int, bias: bool) -> Any:
+    layers = {name: _linear(getattr(stock, name), outputs=width) for name in names.first}
+    return _copy_with(stock, layers | {names.last: _linear(getattr(stock, names.last), inputs=width, bias=bias)})
+
+
+def _linear(old: nn.Linear, inputs: int | None = None, outputs: int | None = None, bias: bool | None = None) -> Any:
+    """A layer like another, of another size."""
+    sizes = (old.in_features if inputs is None else inputs, old.out_features if outputs is None else outputs)
+    own = old.bias is not None if bias is None else bias
+    return nn.Linear(*sizes, own, device=old.weight.device, dtype=old.weight.dtype)
+
+
+def _copy_with(stock: nn.Module, layers: Mapping[str, nn.Module]) -> Any:
+    """A copy of a module with other layers; it shares the configuration."""
+    memo: dict[int, Any] = {id(getattr(stock, name)): layer for name, layer in layers.items()}
+    config = getattr(stock, "config", None)
+    return copy.deepcopy(stock, memo | {id(config): config})
+
+
+@torch.no_grad()
+def small_module(elastic: ElasticSite, width: int) -> nn.Module:
+    """The module of transformers that an elastic one becomes at a width, with its own copies of the weights."""
+    weights = elastic.weights_at(width) if width else None
+    numbers = elastic.numbers(width, weights)  # type: ignore[arg-type]
+    small = resized(elastic.stock, **numbers)
+    tensors = {"bias": elastic.out_bias_at(0)} if weights is None else elastic.tensors(weights)
+    own = small.state_dict()
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            own[name].copy_(tensor)
+    small.to(elastic.out.weight.device)
+    freeze_like(small, elastic.stock)  # type: ignore[arg-type]
+    return small.train(elastic.training)

@@ -1,0 +1,150 @@
+"""Small random hosts of transformers and others, the part that is cut in each, and batches that they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import transformers as hf
+from architectures import HF
+from helpers import enliven
+from torch import Tensor, nn
+
+VIT = {**HF, "num_hidden_layers": 3}
+DINO = {key: value for key, value in VIT.items() if key != "intermediate_size"} | {"mlp_ratio": 2}
+STAGES = {"out_features": ["stage1", "stage3"]}
+SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
+
+
+class Hosted(NamedTuple):
+    """A host, how it is made, its part, and a batch by the number of its images."""
+
+    make: Callable[[], nn.Module]
+    part: str
+    batch: Callable[[int], dict[str, Tensor]]
+
+
+def pixels(count: int) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(count, 3, 32, 32)}
+
+
+def with_text(count: int, patches: int = 0) -> dict[str, Tensor]:
+    """Six words behind as many places for patches."""
+    words = torch.randint(3, 40, (count, 6))
+    return {**pixels(count), "input_ids": torch.cat([torch.full((count, patches), 49), words], dim=1)}
+
+
+def naflex(count: int) -> dict[str, Tensor]:
+    """Flat patches of two shapes, padded."""
+    shapes = torch.tensor([[3, 4], [2, 4]]).repeat(count, 1)[:count]
+    mask = (torch.arange(12) < shapes.prod(dim=1, keepdim=True)).long()
+    return {"pixel_values": torch.randn(count, 12, 192), "pixel_attention_mask": mask, "spatial_shapes": shapes}
+
+
+def depth_anything() -> nn.Module:
+    backbone = hf.Dinov2Config(**DINO, out_features=["stage1", "stage2", "stage3"], reshape_hidden_states=False)
+    sizes = {"reassemble_hidden_size": 32, "fusion_hidden_size": 8, "head_hidden_size": 8, "patch_size": 8}
+    sizes |= {"neck_hidden_sizes": [8, 8, 16], "reassemble_factors": [4, 2, 1]}
+    return hf.DepthAnythingForDepthEstimation(hf.DepthAnythingConfig(backbone_config=backbone, **sizes))
+
+
+def dpt() -> nn.Module:
+    backbone = hf.Dinov2Config(**DINO | {"num_hidden_layers": 4}, out_indices=[1, 2, 3, 4], reshape_hidden_states=False)
+    sizes = {"neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 8, "patch_size": 8}
+    return hf.DPTForDepthEstimation(hf.DPTConfig(backbone_config=backbone, **sizes))
+
+
+def upernet() -> nn.Module:
+    backbone = hf.SwinConfig(**SWIN, out_features=["stage1", "stage2"])
+    sizes = {"hidden_size": 16, "use_auxiliary_head": False, "pool_scales": [1, 2], "num_labels": 5}
+    return hf.UperNetForSemanticSegmentation(hf.UperNetConfig(backbone_config=backbone, **sizes))
+
+
+def clip() -> nn.Module:
+    text = {**TEXT, "max_position_embeddings": 16, "eos_token_id": 2, "bos_token_id": 1}
+    return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=VIT, projection_dim=16))
+
+
+def siglip() -> nn.Module:
+    text = {**TEXT, "max_position_embeddings": 16, "eos_token_id": 2, "bos_token_id": 1}
+    return hf.SiglipModel(hf.SiglipConfig(text_config=text, vision_config=VIT))
+
+
+def llava() -> nn.Module:
+    return hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(vision_config=hf.CLIPVisionConfig(**VIT), text_config=hf.LlamaConfig(**TEXT), image_token_id=49)
+    )
+
+
+class Segmenter(nn.Module):
+    """A host that is nobody's: timm's maps, and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+        self.backbone = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(0, 2), **sizes)
+        self.head = nn.Conv2d(64, 4, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(torch.cat(self.backbone(images), dim=1))
+
+
+HOSTS = {
+    "Depth Anything": Hosted(depth_anything, "backbone", pixels),
+    "DPT": Hosted(dpt, "backbone", pixels),
+    "UperNet": Hosted(upernet, "backbone", pixels),
+    "CLIP": Hosted(clip, "vision_model", with_text),
+    "SigLIP": Hosted(siglip, "vision_model", with_text),
+    "LLaVA": Hosted(llava, "vision_tower", lambda count: with_text(count, 16)),
+    "timm": Hosted(Segmenter, "backbone", lambda count: {"images": torch.randn(count, 3, 32, 32)}),
+}
+
+
+def of_class(name: str, sizes: dict[str, Any], **more: Any) -> Callable[[], nn.Module]:
+    kind = getattr(hf, name)
+    return lambda: kind(kind.config_class(**sizes, **more))
+
+
+CLASSES: dict[str, Hosted] = {  # models of transformers that are converted as a whole
+    "ViTModel": Hosted(of_class("ViTModel", VIT), "", pixels),
+    "Dinov2Backbone": Hosted(of_class("Dinov2Backbone", DINO, **STAGES), "", pixels),
+    "Dinov2Model, SwiGLU": Hosted(of_class("Dinov2Model", DINO, use_swiglu_ffn=True), "", pixels),
+    "Dinov2WithRegistersModel": Hosted(of_class("Dinov2WithRegistersModel", DINO), "", pixels),
+    "Dinov2WithRegistersBackbone": Hosted(of_class("Dinov2WithRegistersBackbone", DINO, **STAGES), "", pixels),
+    "SwinBackbone": Hosted(of_class("SwinBackbone", SWIN, out_features=["stage1", "stage2"]), "", pixels),
+    "CLIPVisionModelWithProjection": Hosted(of_class("CLIPVisionModelWithProjection", VIT), "", pixels),
+    "Siglip2VisionModel": Hosted(
+        of_class("Siglip2VisionModel", {k: v for k, v in VIT.items() if k != "image_size"}, num_patches=16), "", naflex
+    ),
+    "ViTMAEModel": Hosted(
+        of_class("ViTMAEModel", VIT, mask_ratio=0.5),
+        "",
+        lambda count: {**pixels(count), "noise": torch.rand(count, 16)},
+    ),
+    "BeitModel": Hosted(
+        of_class("BeitModel", VIT, use_relative_position_bias=True, layer_scale_init_value=0.1), "", pixels
+    ),
+    "BeitForImageClassification": Hosted(
+        of_class("BeitForImageClassification", VIT, use_relative_position_bias=True), "", pixels
+    ),
+    "DINOv3ViTModel": Hosted(of_class("DINOv3ViTModel", VIT, num_register_tokens=2), "", pixels),
+    "DINOv3ViTBackbone": Hosted(of_class("DINOv3ViTBackbone", VIT, use_gated_mlp=True, **STAGES), "", pixels),
+    "IJepaModel": Hosted(of_class("IJepaModel", VIT), "", pixels),
+    "Aimv2VisionModel": Hosted(of_class("Aimv2VisionModel", VIT), "", pixels),
+}
+
+
+def make(hosted: Hosted) -> nn.Module:
+    """A small random host in eval mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return enliven(hosted.make()).eval()
+
+
+def batches_for(hosted: Hosted, count: int = 2, images: int = 6) -> list[dict[str, Tensor]]:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return [hosted.batch(images) for _ in range(count)]
