@@ -3,6 +3,7 @@
 import warnings
 from functools import cache
 
+import hosted_models
 import pytest
 import torch
 from hosted_models import CLASSES, HOSTS, batches_for, make
@@ -14,6 +15,8 @@ from stratavit import ArtifactError, StrataViTError, UnsupportedModelError
 from stratavit.dropout_list.walk import Walk
 from stratavit.hosts.converting import host_outputs, uncut_error
 from stratavit.hosts.costs import macs_outside
+from stratavit.interop.part_sites import elastic_sites_in
+from stratavit.interop.transformers import in_place
 from stratavit.models.families.hosted import HostedPart
 
 PLAN = Walk(states=((0.7, 1), (0.5, 1)), images=12)
@@ -181,6 +184,28 @@ def test_only_what_the_host_reads_counts():
     assert all("does not read" in reason for reason in net.uncut.values())
     assert len(converted("CLIP")[1].model.outputs) == 1, "the pooled output alone"
     assert {name.split(".")[0] for name in net.elastic} == {"vision_tower"}
+
+
+@pytest.mark.parametrize("name", [*HOSTS, *CLASSES])
+def test_the_table_says_what_is_cut(name):
+    _, net, _ = converted(name)
+    host, known = type(net.host).__name__, in_place.HOSTS | in_place.IN_PLACE
+    if host in known:
+        tied = {site.tied for site in net.elastic.values() if site.attention}
+        assert known[host][:2] == ("q, k, v" if tied == {True} else "v", "yes")
+        assert any(not site.attention for site in net.elastic.values())
+
+
+def test_what_is_said_to_stay_uncut_does():
+    found, uncut = elastic_sites_in(hosted_models.of_class("Swinv2Model", hosted_models.SWIN)())
+    assert not found
+    assert "other maps" in next(iter(uncut.values()))
+    sizes = {**hosted_models.VIT, "image_size": [32, 32], "patch_size": [8, 8]}
+    found, uncut = elastic_sites_in(hosted_models.of_class("InternVLVisionModel", sizes)())
+    assert {site.attention for site in found.values()} == {False}
+    assert len(uncut) == 3
+    own = {"neck_hidden_sizes": [8, 8], "backbone_out_indices": [1, 2], "fusion_hidden_size": 8}
+    assert not elastic_sites_in(hosted_models.of_class("DPTForDepthEstimation", hosted_models.VIT, **own)())[0]
 
 
 def test_nothing_of_the_host_is_changed_by_calibration():

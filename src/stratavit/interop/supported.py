@@ -11,6 +11,7 @@ from torch import nn
 
 from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, one_line
 from stratavit.interop.timm_name import NAME
+from stratavit.interop.transformers import in_place
 from stratavit.interop.transformers.layouts import LAYOUTS
 from stratavit.models import architecture, source_checks
 from stratavit.models.cost import cost_model
@@ -113,6 +114,9 @@ def rows(pattern: str | None = None) -> list[dict[str, Any]]:
             found.append((f"transformers {name}", one))
         one = support_of("vit_base_patch16_224")._replace(name="vit_b_16", family="torchvision")
         found.append(("torchvision vit_b_16 and its siblings", one))
+        for title, known in (("in place", in_place.IN_PLACE), ("in place, the part of", in_place.HOSTS)):
+            for name, degrees in known.items():
+                found.append((f"{title} transformers {name}", Support(name, "transformers, in place", *degrees)))
     return [{"models": title, **one._asdict()} for title, one in found]
 
 

@@ -70,7 +70,8 @@ def layout_of(model: Any) -> Layout:
     name = type(model).__name__
     if name not in LAYOUTS:
         raise UnsupportedModelError(
-            f"cannot cut a {name} of transformers: expected one of {', '.join(LAYOUTS)}; `stratavit models` lists them"
+            f"cannot cut a {name} of transformers: expected one of {', '.join(LAYOUTS)}; of other classes, "
+            "and of what is part of a larger model, stratavit.convert_part makes a super-network in place"
         )
     library()
     return LAYOUTS[name]

@@ -1,0 +1,37 @@
+"""Classes of transformers that `convert_part` was tested on: what is cut of them, and why not more.
+
+tests/hosts hold it against the modules themselves; other classes with the same modules work, too.
+"""
+
+from __future__ import annotations
+
+_ROTARY = "q and k stay uncut (rotary positions)"
+_NAMES = "has other maps than q_proj, k_proj, v_proj and o_proj, or fc1 and fc2"
+
+CUT = ("q, k, v", "yes", "")
+IN_PLACE: dict[str, tuple[str, str, str]] = {  # class -> attention, MLP, why not more
+    "ViTModel": CUT,
+    "Dinov2Backbone": CUT,
+    "Dinov2WithRegistersModel": CUT,
+    "Dinov2WithRegistersBackbone": CUT,
+    "SwinBackbone": CUT,
+    "CLIPVisionModelWithProjection": CUT,
+    "Siglip2VisionModel": CUT,
+    "ViTMAEModel": ("q, k, v", "yes", "batches must hold `noise`, which says what is masked"),
+    "BeitModel": CUT,
+    "BeitForImageClassification": CUT,
+    "IJepaModel": CUT,
+    "Aimv2VisionModel": CUT,
+    "DINOv3ViTModel": ("v", "yes", _ROTARY),
+    "DINOv3ViTBackbone": ("v", "yes", _ROTARY),
+    "InternVLVisionModel": ("uncut", "yes", f"its attention {_NAMES}"),
+    "Swinv2Model": ("uncut", "uncut", f"its attention {_NAMES}"),
+}
+HOSTS: dict[str, tuple[str, str, str]] = {  # class of a host -> the same of its part
+    "DepthAnythingForDepthEstimation": CUT,
+    "DPTForDepthEstimation": ("q, k, v", "yes", f"with a `backbone_config`; its own ViT {_NAMES}"),
+    "UperNetForSemanticSegmentation": CUT,
+    "CLIPModel": CUT,
+    "SiglipModel": CUT,
+    "LlavaForConditionalGeneration": ("q, k, v", "yes", "layers that the model does not read stay uncut"),
+}
