@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import stratavit
 from stratavit.dropout_list.walk import Walk
+from stratavit.elastic.delta import Delta
 
 CLASSES = 7
 _SMALL = {
@@ -89,6 +90,15 @@ def make_net(family: str, method: str = "default", stratified: bool = False) -> 
     if method == "mean":
         net.compensation = "mean"
     return net
+
+
+def change_weights(net: stratavit.SuperNet, size: float = 0.1) -> None:
+    """Gives every site a random change of its weights, as recovery of all sizes learns one."""
+    generator = torch.Generator().manual_seed(2)
+    for module in net.elastic.values():
+        module.delta = Delta(module.weights_at(module.full_width))
+        for part in module.delta.buffers():
+            part.copy_(size * torch.randn(part.shape, generator=generator))
 
 
 def stock_copy(source: nn.Module, net: stratavit.SuperNet) -> nn.Module:

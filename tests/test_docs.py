@@ -16,6 +16,7 @@ from test_architecture import ORDER
 
 import stratavit
 from stratavit.cli.parser import parsers
+from stratavit.models.architecture import describe
 from stratavit.training.recipe import Recipe
 from stratavit.training.values import read_toml
 
@@ -76,11 +77,14 @@ def test_the_loader_without_this_library(tmp_path):
         net = stratavit.SuperNet(architectures.make(name)).contract([IMAGES])
         sites = net.sites
         spec = {site.name: max(1, site.width // (2 + i % 3)) for i, site in enumerate(sites)} | {sites[1].name: 0}
+        spec |= {place.name: place.width // 2 for place in net.cost.places[:1]}
         small[str(number)] = stratavit.as_timm(net.extract(spec=spec))
+    assert any("tokens" in describe(model) for model in small.values())
     for folder, model in small.items():
         stratavit.save(model, tmp_path / folder)
     torch.save(IMAGES, tmp_path / "images.pt")
-    (tmp_path / "plain.py").write_bytes((ROOT / "src/stratavit/elastic/plain.py").read_bytes())
+    for name in ("plain.py", "merging.py"):
+        (tmp_path / name).write_bytes((ROOT / "src/stratavit/elastic" / name).read_bytes())
     code = (
         "import sys; sys.modules['stratavit'] = None\n" + page["code"] + "\nimages = torch.load('images.pt')\n"
         f"torch.set_num_threads({torch.get_num_threads()})\n"

@@ -12,6 +12,7 @@ from children import content, done
 from helpers import (
     LOADERS,
     MIXED,
+    change_weights,
     copy_of,
     enliven,
     make_batches,
@@ -238,6 +239,16 @@ def test_moments_that_do_not_fit_are_refused_by_name(saved, damage):
     edit_tensors(saved / "super" / "moments.safetensors", MOMENTS[damage])
     with pytest.raises(ArtifactError, match=rf"moments\.safetensors: {name}"):
         SuperNet.load(saved / "super")
+
+
+@pytest.mark.parametrize("tensor", [None, torch.zeros(5), torch.full((32,), float("nan"))])
+def test_changes_of_weights_that_do_not_fit_are_refused_by_name(tmp_path, tensor):
+    net, name = copy.deepcopy(make_net("plain")), "blocks.0.mlp.delta.out_bias"
+    change_weights(net)
+    net.save(tmp_path / "run")
+    edit_tensors(tmp_path / "run" / "moments.safetensors", {name: tensor})
+    with pytest.raises(ArtifactError, match=name):
+        SuperNet.load(tmp_path / "run")
 
 
 @pytest.mark.parametrize("compensation", ["none", "mean", "full"])

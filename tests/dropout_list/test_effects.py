@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import make_batches, make_images, make_model, make_net, relative_error
+from helpers import change_weights, make_batches, make_images, make_model, make_net, relative_error
 
 from stratavit import SuperNet
 from stratavit.calibration.dense_outputs import DenseOutputs
@@ -109,9 +109,12 @@ def probing(net, probes):
     return temporarily("probe", {net.elastic[name]: probe for name, probe in probes.items()})
 
 
+@pytest.mark.parametrize("recovered", [False, True])
 @pytest.mark.parametrize("share", [0.5, 1])
-def test_a_probe_computes_what_the_network_does_however_far_it_is_padded(family, share):
+def test_a_probe_computes_what_the_network_does_however_far_it_is_padded(family, share, recovered):
     net = copy.deepcopy(make_net(family))
+    if recovered:
+        change_weights(net)
     cut = {site.name: site.steps[int((len(site.steps) - 1) * share)] for site in net.sites}
     with torch.no_grad():
         expected = net(IMAGES, cut)

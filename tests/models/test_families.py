@@ -10,7 +10,7 @@ import architectures
 import pytest
 import timm
 import torch
-from helpers import PLAN, enliven, make_images, relative_error
+from helpers import PLAN, change_weights, enliven, make_images, relative_error
 
 import stratavit
 from stratavit import StrataViTError, SuperNet
@@ -127,6 +127,21 @@ def test_gradients_reach_all_weights_of_a_prefix(name):
     assert losses[1] < losses[0]
     for module in net.elastic.values():
         assert module.out.weight.grad.any()
+
+
+@every_kind
+def test_what_recovery_of_all_sizes_learns_is_a_part_of_every_size_but_the_full_one(name, tmp_path):
+    net, before = copy.deepcopy(converted(name)), converted(name)
+    change_weights(net)
+    for spec in specs(net)[1:]:
+        found = output(net, spec)
+        assert relative_error(output(net.extract(spec=spec)), found) < 1e-5
+        assert relative_error(found, output(before, spec)) > 1e-3 or spec == net.resolve(None)
+    assert torch.equal(output(net), output(before))
+    assert net.state_dict().keys() == before.state_dict().keys()
+    net.save(tmp_path / "net", moments=False)
+    net.compensation = "mean"  # that of a network without moments
+    assert torch.equal(output(SuperNet.load(tmp_path / "net", moments=False), spec), output(net, spec))
 
 
 @pytest.mark.parametrize("name", [*architectures.KINDS, *architectures.TRANSFORMERS[:1], architectures.TORCHVISION])

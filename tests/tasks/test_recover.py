@@ -180,6 +180,33 @@ def test_sizes_come_nearer_and_stay_sizes_of_one_network(tmp_path):
         assert torch.equal(stratavit.SuperNet.load(tmp_path / "net")(images, spec), net(images, spec))
 
 
+def test_the_full_size_stays_the_source_and_weights_can_be_trained_again():
+    net, before = recovered_net(), source()
+    assert_same(dict(net.state_dict()), dict(before.state_dict()))
+    with torch.no_grad():
+        assert torch.equal(net(make_images(3)), before(make_images(3)))
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert sum(map(torch.numel, net.parameters())) == sum(map(torch.numel, before.parameters()))
+
+
+def test_what_is_frozen_learns_nothing():
+    net = copy.deepcopy(source())
+    net.elastic["blocks.0.mlp"].requires_grad_(False)
+    run(net)
+    assert not any(part.any() for part in net.elastic["blocks.0.mlp"].delta.buffers())
+    assert all(part.any() for part in net.elastic["blocks.1.mlp"].delta.buffers())
+    assert not any(parameter.requires_grad for parameter in net.elastic["blocks.0.mlp"].parameters())
+
+
+def test_a_recovered_network_is_stratified_but_not_contracted_again():
+    net = copy.deepcopy(recovered_net())
+    net.stratify(make_batches(), plan=PLAN)
+    assert len(net.strata)
+    with pytest.raises(StrataViTError, match=r"extract\(spec=\{\}\)"):
+        net.contract(make_batches())
+    stratavit.SuperNet(net.extract(spec={})).contract(make_batches())
+
+
 def test_moments_stay_as_sizes_are_made_from_them():
     for name, module in recovered_net().elastic.items():
         assert torch.equal(module.moments.factor, source().elastic[name].moments.factor)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.compensation import Moments
+from stratavit.elastic.delta import NAMES as DELTA_NAMES
+from stratavit.elastic.delta import Delta
 from stratavit.elastic.site import Site
 from stratavit.errors import ArtifactError, shown
 from stratavit.files.state_dicts import FLOATS
@@ -16,6 +18,7 @@ from stratavit.models.final_mean import FinalMean
 
 FACTOR = ".factor"
 PARTS = (".mean", FACTOR, ".scalars")
+DELTA = ".delta."
 SHARES, VECTORS = "final_mean.shares", "final_mean.vectors"
 
 
@@ -23,6 +26,8 @@ def to_tensors(
     elastic: Mapping[str, ElasticSite], final_mean: FinalMean | None, second: bool = True
 ) -> dict[str, Tensor]:
     """``SITE.mean``; ``SITE.factor`` (lower triangle, row by row) and ``SITE.scalars`` (ridge, energy); the final mean.
+
+    Also ``SITE.delta.PART``: what recovery of all sizes has learned.
 
     Args:
         elastic: Site name -> module.
@@ -33,6 +38,8 @@ def to_tensors(
     for name, module in elastic.items():
         if module.channel_mean.numel():
             tensors[f"{name}.mean"] = module.channel_mean
+        if module.delta is not None:
+            tensors |= {f"{name}{DELTA}{part}": t for part, t in module.delta.named_buffers()}
         if second and module.moments is not None:
             tensors[f"{name}{FACTOR}"] = packed(module.moments.factor)
             scalars = [module.moments.ridge, module.moments.energy]
@@ -79,6 +86,8 @@ def from_tensors(
             module.channel_mean = tensors[names[0]].to(module.out.weight)
         if second:
             module.moments = _moments(site, tensors, source).to(module.out.weight.device)
+        if f"{site.name}{DELTA}{DELTA_NAMES[2]}" in tensors:
+            module.delta = _delta(site.name, module, tensors, source)
     return _final_mean(tensors, source) if VECTORS in tensors else None
 
 
@@ -107,6 +116,11 @@ def _layout(
         found[f"{site.name}.mean"] = (site.heads, site.width), mean
         found[f"{site.name}{FACTOR}"] = (n * (n + 1) // 2,), torch.float32
         found[f"{site.name}.scalars"] = (2,), torch.float64
+        if not any(DELTA in name for name in tensors):
+            continue
+        module = elastic[site.name]
+        full = Delta(module.weights_at(module.full_width))
+        found |= {f"{site.name}{DELTA}{part}": (tuple(t.shape), t.dtype) for part, t in full.named_buffers()}
     return found
 
 
@@ -119,6 +133,16 @@ def _moments(site: Site, tensors: Mapping[str, Tensor], source: str) -> Moments:
     if min(ridge, energy) < 0:
         raise ArtifactError(f"{source}: {site.name}.scalars should be at least 0")
     return Moments(factor, ridge, energy)
+
+
+def _delta(name: str, module: ElasticSite, tensors: Mapping[str, Tensor], source: str) -> Delta:
+    found = Delta(module.weights_at(module.full_width))
+    for part, zeros in found.named_buffers():
+        key = f"{name}{DELTA}{part}"
+        if key not in tensors:
+            raise ArtifactError(f"{source}: {key} is missing, other changes of weights are there; save it again")
+        zeros.copy_(tensors[key])
+    return found
 
 
 def _final_mean(tensors: Mapping[str, Tensor], source: str) -> FinalMean:

@@ -10,6 +10,7 @@ from decimal import Decimal
 from operator import index
 from typing import Any, SupportsFloat
 
+from stratavit.elastic.token_places import SUFFIX
 from stratavit.errors import BudgetError
 from stratavit.spec import Spec
 from stratavit.utils.text import SUFFIXES, human
@@ -92,8 +93,16 @@ class Budget:
         """End of the first bound's reachable range."""
         return self.bounds[0].high
 
+    @property
+    def axes(self) -> str:
+        """What is cut: ``width``, or ``both`` where blocks also merge tokens."""
+        return "both" if any(name.endswith(SUFFIX) for name in self.spec) else "width"
+
     def __str__(self) -> str:
-        return "\n".join(str(bound) for bound in self.bounds)
+        merging = [
+            "blocks merge tokens, so it is not of stock classes alone; axes='width' (--axes width) cuts only widths"
+        ]
+        return "\n".join([*map(str, self.bounds), *(merging if self.axes == "both" else [])])
 
 
 def amount_text(kind: str, amount: float) -> str:

@@ -24,7 +24,7 @@ from stratavit.calibration.wpac import (
 )
 from stratavit.elastic.base import AttentionTransform, ElasticSite
 from stratavit.elastic.compensation import Moments, factorise
-from stratavit.elastic.network import site_of
+from stratavit.elastic.network import site_of, sites_in
 from stratavit.errors import StrataViTError, described
 from stratavit.models.families import layer_scale
 from stratavit.utils.freed_memory import give_back
@@ -76,6 +76,10 @@ def sort_channels(
     """
     if not 0 <= token_weight <= 1:
         raise StrataViTError(f"token_weight: expected a share from 0 to 1, got {token_weight!r}")
+    if any(module.delta is not None for module in sites_in(model).values()):
+        raise StrataViTError(
+            "contract: recovery has changed the sizes of this network; begin with SuperNet(net.extract(spec={}))"
+        )
     share = token_weight if criterion == "output" else None
     dense_outputs = None if share is None else DenseOutputs()
     asked = (objective, scatter_needed(criterion), "contract", share, seed, dense_outputs)

@@ -88,6 +88,7 @@ def _sliced(net: SuperNet, met: Budget, folder: str, args: Namespace) -> Outcome
         "memory_mb": sum(weight.numel() * weight.element_size() for weight in weights) / MEGABYTE,
         "dtype": str(weights[0].dtype).removeprefix("torch."),
         "position": met.position,
+        "axes": met.axes,
         "spec": dict(met.spec),
         "seconds": seconds,
     }
@@ -173,6 +174,7 @@ def info(args: Namespace) -> Outcome:
         }
         if net.joint_strata is not None:
             facts["joint_smallest_macs"] = net.macs(net.joint_strata.smallest())
+            widths |= {place.name: place.width for place in net.cost.places}
     else:
         model = sub_network.load(folder, timm_form=True)
         provenance, config = dict(getattr(model, "provenance", {})), resolve_data_config(model)
@@ -186,7 +188,7 @@ def info(args: Namespace) -> Outcome:
     if floors:
         rows.add_column("always kept", justify="right")
     for name, width in (widths | floors).items():  # places that merge no tokens come last
-        rows.add_row(name, str(widths.get(name, width)), str(floors.get(name, "")))
+        rows.add_row(name, str(widths.get(name, width)), *([str(floors.get(name, ""))] if floors else []))
     lines = [f"{k}: {human(value) if isinstance(value, int) else value}" for k, value in facts.items() if k != "floors"]
     lines += [f"source: {provenance['source']}"] if "source" in provenance else []
     names = class_names_of(model)

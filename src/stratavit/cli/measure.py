@@ -91,6 +91,7 @@ def evaluate(args: Namespace) -> Outcome:
     model, config, met = asked_for(args)
     judge, images = judge_and_images(args, model, config)
     result: dict[str, Any] = {"model": str(args.target), "budget": [] if met is None else list(map(vars, met.bounds))}
+    result |= {} if met is None else {"axes": met.axes}
     view = [] if met is None else [str(met)]
     spec = None if met is None else met.spec
     if not args.agreement or classes_of(model) or not _by_head(args):

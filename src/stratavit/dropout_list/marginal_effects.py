@@ -136,7 +136,6 @@ def neighbours(site: Site, width: int, cost: CostModel) -> tuple[int, int]:
 @torch.no_grad()
 def make_probes(module: ElasticSite, widths: Sequence[int], padded: int) -> list[Probe]:
     """Weights at widths written out at the width `padded`: zeros for the channels between; leaves for gradients."""
-    in_weight, in_bias = module.in_weight(padded)
     probes = []
     for width, (out_weight, bias) in zip(widths, module.outs_at(widths), strict=True):
         out_bias = torch.zeros_like(out_weight[:, 0]) if bias is None else bias
@@ -144,6 +143,7 @@ def make_probes(module: ElasticSite, widths: Sequence[int], padded: int) -> list
         out_weight = F.pad(by_head, (0, padded - width)).flatten(1)  # [C, H*p]
         gate = (torch.arange(padded, device=out_weight.device) < width).to(out_weight)
         leaves = [leaf.detach().clone().requires_grad_(True) for leaf in (out_weight, out_bias, gate)]
+        in_weight, in_bias = module.in_weight_at(padded, like=width)
         probes.append(Probe(Weights(in_weight, in_bias, leaves[0], leaves[1]), leaves[2] if module.tied else None))
     return probes
 

@@ -156,13 +156,13 @@ class ElasticAttention(HeadsSite):
         """`qkv` at a head_dim, q scaled so that the stock scale ``w**-0.5`` amounts to the dense ``d**-0.5``."""
         if width == self.full_width:
             return self.qkv.weight, self.qkv.bias
-        scale = (width / self.full_width) ** 0.5
+        bias = self.qkv.bias
+        return self.cut_in(self.qkv.weight, width), None if bias is None else self.cut_in(bias, width)
 
-        def cut(x: Tensor) -> Tensor:  # [3*H*d, ...] -> [3*H*w, ...]
-            q, k, v = prefix_of_heads(x, 3 * self.heads, width).chunk(3)
-            return torch.cat([q * scale, k, v])
-
-        return cut(self.qkv.weight), None if self.qkv.bias is None else cut(self.qkv.bias)
+    def cut_in(self, weight: Tensor, width: int) -> Tensor:
+        """``[3*H*d, ...]`` to ``[3*H*w, ...]``, the part of q scaled."""
+        q, k, v = prefix_of_heads(weight, 3 * self.heads, width).chunk(3)
+        return torch.cat([q * (width / self.full_width) ** 0.5, k, v])
 
     def numbers(self, width: int, weights: Weights) -> dict[str, Any]:
         """Numbers of timm's `Attention` at a head_dim."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from stratavit.elastic.compensation import GAIN, Moments, compensate, project
 from stratavit.elastic.corrected import Corrected, stale
+from stratavit.elastic.delta import Delta, added
 from stratavit.elastic.running import current_run
 from stratavit.elastic.site import Site
 from stratavit.errors import StrataViTError, described
@@ -102,6 +103,7 @@ class ElasticSite(nn.Module):
         channel_mean: Mean of the channels that `out` reads, ``[H, d]`` or ``[1, m]``; empty before any calibration.
         moments: Second moments of the same channels, coordinate-major (coordinate, then head), so that a
             cut is a prefix of all heads at once.
+        delta: What recovery of all sizes has learned; added to the weights the more, the narrower the module is.
         crossed: `channel_mean` and `moments` without the images of fold 0, and without those of fold 1; after
             calibration, for the list. Not saved.
         corrected: Width -> what `specialise` computed. Not saved.
@@ -123,6 +125,7 @@ class ElasticSite(nn.Module):
         self.compensation: Compensation = "none"
         self.gain = GAIN
         self.moments: Moments | None = None
+        self.delta: Delta | None = None
         self.crossed: tuple[tuple[Tensor, Moments], ...] = ()
         self.probe: Probe | None = None
         self.corrected: dict[int, Corrected] = {}
@@ -154,8 +157,12 @@ class ElasticSite(nn.Module):
         raise NotImplementedError
 
     def in_weight(self, width: int) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the map into the channels at a width."""
+        """Weight and bias of the map into the channels at a width, but for `delta`; see `in_weight_at`."""
         raise NotImplementedError
+
+    def cut_in(self, weight: Tensor, width: int) -> Tensor:
+        """A weight or bias of the map into the channels, ``[n*H*d, ...]``, at a width: ``[n*H*w, ...]``."""
+        return weight.unflatten(0, (-1, self.full_width))[:, :width].flatten(0, 1)
 
     @property
     def out(self) -> nn.Linear:
@@ -203,14 +210,39 @@ class ElasticSite(nn.Module):
         Raises:
             StrataViTError: They were computed by `specialise`, and the weights have changed since.
         """
-        return Weights(*self.in_weight(width), *self.outs_at([width])[0])
+        return Weights(*self.in_weight_at(width), *self.outs_at([width])[0])
+
+    def in_weight_at(self, width: int, like: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the map into the channels at a width, changed by `delta` as at the width `like`."""
+        weight, bias = self.in_weight(width)
+        share = self._share(width if like is None else like)
+        if self.delta is None or not share:
+            return weight, bias
+        changes = [None if x is None else self.cut_in(x, width) for x in self.delta.parts()[:2]]
+        changed = added(weight, share, changes[0])
+        assert changed is not None
+        return changed, added(bias, share, changes[1])
+
+    def _share(self, width: int) -> float:
+        """How much of `delta` is added at a width: from 0 at the full one to 1 where nothing is left."""
+        return 1 - width / self.full_width
+
+    def _changed(self, width: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight ``[C, H*w]`` and bias of `out` at a width, changed by `delta`."""
+        if self.delta is None:
+            return weight, bias
+        _, _, change, shift = self.delta.parts()
+        kept = change.unflatten(1, (self.heads, self.full_width))[:, :, :width].flatten(1)  # [C, H*d] -> [C, H*w]
+        share = self._share(width)
+        return weight + (share * kept).to(weight.dtype), added(bias, share, shift)
 
     def outs_at(self, widths: Sequence[int]) -> list[tuple[Tensor, Tensor | None]]:
         """Weight and bias of `out` at widths, see `weights_at`; those that are compensated share a product."""
         cut = [width for width in widths if width < self.full_width]
         found: dict[int, tuple[Tensor, Tensor | None]] = {self.full_width: (self.out.weight, self.out.bias)}
         if self.compensation == "full" and self.moments is not None and cut:
-            found |= zip(cut, self.compensated_outs(cut), strict=True)
+            pairs = self.compensated_outs(cut)
+            found |= {width: self._changed(width, *pair) for width, pair in zip(cut, pairs, strict=True)}
         for width in cut:
             if width in found:
                 continue
@@ -218,7 +250,7 @@ class ElasticSite(nn.Module):
                 found[width] = self.corrected[width].checked(self._basis(), width)
             else:
                 kept = self.out_by_head()[:, :, :width].flatten(1)  # [C, H, w] -> [C, H*w]
-                found[width] = kept, self.out_bias_at(width)
+                found[width] = self._changed(width, kept, self.out_bias_at(width))
         return [found[width] for width in widths]
 
     def weights_now(self) -> Weights:
@@ -234,14 +266,14 @@ class ElasticSite(nn.Module):
             known = self.corrected[width].unless_changed(self._basis())
             if known is None and self.moments is None:
                 raise stale(width)
-        return self.weights_at(width) if known is None else Weights(*self.in_weight(width), *known)
+        return self.weights_at(width) if known is None else Weights(*self.in_weight_at(width), *known)
 
-    def fixed_out(self, width: int) -> tuple[Tensor, Tensor] | None:
+    def fixed_out(self, width: int) -> tuple[Tensor, Tensor | None] | None:
         """Compensated weight and bias of `out`, apart from any gradient; None where there is nothing to compute."""
         if self.compensation != "full" or self.moments is None or not 0 < width < self.full_width:
             return None
         with torch.no_grad():
-            return self.compensated_outs([width])[0]
+            return self._changed(width, *self.compensated_outs([width])[0])
 
     def specialise(self, width: int) -> None:
         """Keeps `fixed_out` at a width for as long as the weights stay as they are."""
@@ -260,7 +292,8 @@ class ElasticSite(nn.Module):
 
     def _basis(self) -> list[Tensor]:
         """What the second map is computed from, besides the moments."""
-        return [t for t in (self.out.weight, self.out.bias, self.channel_mean) if t is not None]
+        learned = () if self.delta is None else self.delta.parts()[2:]
+        return [t for t in (self.out.weight, self.out.bias, self.channel_mean, *learned) if t is not None]
 
     def compensated_outs(self, widths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """Weight ``[C, H*w]`` and bias ``[C]`` of `out` with what the dropped channels did folded in, at widths."""
@@ -293,6 +326,10 @@ class ElasticSite(nn.Module):
         constant = dropped @ self.channel_mean[:, width:].flatten().to(dropped)
         return constant if self.out.bias is None else self.out.bias + constant
 
+    def bias_alone(self) -> Tensor | None:
+        """What the module adds at width 0, ``[C]``; None for nothing."""
+        return added(self.out_bias_at(0), 1.0, None if self.delta is None else self.delta.parts()[3])
+
     def written(self, features: Tensor, weights: Weights) -> Tensor:
         """Output of `out`, ``[B, N, H*w]`` to ``[B, N, C]``, shown to the observer."""
         if self.observer is not None:
@@ -304,6 +341,6 @@ class ElasticSite(nn.Module):
 
     def constant(self, x: Tensor) -> Tensor:
         """Output at width 0 (or bypassed): a constant for every token, or zeros. x ``[B, N, C]``."""
-        bias = None if self.bypassed else self.out_bias_at(0)
+        bias = None if self.bypassed else self.bias_alone()
         zeros = torch.zeros_like(x)
         return zeros if bias is None else zeros + bias

@@ -21,17 +21,19 @@ class Memory:
         means: Means of channels, and the final mean.
         moments: Second moments, which serve any spec.
         corrected: `proj` and `fc2` of the specialised specs.
+        deltas: What recovery of all sizes has learned.
     """
 
     weights: int
     means: int
     moments: int
     corrected: int
+    deltas: int
 
     @property
     def total(self) -> int:
         """All together."""
-        return self.weights + self.means + self.moments + self.corrected
+        return self.weights + self.means + self.moments + self.corrected + self.deltas
 
     def __str__(self) -> str:
         text = ", ".join(f"{name} {size / 1e6:.2f}" for name, size in asdict(self).items())
@@ -51,7 +53,8 @@ def memory_of(net: Any) -> Memory:
         weights=size_of(net.state_dict().values()),
         means=size_of(mean for mean, _ in known) + (0 if net.final_mean is None else net.final_mean.vectors.nbytes),
         moments=size_of(moments.factor for _, moments in known if moments is not None),
-        corrected=size_of(t for site in sites for one in site.corrected.values() for t in one.pair),
+        corrected=size_of(t for site in sites for one in site.corrected.values() for t in one.pair if t is not None),
+        deltas=size_of(t for site in sites if site.delta is not None for t in site.delta.parts() if t is not None),
     )
 
 

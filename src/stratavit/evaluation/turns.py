@@ -22,7 +22,7 @@ class Ratio:
     """Time of a model over that of the first one.
 
     Attributes:
-        value: Ratio of the medians.
+        value: Median over the rounds of the ratio of their medians: what is slow in one round is slow for all.
         spread: Its standard error, as a share of the value, from how much rounds differ.
     """
 
@@ -35,7 +35,7 @@ class Ratio:
         ratios = [median(own) / median(other) for own, other in zip(times, first, strict=True)]
         middle = median(ratios)
         deviation = 1.4826 * median(abs(ratio - middle) for ratio in ratios)  # a standard deviation, robustly
-        return cls(median(flat(times)) / median(flat(first)), 1.2533 * deviation / middle / len(ratios) ** 0.5)
+        return cls(middle, 1.2533 * deviation / middle / len(ratios) ** 0.5)
 
 
 def flat(times: Rounds) -> list[float]:

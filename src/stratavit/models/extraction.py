@@ -71,7 +71,7 @@ def _shifted(norm: nn.Module, shift: Tensor | None) -> nn.Module:
 def small_site(site: Site, elastic: ElasticSite, width: int) -> nn.Module:
     """One stock layer at a width, or the constant that is left at width 0."""
     if width == 0:
-        bias = elastic.out_bias_at(0)
+        bias = elastic.bias_alone()
         constant = build_layer({"constant": 0 if bias is None else site.dim}, site.dim, elastic, "meta")
         return _filled(constant, {"bias": bias}, elastic)
     weights = elastic.weights_at(width)

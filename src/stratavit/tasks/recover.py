@@ -7,7 +7,7 @@ import dataclasses
 import io
 import time
 from collections.abc import Mapping
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stratavit.data.unlabelled import Images, images_in
+from stratavit.elastic.delta import learning_deltas
 from stratavit.errors import StrataViTError
 from stratavit.interop.libraries import as_source, as_timm
 from stratavit.interop.transformers.models import is_transformers
@@ -60,7 +61,8 @@ def recover(
 
     Args:
         model: What `SuperNet.extract` returned, or a `SuperNet` with a dropout list: then all of its sizes learn
-            together, and the second moments, which are a part of how sizes are made, stay as they are.
+            together. Its weights stay as they are; what is learned is a change of them that grows as modules become
+            narrower (`elastic.delta`), so the full size remains the source.
         images: A folder with images anywhere in it, or any other form that `convert` reads. Labels are not used.
         teacher: The source, or a super-network of it, which teaches at full width; a super-network is its own if None.
         minutes: Most time of the whole call. Some steps are timed first; then no more are planned than fit.
@@ -121,22 +123,23 @@ def _run(
     origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Trains by a recipe; an epoch, between two looks, holds `length` images."""
-    train(
-        partial(RecoverTask, net, data_config, held, clock, recipe),
-        lambda accelerator, loader: [],
-        net.model,
-        data_config,
-        images,  # type: ignore[arg-type]  # has a length, and images by number
-        None,
-        recipe,
-        out,
-        resume=resume,
-        overwrite=overwrite,
-        cpu=cpu,
-        teacher=teacher,
-        origin=origin,
-        epoch_images=length,
-    )
+    with learning_deltas(net.model, net.elastic) if is_super_network(net) else nullcontext():
+        train(
+            partial(RecoverTask, net, data_config, held, clock, recipe),
+            lambda accelerator, loader: [],
+            net.model,
+            data_config,
+            images,  # type: ignore[arg-type]  # has a length, and images by number
+            None,
+            recipe,
+            out,
+            resume=resume,
+            overwrite=overwrite,
+            cpu=cpu,
+            teacher=teacher,
+            origin=origin,
+            epoch_images=length,
+        )
 
 
 def _check_length(minutes: float | None, steps: int | None, resume: bool) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stratavit.artifacts import folder_format, sub_network
 from stratavit.artifacts.timm_config import FILE as TIMM_FILE
+from stratavit.elastic.delta import settle
 from stratavit.errors import StrataViTError
 from stratavit.evaluation import curve_points
 from stratavit.evaluation.curve_points import parse_share
@@ -34,7 +35,7 @@ from stratavit.utils.model import classes_of, is_super_network, measured_at
 
 LOOKS = 20  # times that a run measures the agreement with the teacher, at most
 PATIENCE = 10  # looks without a better agreement, and not on the way to one, after which a run ends
-SHARES = ("12/12", "8/12", "6/12", "4/12")  # of the MACs: sizes of a super-network that are looked at
+SHARES = ("10/12", "8/12", "6/12")  # of the MACs: sizes of a super-network that are looked at, and the smallest one
 BATCH = 64
 FILES = (folder_format.WEIGHTS_FILE, folder_format.MOMENTS_FILE, TIMM_FILE, folder_format.JSON_FILE)
 
@@ -107,15 +108,16 @@ class RecoverTask(TrainingTask):
     """A network in recovery; the weights that agreed best with the teacher are kept.
 
     Args:
-        net: A `SuperNet`, whose moments stay as they are, so that every size is trained as it is extracted; or
-            `finetune.Plain`.
+        net: A `SuperNet`, whose weights and moments stay as they are and whose changes learn (`elastic.delta`), so that
+            every size is trained as it is extracted; or `finetune.Plain`.
         data_config: How its images are prepared.
         held: Images to measure the agreement on.
         clock: Of the run.
         recipe, steps, accelerator: See `TrainingTask`.
 
     Attributes:
-        lists: Sizes that a batch draws from, largest first; a batch takes one of the lists.
+        lists: Sizes that a batch draws from, largest first; a batch takes one of the lists. Not the full size, which
+            is the source.
         curve: Mean divergence at every look; the first is before training.
         best: Weights at the lowest of these.
     """
@@ -134,7 +136,8 @@ class RecoverTask(TrainingTask):
     ) -> None:
         self.data_config, self.held, self.clock = data_config, held, clock
         self.lists = lists_of(net, data_config, recipe)
-        super().__init__(net, self.lists[0][0].macs, recipe, steps, accelerator)
+        full = net.macs() if is_super_network(net) else self.lists[0][0].macs
+        super().__init__(net, full, recipe, steps, accelerator)
         held.teacher.to(accelerator.device, classes_of(net.model))
         self.curve: list[float] = []
         self.best: dict[str, Tensor] = {}
@@ -146,8 +149,12 @@ class RecoverTask(TrainingTask):
         return Following(imitation, self.recipe.distil_blocks, tokens=1.0)
 
     def draw(self, generator: random.Random) -> list[SampledNetwork]:
-        """The model as it is, or sizes of a super-network along one of its lists."""
-        return draw(self.recipe.sampling, generator.choice(self.lists), generator)
+        """The model as it is, or sizes of a super-network along one of its lists.
+
+        A sandwich is without the largest of these, which is nearly the source: two passes.
+        """
+        drawn = draw(self.recipe.sampling, generator.choice(self.lists), generator)
+        return drawn[1:] or drawn if self.recipe.sampling == "sandwich" else drawn
 
     @property
     def finished(self) -> bool:  # type: ignore[override]
@@ -161,7 +168,7 @@ class RecoverTask(TrainingTask):
             Percent and mean divergence, over some sizes of a super-network; then of each of these.
         """
         begun = time.perf_counter()
-        sizes = looked_at(self.lists[0])
+        sizes = looked_at(self.lists[0], self.full_macs)
         device = self.accelerator.device
         found = {share: self.held.distance(self.eval_net, one.spec, device) for share, one in sizes.items()}
         ended = time.perf_counter()
@@ -188,6 +195,8 @@ class RecoverTask(TrainingTask):
         """Gives `net` the weights that agreed best, in eval mode. `facts` go into its provenance."""
         model = self.net.model
         model.load_state_dict(self.best)
+        if is_super_network(self.net):
+            settle(self.net.elastic)  # what is saved is no longer in training
         facts = {**facts, "before": self.before, "divergence": min(self.curve)}
         owner = self.net if is_super_network(self.net) else model
         owner.provenance = {**getattr(owner, "provenance", {}), "recover": facts}
@@ -213,20 +222,24 @@ def lists_of(net: Any, data_config: Mapping[str, Any], recipe: Recipe) -> list[l
     """The sizes that learn: of a super-network those of its lists that drop at most `Recipe.reduction` of the MACs.
 
     Raises:
-        StrataViTError: It has no list.
+        StrataViTError: It has no list, or none of its sizes is small enough, or large enough.
     """
     if not is_super_network(net):
         return [[SampledNetwork(Spec({}), linear_macs(net.model, data_config["input_size"]))]]
     lists = [one for one in (net.strata, net.joint_strata) if one is not None]
     if not lists:
         raise StrataViTError("recover: this super-network has no dropout list; call stratify first, or extract a size")
-    least = (1 - recipe.reduction) * net.macs()
-    every = [prefixes_of(one, net.cost, whole_groups=net.method == "paper") for one in lists]
-    return [[size for size in sizes if size.macs >= least] for sizes in every]
+    full = net.macs()
+    every = [prefixes_of(one, net.cost, whole_groups=net.method == "paper")[1:] for one in lists]
+    found = [[size for size in sizes if size.macs >= (1 - recipe.reduction) * full] for sizes in every]
+    if not all(found):
+        raise StrataViTError(f"recover: no size of this super-network drops less than {recipe.reduction:g} of the MACs")
+    return found
 
 
-def looked_at(sizes: list[SampledNetwork]) -> dict[str, SampledNetwork]:
-    """Share of the MACs -> the largest size within it, for the shares that are there."""
-    full = sizes[0].macs
+def looked_at(sizes: list[SampledNetwork], full: int) -> dict[str, SampledNetwork]:
+    """Share of the MACs -> the largest size within it, for the shares that are there; the smallest size."""
+    if len(sizes) == 1:
+        return {"1": sizes[0]}
     within = {share: [one for one in sizes if one.macs <= parse_share(share) * full + 0.5] for share in SHARES}
-    return {share: some[0] for share, some in within.items() if some}
+    return {**{share: some[0] for share, some in within.items() if some}, "smallest": sizes[-1]}

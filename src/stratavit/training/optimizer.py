@@ -55,12 +55,15 @@ def rate_scale(parameter: Tensor, recipe: Recipe) -> float:
 
     Vectors (biases, norms, LayerScale) have `Recipe.bias_norm_lr_scale`. A ``relative`` rate is that times the root
     mean square of the weights, as in Adafactor (arXiv 1804.04235, section 8), rounded to a power of the square root of
-    two, so that few groups of tensors suffice.
+    two, so that few groups of tensors suffice. What changes other weights (`elastic.delta`) learns at twice the rate of
+    those: a module at half of its width adds half of it.
     """
-    scale = recipe.bias_norm_lr_scale if parameter.dim() < 2 else 1.0
+    changed = getattr(parameter, "changes", None)
+    scale = (recipe.bias_norm_lr_scale if parameter.dim() < 2 else 1.0) * (1.0 if changed is None else 2.0)
     if recipe.lr_unit == "absolute":
         return scale
-    size = max(float(parameter.detach().float().square().mean().sqrt()), LEAST_SIZE)
+    weights = parameter if changed is None else changed
+    size = max(float(weights.detach().float().square().mean().sqrt()), LEAST_SIZE)
     return scale * float(2 ** (round(2 * math.log2(size)) / 2))
 
 

@@ -43,7 +43,7 @@ def verdict(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 def report_verdict(warnings: Iterable[str]) -> None:
     """Says on standard error what `verdict` warns of."""
     for warning in warnings:
-        print(f"train: {warning}", file=sys.stderr)
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _gain(old: Point, new: Point) -> float:
