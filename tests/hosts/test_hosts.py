@@ -250,6 +250,8 @@ def test_a_part_has_no_file_and_a_whole_model_no_place(tmp_path):
     _, net, _ = converted("Dinov2Backbone")
     with pytest.raises(ArtifactError, match="save the host"):
         net.save(tmp_path / "net")
+    with pytest.raises(ArtifactError, match="load_transformers"):
+        stratavit.PartNet.load(tmp_path / "net")
     with pytest.raises(StrataViTError, match="extract"):
         net.place(macs=0.8)
 

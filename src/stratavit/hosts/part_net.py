@@ -187,6 +187,18 @@ class PartNet(SuperNet):
         """
         raise ArtifactError(f"{path}: the super-network of a part has no file; place a size of it and save the host")
 
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu", moments: bool = True) -> NoReturn:
+        """Refused, see `save`.
+
+        Args:
+            path, device, moments: See `SuperNet.load`.
+
+        Raises:
+            ArtifactError: Always.
+        """
+        raise ArtifactError(f"{path}: the super-network of a part has no file; see load_transformers and resize_parts")
+
     def _widths(self, spec: Mapping[str, int] | None, verbose: bool, asked: BudgetArgs) -> Mapping[str, int]:
         if spec is not None:
             if any(value is not None for name, value in asked.items() if name != "setting"):

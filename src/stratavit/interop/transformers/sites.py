@@ -115,20 +115,24 @@ class TheirAttention(HeadsSite):
 
     def in_weight(self, width: int) -> tuple[Tensor, Tensor | None]:
         """q, k and v at a head_dim, one after the other, q scaled as the smaller factor of the scores asks; or v."""
-        parts = self.cut_parts()
-        weights = [prefix_of_heads(weight, self.heads, width) for weight, _ in parts]
-        biases = [None if bias is None else prefix_of_heads(bias, self.heads, width) for _, bias in parts]
-        if self.tied and width < self.full_width:
-            scale = (width / self.full_width) ** 0.5
-            weights[0], biases[0] = weights[0] * scale, None if biases[0] is None else biases[0] * scale
+        weights, biases = zip(*self.cut_parts(), strict=True)
+        weight = self.cut_in(torch.cat(weights), width)
         if all(bias is None for bias in biases):
-            return torch.cat(weights), None
+            return weight, None
         zeros = weights[0].new_zeros(len(weights[0]))
-        return torch.cat(weights), torch.cat([zeros if bias is None else bias for bias in biases])
+        return weight, self.cut_in(torch.cat([zeros if bias is None else bias for bias in biases]), width)
+
+    def cut_in(self, weight: Tensor, width: int) -> Tensor:
+        """See `ElasticSite.cut_in`; the part of q is scaled."""
+        parts = prefix_of_heads(weight, len(self.cut_parts()) * self.heads, width)
+        if not self.tied or width == self.full_width:
+            return parts
+        q, k, v = parts.chunk(3)
+        return torch.cat([q * (width / self.full_width) ** 0.5, k, v])
 
     def numbers(self, width: int, weights: Weights | None) -> dict[str, Any]:
         """Width, and whether there is a bias behind the heads."""
-        bias = self.out_bias_at(0) if weights is None else weights.out_bias
+        bias = self.bias_alone() if weights is None else weights.out_bias
         return {"width": width, "bias": bias is not None}
 
     def tensors(self, weights: Weights) -> dict[str, Tensor | None]:
@@ -210,7 +214,7 @@ class TheirMlp(ElasticMlp):
 
     def numbers(self, width: int, weights: Weights | None) -> dict[str, Any]:
         """Width, and whether there is a bias behind the hidden units."""
-        bias = self.out_bias_at(0) if weights is None else weights.out_bias
+        bias = self.bias_alone() if weights is None else weights.out_bias
         return {"width": width, "bias": bias is not None}
 
     def tensors(self, weights: Weights) -> dict[str, Tensor | None]:

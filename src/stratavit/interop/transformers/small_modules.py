@@ -116,7 +116,7 @@ def small_module(elastic: ElasticSite, width: int) -> nn.Module:
     weights = elastic.weights_at(width) if width else None
     numbers = elastic.numbers(width, weights)  # type: ignore[arg-type]
     small = resized(elastic.stock, **numbers)
-    tensors = {"bias": elastic.out_bias_at(0)} if weights is None else elastic.tensors(weights)
+    tensors = {"bias": elastic.bias_alone()} if weights is None else elastic.tensors(weights)
     own = small.state_dict()
     for name, tensor in tensors.items():
         if tensor is not None:

@@ -1,0 +1,92 @@
+"""A ViT inside a larger model, cut in place: the host's own output, uncut and at shares of the MACs, and files.
+
+    python benchmarks/hosts.py
+    python benchmarks/hosts.py --resume hosts.jsonl --only UperNet      one host; the table comes from the file
+
+The hosts are those of the tests, small and random: the figures say that the way is sound, not how good a size is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Journal, write_results
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from hosted_models import HOSTS, batches_for, make
+
+import stratavit
+from stratavit.hosts.converting import host_outputs, uncut_error
+
+SHARES = (10, 8)  # twelfths of the part's MACs
+NOTE = (
+    "Small random hosts (tests/hosted_models.py), 64 images. uncut: largest difference of the host's outputs with the "
+    "part converted and not cut, over the largest output. n/12: squared error of the host's first output over its "
+    "squared length, on 32 other inputs, at that share of the part's MACs. files: largest difference after the way "
+    "back, by save_pretrained and load_transformers, or by state_dict and resize_parts."
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--only", choices=HOSTS)
+    options = parser.parse_args()
+    journal = Journal(options.resume, "host")
+    for name in HOSTS if options.only is None else [options.only]:
+        if {"host": name} not in journal:
+            journal.add(measured(name))
+    if options.only is None:
+        write_results("hosts", [journal.rows[name,] for name in HOSTS], NOTE)
+
+
+def measured(name: str) -> dict[str, Any]:
+    """One row."""
+    hosted, host = HOSTS[name], make(HOSTS[name])
+    batch, *calibration = batches_for(hosted, 3, 32)
+    expected = first_output(host, batch)
+    net = stratavit.convert_part(host, hosted.part, calibration)
+    row = {
+        "host": name,
+        "part": f"{net.name} ({type(net.model.part).__name__})",
+        "sites": f"{len(net.sites)} cut, {len(net.uncut)} uncut",
+        "uncut": f"{uncut_error(net, batch):.1e}",
+    }
+    for twelfths in SHARES:
+        net.place(macs=twelfths / 12, verbose=False)
+        found = first_output(host, batch)
+        row[f"{twelfths}/12"] = f"{float((found - expected).square().sum() / expected.square().sum()):.2%}"
+    back = reloaded(host, hosted.make)
+    row["files"] = f"{float((first_output(back, batch) - found).abs().max()):.1e}"
+    return row
+
+
+def first_output(host: torch.nn.Module, batch: Any) -> Tensor:
+    """Depth, logits or their like: the first floating tensor that a host returns."""
+    return host_outputs(
+        host, batch, lambda model, inputs: model(*inputs.values()) if len(inputs) == 1 else model(**inputs)
+    )[0]
+
+
+def reloaded(host: Any, build: Any) -> torch.nn.Module:
+    """The host by way of files."""
+    with tempfile.TemporaryDirectory() as folder:
+        if hasattr(host, "save_pretrained"):
+            host.save_pretrained(folder)
+            return stratavit.load_transformers(folder)
+        torch.save({"sizes": stratavit.part_sizes(host), "weights": host.state_dict()}, f"{folder}/host.pt")
+        kept = torch.load(f"{folder}/host.pt")
+    fresh = stratavit.resize_parts(build(), kept["sizes"])
+    fresh.load_state_dict(kept["weights"])
+    return fresh.eval()
+
+
+if __name__ == "__main__":
+    main()
