@@ -267,6 +267,17 @@ def test_sizes_that_do_not_fit():
         )
 
 
+def test_a_host_in_half_precision_and_frozen():
+    hosted = HOSTS["Depth Anything"]
+    host = make(hosted).bfloat16().requires_grad_(False)
+    loader = [{name: value.bfloat16() for name, value in batch.items()} for batch in batches_for(hosted)]
+    net = stratavit.convert_part(host, "backbone", loader, plan=PLAN)
+    net.place(macs=0.8, verbose=False)
+    assert {parameter.dtype for parameter in host.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in host.parameters())
+    assert all(output.isfinite().all() for output in host_outputs(host, loader[0]))
+
+
 def test_another_way_to_call_the_host():
     hosted = HOSTS["CLIP"]
     loader = [(batch["pixel_values"], torch.zeros(6)) for batch in batches_for(hosted)]

@@ -60,8 +60,8 @@ class Calls:
                 )
         self.batches.append(images.clone())
         self.arguments = {key: value for key, value in given.items() if key != name and key not in own}
-        for row, key in enumerate(keys_of(images) if own else []):
-            self.by_image[key] = {name: value[row].clone() for name, value in own.items()}
+        for row, image in enumerate(keys_of(images) if own else []):
+            self.by_image[image] = {name: value[row].clone() for name, value in own.items()}
 
     def count(self) -> int:
         """Images of all calls."""

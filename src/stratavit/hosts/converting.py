@@ -15,7 +15,7 @@ from stratavit.errors import StrataViTError
 from stratavit.hosts.calls import Call, outputs_read, record_calls, run_host
 from stratavit.hosts.finding import find_part
 from stratavit.hosts.part_net import PartNet
-from stratavit.models.output_checks import COARSE
+from stratavit.interop.timm_equivalent import COARSE
 from stratavit.utils.model import eval_mode, full_products, model_dtype
 
 LIMIT = 1024  # images, as in the paper

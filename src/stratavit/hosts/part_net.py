@@ -239,7 +239,7 @@ def _elastic(model: HostedPart, sample: Tensor) -> tuple[dict[str, ElasticSite],
         for weight in outs.values():
             weight.requires_grad_(True)
         total = model(sample[:1]).float().square().sum()
-        gradients = torch.autograd.grad(total, list(outs.values()), allow_unused=True)
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(total, list(outs.values()), allow_unused=True)
     for weight, asks in before.items():
         weight.requires_grad_(asks)
     for name, gradient in zip(outs, gradients, strict=True):

@@ -78,6 +78,8 @@ class TheirAttention(HeadsSite):
     With rotary positions q and k stay uncut; v is then padded to the full head_dim, as the stock class reshapes it.
     """
 
+    stock: Any
+
     def __init__(self, stock: Any) -> None:
         self.tied = not is_rotary(stock)
         self._last = _names(stock).last
@@ -152,7 +154,7 @@ class TheirAttention(HeadsSite):
             found |= {f"{name}.weight": weight, f"{name}.bias": None if own is None else bias}
         return found
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:  # type: ignore[override]
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         """Tokens ``[B, N, C]`` to tokens and what else the stock class returns; its own arguments."""
         if self.width == 0 or self.bypassed:
             return self.constant(hidden_states), None
@@ -184,6 +186,8 @@ class TheirAttention(HeadsSite):
 
 class TheirMlp(ElasticMlp):
     """An MLP of transformers: `fc1` and `fc2`, or a gated one of `gate_proj`, `up_proj` and `down_proj`."""
+
+    stock: Any
 
     def __init__(self, stock: Any) -> None:
         self._first, self._last = _names(stock)
@@ -229,7 +233,7 @@ class TheirMlp(ElasticMlp):
             found |= {f"{name}.weight": weight, f"{name}.bias": bias}
         return found
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; the arguments of the stock class."""
         if self.width == 0 or self.bypassed:
             return self.constant(hidden_states)
