@@ -11,7 +11,6 @@ from torch import nn
 
 from stratavit.errors import ArtifactError, described, one_line, shown
 from stratavit.files.folders import read_json, read_shapes
-from stratavit.interop.part_sites import resize as resize_modules
 from stratavit.interop.transformers.layouts import LAYOUTS
 from stratavit.interop.transformers.models import KEY, from_timm, library, resize, to_timm
 from stratavit.models.architecture import resolve_data_config
@@ -54,6 +53,8 @@ def load_transformers(path: str | Path) -> Any:
         raise ArtifactError(
             f"{path}: expected a model of one of {', '.join(LAYOUTS)}, found {described(config.architectures)}"
         )
+
+    from stratavit.interop.part_sites import resize as resize_modules  # a later room of this package
 
     def build(self: Any, config: Any) -> None:
         kind.__init__(self, config)
