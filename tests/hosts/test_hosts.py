@@ -240,8 +240,10 @@ def test_hosts_that_cannot_be_followed():
         stratavit.convert_part(host, "backbone", [{"nothing": torch.zeros(1)}])
     with pytest.raises(StrataViTError, match="did not run"):
         stratavit.convert_part(host, "backbone", batches_for(hosted), call=lambda model, batch: None)
+    with pytest.raises(StrataViTError, match="given no images"):
+        stratavit.convert_part(host, "head", batches_for(hosted))
     with pytest.raises(UnsupportedModelError, match="no attention or MLP"):
-        stratavit.convert_part(host, "head", [torch.randn(2, 8, 4, 4)], call=lambda model, x: model.head([x], 4, 4))
+        stratavit.convert_part(nn.Conv2d(3, 4, 1), "", [torch.randn(2, 3, 8, 8)])
     with pytest.raises(StrataViTError, match="each time"):  # masks are drawn unless their noise is given
         stratavit.convert_part(make(CLASSES["ViTMAEModel"]), "", [torch.randn(6, 3, 32, 32)])
 
