@@ -9,7 +9,6 @@ from torch import Tensor
 
 from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.compensation import Moments
-from stratavit.elastic.delta import NAMES as DELTA_NAMES
 from stratavit.elastic.delta import Delta
 from stratavit.elastic.site import Site
 from stratavit.errors import ArtifactError, shown
@@ -86,7 +85,7 @@ def from_tensors(
             module.channel_mean = tensors[names[0]].to(module.out.weight)
         if second:
             module.moments = _moments(site, tensors, source).to(module.out.weight.device)
-        if f"{site.name}{DELTA}{DELTA_NAMES[2]}" in tensors:
+        if f"{site.name}{DELTA}out_weight" in tensors:
             module.delta = _delta(site.name, module, tensors, source)
     return _final_mean(tensors, source) if VECTORS in tensors else None
 

@@ -10,7 +10,6 @@ from decimal import Decimal
 from operator import index
 from typing import Any, SupportsFloat
 
-from stratavit.elastic.token_places import SUFFIX
 from stratavit.errors import BudgetError
 from stratavit.spec import Spec
 from stratavit.utils.text import SUFFIXES, human
@@ -96,7 +95,7 @@ class Budget:
     @property
     def axes(self) -> str:
         """What is cut: ``width``, or ``both`` where blocks also merge tokens."""
-        return "both" if any(name.endswith(SUFFIX) for name in self.spec) else "width"
+        return "both" if any(name.endswith(".tokens") for name in self.spec) else "width"
 
     def __str__(self) -> str:
         merging = [

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stratavit.elastic.base import AttentionTransform, ElasticSite, Weights, fold_heads
+from stratavit.elastic.base import AttentionTransform, ElasticSite, fold_heads
+from stratavit.elastic.delta import Weights
 from stratavit.elastic.plain import attend, cosines, gathered, rotated, swin_v2_bias
 from stratavit.elastic.site import Site, attention_steps
 

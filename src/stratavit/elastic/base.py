@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stratavit.elastic.compensation import GAIN, Moments, compensate, project
 from stratavit.elastic.corrected import Corrected, stale
-from stratavit.elastic.delta import Delta, added
+from stratavit.elastic.delta import Delta, Weights, added
 from stratavit.elastic.running import current_run
 from stratavit.elastic.site import Site
 from stratavit.errors import StrataViTError, described
@@ -32,15 +32,6 @@ def known_compensation(name: Compensation) -> Compensation:
     if name not in ("none", "mean", "full"):
         raise StrataViTError(f"compensation: expected 'none', 'mean' or 'full', got {described(name)}")
     return name
-
-
-class Weights(NamedTuple):
-    """What a module computes with at some width: into its channels, then out of them."""
-
-    in_weight: Tensor  # attention [3*H*w, C] (v alone where q and k stay uncut: [H*w, C]), MLP [w, C] (gated [2*w, C])
-    in_bias: Tensor | None
-    out_weight: Tensor  # attention [C, H*w], MLP [C, w]
-    out_bias: Tensor | None
 
 
 class Observer(Protocol):

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stratavit.elastic.base import ElasticSite, Weights
+from stratavit.elastic.base import ElasticSite
+from stratavit.elastic.delta import Weights
 from stratavit.elastic.site import Site, mlp_steps
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stratavit.data.unlabelled import Images, images_in
-from stratavit.elastic.delta import learning_deltas
+from stratavit.elastic.learning import learning_deltas
 from stratavit.errors import StrataViTError
 from stratavit.interop.libraries import as_source, as_timm
 from stratavit.interop.transformers.models import is_transformers

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stratavit.artifacts import folder_format, sub_network
 from stratavit.artifacts.timm_config import FILE as TIMM_FILE
-from stratavit.elastic.delta import settle
+from stratavit.elastic.learning import settle
 from stratavit.errors import StrataViTError
 from stratavit.evaluation import curve_points
 from stratavit.evaluation.curve_points import parse_share

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stratavit.elastic.attention import HeadsSite, Part, prefix_of_heads
-from stratavit.elastic.base import Weights
+from stratavit.elastic.delta import Weights
 from stratavit.elastic.mlp import ElasticMlp
 
 ROTARY = (
