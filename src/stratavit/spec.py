@@ -11,6 +11,8 @@ from typing import Any, SupportsIndex
 
 from stratavit.errors import StrataViTError, described, one_line
 
+TOKENS = ".tokens"  # end of the names of places where blocks merge tokens
+
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
 class Spec(Mapping[str, int]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +14,7 @@ from typing_extensions import Self, Unpack
 
 from stratavit.artifacts import folder_format, super_network
 from stratavit.budgets.amounts import Budget
-from stratavit.budgets.constraints import BudgetArgs, find_sub_network
+from stratavit.budgets.constraints import BudgetArgs, find_spec, find_sub_network
 from stratavit.budgets.prices import priced
 from stratavit.calibration.contraction import TOKEN_WEIGHT, Method, known_method, resolve_method, sort_channels
 from stratavit.calibration.dense_outputs import DenseOutputs, outputs_of
@@ -29,7 +28,6 @@ from stratavit.elastic.base import Compensation, ElasticSite, known_compensation
 from stratavit.elastic.memory import Memory, memory_of, report_kept_moments, specialise
 from stratavit.elastic.site import HEAD_DIM_UNIT, MLP_UNITS, with_units
 from stratavit.elastic.tokens import token_counts
-from stratavit.errors import BudgetError
 from stratavit.evaluation.latency import Setting
 from stratavit.interop.libraries import as_source, as_timm
 from stratavit.models import changes, elastic_model, small_model, source_checks
@@ -339,14 +337,8 @@ class SuperNet(nn.Module):
         Raises:
             BudgetError, StrataViTError: See `budget` and `resolve`; or layers or hooks were put into `model` since.
         """
-        if spec is None:
-            met = self.budget(**asked)
-            spec = met.spec
-            if verbose:
-                print(met, file=sys.stderr)
-        elif any(value is not None for name, value in asked.items() if name != "setting"):
-            raise BudgetError("give either a spec or a budget, not both")
-        return as_source(small_model.small_at(self, self.resolve(spec), getattr(asked.get("setting"), "dtype", None)))
+        widths = find_spec(self, spec, verbose, asked)
+        return as_source(small_model.small_at(self, widths, getattr(asked.get("setting"), "dtype", None)))
 
     def spec(self, **asked: Unpack[BudgetArgs]) -> Spec:
         """The widths of the sub-network that `budget` finds.

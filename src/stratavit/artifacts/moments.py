@@ -65,7 +65,10 @@ def from_tensors(
     Raises:
         ArtifactError: A tensor does not fit the model or is not finite; it is named.
     """
-    known = _layout(elastic, sites, width, tensors)
+    deltas = {}
+    if any(DELTA in name for name in tensors):
+        deltas = {name: Delta(module.weights_at(module.full_width)) for name, module in elastic.items()}
+    known = _layout(elastic, sites, width, tensors, deltas)
     for name, tensor in sorted(tensors.items()):
         if name not in known:
             raise ArtifactError(f"{source}: {shown(name)} is not part of this model; copy the file or save it again")
@@ -86,7 +89,7 @@ def from_tensors(
         if second:
             module.moments = _moments(site, tensors, source).to(module.out.weight.device)
         if f"{site.name}{DELTA}out_weight" in tensors:
-            module.delta = _delta(site.name, module, tensors, source)
+            module.delta = _filled(deltas[site.name], f"{site.name}{DELTA}", tensors, source)
     return _final_mean(tensors, source) if VECTORS in tensors else None
 
 
@@ -105,7 +108,11 @@ def unpacked(triangle: Tensor, n: int) -> Tensor:
 
 
 def _layout(
-    elastic: Mapping[str, ElasticSite], sites: Sequence[Site], width: int, tensors: Mapping[str, Tensor]
+    elastic: Mapping[str, ElasticSite],
+    sites: Sequence[Site],
+    width: int,
+    tensors: Mapping[str, Tensor],
+    deltas: Mapping[str, Delta],
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name -> shape and type in use, of every tensor that a file may have."""
     shares = tensors[SHARES].numel() if SHARES in tensors else 0
@@ -115,11 +122,8 @@ def _layout(
         found[f"{site.name}.mean"] = (site.heads, site.width), mean
         found[f"{site.name}{FACTOR}"] = (n * (n + 1) // 2,), torch.float32
         found[f"{site.name}.scalars"] = (2,), torch.float64
-        if not any(DELTA in name for name in tensors):
-            continue
-        module = elastic[site.name]
-        full = Delta(module.weights_at(module.full_width))
-        found |= {f"{site.name}{DELTA}{part}": (tuple(t.shape), t.dtype) for part, t in full.named_buffers()}
+    for name, delta in deltas.items():
+        found |= {f"{name}{DELTA}{part}": (tuple(t.shape), t.dtype) for part, t in delta.named_buffers()}
     return found
 
 
@@ -134,14 +138,15 @@ def _moments(site: Site, tensors: Mapping[str, Tensor], source: str) -> Moments:
     return Moments(factor, ridge, energy)
 
 
-def _delta(name: str, module: ElasticSite, tensors: Mapping[str, Tensor], source: str) -> Delta:
-    found = Delta(module.weights_at(module.full_width))
-    for part, zeros in found.named_buffers():
-        key = f"{name}{DELTA}{part}"
-        if key not in tensors:
-            raise ArtifactError(f"{source}: {key} is missing, other changes of weights are there; save it again")
-        zeros.copy_(tensors[key])
-    return found
+def _filled(delta: Delta, start: str, tensors: Mapping[str, Tensor], source: str) -> Delta:
+    """A change of weights with its tensors, whose names begin so."""
+    for part, zeros in delta.named_buffers():
+        if start + part not in tensors:
+            raise ArtifactError(
+                f"{source}: {start}{part} is missing, other changes of weights are there; save it again"
+            )
+        zeros.copy_(tensors[start + part])
+    return delta
 
 
 def _final_mean(tensors: Mapping[str, Tensor], source: str) -> FinalMean:

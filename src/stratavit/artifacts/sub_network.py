@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from stratavit.artifacts.folder_format import SUB, read_saved, write_saved
-from stratavit.elastic.token_places import SUFFIX
 from stratavit.errors import ArtifactError, UnsupportedModelError
 from stratavit.interop.libraries import as_source, as_timm
 from stratavit.models import architecture, source_checks
 from stratavit.models.freezing import frozen_names
 from stratavit.models.output_checks import Subject, check_same_outputs
+from stratavit.spec import TOKENS
 from stratavit.utils.classifier import with_plain_head
 from stratavit.utils.model import is_super_network
 from stratavit.utils.wrappers import unwrapped
@@ -83,4 +83,4 @@ def site_widths(model: nn.Module) -> dict[str, int]:
     """The width kept at every site of a sub-network, and the tokens where it merges some, read from its layers."""
     found = architecture.describe(model)
     widths = {name: site.get("head_dim", site.get("hidden_features", 0)) for name, site in found["sites"].items()}
-    return widths | {name + SUFFIX: count for name, count in found.get("tokens", {}).get("keep", {}).items()}
+    return widths | {name + TOKENS: count for name, count in found.get("tokens", {}).get("keep", {}).items()}

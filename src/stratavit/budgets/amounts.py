@@ -11,7 +11,7 @@ from operator import index
 from typing import Any, SupportsFloat
 
 from stratavit.errors import BudgetError
-from stratavit.spec import Spec
+from stratavit.spec import TOKENS, Spec
 from stratavit.utils.text import SUFFIXES, human
 
 Amount = float | int | str
@@ -95,13 +95,14 @@ class Budget:
     @property
     def axes(self) -> str:
         """What is cut: ``width``, or ``both`` where blocks also merge tokens."""
-        return "both" if any(name.endswith(".tokens") for name in self.spec) else "width"
+        return "both" if any(name.endswith(TOKENS) for name in self.spec) else "width"
 
     def __str__(self) -> str:
-        merging = [
-            "blocks merge tokens, so it is not of stock classes alone; axes='width' (--axes width) cuts only widths"
-        ]
-        return "\n".join([*map(str, self.bounds), *(merging if self.axes == "both" else [])])
+        lines = [str(bound) for bound in self.bounds]
+        if self.axes == "both":
+            stock = "axes='width' (--axes width) cuts only widths"
+            lines.append(f"blocks merge tokens, so it is not of stock classes alone; {stock}")
+        return "\n".join(lines)
 
 
 def amount_text(kind: str, amount: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from operator import index
@@ -60,6 +61,23 @@ def find_sub_network(net: Any, asked: BudgetArgs) -> Budget:
 
     limits = [Limit(kind, amount, measures[kind], ends, timing.get(kind), size) for kind, amount in amounts.items()]
     return meet(limits, strata.spec, positions)
+
+
+def find_spec(net: Any, spec: Mapping[str, int] | None, verbose: bool, asked: BudgetArgs) -> Spec:
+    """The width of every site of a `SuperNet`, by a spec or by budgets; `verbose` prints what was got for these.
+
+    Raises:
+        BudgetError: Both are given; or see `find_sub_network`.
+    """
+    if spec is None:
+        met: Budget = net.budget(**asked)
+        if verbose:
+            print(met, file=sys.stderr)
+        spec = met.spec
+    elif any(value is not None for name, value in asked.items() if name != "setting"):
+        raise BudgetError("give either a spec or a budget, not both")
+    found: Spec = net.resolve(spec)
+    return found
 
 
 def check_budgets(asked: Mapping[str, Any]) -> None:

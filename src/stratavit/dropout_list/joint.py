@@ -21,11 +21,12 @@ from stratavit.dropout_list.strata import Entry, Strata
 from stratavit.elastic.merging import least
 from stratavit.elastic.running import Run, running
 from stratavit.elastic.site import Site
-from stratavit.elastic.token_places import SUFFIX, TokenPlace, can_merge
+from stratavit.elastic.token_places import TokenPlace, can_merge
 from stratavit.elastic.tokens import token_counts
 from stratavit.errors import StrataViTError, described
 from stratavit.models.cost import CostModel
 from stratavit.models.families import merging
+from stratavit.spec import TOKENS
 from stratavit.utils.model import eval_mode, frozen
 from stratavit.utils.progress import track
 
@@ -244,4 +245,4 @@ def reachable_merges(entries: Sequence[Entry], places: Sequence[TokenPlace]) -> 
 
 
 def _is_ready(entry: Entry, places: Sequence[TokenPlace], tokens: Mapping[str, int]) -> bool:
-    return not entry.site.endswith(SUFFIX) or can_merge(places, {**tokens, entry.site: entry.width})
+    return not entry.site.endswith(TOKENS) or can_merge(places, {**tokens, entry.site: entry.width})

@@ -232,8 +232,7 @@ class ElasticSite(nn.Module):
         cut = [width for width in widths if width < self.full_width]
         found: dict[int, tuple[Tensor, Tensor | None]] = {self.full_width: (self.out.weight, self.out.bias)}
         if self.compensation == "full" and self.moments is not None and cut:
-            pairs = self.compensated_outs(cut)
-            found |= {width: self._changed(width, *pair) for width, pair in zip(cut, pairs, strict=True)}
+            found |= zip(cut, self.compensated_outs(cut), strict=True)
         for width in cut:
             if width in found:
                 continue
@@ -259,12 +258,12 @@ class ElasticSite(nn.Module):
                 raise stale(width)
         return self.weights_at(width) if known is None else Weights(*self.in_weight_at(width), *known)
 
-    def fixed_out(self, width: int) -> tuple[Tensor, Tensor | None] | None:
+    def fixed_out(self, width: int) -> tuple[Tensor, Tensor] | None:
         """Compensated weight and bias of `out`, apart from any gradient; None where there is nothing to compute."""
         if self.compensation != "full" or self.moments is None or not 0 < width < self.full_width:
             return None
         with torch.no_grad():
-            return self._changed(width, *self.compensated_outs([width])[0])
+            return self.compensated_outs([width])[0]
 
     def specialise(self, width: int) -> None:
         """Keeps `fixed_out` at a width for as long as the weights stay as they are."""
@@ -287,7 +286,7 @@ class ElasticSite(nn.Module):
         return [t for t in (self.out.weight, self.out.bias, self.channel_mean, *learned) if t is not None]
 
     def compensated_outs(self, widths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Weight ``[C, H*w]`` and bias ``[C]`` of `out` with what the dropped channels did folded in, at widths."""
+        """Weight ``[C, H*w]`` and bias ``[C]`` of `out` at widths, with what the dropped channels did, and `delta`."""
         assert self.moments is not None
         out = self.out.weight
         if self.moments.factor.device != out.device:  # pragma: no cover: needs a second device
@@ -299,8 +298,10 @@ class ElasticSite(nn.Module):
             for width in widths:
                 kept, shift = compensate(weight, mean, self.moments, width * self.heads, self.gain, projected)
                 kept = kept.unflatten(1, (width, self.heads)).transpose(1, 2).flatten(1)  # [C, w*H] -> [C, H*w]
-                bias = shift if self.out.bias is None else self.out.bias.float() + shift
-                found.append((kept.to(out.dtype), bias.to(out.dtype)))
+                own = shift if self.out.bias is None else self.out.bias.float() + shift
+                weights, bias = self._changed(width, kept.to(out.dtype), own.to(out.dtype))
+                assert bias is not None
+                found.append((weights, bias))
         return found
 
     def out_bias_at(self, width: int) -> Tensor | None:

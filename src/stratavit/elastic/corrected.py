@@ -19,18 +19,18 @@ class Corrected:
         basis: What they were computed from.
     """
 
-    def __init__(self, pair: tuple[Tensor, Tensor | None], basis: list[Tensor]) -> None:
+    def __init__(self, pair: tuple[Tensor, Tensor], basis: list[Tensor]) -> None:
         self.pair = pair
         self._basis = [(tensor.detach(), _version(tensor)) for tensor in basis]
         self._digest = digest_of(enumerate(basis))
 
-    def unless_changed(self, basis: list[Tensor]) -> tuple[Tensor, Tensor | None] | None:
+    def unless_changed(self, basis: list[Tensor]) -> tuple[Tensor, Tensor] | None:
         """The pair, or None if it was computed from other tensors; changes through ``.data`` in place go unseen."""
         now = [(t.data_ptr(), t.dtype, t.shape, _version(t)) for t in basis]
         then = [(t.data_ptr(), t.dtype, t.shape, version) for t, version in self._basis]
         return self.pair if now == then else None
 
-    def checked(self, basis: list[Tensor], width: int) -> tuple[Tensor, Tensor | None]:
+    def checked(self, basis: list[Tensor], width: int) -> tuple[Tensor, Tensor]:
         """The pair, the numbers that it rests on compared; too slow for every pass, right for extraction.
 
         Raises:

@@ -42,25 +42,27 @@ class Delta(nn.Module):
         """The tensors in the order of `Weights`."""
         return tuple(getattr(self, name) for name in Weights._fields)
 
-    def become(self, parameters: bool, like: Weights | None = None) -> None:
-        """Makes the tensors parameters, or buffers again.
+    def learn(self, full: Weights) -> None:
+        """Makes the tensors parameters.
 
         Args:
-            parameters: Which of the two.
-            like: Weights of the module. A parameter learns if they do; a relative rate refers to their size, see
+            full: Weights of the module. A parameter learns if they do; a relative rate refers to their size, see
                 `training.optimizer.rate_scale`.
         """
-        for number, (name, tensor) in enumerate(zip(Weights._fields, self.parts(), strict=True)):
+        for name, tensor, weights in zip(Weights._fields, self.parts(), full, strict=True):
             if tensor is None:
                 continue
-            delattr(self, name)
-            if not parameters:
-                self.register_buffer(name, tensor.detach(), persistent=False)
-                continue
-            weights = None if like is None else like[number]
             learned = nn.Parameter(tensor.detach(), weights is None or weights.requires_grad)
             learned.changes = None if weights is None else weights.detach()  # type: ignore[attr-defined]
+            delattr(self, name)
             self.register_parameter(name, learned)
+
+    def settle(self) -> None:
+        """Makes the tensors buffers again."""
+        for name, tensor in zip(Weights._fields, self.parts(), strict=True):
+            if tensor is not None:
+                delattr(self, name)
+                self.register_buffer(name, tensor.detach(), persistent=False)
 
 
 def added(tensor: Tensor | None, share: float, change: Tensor | None) -> Tensor | None:

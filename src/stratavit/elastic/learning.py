@@ -16,7 +16,7 @@ def settle(elastic: Mapping[str, ElasticSite]) -> None:
     """Makes changes that learn a part of their modules for good; see `learning_deltas`."""
     for module in elastic.values():
         if module.delta is not None:
-            module.delta.become(False)
+            module.delta.settle()
 
 
 @contextmanager
@@ -28,6 +28,6 @@ def learning_deltas(model: nn.Module, elastic: Mapping[str, ElasticSite]) -> Ite
         for module in elastic.values():
             full = module.weights_at(module.full_width)
             module.delta = module.delta or Delta(full)
-            module.delta.become(True, full)
+            module.delta.learn(full)
         stack.enter_context(temporarily("requires_grad", dict.fromkeys(others, False)))
         yield

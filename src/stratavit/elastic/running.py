@@ -27,7 +27,7 @@ class Run:
     """
 
     widths: Mapping[Any, int] = field(default_factory=dict)
-    fixed: Mapping[Any, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    fixed: Mapping[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     shifts: Mapping[Any, Tensor | None] = field(default_factory=dict)
     tokens: Mapping[Any, int | None] = field(default_factory=dict)
 

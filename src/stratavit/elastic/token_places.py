@@ -13,9 +13,8 @@ from typing import Any
 from stratavit.elastic.merging import least
 from stratavit.elastic.site import Site, full_spec
 from stratavit.errors import StrataViTError, described
-from stratavit.spec import Spec
+from stratavit.spec import TOKENS, Spec
 
-SUFFIX = ".tokens"
 UNIT = 8  # tokens that are merged together in a dropout list
 
 
@@ -45,7 +44,7 @@ SiteOrPlace = Site | TokenPlace  # what an entry of a dropout list may shrink
 
 def place_of(block: str, patches: int, prefix: int) -> TokenPlace:
     """The place of a block, for images of so many patches behind a prefix."""
-    return TokenPlace(block + SUFFIX, block, patches, tuple(range(patches % UNIT or UNIT, patches + 1, UNIT)), prefix)
+    return TokenPlace(block + TOKENS, block, patches, tuple(range(patches % UNIT or UNIT, patches + 1, UNIT)), prefix)
 
 
 def tokens_along(places: Sequence[TokenPlace], widths: Mapping[str, int], patches: int) -> dict[str, tuple[int, int]]:
@@ -93,7 +92,7 @@ def resolve(sites: Sequence[Site], places: Sequence[TokenPlace], spec: Mapping[s
         StrataViTError: The spec names an unknown site or place, a width above the full one, or see `check_tokens`.
     """
     asked = spec if isinstance(spec, Spec) else Spec(spec)
-    tokens = {name: count for name, count in asked.items() if name.endswith(SUFFIX)}
+    tokens = {name: count for name, count in asked.items() if name.endswith(TOKENS)}
     if not tokens:
         return full_spec(sites, asked)
     known = {place.name: place for place in places}

@@ -21,10 +21,11 @@ from torch import nn
 from stratavit.elastic.attention import ElasticBeit, ElasticSplit
 from stratavit.elastic.layers import build_layer, describe_layer
 from stratavit.elastic.plain import Constant, SplitAttention
-from stratavit.elastic.token_places import SUFFIX, TokenPlace, check_tokens
+from stratavit.elastic.token_places import TokenPlace, check_tokens
 from stratavit.elastic.tokens import merge_at
 from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, described, one_line
 from stratavit.models.families import blocks_of, family_of, kind_of, merging
+from stratavit.spec import TOKENS
 from stratavit.utils.classifier import with_plain_head
 from stratavit.utils.model import computed_buffers, model_device, model_dtype
 
@@ -159,10 +160,10 @@ def merge_tokens(model: nn.Module, tokens: Mapping[str, Any]) -> None:
     prefix, blocks, full, keep = merging(model), blocks_of(model), tokens["patches"], tokens["keep"]
     if isinstance(prefix, str):
         raise ArtifactError(f"the model description merges tokens, but {prefix}")
-    places = [TokenPlace(name + SUFFIX, name, full, ()) for name in blocks]
+    places = [TokenPlace(name + TOKENS, name, full, ()) for name in blocks]
     if not keep or not keep.keys() <= {*blocks} or not all(type(n) is int for n in (full, *keep.values())):
         raise ArtifactError(f"the model description merges tokens at {described(keep)} of {described(full)}")
-    check_tokens(places, {name + SUFFIX: count for name, count in keep.items()})
+    check_tokens(places, {name + TOKENS: count for name, count in keep.items()})
     merge_at(model, blocks, keep, full, prefix)
 
 

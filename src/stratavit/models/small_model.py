@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stratavit.elastic.token_places import SUFFIX
 from stratavit.models.changes import check_small
 from stratavit.models.extraction import cut_model
 from stratavit.models.freezing import set_frozen
 from stratavit.models.number_types import in_type
 from stratavit.models.source_checks import check_layers
+from stratavit.spec import TOKENS
 
 
 def final_shift(net: Any, widths: Mapping[str, int]) -> Tensor | None:
     """What is added to the last norm's bias of a `SuperNet` at widths of every site, ``[C]``; None for nothing."""
     if net.final_mean is None or net.compensation != "full" or widths == net.resolve(None):
         return None
-    channels = {name: width for name, width in widths.items() if not name.endswith(SUFFIX)}
+    channels = {name: width for name, width in widths.items() if not name.endswith(TOKENS)}
     shift: Tensor = net.final_mean.at(net.cost.macs(channels) / net.cost.macs())
     return shift
 
