@@ -14,9 +14,9 @@ import stratavit
 from stratavit import ArtifactError, StrataViTError, UnsupportedModelError
 from stratavit.dropout_list.walk import Walk
 from stratavit.hosts.converting import host_outputs, uncut_error
-from stratavit.hosts.costs import macs_outside
 from stratavit.interop.part_sites import elastic_sites_in
 from stratavit.interop.transformers import in_place
+from stratavit.models.cost import linear_macs
 from stratavit.models.families.hosted import HostedPart
 
 PLAN = Walk(states=((0.7, 1), (0.5, 1)), images=12)
@@ -74,7 +74,8 @@ def test_costs_are_exact(name):
         assert net.params(spec) == sum(parameter.numel() for parameter in small.parameters())
         model = net.model
         how = (model.images, model.unsqueezed, model.arguments, model.by_image, model.outputs)
-        assert net.macs(spec) == macs_outside(HostedPart("small", small, *how), net.sample[:1])
+        image = net.sample[:1]
+        assert net.macs(spec) == linear_macs(HostedPart("small", small, *how), tuple(image.shape[1:]), image=image)
 
 
 # ---- in place ---------------------------------------------------------------------------------------------------

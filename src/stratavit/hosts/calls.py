@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
@@ -118,21 +117,15 @@ def record_calls(
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.add({**dict(zip(names, args, strict=False)), **kwargs}, name)
 
-    handle = part.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        with eval_mode(host), torch.no_grad():
-            for batch in track(loader, "run the model"):
-                run_host(host, batch, call)
-                if not calls.batches:
-                    raise StrataViTError(
-                        f"{name} did not run when its model ran on the first batch; name a part that does"
-                    )
-                if first is None:
-                    first, calls.first = batch, len(calls.batches[-1])
-                if calls.count() >= limit:
-                    break
-    finally:
-        handle.remove()
+    with part.register_forward_pre_hook(note, with_kwargs=True), eval_mode(host), torch.no_grad():
+        for batch in track(loader, "run the model"):
+            run_host(host, batch, call)
+            if not calls.batches:
+                raise StrataViTError(f"{name} did not run when its model ran on the first batch; name a part that does")
+            if first is None:
+                first, calls.first = batch, len(calls.batches[-1])
+            if calls.count() >= limit:
+                break
     if first is None:
         raise StrataViTError("convert_part: the loader gave no batches; check the data or the loader")
     return calls, first
@@ -157,7 +150,7 @@ def outputs_read(host: nn.Module, part: nn.Module, batch: Any, call: Call | None
         leaves[:] = tree_leaves(found)
         return found
 
-    with eval_mode(host), frozen(host), torch.enable_grad(), hooked(part, cut_off):
+    with eval_mode(host), frozen(host), torch.enable_grad(), part.register_forward_hook(cut_off):
         output = run_host(host, batch, call)
     maps = [number for number, leaf in enumerate(leaves) if _is_map(leaf) and leaf.dim() > 1 and len(leaf) == images]
     handed = {id(leaf) for leaf in leaves}  # what a host only hands through, it does not read
@@ -177,13 +170,3 @@ def outputs_read(host: nn.Module, part: nn.Module, batch: Any, call: Call | None
 
 def _is_map(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
-
-
-@contextmanager
-def hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    """A forward hook that is there inside."""
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()

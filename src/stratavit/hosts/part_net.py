@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from stratavit.budgets.constraints import BudgetArgs
+from stratavit.budgets.constraints import BudgetArgs, find_spec
 from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.site import HEAD_DIM_UNIT, MLP_UNITS
-from stratavit.errors import ArtifactError, BudgetError, UnsupportedModelError
+from stratavit.errors import ArtifactError, UnsupportedModelError
 from stratavit.hosts.calls import Calls
 from stratavit.hosts.costs import part_cost
 from stratavit.hosts.sizes import forget_sizes, state_sizes
@@ -26,7 +25,7 @@ from stratavit.models.final_mean import Shift
 from stratavit.models.freezing import frozen_names
 from stratavit.models.source_checks import check_layers, check_weights, whole_copy
 from stratavit.supernet import SuperNet
-from stratavit.utils.model import eval_mode, full_products, model_device, model_dtype
+from stratavit.utils.model import eval_mode, full_products, model_device, model_dtype, temporarily
 
 SAMPLE = 8  # images that tell the energy of maps, and which sites the host reads
 
@@ -102,7 +101,7 @@ class PartNet(SuperNet):
         Raises:
             BudgetError, StrataViTError: See `SuperNet.extract`.
         """
-        widths = self._widths(spec, verbose, asked)
+        widths = find_spec(self, spec, verbose, asked)
         small = self.small_at(widths)
         own = {key: copy.deepcopy(config) for key, config in _configs(small).items()}  # the host's stays as it is
         for module in small.modules():
@@ -128,7 +127,7 @@ class PartNet(SuperNet):
         """
         if not self.name:
             raise UnsupportedModelError("place: the part is the model itself, which has no host; call extract")
-        widths = self._widths(spec, verbose, asked)
+        widths = find_spec(self, spec, verbose, asked)
         small = self.small_at(widths).train(self.host.get_submodule(self.name).training)
         self.host.set_submodule(self.name, small)
         state_sizes(self.host, self.name, self.sizes(widths, small))
@@ -199,16 +198,6 @@ class PartNet(SuperNet):
         """
         raise ArtifactError(f"{path}: the super-network of a part has no file; see load_transformers and resize_parts")
 
-    def _widths(self, spec: Mapping[str, int] | None, verbose: bool, asked: BudgetArgs) -> Mapping[str, int]:
-        if spec is not None:
-            if any(value is not None for name, value in asked.items() if name != "setting"):
-                raise BudgetError("give either a spec or a budget, not both")
-            return self.resolve(spec)
-        met = self.budget(**asked)
-        if verbose:
-            print(met, file=sys.stderr)
-        return self.resolve(met.spec)
-
 
 def _configs(part: nn.Module) -> dict[int, Any]:
     """The configurations that modules of a part refer to, for `copy.deepcopy`: shared with the host, not copied."""
@@ -234,14 +223,10 @@ def _elastic(model: HostedPart, sample: Tensor) -> tuple[dict[str, ElasticSite],
             f"cannot cut this {type(model.part).__name__}: "
             f"{next(iter(uncut.values()), 'it holds no attention or MLP module of a known kind')}"
         )
-    before = {weight: weight.requires_grad for weight in outs.values()}
-    with torch.enable_grad(), eval_mode(model):
-        for weight in outs.values():
-            weight.requires_grad_(True)
+    watched = temporarily("requires_grad", dict.fromkeys(outs.values(), True))
+    with watched, torch.enable_grad(), eval_mode(model):
         total = model(sample[:1]).float().square().sum()
         gradients: tuple[Tensor | None, ...] = torch.autograd.grad(total, list(outs.values()), allow_unused=True)
-    for weight, asks in before.items():
-        weight.requires_grad_(asks)
     for name, gradient in zip(outs, gradients, strict=True):
         if gradient is None:
             uncut[name] = f"{name}: the host does not read what it adds"

@@ -174,28 +174,47 @@ def _tokens(inputs: tuple[Tensor, ...]) -> int:
 
 
 def linear_macs(
-    model: nn.Module, image_size: tuple[int, int, int], without: tuple[str, ...] = (), attention: bool = False
+    model: nn.Module,
+    image_size: tuple[int, ...],
+    without: tuple[str, ...] = (),
+    attention: bool = False,
+    image: Tensor | None = None,
 ) -> int:
-    """MACs per image of the linear maps and convolutions, counted in a pass over a blank image.
+    """MACs per image of the linear maps and convolutions, counted in a pass over an image.
 
     Args:
         model: Any model from images.
         image_size: Channels, height, width of an input image.
         without: Beginnings of the names of modules that do not count.
         attention: Add the products QK^T and AV.
+        image: ``[1, *image_size]``; blank if None.
     """
-    return sum(macs_by_module(model, image_size, without, attention).values())
+    return sum(macs_by_module(model, image_size, without, attention, image).values())
 
 
 def macs_by_module(
-    model: nn.Module, image_size: tuple[int, int, int], without: tuple[str, ...] = (), attention: bool = False
+    model: nn.Module,
+    image_size: tuple[int, ...],
+    without: tuple[str, ...] = (),
+    attention: bool = False,
+    image: Tensor | None = None,
 ) -> dict[str, int]:
     """The same by name of the module that has them, see `linear_macs`."""
     found: dict[str, int] = defaultdict(int)
 
-    def count(name: str, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(module, nn.Linear | nn.Conv2d):
+    if image is None:
+        image = torch.zeros(1, *image_size, device=model_device(model), dtype=model_dtype(model))
+
+    def count(name: str, module: Any, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
+        if isinstance(module, nn.Linear):  # whose output may be padded
+            found[name] += output.numel() // output.shape[-1] * module.weight.numel()
+            return
+        if isinstance(module, nn.Conv2d):
             found[name] += output.numel() * module.weight[0].numel()
+            return
+        if isinstance(module, nn.MultiheadAttention):
+            query, key = (*inputs, *(named[key] for key in ("query", "key") if key in named))[:2]
+            found[name] += 2 * (_tokens((query,)) + _tokens((key,))) * module.embed_dim**2
             return
         if (
             getattr(module, "q_bias", None) is not None and not module.qkv_bias_separate
@@ -208,10 +227,11 @@ def macs_by_module(
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            counts = isinstance(module, (nn.Linear, nn.Conv2d, *ATTENTION)) and not f"{name}.".startswith(without)
+            known = (nn.Linear, nn.Conv2d, nn.MultiheadAttention, *ATTENTION)
+            counts = isinstance(module, known) and not f"{name}.".startswith(without)
             if counts and ".cpb_mlp." not in name:  # positions, the same for all images
-                stack.enter_context(module.register_forward_hook(partial(count, name)))
+                stack.enter_context(module.register_forward_hook(partial(count, name), with_kwargs=True))
         stack.enter_context(eval_mode(model))
         stack.enter_context(torch.inference_mode())
-        model(torch.zeros(1, *image_size, device=model_device(model), dtype=model_dtype(model)))
+        model(image)
     return found

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stratavit.elastic.attention import HeadsSite, Part, prefix_of_heads
+from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.delta import Weights
 from stratavit.elastic.mlp import ElasticMlp
 
@@ -72,22 +73,47 @@ def run_with(stock: nn.Module, layers: Mapping[str, Callable[..., Any]], **attri
     return double
 
 
-class TheirAttention(HeadsSite):
+class TheirSite(ElasticSite):
+    """What attention and MLP modules of transformers have in common: they keep their stock module, whole.
+
+    Attributes:
+        stock: The module; its layers hold the weights.
+        names: Of these layers.
+    """
+
+    stock: Any
+    names: Names
+
+    def _adopt(self, stock: nn.Module) -> None:
+        self.names = _names(stock)
+        self.add_module("stock", stock)
+
+    @property
+    def last(self) -> nn.Linear:
+        """The map out of the channels."""
+        layer: nn.Linear = getattr(self.stock, self.names.last)
+        return layer
+
+    def numbers(self, width: int, weights: Weights | None) -> dict[str, Any]:
+        """Width, and whether there is a bias behind the channels."""
+        bias = self.bias_alone() if weights is None else weights.out_bias
+        return {"width": width, "bias": bias is not None}
+
+    def last_tensors(self, weights: Weights) -> dict[str, Tensor | None]:
+        """Tensors of the small module's map out of the channels, see `small_modules.resized`."""
+        return {f"{self.names.last}.weight": weights.out_weight, f"{self.names.last}.bias": weights.out_bias}
+
+
+class TheirAttention(TheirSite, HeadsSite):
     """Attention of transformers with maps `q_proj`, `k_proj`, `v_proj` and out of the heads.
 
     With rotary positions q and k stay uncut; v is then padded to the full head_dim, as the stock class reshapes it.
     """
 
-    stock: Any
-
     def __init__(self, stock: Any) -> None:
         self.tied = not is_rotary(stock)
-        self._last = _names(stock).last
         heads = stock.q_proj.out_features // stock.head_dim
         super(HeadsSite, self).__init__(stock, heads, stock.head_dim)
-
-    def _adopt(self, stock: nn.Module) -> None:
-        self.add_module("stock", stock)
 
     @classmethod
     def refusal(cls, stock: Any) -> tuple[str, str] | None:
@@ -107,8 +133,7 @@ class TheirAttention(HeadsSite):
     @property
     def proj(self) -> nn.Linear:  # type: ignore[override]
         """The map out of the heads."""
-        layer: nn.Linear = getattr(self.stock, self._last)
-        return layer
+        return self.last
 
     def parts(self) -> tuple[Part, Part, Part]:
         """See `HeadsSite.parts`."""
@@ -132,17 +157,9 @@ class TheirAttention(HeadsSite):
         q, k, v = parts.chunk(3)
         return torch.cat([q * (width / self.full_width) ** 0.5, k, v])
 
-    def numbers(self, width: int, weights: Weights | None) -> dict[str, Any]:
-        """Width, and whether there is a bias behind the heads."""
-        bias = self.bias_alone() if weights is None else weights.out_bias
-        return {"width": width, "bias": bias is not None}
-
     def tensors(self, weights: Weights) -> dict[str, Tensor | None]:
         """Tensors of the small module, see `small_modules.resized`."""
-        found: dict[str, Tensor | None] = {
-            f"{self._last}.weight": weights.out_weight,
-            f"{self._last}.bias": weights.out_bias,
-        }
+        found = self.last_tensors(weights)
         if not self.tied:
             q, k, _ = self.parts()
             found |= {"q_proj.weight": q[0], "q_proj.bias": q[1], "k_proj.weight": k[0], "k_proj.bias": k[1]}
@@ -172,7 +189,7 @@ class TheirAttention(HeadsSite):
         else:
             given = {"v_proj": F.pad(features[:, :, 0], (0, width - features.shape[-1]))}  # [B, N, H, d]
         layers: dict[str, Any] = {name: _returning(x.flatten(-2)) for name, x in given.items()}
-        layers[self._last] = lambda mixed: self.written(self._prefix(mixed, weights), weights)
+        layers[self.names.last] = lambda mixed: self.written(self._prefix(mixed, weights), weights)
         scales = {name: width**-0.5 for name in _SCALES if hasattr(self.stock, name)} if self.tied else {}
         double = run_with(self.stock, layers, head_dim=width, **scales)
         found: tuple[Tensor, Any] = type(self.stock).forward(double, hidden_states, *args, **kwargs)
@@ -184,18 +201,13 @@ class TheirAttention(HeadsSite):
         return mixed if self.tied else mixed.unflatten(-1, (self.heads, -1))[..., :width].flatten(-2)
 
 
-class TheirMlp(ElasticMlp):
+class TheirMlp(TheirSite, ElasticMlp):
     """An MLP of transformers: `fc1` and `fc2`, or a gated one of `gate_proj`, `up_proj` and `down_proj`."""
 
-    stock: Any
-
     def __init__(self, stock: Any) -> None:
-        self._first, self._last = _names(stock)
-        self.maps = len(self._first)
-        super(ElasticMlp, self).__init__(stock, 1, getattr(stock, self._last).in_features)
-
-    def _adopt(self, stock: nn.Module) -> None:
-        self.add_module("stock", stock)
+        names = _names(stock)
+        self.maps = len(names.first)
+        super(ElasticMlp, self).__init__(stock, 1, getattr(stock, names.last).in_features)
 
     @classmethod
     def refusal(cls, stock: Any) -> tuple[str, str] | None:
@@ -209,27 +221,18 @@ class TheirMlp(ElasticMlp):
     @property
     def fc2(self) -> nn.Linear:  # type: ignore[override]
         """The map out of the hidden units."""
-        layer: nn.Linear = getattr(self.stock, self._last)
-        return layer
+        return self.last
 
     def rows(self) -> list[tuple[Tensor, Tensor | None]]:
         """See `ElasticMlp.rows`."""
-        return [(layer.weight, layer.bias) for layer in (getattr(self.stock, name) for name in self._first)]
-
-    def numbers(self, width: int, weights: Weights | None) -> dict[str, Any]:
-        """Width, and whether there is a bias behind the hidden units."""
-        bias = self.bias_alone() if weights is None else weights.out_bias
-        return {"width": width, "bias": bias is not None}
+        return [(layer.weight, layer.bias) for layer in (getattr(self.stock, name) for name in self.names.first)]
 
     def tensors(self, weights: Weights) -> dict[str, Tensor | None]:
         """Tensors of the small module, see `small_modules.resized`."""
-        found: dict[str, Tensor | None] = {
-            f"{self._last}.weight": weights.out_weight,
-            f"{self._last}.bias": weights.out_bias,
-        }
+        found = self.last_tensors(weights)
         parts = weights.in_weight.chunk(self.maps)
         biases = (None,) * self.maps if weights.in_bias is None else weights.in_bias.chunk(self.maps)
-        for name, weight, bias in zip(self._first, parts, biases, strict=True):
+        for name, weight, bias in zip(self.names.first, parts, biases, strict=True):
             found |= {f"{name}.weight": weight, f"{name}.bias": bias}
         return found
 
@@ -239,8 +242,8 @@ class TheirMlp(ElasticMlp):
             return self.constant(hidden_states)
         weights = self.weights_now()
         hidden = F.linear(hidden_states, weights.in_weight, weights.in_bias).chunk(self.maps, dim=-1)  # [B, N, w] each
-        layers: dict[str, Any] = {name: _returning(x) for name, x in zip(self._first, hidden, strict=True)}
-        layers[self._last] = lambda units: self.written(units, weights)
+        layers: dict[str, Any] = {name: _returning(x) for name, x in zip(self.names.first, hidden, strict=True)}
+        layers[self.names.last] = lambda units: self.written(units, weights)
         return type(self.stock).forward(run_with(self.stock, layers), hidden_states, *args, **kwargs)
 
 
