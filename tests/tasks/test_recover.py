@@ -370,9 +370,14 @@ def test_mistakes(options, named):
         stratavit.recover(small(), options.pop("images"), **options)
 
 
-def test_a_super_network_needs_a_list():
-    with pytest.raises(StrataViTError, match="no dropout list"):
-        run(copy.deepcopy(make_net("plain")))
+@pytest.mark.parametrize(
+    ("make", "keys", "named"),
+    [(lambda: make_net("plain"), {}, "no dropout list"), (source, {"reduction": 1e-4}, "drops less than 0.0001")],
+)
+def test_a_super_network_needs_a_list_with_sizes_and_leaves_nothing_without(tmp_path, make, keys, named):
+    with pytest.raises(StrataViTError, match=named):
+        run(copy.deepcopy(make()), tmp_path / "run", config=SHORT | keys)
+    assert not (tmp_path / "run").exists()
 
 
 def test_keys_without_effect_are_reported():

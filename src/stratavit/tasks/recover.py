@@ -23,11 +23,12 @@ from stratavit.interop.transformers.models import is_transformers
 from stratavit.models import architecture
 from stratavit.models.architecture import resolve_data_config
 from stratavit.tasks.finetune import Plain
-from stratavit.tasks.recover_task import LOOKS, Clock, HeldBack, RecoverTask
+from stratavit.tasks.recover_task import LOOKS, Clock, HeldBack, RecoverTask, lists_of
 from stratavit.training import distributed
 from stratavit.training.launch import Config, recipe_for, train
 from stratavit.training.recipe import RECOVERY_IMAGES, RECOVERY_STEPS, Recipe
 from stratavit.training.run_files import checkpoint_errors, read_state
+from stratavit.training.task import SampledNetwork
 from stratavit.training.teacher import Teacher
 from stratavit.utils.model import is_super_network
 
@@ -92,10 +93,11 @@ def recover(
     source = _source(net, teacher)
     begun, length = _begun(out, resume)
     recipe = recipe_for(config, out, resume, "recover", fixed=FIXED | begun, images=None)
+    lists = lists_of(net, data_config, recipe)
     learned, aside = _shared_out(images_in(images, net.model, data_config, limit, recipe.workers))
     recipe = recipe.sized(len(learned), distributed.launched())
     held = HeldBack(aside, Teacher(source, data_config))
-    go = partial(_run, data_config=data_config, images=learned, held=held, teacher=source, cpu=cpu)
+    go = partial(_run, lists=lists, data_config=data_config, images=learned, held=held, teacher=source, cpu=cpu)
     if not resume:
         if minutes is not None:
             clock.limit = 60 * minutes
@@ -109,6 +111,7 @@ def recover(
 def _run(
     net: Any,
     *,
+    lists: list[list[SampledNetwork]],
     data_config: Mapping[str, Any],
     images: Tensor,
     held: HeldBack,
@@ -125,7 +128,7 @@ def _run(
     """Trains by a recipe; an epoch, between two looks, holds `length` images."""
     with learning_deltas(net.model, net.elastic) if is_super_network(net) else nullcontext():
         train(
-            partial(RecoverTask, net, data_config, held, clock, recipe),
+            partial(RecoverTask, net, lists, data_config, held, clock, recipe),
             lambda accelerator, loader: [],
             net.model,
             data_config,

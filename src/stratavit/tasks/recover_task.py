@@ -110,14 +110,13 @@ class RecoverTask(TrainingTask):
     Args:
         net: A `SuperNet`, whose weights and moments stay as they are and whose changes learn (`elastic.delta`), so that
             every size is trained as it is extracted; or `finetune.Plain`.
+        lists: Sizes that learn, see `lists_of`.
         data_config: How its images are prepared.
         held: Images to measure the agreement on.
         clock: Of the run.
         recipe, steps, accelerator: See `TrainingTask`.
 
     Attributes:
-        lists: Sizes that a batch draws from, largest first; a batch takes one of the lists. Not the full size, which
-            is the source.
         curve: Mean divergence at every look; the first is before training.
         best: Weights at the lowest of these.
     """
@@ -127,6 +126,7 @@ class RecoverTask(TrainingTask):
     def __init__(
         self,
         net: Any,
+        lists: list[list[SampledNetwork]],
         data_config: Mapping[str, Any],
         held: HeldBack,
         clock: Clock,
@@ -134,9 +134,8 @@ class RecoverTask(TrainingTask):
         steps: int,
         accelerator: Any,
     ) -> None:
-        self.data_config, self.held, self.clock = data_config, held, clock
-        self.lists = lists_of(net, data_config, recipe)
-        full = net.macs() if is_super_network(net) else self.lists[0][0].macs
+        self.lists, self.data_config, self.held, self.clock = lists, data_config, held, clock
+        full = net.macs() if is_super_network(net) else lists[0][0].macs
         super().__init__(net, full, recipe, steps, accelerator)
         held.teacher.to(accelerator.device, classes_of(net.model))
         self.curve: list[float] = []
@@ -221,8 +220,11 @@ class RecoverTask(TrainingTask):
 def lists_of(net: Any, data_config: Mapping[str, Any], recipe: Recipe) -> list[list[SampledNetwork]]:
     """The sizes that learn: of a super-network those of its lists that drop at most `Recipe.reduction` of the MACs.
 
+    Returns:
+        Each list largest first, without the full size, which is the source. A batch draws from one of them.
+
     Raises:
-        StrataViTError: It has no list, or none of its sizes is small enough, or large enough.
+        StrataViTError: It has no list, or none of its sizes is large enough.
     """
     if not is_super_network(net):
         return [[SampledNetwork(Spec({}), linear_macs(net.model, data_config["input_size"]))]]
