@@ -2,9 +2,10 @@
 
     python benchmarks/newcomer.py [--images N]
 
-A new virtual environment, `pip install '.[export]'` of this checkout, then one small model from a flat folder of 64
-images without labels, in Python and by the command line; and every step of README on all images, run from an empty
-folder. `--weights` and `--class-map` stand in for the hub, which need not be reachable.
+A new virtual environment, `pip install '.[export,train,demo]'` of this checkout, then one small model from a flat
+folder of 64 images without labels, in Python and by the command line; every step of README on all images, run from an
+empty folder; and what follows: three classes of one's own (digits of scikit-learn), recovery, training, the demo.
+`--weights` and `--class-map` stand in for the hub, which need not be reachable.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import tempfile
 from pathlib import Path
 
 from common import DATA, MODELS, timed, write_results
+from PIL import Image
+from sklearn.datasets import load_digits
 
 CHECKOUT = Path(__file__).parents[1]
 FLAT = 64  # images of the flat folder
@@ -36,6 +39,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         flat(work / "flat")
+        digits(work / "digits")
         program, python = (str(work / "env" / "bin" / name) for name in ("stratavit", "python"))
         labelled = ["--data", images, "--class-map", classes]
         named = [architecture, "--weights", str(DATA / weights)]
@@ -47,10 +51,11 @@ def main() -> None:
             "import stratavit, timm; model = timm.create_model('local-dir:flat-compressed', pretrained=True); "
             "print(sum(p.numel() for p in model.parameters()), 'parameters')"
         )
+        taught, own = ["--teacher", "run", "--data", images], ["--new-head", "--data", "digits"]
         poor = ["--min-agreement", "80"]  # as may be, from so few images
         steps = {
             "python -m venv": [sys.executable, "-m", "venv", "env"],
-            "pip install": [python, "-m", "pip", "install", "--quiet", f"{CHECKOUT}[export]"],
+            "pip install": [python, "-m", "pip", "install", "--quiet", f"{CHECKOUT}[export,train,demo]"],
             "--help": [program, "--help"],
             f"compress, {FLAT} images": [python, "-c", compress],
             "timm loads it": [python, "-c", load],
@@ -70,6 +75,12 @@ def main() -> None:
             "export": [program, "export", "fast", "--json"],
             "int8": [program, "export", "fast", "--int8", "--data", images, "--json"],
             "evaluate the int8 file ": [program, "evaluate", "fast-int8.onnx", *labelled, "--json"],
+            "recover, 10 steps": [program, "recover", "small", *taught, "--steps", "10", "--out", "better", "--json"],
+            "finetune --new-head": [program, "finetune", "small", *own, "--epochs", "5", "--out", "tuned", "--json"],
+            "predict by it": [program, "predict", "tuned", str(next((work / "digits" / "val" / "two").iterdir()))],
+            "export it": [program, "export", "tuned", "--json"],
+            "train, 1 epoch": [program, "train", "run", *labelled, "--epochs", "1", "--out", "trained", "--json"],
+            "demo": [program, "demo", "--out", "demo"],
         }  # fmt: skip
         for name, command in steps.items():
             answer: list[str] = []
@@ -90,6 +101,18 @@ def flat(folder: Path) -> None:
     paths = sorted((DATA / "imagenet" / "train").glob("*/*"))
     for number, path in enumerate(paths[:: len(paths) // FLAT][:FLAT]):
         shutil.copy(path, folder / f"{number:02}{path.suffix}")
+
+
+def digits(folder: Path) -> None:
+    """Hand-written digits in three classes: 30 of each to learn from, 20 to try."""
+    found = load_digits()
+    for label, name in enumerate(("zero", "one", "two")):
+        pictures = found.images[found.target == label]
+        for split, some in (("train", pictures[:30]), ("val", pictures[30:50])):
+            (folder / split / name).mkdir(parents=True)
+            for number, pixels in enumerate(some):
+                picture = Image.fromarray((pixels * 15).astype("uint8")).resize((64, 64)).convert("RGB")
+                picture.save(folder / split / name / f"{number:02}.png")
 
 
 def output(command: list[str], folder: Path) -> str:

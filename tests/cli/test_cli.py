@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from itertools import chain
 
 import pytest
@@ -13,12 +14,13 @@ import timm
 import torch
 from command_line import MODEL, make_folder, output, refusal, small_models
 from helpers import Bomb, enliven
+from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 import stratavit
 from stratavit.artifacts import folder_format
 from stratavit.cli import bench as bench_module
-from stratavit.cli.parser import COMMANDS, main
+from stratavit.cli.parser import COMMANDS, _print, main
 from stratavit.utils import progress
 
 CLASSES = ("ant", "bee", "cat")
@@ -153,7 +155,22 @@ def test_evaluate_in_mixed_precision_and_name_the_size(run, data, capsys, precis
     assert exact["loss"] != mixed["loss"] == pytest.approx(exact["loss"], rel=0.05)
     assert exact["model"] == str(run)
     assert [bound["kind"] for bound in exact["budget"]] == ["macs"]
-    assert exact["budget"][0]["got"] <= exact["budget"][0]["asked"]
+    assert exact["budget"][0]["got"] == exact["macs"] <= exact["budget"][0]["asked"]
+
+
+def test_evaluate_tells_the_size_of_a_small_model(run, work, data, tmp_path, capsys):
+    small = tmp_path / "small"
+    cut = output(capsys, "extract", run, "--macs", "60%", "--out", small)
+    found = output(capsys, "evaluate", small, *data)
+    assert [found[key] for key in ("macs", "params")] == [cut[key] for key in ("macs", "params")]
+
+
+def test_tables_in_a_file_are_whole(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    cells = [f"column {number:06}" for number in range(10)]
+    assert _print(Namespace(json=False, command="curve"), {}, [Table(*cells)]) == 0
+    printed = capsys.readouterr().out
+    assert all(cell in printed for cell in cells)
 
 
 def test_errors_are_objects_under_json(run, tmp_path, capsys):

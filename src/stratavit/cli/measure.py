@@ -32,11 +32,13 @@ from stratavit.evaluation.output_agreement import compare_outputs
 from stratavit.evaluation.prediction import image_paths
 from stratavit.evaluation.probe import linear_probe
 from stratavit.files.folders import check_free, check_free_file, write_folder
-from stratavit.interop.exported_model import exported_model, is_exported
+from stratavit.interop.exported_model import ExportedModel, exported_model, is_exported
 from stratavit.models.architecture import resolve_data_config
+from stratavit.models.cost import linear_macs
 from stratavit.reports import curve as curves
 from stratavit.reports import plots
 from stratavit.reports.html import list_shown, write_report
+from stratavit.spec import Spec
 from stratavit.supernet import SuperNet
 from stratavit.utils.devices import pick_device
 from stratavit.utils.model import classes_of, model_device
@@ -94,6 +96,7 @@ def evaluate(args: Namespace) -> Outcome:
     result |= {} if met is None else {"axes": met.axes}
     view = [] if met is None else [str(met)]
     spec = None if met is None else met.spec
+    result |= _size(model, config, spec)
     if not args.agreement or classes_of(model) or not _by_head(args):
         metrics = judge(model, images, spec, description="evaluate")
         _warn_near_chance(args, model, metrics.top1, metrics.n)
@@ -103,6 +106,18 @@ def evaluate(args: Namespace) -> Outcome:
             found = compare_outputs(model, model, images, spec)
         result, view = result | {"agreement": found.to_dict()}, [*view, str(found)]
     return result | {"unreadable": len(images.unreadable)}, view
+
+
+def _size(model: nn.Module, config: dict[str, Any], spec: Spec | None) -> dict[str, int]:
+    """MACs and parameters of what is measured; nothing of an exported file."""
+    if isinstance(model, SuperNet):
+        return {"macs": model.macs(spec), "params": model.params(spec)}
+    if isinstance(model, ExportedModel):
+        return {}
+    return {
+        "macs": linear_macs(model, tuple(config["input_size"])),
+        "params": sum(p.numel() for p in model.parameters()),
+    }
 
 
 def _by_head(args: Namespace) -> bool:

@@ -32,7 +32,7 @@ _EXAMPLES = """examples:
   stratavit evaluate tuned --data IMAGENET
 """
 
-
+WIDE = 240  # characters of a line that goes to a file or a pipe
 COMMANDS = {  # name -> module with a function of that name, which does the work; summary
     "convert": ("convert", "make a super-network from a pre-trained model"),
     "train": ("train", "train a super-network so that no size needs fine-tuning"),
@@ -119,7 +119,10 @@ def _print(args: argparse.Namespace, result: dict[str, Any], view: list[Any]) ->
         if args.json:
             print(json.dumps(result, indent=1))
         elif view:
-            Console(soft_wrap=True, markup=False, emoji=False).print(*view, sep="\n")
+            console = Console(soft_wrap=True, markup=False, emoji=False)
+            if not console.is_terminal and "COLUMNS" not in os.environ:
+                console.width = WIDE  # a file or a pipe has no edge that tables could be cut at
+            console.print(*view, sep="\n")
         if sys.stdout is not None:  # as it is where the shell closed it
             sys.stdout.flush()
     except OSError as error:  # the disk that it goes to is full, or nobody reads it any more
