@@ -24,7 +24,7 @@ import stratavit
 from stratavit.elastic import merging
 from stratavit.tasks import demo
 
-EPOCHS, PLACES = 12, (1, 3)  # blocks of six
+EPOCHS, PLACES = 30, (1, 3)  # blocks of six
 LEFT = ((52, 44), (44, 32), (32, 20), (24, 10))  # patch tokens of 64 after each place
 
 
@@ -41,9 +41,9 @@ def main() -> None:
         demo.train(model, images, EPOCHS, torch.device("cpu"))  # type: ignore[arg-type]  # trains any classifier
         dense.append(accuracy(model(test.tensors[0]), test.tensors[1]))
         net = stratavit.SuperNet(model, demo.DATA_CONFIG)
-        found["destination"].append(measured(net, model, *test.tensors))
-        with at_means() as calls:
-            found["mean of its patches"].append(measured(net, model, *test.tensors))
+        found["mean of its patches"].append(measured(net, model, *test.tensors))
+        with at_destinations() as calls:
+            found["destination"].append(measured(net, model, *test.tensors))
         assert calls, "no token had a rotary position"
         print(seed, dense[-1], {name: runs[-1] for name, runs in found.items()}, flush=True)
     rows = [{"position": name, **cells(runs)} for name, runs in found.items()]
@@ -85,22 +85,25 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 @contextmanager
-def at_means() -> Iterator[list[int]]:
-    """Merged tokens are at the mean of the sines and cosines of their patches meanwhile; yields the calls."""
-    merge, homes, calls = merging.merge, [], []
+def at_destinations() -> Iterator[list[int]]:
+    """Merged tokens are at the positions of their destinations meanwhile; yields the calls."""
+    merge, places, calls = merging.merge, [], []
 
-    def noted(*args: object) -> merging.Merged:
-        state = merge(*args)  # type: ignore[arg-type]
-        homes[:] = [state.home]
-        return state
+    def noted(state: merging.Merged, compared: Tensor, keep: int, prefix: int) -> merging.Merged:
+        after, count = merge(state, compared, keep, prefix), state.size.shape[1]
+        if count == state.home.shape[1]:
+            places[:] = [state.home]  # the first merge: every token is one patch
+        went = after.home.gather(1, places[0])  # [B, n], the new token of each
+        is_target = torch.arange(count) % merging.EVERY == 0
+        belongs = went.unsqueeze(1) == torch.arange(keep).view(1, -1, 1)  # [B, keep, n]
+        places[:] = [places[0].gather(1, (belongs.int() * (1 + is_target.int())).argmax(dim=2))]
+        return after
 
-    def placed(rope: Tensor, place: Tensor) -> Tensor:
-        calls.append(place.shape[1])
-        members = F.one_hot(homes[0], place.shape[1]).transpose(1, 2).type_as(rope)  # [B, n, N]
-        weights = members / members.sum(dim=2, keepdim=True)
-        return weights.unsqueeze(1) @ rope.view(1, 1, *rope.shape)  # [B, 1, n, D]
+    def placed(rope: Tensor, state: merging.Merged) -> Tensor:
+        calls.append(state.size.shape[1])
+        return rope[places[0]].unsqueeze(1)  # [B, 1, n, D]
 
-    with mock.patch.multiple(merging, merge=noted, placed=placed):
+    with mock.patch.multiple(merging, merge=noted, mean_positions=placed):
         yield calls
 
 
