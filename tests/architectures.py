@@ -49,6 +49,9 @@ NAMES: dict[str, dict[str, Any]] = {  # timm's name -> arguments besides the siz
     "vit_pe_core_tiny_patch16_384": HEADLESS,
     "beit_base_patch16_224": {},
     "beitv2_base_patch16_224": {},
+    "vit_relpos_small_patch16_224": {},
+    "vit_srelpos_small_patch16_224": {},  # one bias for all blocks
+    "vit_relpos_base_patch16_clsgap_224": {},
     "swin_tiny_patch4_window7_224": {},
     "swin_s3_tiny_224": {"window_size": 4},
     "swinv2_tiny_window8_256": {},
@@ -76,6 +79,7 @@ KINDS = (  # a model of every family, and of every kind of attention, MLP and po
     "eva02_tiny_patch14_224",
     "vit_small_patch16_dinov3",
     "beit_base_patch16_224",
+    "vit_relpos_small_patch16_224",
     "swin_tiny_patch4_window7_224",
     "swinv2_tiny_window8_256",
     "vit_small_patch14_reg4_dinov2.maps",

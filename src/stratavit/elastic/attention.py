@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stratavit.elastic.base import AttentionTransform, ElasticSite, fold_heads
 from stratavit.elastic.delta import Weights
-from stratavit.elastic.plain import attend, cosines, gathered, rotated, swin_v2_bias
+from stratavit.elastic.plain import added_up, attend, cosines, gathered, rotated, swin_v2_bias
 from stratavit.elastic.site import Site, attention_steps
 
 Part = tuple[nn.Parameter | Tensor, nn.Parameter | Tensor | None]
@@ -110,6 +110,8 @@ class HeadsSite(ElasticSite):
     def position_bias(self, shared: Tensor | None = None) -> Tensor | None:
         """What relative positions add to the scores, ``[1, H, N, N]``, and `shared`; None for nothing."""
         own: Any = self
+        if getattr(self, "rel_pos", None) is not None:
+            return added_up(own.rel_pos.get_bias(), shared)
         table = getattr(self, "relative_position_bias_table", None)
         if getattr(self, "cpb_mlp", None) is not None:
             table = swin_v2_bias(own.cpb_mlp(own.relative_coords_table))
@@ -190,43 +192,10 @@ class ElasticWindows(ElasticAttention):
         return self._run(x, self.position_bias(), mask)
 
 
-class ElasticBeit(ElasticAttention):
-    """BEiT's `Attention`: k has no bias, relative positions are added to the scores.
-
-    timm's own class cannot be narrower than the tokens, so small models get a `plain.SplitAttention`.
-    """
-
-    def in_weight(self, width: int) -> tuple[Tensor, Tensor | None]:
-        """q, k and v at a head_dim, q scaled as in `ElasticAttention`."""
-        scale = (width / self.full_width) ** 0.5
-        (q, q_bias), (k, _), (v, v_bias) = self.parts()
-        assert q_bias is not None, "a BEiT without biases is refused"
-        assert v_bias is not None
-        q, k, v, q_bias, v_bias = (prefix_of_heads(x, self.heads, width) for x in (q, k, v, q_bias, v_bias))
-        bias = q_bias * scale
-        return torch.cat([q * scale, k, v]), torch.cat([bias, torch.zeros_like(bias), v_bias])
-
-    def numbers(self, width: int, weights: Weights) -> dict[str, Any]:
-        """Numbers of a `SplitAttention` whose widths are alike."""
-        biases = [True, False, True, weights.out_bias is not None]
-        return {"num_heads": self.heads, "qk_dim": width, "v_dim": width, "scale": width**-0.5, "biases": biases}
-
-    def tensors(self, weights: Weights) -> dict[str, Tensor | None]:
-        """Weights of a `SplitAttention`."""
-        assert weights.in_bias is not None
-        q, k, v = weights.in_weight.chunk(3)
-        q_bias, _, v_bias = weights.in_bias.chunk(3)
-        ours = {"q.weight": q, "k.weight": k, "v.weight": v, "q.bias": q_bias, "v.bias": v_bias}
-        return {**ours, "proj.weight": weights.out_weight, "proj.bias": weights.out_bias}
-
-    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; the arguments of timm's `beit.Attention`."""
-        return self._run(x, self.position_bias(shared_rel_pos_bias))
-
-
 class ElasticSplit(HeadsSite):
     """timm's `Attention` with qk-norm, `EvaAttention` and `AttentionRope`: v and `proj` at any width."""
 
+    split = True
     tensor_names = ("v.weight", "v.bias", "proj.weight", "proj.bias")
 
     @classmethod

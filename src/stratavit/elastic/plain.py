@@ -35,6 +35,7 @@ class Constant(nn.Module):
         rope: Optional[Tensor] = None,
         attn_mask: Optional[Tensor] = None,
         is_causal: bool = False,
+        shared_rel_pos: Optional[Tensor] = None,
     ) -> Tensor:
         """Tokens ``[B, N, C]`` to the same constant for each; the other arguments, see `SplitAttention`, do nothing."""
         zeros = torch.zeros_like(x)
@@ -47,7 +48,8 @@ class SplitAttention(nn.Module):
 
     Used where timm's own class has only one width. What a family needs beyond q, k, v and proj is put in place after
     construction, under timm's names: `q_norm`, `k_norm` (qk-norm), `logit_scale` (cosine attention),
-    `relative_position_bias_table` or `cpb_mlp` with `relative_coords_table`, and `relative_position_index`.
+    `relative_position_bias_table` or `cpb_mlp` with `relative_coords_table`, and `relative_position_index`; or
+    `rel_pos`, a module of timm whose `get_bias` returns what is added to the scores.
 
     Args:
         dim: Token width C.
@@ -87,6 +89,7 @@ class SplitAttention(nn.Module):
         self.logit_scale: nn.Parameter | None = None  # [H, 1, 1]
         self.relative_position_bias_table: nn.Parameter | None = None  # [distances, H]
         self.cpb_mlp: nn.Module | None = None
+        self.rel_pos: nn.Module | None = None
         self.register_buffer("relative_coords_table", None, persistent=False)
         self.register_buffer("relative_position_index", None, persistent=False)  # [N, N]
         self.attn_drop = nn.Dropout(0.0)
@@ -101,12 +104,13 @@ class SplitAttention(nn.Module):
         rope: Optional[Tensor] = None,
         attn_mask: Optional[Tensor] = None,
         is_causal: bool = False,
+        shared_rel_pos: Optional[Tensor] = None,
     ) -> Tensor:
         """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; accepts all that timm's blocks pass to their attention.
 
         Args:
             x: Tokens; for windowed attention all windows of all images.
-            shared_rel_pos_bias: Added to the scores (BEiT).
+            shared_rel_pos_bias: Added to the scores (BEiT); `shared_rel_pos` is its other name (ViTs of timm).
             mask: Of the windows of one image, ``[windows, N, N]``, added to the scores (Swin).
             rope: Sines and cosines of rotary positions, ``[..., N, 2 a]``.
             attn_mask: Added to the scores, or False where a token is not seen.
@@ -126,7 +130,10 @@ class SplitAttention(nn.Module):
         coords = self.relative_coords_table
         if self.cpb_mlp is not None and coords is not None:
             table = swin_v2_bias(self.cpb_mlp(coords))
-        bias = gathered(table, self.relative_position_index, shared_rel_pos_bias)
+        shared = shared_rel_pos_bias if shared_rel_pos is None else shared_rel_pos
+        if self.rel_pos is not None:
+            shared = added_up(self.rel_pos.get_bias(), shared)
+        bias = gathered(table, self.relative_position_index, shared)
         if attn_mask is not None:
             bias = attn_mask if bias is None else bias + attn_mask
         drop = self.attn_drop.p if self.training else 0.0
@@ -161,7 +168,11 @@ def gathered(table: Optional[Tensor], index: Optional[Tensor], shared: Optional[
     if table is None:
         return shared
     assert index is not None, "a table of relative positions comes with its index"
-    bias = table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1).unsqueeze(0)
+    return added_up(table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1).unsqueeze(0), shared)
+
+
+def added_up(bias: Tensor, shared: Optional[Tensor]) -> Tensor:
+    """The sum of what a block and what all blocks add to the scores."""
     return bias if shared is None else bias + shared
 
 

@@ -18,7 +18,6 @@ from timm.layers import DropPath, PatchDropout, PatchDropoutWithIndices, get_nor
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
-from stratavit.elastic.attention import ElasticBeit, ElasticSplit
 from stratavit.elastic.layers import build_layer, describe_layer
 from stratavit.elastic.plain import Constant, SplitAttention
 from stratavit.elastic.token_places import TokenPlace, check_tokens
@@ -106,7 +105,7 @@ def _is_cut(module: nn.Module) -> bool:
     if isinstance(module, Constant | SplitAttention):
         return True
     kind = kind_of(module)
-    return kind is not None and not issubclass(kind, ElasticSplit | ElasticBeit) and kind.refusal(module) is None
+    return kind is not None and not kind.split and kind.refusal(module) is None
 
 
 def build(description: Mapping[str, Any], device: torch.device | str = "cpu", computed: bool = True) -> nn.Module:

@@ -21,6 +21,8 @@ from stratavit.elastic.site import Site
 from stratavit.elastic.token_places import TokenPlace, tokens_along
 from stratavit.utils.model import eval_mode, model_device, model_dtype
 
+POSITIONS = {"cpb_mlp", "rel_pos", "shared_rel_pos"}  # modules that compute the same for all images
+
 
 class Price(NamedTuple):
     """What a site costs where MACs are not what counts: once it has any width, and for each coordinate."""
@@ -229,7 +231,7 @@ def macs_by_module(
         for name, module in model.named_modules():
             known = (nn.Linear, nn.Conv2d, nn.MultiheadAttention, *ATTENTION)
             counts = isinstance(module, known) and not f"{name}.".startswith(without)
-            if counts and ".cpb_mlp." not in name:  # positions, the same for all images
+            if counts and POSITIONS.isdisjoint(name.split(".")):
                 stack.enter_context(module.register_forward_hook(partial(count, name), with_kwargs=True))
         stack.enter_context(eval_mode(model))
         stack.enter_context(torch.inference_mode())
