@@ -55,6 +55,7 @@ NAMES: dict[str, dict[str, Any]] = {  # timm's name -> arguments besides the siz
     "swin_tiny_patch4_window7_224": {},
     "swin_s3_tiny_224": {"window_size": 4},
     "swinv2_tiny_window8_256": {},
+    "swinv2_cr_tiny_224": {},
     "vit_tiny_patch16_224.maps": MAPS,
     "vit_small_patch14_reg4_dinov2.maps": MAPS,
     "vit_small_patch16_dinov3.maps": MAPS,
@@ -82,6 +83,7 @@ KINDS = (  # a model of every family, and of every kind of attention, MLP and po
     "vit_relpos_small_patch16_224",
     "swin_tiny_patch4_window7_224",
     "swinv2_tiny_window8_256",
+    "swinv2_cr_tiny_224",
     "vit_small_patch14_reg4_dinov2.maps",
     "swin_tiny_patch4_window7_224.maps",
 )

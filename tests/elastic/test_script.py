@@ -60,6 +60,7 @@ ARGUMENTS = {
     "not seen": {"attn_mask": SEEN},
     "causal": {"is_causal": True},
     "shared": {"shared_rel_pos_bias": torch.arange(50.0).view(1, H, N, N) % 3},
+    "shared, of ViTs": {"shared_rel_pos": torch.arange(50.0).view(1, H, N, N) % 3},
     "windows": {"mask": torch.arange(75.0).view(3, N, N) / 75},
     "windows and shared": {"mask": torch.arange(75.0).view(3, N, N), "shared_rel_pos_bias": torch.ones(1, H, N, N) / 3},
     "rotary and shared": {"rope": ROPE, "shared_rel_pos_bias": torch.ones(1, H, N, N), "attn_mask": torch.ones(N, N)},

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from stratavit.elastic.base import AttentionTransform, ElasticSite, fold_heads
 from stratavit.elastic.delta import Weights
-from stratavit.elastic.plain import added_up, attend, cosines, gathered, rotated, swin_v2_bias
+from stratavit.elastic.plain import attend, cosines, rotated
+from stratavit.elastic.position_bias import position_bias
 from stratavit.elastic.site import Site, attention_steps
 
 Part = tuple[nn.Parameter | Tensor, nn.Parameter | Tensor | None]
@@ -107,16 +108,6 @@ class HeadsSite(ElasticSite):
         columns = self.proj.weight.detach().T  # [H*d, C]
         self.proj.weight.copy_(fold_heads(transform.o.transpose(-1, -2), columns.contiguous()).T)
 
-    def position_bias(self, shared: Tensor | None = None) -> Tensor | None:
-        """What relative positions add to the scores, ``[1, H, N, N]``, and `shared`; None for nothing."""
-        own: Any = self
-        if getattr(self, "rel_pos", None) is not None:
-            return added_up(own.rel_pos.get_bias(), shared)
-        table = getattr(self, "relative_position_bias_table", None)
-        if getattr(self, "cpb_mlp", None) is not None:
-            table = swin_v2_bias(own.cpb_mlp(own.relative_coords_table))
-        return gathered(table, getattr(self, "relative_position_index", None), shared)
-
     def scored(self, x: Tensor, features: Tensor, rope: Tensor | None) -> Scored:
         """What attention is computed from, each ``[B, H, N, ...]``.
 
@@ -189,7 +180,58 @@ class ElasticWindows(ElasticAttention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """All windows of all images ``[B*windows, N, C]`` to the same; `mask` ``[windows, N, N]``."""
-        return self._run(x, self.position_bias(), mask)
+        return self._run(x, position_bias(self), mask)
+
+
+class ElasticBiased(ElasticAttention):
+    """Attention with one layer for q, k and v, and a module `rel_pos` that returns what is added to the scores."""
+
+    split = True
+
+    @classmethod
+    def refusal(cls, stock: Any) -> tuple[str, str] | None:
+        """As of all attention; and normalised q and k cannot be rotated."""
+        normed = not isinstance(getattr(stock, "q_norm", nn.Identity()), nn.Identity)
+        return super().refusal(stock) or (("q_norm", "normalised q and k are not supported here") if normed else None)
+
+    def numbers(self, width: int, weights: Weights) -> dict[str, Any]:
+        """Numbers of a `SplitAttention` whose widths are alike."""
+        biases = [*(bias is not None for _, bias in self.parts()), weights.out_bias is not None]
+        return {"num_heads": self.heads, "qk_dim": width, "v_dim": width, "scale": width**-0.5, "biases": biases}
+
+    def tensors(self, weights: Weights) -> dict[str, Tensor | None]:
+        """Weights of a `SplitAttention`."""
+        found: dict[str, Tensor | None] = {"proj.weight": weights.out_weight, "proj.bias": weights.out_bias}
+        biases = (None,) * 3 if weights.in_bias is None else weights.in_bias.chunk(3)
+        for name, weight, bias, (_, own) in zip("qkv", weights.in_weight.chunk(3), biases, self.parts(), strict=True):
+            found |= {f"{name}.weight": weight, f"{name}.bias": None if own is None else bias}
+        return found
+
+
+class ElasticRelPos(ElasticBiased):
+    """`RelPosAttention` of ViTs with relative positions, of every block or shared by all."""
+
+    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; `shared_rel_pos` ``[1, H, N, N]``."""
+        return self._run(x, position_bias(self, shared_rel_pos))
+
+
+class ElasticBeit(ElasticBiased):
+    """BEiT's `Attention`: k has no bias, relative positions come from a table."""
+
+    def in_weight(self, width: int) -> tuple[Tensor, Tensor | None]:
+        """q, k and v at a head_dim, q scaled as in `ElasticAttention`."""
+        scale = (width / self.full_width) ** 0.5
+        (q, q_bias), (k, _), (v, v_bias) = self.parts()
+        assert q_bias is not None, "a BEiT without biases is refused"
+        assert v_bias is not None
+        q, k, v, q_bias, v_bias = (prefix_of_heads(x, self.heads, width) for x in (q, k, v, q_bias, v_bias))
+        bias = q_bias * scale
+        return torch.cat([q * scale, k, v]), torch.cat([bias, torch.zeros_like(bias), v_bias])
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; the arguments of timm's `beit.Attention`."""
+        return self._run(x, position_bias(self, shared_rel_pos_bias))
 
 
 class ElasticSplit(HeadsSite):
@@ -246,11 +288,11 @@ class ElasticSplit(HeadsSite):
         mask: Tensor | None = None,
     ) -> Tensor:
         """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; the arguments of timm's modules, see `plain.SplitAttention`."""
-        return self._run(x, self.position_bias(attn_mask), mask, is_causal, rope)
+        return self._run(x, position_bias(self, attn_mask), mask, is_causal, rope)
 
 
 class ElasticCosine(ElasticSplit):
-    """Swin-V2's `WindowAttention`: cosine attention, relative positions from a small MLP."""
+    """`WindowAttention` of both Swin-V2 of timm: cosine attention, relative positions from a small MLP."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """All windows of all images ``[B*windows, N, C]`` to the same; `mask` ``[windows, N, N]``."""

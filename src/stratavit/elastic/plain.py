@@ -49,7 +49,8 @@ class SplitAttention(nn.Module):
     Used where timm's own class has only one width. What a family needs beyond q, k, v and proj is put in place after
     construction, under timm's names: `q_norm`, `k_norm` (qk-norm), `logit_scale` (cosine attention),
     `relative_position_bias_table` or `cpb_mlp` with `relative_coords_table`, and `relative_position_index`; or
-    `rel_pos`, a module of timm whose `get_bias` returns what is added to the scores.
+    `rel_pos`, a module of timm whose `get_bias` returns what is added to the scores; or `meta_mlp` with
+    `relative_coordinates_log`.
 
     Args:
         dim: Token width C.
@@ -64,6 +65,7 @@ class SplitAttention(nn.Module):
 
     relative_position_index: Optional[Tensor]
     relative_coords_table: Optional[Tensor]
+    relative_coordinates_log: Optional[Tensor]
 
     def __init__(
         self,
@@ -86,10 +88,12 @@ class SplitAttention(nn.Module):
         self.v = nn.Linear(dim, num_heads * v_dim, biases[2], device, dtype)
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
-        self.logit_scale: nn.Parameter | None = None  # [H, 1, 1]
+        self.logit_scale: nn.Parameter | None = None  # [H, 1, 1] or [H]
         self.relative_position_bias_table: nn.Parameter | None = None  # [distances, H]
         self.cpb_mlp: nn.Module | None = None
         self.rel_pos: nn.Module | None = None
+        self.meta_mlp: nn.Module | None = None
+        self.register_buffer("relative_coordinates_log", None, persistent=False)  # [N*N, 2]
         self.register_buffer("relative_coords_table", None, persistent=False)
         self.register_buffer("relative_position_index", None, persistent=False)  # [N, N]
         self.attn_drop = nn.Dropout(0.0)
@@ -133,6 +137,9 @@ class SplitAttention(nn.Module):
         shared = shared_rel_pos_bias if shared_rel_pos is None else shared_rel_pos
         if self.rel_pos is not None:
             shared = added_up(self.rel_pos.get_bias(), shared)
+        pairs = self.relative_coordinates_log
+        if self.meta_mlp is not None and pairs is not None:
+            shared = added_up(by_head(self.meta_mlp(pairs)), shared)
         bias = gathered(table, self.relative_position_index, shared)
         if attn_mask is not None:
             bias = attn_mask if bias is None else bias + attn_mask
@@ -142,7 +149,7 @@ class SplitAttention(nn.Module):
 
 def cosines(q: Tensor, k: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, float]:
     """q and k of cosine attention, the temperature in q, and the factor of their products."""
-    temperature = logit_scale.clamp(max=math.log(100.0)).exp()  # Swin-V2's bound
+    temperature = logit_scale.reshape(-1, 1, 1).clamp(max=math.log(100.0)).exp()  # Swin-V2's bound
     return F.normalize(q, dim=-1) * temperature, F.normalize(k, dim=-1), 1.0
 
 
@@ -161,6 +168,12 @@ def rotated(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
 def swin_v2_bias(learnt: Tensor) -> Tensor:
     """What every distance adds to the scores, ``[distances, H]``, from the output of Swin-V2's small MLP."""
     return 16 * learnt.flatten(0, 2).sigmoid()
+
+
+def by_head(learnt: Tensor) -> Tensor:
+    """What every pair of N tokens adds to the scores, ``[N*N, H]`` to ``[1, H, N, N]``."""
+    tokens = int(learnt.shape[0] ** 0.5 + 0.5)
+    return learnt.T.unflatten(-1, (tokens, tokens)).unsqueeze(0)
 
 
 def gathered(table: Optional[Tensor], index: Optional[Tensor], shared: Optional[Tensor]) -> Optional[Tensor]:

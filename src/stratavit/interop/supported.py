@@ -34,6 +34,7 @@ EXAMPLES = {  # what it stands for -> a timm model of it
     "BEiT, BEiT-v2": "beit_base_patch16_224",
     "Swin": "swin_tiny_patch4_window7_224",
     "Swin-V2": "swinv2_tiny_window8_256",
+    "Swin-V2, CR (timm's first Swin-V2)": "swinv2_cr_tiny_224",
     "ViT with relative positions": "vit_relpos_base_patch16_224",
     "BEiT-3": "beit3_base_patch16_224",
     "Hybrids (a ResNet as the stem)": "vit_small_r26_s32_224",

@@ -16,6 +16,7 @@ from stratavit.files.state_dicts import check_fit
 from stratavit.models import architecture
 from stratavit.models.cost import CostModel, cost_model
 from stratavit.models.families import family_of
+from stratavit.models.families.base import pooling_of
 from stratavit.models.final_mean import Shift
 from stratavit.models.output_checks import Subject, check_same_outputs
 from stratavit.models.source_checks import own_routines
@@ -28,7 +29,7 @@ def form_of(model: Any) -> tuple[Any, ...]:
     heads = [tuple(p.shape) for layer in head_layers(model).values() for p in layer.parameters()]
     positions = getattr(model, "pos_embed", None)
     sizes = patches.img_size, patches.patch_size, None if positions is None else tuple(positions.shape)
-    return (model.num_classes, model.global_pool, *sizes, *heads)
+    return (model.num_classes, pooling_of(model), *sizes, *heads)
 
 
 def follow(net: Any) -> tuple[dict[str, Any], dict[str, Any], CostModel, tuple[Any, ...]]:

@@ -21,7 +21,7 @@ from stratavit.elastic.site import Site
 from stratavit.elastic.token_places import TokenPlace, tokens_along
 from stratavit.utils.model import eval_mode, model_device, model_dtype
 
-POSITIONS = {"cpb_mlp", "rel_pos", "shared_rel_pos"}  # modules that compute the same for all images
+POSITIONS = {"cpb_mlp", "rel_pos", "shared_rel_pos", "meta_mlp"}  # modules that compute the same for all images
 
 
 class Price(NamedTuple):

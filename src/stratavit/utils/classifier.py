@@ -12,10 +12,12 @@ from typing import Any
 from timm.layers import ClassifierHead
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
 from torch import nn
 
 from stratavit.errors import UnsupportedModelError
 
+POOLING_HEADS = (SwinTransformer, SwinTransformerV2, SwinTransformerV2Cr)  # their head pools, too
 WAY_OUT = "call model.reset_classifier(num_classes), or put a Linear layer there"
 
 
@@ -32,9 +34,9 @@ def head_layers(model: Any) -> dict[str, nn.Module]:
     """Name -> what leads into the classes, of a model of a known family.
 
     Raises:
-        UnsupportedModelError: A Swin has lost the pooling in front of its head.
+        UnsupportedModelError: The pooling in front of the head was lost.
     """
-    if not isinstance(model, SwinTransformer | SwinTransformerV2):
+    if not isinstance(model, POOLING_HEADS):
         return {name: getattr(model, name) for name in ("head", "head_dist") if hasattr(model, name)}
     if not isinstance(model.head, ClassifierHead):
         raise UnsupportedModelError(

@@ -13,12 +13,19 @@ from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
 from timm.models.swin_transformer import WindowAttention
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
+from timm.models.swin_transformer_v2_cr import WindowMultiHeadAttention
 from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 
-from stratavit.elastic.attention import ElasticAttention, ElasticCosine, ElasticSplit, ElasticWindows
+from stratavit.elastic.attention import (
+    ElasticAttention,
+    ElasticBeit,
+    ElasticCosine,
+    ElasticRelPos,
+    ElasticSplit,
+    ElasticWindows,
+)
 from stratavit.elastic.base import ElasticSite
-from stratavit.elastic.biased import ElasticBeit, ElasticRelPos
 from stratavit.elastic.mlp import ElasticGlu, ElasticMlp, ElasticSwiGlu
 from stratavit.elastic.site import Site
 from stratavit.errors import UnsupportedModelError
@@ -26,10 +33,10 @@ from stratavit.models.families.base import Family, Stages
 from stratavit.models.families.eva import BeitFamily, EvaFamily
 from stratavit.models.families.hosted import Hosted, HostedPart
 from stratavit.models.families.relpos import RelPos
-from stratavit.models.families.swin import Swin, SwinV2
+from stratavit.models.families.swin import Swin, SwinV2, SwinV2Cr
 from stratavit.models.families.vit import Vit
 
-FAMILIES: tuple[Family, ...] = (Vit(), EvaFamily(), BeitFamily(), Swin(), SwinV2(), RelPos())
+FAMILIES: tuple[Family, ...] = (Vit(), EvaFamily(), BeitFamily(), Swin(), SwinV2(), SwinV2Cr(), RelPos())
 KINDS: dict[type[nn.Module], type[Any]] = {
     Attention: ElasticAttention,
     AttentionRope: ElasticSplit,
@@ -37,6 +44,7 @@ KINDS: dict[type[nn.Module], type[Any]] = {
     BeitAttention: ElasticBeit,
     WindowAttention: ElasticWindows,
     WindowAttentionV2: ElasticCosine,
+    WindowMultiHeadAttention: ElasticCosine,
     RelPosAttention: ElasticRelPos,
     Mlp: ElasticMlp,
     GluMlp: ElasticGlu,

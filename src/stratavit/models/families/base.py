@@ -64,7 +64,7 @@ class Family:
         Raises:
             UnsupportedModelError: Says which part, and why.
         """
-        if not model.global_pool and (model.num_classes or classes_in_head(model)):
+        if not pooling_of(model) and (model.num_classes or classes_in_head(model)):
             refuse("global_pool", "every token has classes of its own; give it num_classes=0, or pool, e.g. 'token'")
         for method in ("forward", "forward_features"):
             if getattr(type(model), method) is not getattr(self.model, method):
@@ -104,6 +104,12 @@ def refuse(module: str, reason: str) -> None:
     raise UnsupportedModelError(f"cannot cut this model: {module}: {reason}")
 
 
+def pooling_of(model: Any) -> str:
+    """Name of what pools the tokens; empty if nothing does."""
+    found: str = model.global_pool if hasattr(model, "global_pool") else model.head.global_pool.pool_type
+    return found
+
+
 def with_bias(norm: nn.Module) -> nn.Module | None:
     """The norm, if it has a bias."""
     return norm if getattr(norm, "bias", None) is not None else None
@@ -117,8 +123,8 @@ def sizes(model: Any) -> dict[str, Any]:
         "patch_size": list(patches.patch_size),
         "in_chans": model.in_chans if hasattr(model, "in_chans") else patches.proj.in_channels,
         "num_classes": model.num_classes,
-        "global_pool": model.global_pool,
-        "embed_dim": model.embed_dim,
+        "global_pool": pooling_of(model),
+        "embed_dim": model.embed_dim if hasattr(model, "embed_dim") else patches.proj.out_channels,
     }
 
 
