@@ -21,6 +21,7 @@ HF = {
     "patch_size": 8,
 }
 HEADLESS = {"num_classes": 0}
+SMALL_IMAGES = {"pretrained_cfg_overlay": {"input_size": (3, 32, 32)}}  # of models for any size
 MAPS = {"num_classes": 0, "global_pool": ""}  # all tokens are returned
 NAMES: dict[str, dict[str, Any]] = {  # timm's name -> arguments besides the sizes
     "vit_tiny_patch16_224": {},
@@ -56,6 +57,10 @@ NAMES: dict[str, dict[str, Any]] = {  # timm's name -> arguments besides the siz
     "swin_s3_tiny_224": {"window_size": 4},
     "swinv2_tiny_window8_256": {},
     "swinv2_cr_tiny_224": {},
+    "naflexvit_base_patch16_gap": SMALL_IMAGES,
+    "naflexvit_base_patch16_siglip": SMALL_IMAGES | HEADLESS,  # attention pooling
+    "naflexvit_base_patch16_radio_v3": SMALL_IMAGES | {"pos_embed_grid_size": (8, 8)},  # neither norm at the end
+    "vit_small_patch16_rope_mixed_224.naflex": {"use_naflex": True},
     "vit_tiny_patch16_224.maps": MAPS,
     "vit_small_patch14_reg4_dinov2.maps": MAPS,
     "vit_small_patch16_dinov3.maps": MAPS,
@@ -105,7 +110,8 @@ def _made(name: str, more: dict[str, Any]) -> nn.Module:
     if name.endswith(".qk_norm"):
         return VisionTransformer(**VIT, num_classes=CLASSES, qk_norm=True)
     sizes = SWIN if name.startswith("swin") else VIT
-    return timm.create_model(name.removesuffix(".maps"), **{"num_classes": CLASSES} | sizes | NAMES[name] | more)
+    timms = name.removesuffix(".maps").removesuffix(".naflex")
+    return timm.create_model(timms, **{"num_classes": CLASSES} | sizes | NAMES[name] | more)
 
 
 def _torchvision() -> nn.Module:

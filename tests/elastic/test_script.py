@@ -25,7 +25,7 @@ def scripted(module):
         return torch.jit.load(file)
 
 
-@pytest.mark.parametrize("name", architectures.NAMES)
+@pytest.mark.parametrize("name", [name for name in architectures.NAMES if "naflex" not in name])  # nor does timm's
 def test_small_models_of_every_family(name):
     """Sites in turn are left out, cut to one channel, halved and uncut."""
     net, cut = SuperNet(architectures.make(name)).contract([IMAGES]).eval(), {}

@@ -36,6 +36,7 @@ EXAMPLES = {  # what it stands for -> a timm model of it
     "Swin-V2": "swinv2_tiny_window8_256",
     "Swin-V2, CR (timm's first Swin-V2)": "swinv2_cr_tiny_224",
     "ViT with relative positions": "vit_relpos_base_patch16_224",
+    "NaFlex ViT, C-RADIO (images of one size)": "naflexvit_base_patch16_gap",
     "BEiT-3": "beit3_base_patch16_224",
     "Hybrids (a ResNet as the stem)": "vit_small_r26_s32_224",
     "Parallel blocks": "vit_base_patch16_xp_224",

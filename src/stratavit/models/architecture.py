@@ -26,7 +26,7 @@ from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelErro
 from stratavit.models.families import blocks_of, family_of, kind_of, merging
 from stratavit.spec import TOKENS
 from stratavit.utils.classifier import with_plain_head
-from stratavit.utils.model import computed_buffers, model_device, model_dtype
+from stratavit.utils.model import computed_buffers, model_device, model_dtype, patches_of
 
 DATA_KEYS = {"input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode"}
 _TRANSIENT = (nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices, nn.Identity)  # of training only
@@ -252,10 +252,11 @@ def resolve_data_config(model: nn.Module) -> dict[str, Any]:
     if isinstance(stored, dict):
         return stored | {"input_size": own_size(model, stored["input_size"])}
     config = dict(resolve_model_data_config(model))
-    patches: Any = model.patch_embed
+    patches: Any = patches_of(model)
     channels = channels_of(patches)
-    if patches.img_size is not None:
-        config["input_size"] = (channels, *patches.img_size)
+    side = getattr(patches, "img_size", None) or getattr(patches, "default_img_size", None)
+    if side is not None:
+        config["input_size"] = (channels, *side)
     for key in ("mean", "std"):
         config[key] = tuple(float(x) for x in config[key])[:channels]
     return config
@@ -269,6 +270,6 @@ def channels_of(patches: Any, otherwise: int = 3) -> int:
 
 def own_size(model: nn.Module, size: Sequence[int]) -> tuple[int, ...]:
     """The size ``(C, H, W)`` of images for a model: as given, but H and W its own if it accepts no other."""
-    patches: Any = getattr(model, "patch_embed", None)
+    patches: Any = patches_of(model)
     fixed = getattr(patches, "img_size", None) if getattr(patches, "strict_img_size", False) else None
     return (size[0], *(fixed or size[1:]))

@@ -21,14 +21,19 @@ from stratavit.models.final_mean import Shift
 from stratavit.models.output_checks import Subject, check_same_outputs
 from stratavit.models.source_checks import own_routines
 from stratavit.utils.classifier import head_layers, with_plain_head
+from stratavit.utils.model import patches_of
 
 
 def form_of(model: Any) -> tuple[Any, ...]:
     """What the owner of a super-network may change of its model: sizes of images and tokens, pooling, heads."""
-    patches = model.patch_embed
+    patches = patches_of(model)
     heads = [tuple(p.shape) for layer in head_layers(model).values() for p in layer.parameters()]
     positions = getattr(model, "pos_embed", None)
-    sizes = patches.img_size, patches.patch_size, None if positions is None else tuple(positions.shape)
+    sizes = (
+        getattr(patches, "img_size", None),
+        patches.patch_size,
+        None if positions is None else tuple(positions.shape),
+    )
     return (model.num_classes, pooling_of(model), *sizes, *heads)
 
 

@@ -19,6 +19,7 @@ from stratavit.errors import ArtifactError, shown
 from stratavit.files.state_dicts import Shape, check_fit
 from stratavit.models import architecture
 from stratavit.models.families import family_of
+from stratavit.utils.model import patches_of
 
 RESERVED = {*inspect.signature(timm.create_model).parameters, "device", "dtype", "pretrained_strict"} - {"kwargs"}
 LARGEST = 1 << 16  # of a number that no tensor has as a dimension: nothing that timm names comes near
@@ -87,7 +88,7 @@ def check_images(model: nn.Module, size: Sequence[int], source: str) -> None:
     Raises:
         ArtifactError: It does not, or there would be too many tokens.
     """
-    patches: Any = getattr(model, "patch_embed", None)
+    patches: Any = patches_of(model)
     channels = architecture.channels_of(patches, size[0])
     sides = list(getattr(patches, "patch_size", None) or [1, 1])
     padded = not isinstance(patches, PatchEmbed) or patches.dynamic_img_pad or patches.strict_img_size

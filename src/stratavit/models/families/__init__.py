@@ -32,11 +32,12 @@ from stratavit.errors import UnsupportedModelError
 from stratavit.models.families.base import Family, Stages
 from stratavit.models.families.eva import BeitFamily, EvaFamily
 from stratavit.models.families.hosted import Hosted, HostedPart
+from stratavit.models.families.naflex import NaFlex
 from stratavit.models.families.relpos import RelPos
 from stratavit.models.families.swin import Swin, SwinV2, SwinV2Cr
 from stratavit.models.families.vit import Vit
 
-FAMILIES: tuple[Family, ...] = (Vit(), EvaFamily(), BeitFamily(), Swin(), SwinV2(), SwinV2Cr(), RelPos())
+FAMILIES: tuple[Family, ...] = (Vit(), EvaFamily(), BeitFamily(), Swin(), SwinV2(), SwinV2Cr(), RelPos(), NaFlex())
 KINDS: dict[type[nn.Module], type[Any]] = {
     Attention: ElasticAttention,
     AttentionRope: ElasticSplit,
