@@ -57,6 +57,8 @@ NAMES: dict[str, dict[str, Any]] = {  # timm's name -> arguments besides the siz
     "swin_s3_tiny_224": {"window_size": 4},
     "swinv2_tiny_window8_256": {},
     "swinv2_cr_tiny_224": {},
+    "samvit_base_patch16": {"window_size": 3, "global_attn_indexes": (1,)},  # windows that are padded
+    "samvit_base_patch16_224": {"window_size": 2, "global_attn_indexes": (1,)},
     "naflexvit_base_patch16_gap": SMALL_IMAGES,
     "naflexvit_base_patch16_siglip": SMALL_IMAGES | HEADLESS,  # attention pooling
     "naflexvit_base_patch16_radio_v3": SMALL_IMAGES | {"pos_embed_grid_size": (8, 8)},  # neither norm at the end
@@ -89,6 +91,7 @@ KINDS = (  # a model of every family, and of every kind of attention, MLP and po
     "swin_tiny_patch4_window7_224",
     "swinv2_tiny_window8_256",
     "swinv2_cr_tiny_224",
+    "samvit_base_patch16",
     "vit_small_patch14_reg4_dinov2.maps",
     "swin_tiny_patch4_window7_224.maps",
 )

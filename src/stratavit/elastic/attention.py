@@ -8,6 +8,8 @@ Shape legend: B images (or windows), N tokens, C token width, H heads, d full he
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from stratavit.elastic.base import AttentionTransform, ElasticSite, fold_heads
 from stratavit.elastic.delta import Weights
-from stratavit.elastic.plain import attend, cosines, rotated
+from stratavit.elastic.plain import attend, cosines, decomposed_bias, rotated
 from stratavit.elastic.position_bias import position_bias
 from stratavit.elastic.site import Site, attention_steps
 
@@ -121,12 +123,12 @@ class HeadsSite(ElasticSite):
     def _run(
         self,
         x: Tensor,
-        bias: Tensor | None,
+        bias: Tensor | Callable[[Tensor], Tensor] | None,
         mask: Tensor | None = None,
         is_causal: bool = False,
         rope: Tensor | None = None,
     ) -> Tensor:
-        """`bias` and `mask` as in `plain.attend`."""
+        """`bias` and `mask` as in `plain.attend`; `bias` may depend on q."""
         if self.width == 0 or self.bypassed:
             return self.constant(x)
         weights = self.weights_now()
@@ -135,6 +137,7 @@ class HeadsSite(ElasticSite):
         if self.observer is not None:
             self.observer.features(features)
         q, k, v, scale = self.scored(x, features.permute(2, 0, 3, 1, 4), rope)
+        bias = bias(q) if callable(bias) else bias
         p = self.attn_drop.p if self.training else 0.0
         mixed = attend(q, k, v, bias, mask, scale, p, is_causal)  # [B, N, H*w]
         return self.proj_drop(self.written(mixed, weights))
@@ -235,7 +238,13 @@ class ElasticBeit(ElasticBiased):
 
 
 class ElasticSplit(HeadsSite):
-    """timm's `Attention` with qk-norm, `EvaAttention` and `AttentionRope`: v and `proj` at any width."""
+    """timm's `Attention` with qk-norm, `EvaAttention` and `AttentionRope`: v and `proj` at any width.
+
+    Attributes:
+        reason: Why q and k are not cut.
+    """
+
+    reason = "qk-norm, rotary positions or cosine attention; timm has one class for these and for EVA"
 
     split = True
     tensor_names = ("v.weight", "v.bias", "proj.weight", "proj.bias")
@@ -297,3 +306,22 @@ class ElasticCosine(ElasticSplit):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """All windows of all images ``[B*windows, N, C]`` to the same; `mask` ``[windows, N, N]``."""
         return super().forward(x, mask=mask)
+
+
+class ElasticMap(ElasticSplit):
+    """SAM's attention: tokens are a map, and relative positions are multiplied by q."""
+
+    reason = "relative positions, which are multiplied by q, are the same for all heads"
+
+    @classmethod
+    def refusal(cls, stock: Any) -> tuple[str, str] | None:
+        """As of all attention; rotary positions are not supported."""
+        rotary = "rope", "rotary positions of maps are not supported"
+        return super().refusal(stock) or (None if stock.rope is None else rotary)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """All windows of all images ``[B*windows, H, W, C]`` to the same."""
+        own: Any = self
+        sides = x.shape[1:3]
+        bias = partial(decomposed_bias, rows=own.rel_pos_h, columns=own.rel_pos_w, height=sides[0], width=sides[1])
+        return self._run(x.flatten(1, 2), bias if own.use_rel_pos else None).unflatten(1, sides)

@@ -50,7 +50,7 @@ class SplitAttention(nn.Module):
     construction, under timm's names: `q_norm`, `k_norm` (qk-norm), `logit_scale` (cosine attention),
     `relative_position_bias_table` or `cpb_mlp` with `relative_coords_table`, and `relative_position_index`; or
     `rel_pos`, a module of timm whose `get_bias` returns what is added to the scores; or `meta_mlp` with
-    `relative_coordinates_log`.
+    `relative_coordinates_log`; or `rel_pos_h` and `rel_pos_w` of tokens ``[B, H, W, C]``.
 
     Args:
         dim: Token width C.
@@ -92,6 +92,8 @@ class SplitAttention(nn.Module):
         self.relative_position_bias_table: nn.Parameter | None = None  # [distances, H]
         self.cpb_mlp: nn.Module | None = None
         self.rel_pos: nn.Module | None = None
+        self.rel_pos_h: nn.Parameter | None = None  # [distances, a]
+        self.rel_pos_w: nn.Parameter | None = None
         self.meta_mlp: nn.Module | None = None
         self.register_buffer("relative_coordinates_log", None, persistent=False)  # [N*N, 2]
         self.register_buffer("relative_coords_table", None, persistent=False)
@@ -113,13 +115,15 @@ class SplitAttention(nn.Module):
         """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; accepts all that timm's blocks pass to their attention.
 
         Args:
-            x: Tokens; for windowed attention all windows of all images.
+            x: Tokens; for windowed attention all windows of all images. Or a map of them, ``[B, H, W, C]``.
             shared_rel_pos_bias: Added to the scores (BEiT); `shared_rel_pos` is its other name (ViTs of timm).
             mask: Of the windows of one image, ``[windows, N, N]``, added to the scores (Swin).
             rope: Sines and cosines of rotary positions, ``[..., N, 2 a]``.
             attn_mask: Added to the scores, or False where a token is not seen.
             is_causal: See `torch.nn.functional.scaled_dot_product_attention`.
         """
+        sides = x.shape[1:-1]
+        x = x.flatten(1, -2)
         q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, a]
         k = self.k(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         v = self.v(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, b]
@@ -141,10 +145,13 @@ class SplitAttention(nn.Module):
         if self.meta_mlp is not None and pairs is not None:
             shared = added_up(by_head(self.meta_mlp(pairs)), shared)
         bias = gathered(table, self.relative_position_index, shared)
+        rows, columns = self.rel_pos_h, self.rel_pos_w
+        if rows is not None and columns is not None:
+            bias = added_up(decomposed_bias(q, rows, columns, sides[0], sides[1]), bias)
         if attn_mask is not None:
             bias = attn_mask if bias is None else bias + attn_mask
         drop = self.attn_drop.p if self.training else 0.0
-        return self.proj_drop(self.proj(attend(q, k, v, bias, mask, scale, drop, is_causal)))
+        return self.proj_drop(self.proj(attend(q, k, v, bias, mask, scale, drop, is_causal))).unflatten(1, sides)
 
 
 def cosines(q: Tensor, k: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -182,6 +189,27 @@ def gathered(table: Optional[Tensor], index: Optional[Tensor], shared: Optional[
         return shared
     assert index is not None, "a table of relative positions comes with its index"
     return added_up(table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1).unsqueeze(0), shared)
+
+
+def decomposed_bias(q: Tensor, rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:
+    """What the distances of tokens of a map add to the scores, by row and by column: ``[B, H, N, N]``.
+
+    Args:
+        q: ``[B, H, N, a]``, before the factor of the scores.
+        rows, columns: A vector for each distance, ``[2 * height - 1, a]``; of other lengths, interpolated.
+    """
+    q = q.unflatten(2, (height, width))
+    by_row = torch.einsum("bnhwc,hkc->bnhwk", q, by_distance(rows, height))
+    by_column = torch.einsum("bnhwc,wkc->bnhwk", q, by_distance(columns, width))
+    return (by_row.unsqueeze(-1) + by_column.unsqueeze(-2)).flatten(4, 5).flatten(2, 3)
+
+
+def by_distance(table: Tensor, side: int) -> Tensor:
+    """The vector of every pair of positions along a side, ``[side, side, a]``."""
+    if table.shape[0] != 2 * side - 1:
+        table = F.interpolate(table.T.unsqueeze(0), size=2 * side - 1, mode="linear").squeeze(0).T
+    places = torch.arange(side, device=table.device)
+    return table[places.unsqueeze(1) - places + side - 1]
 
 
 def added_up(bias: Tensor, shared: Optional[Tensor]) -> Tensor:

@@ -37,6 +37,7 @@ EXAMPLES = {  # what it stands for -> a timm model of it
     "Swin-V2, CR (timm's first Swin-V2)": "swinv2_cr_tiny_224",
     "ViT with relative positions": "vit_relpos_base_patch16_224",
     "NaFlex ViT, C-RADIO (images of one size)": "naflexvit_base_patch16_gap",
+    "SAM image encoders": "samvit_base_patch16",
     "BEiT-3": "beit3_base_patch16_224",
     "Hybrids (a ResNet as the stem)": "vit_small_r26_s32_224",
     "Parallel blocks": "vit_base_patch16_xp_224",
@@ -73,15 +74,11 @@ def support_of(name: str) -> Support:
         _run(model)
     except (UnsupportedModelError, ArtifactError) as error:
         return Support(name, "", "uncut", "uncut", str(error).removeprefix("cannot cut this model: "))
-    attention = [module for module in found.values() if module.attention]
+    attention: list[Any] = [module for module in found.values() if module.attention]
     cut = "uncut" if not attention else "q, k, v" if all(module.tied for module in attention) else "v"
     mlp = "yes" if len(attention) < len(found) else "uncut"
     reasons = [text.split(": ", 1)[1] for text in uncut.values()]
-    if cut == "v":
-        reasons.append(
-            "q and k stay uncut (qk-norm, rotary positions or cosine attention; "
-            "timm has one class for these and for EVA)"
-        )
+    reasons += [f"q and k stay uncut ({module.reason})" for module in attention if not module.tied]
     return Support(name, title, cut, mlp, "; ".join(dict.fromkeys(reasons)))
 
 

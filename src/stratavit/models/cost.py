@@ -156,7 +156,7 @@ def cost_model(
     context: dict[str, int] = {}
 
     def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        context[name] = inputs[0].shape[-2]
+        context[name] = inputs[0].shape[1:-1].numel()  # of a map [B, H, W, C] all
         tokens[name] = _tokens(inputs)
 
     inside = tuple(site.name + "." for site in sites)
@@ -225,7 +225,7 @@ def macs_by_module(
         if attention:
             numbers = describe_layer("", module)
             widths = numbers.get("qk_dim", 0) + numbers.get("v_dim", 0) or 2 * numbers["head_dim"]
-            found[name] += _tokens(inputs) * inputs[0].shape[-2] * numbers["num_heads"] * widths
+            found[name] += _tokens(inputs) * inputs[0].shape[1:-1].numel() * numbers["num_heads"] * widths
 
     with ExitStack() as stack:
         for name, module in model.named_modules():

@@ -13,11 +13,12 @@ from timm.layers import ClassifierHead
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import nn
 
 from stratavit.errors import UnsupportedModelError
 
-POOLING_HEADS = (SwinTransformer, SwinTransformerV2, SwinTransformerV2Cr)  # their head pools, too
+POOLING_HEADS = (SwinTransformer, SwinTransformerV2, SwinTransformerV2Cr, VisionTransformerSAM)  # their head pools, too
 WAY_OUT = "call model.reset_classifier(num_classes), or put a Linear layer there"
 
 

@@ -15,12 +15,14 @@ from timm.models.swin_transformer import WindowAttention
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from timm.models.swin_transformer_v2_cr import WindowMultiHeadAttention
 from timm.models.vision_transformer_relpos import RelPosAttention
+from timm.models.vision_transformer_sam import Attention as MapAttention
 from torch import Tensor, nn
 
 from stratavit.elastic.attention import (
     ElasticAttention,
     ElasticBeit,
     ElasticCosine,
+    ElasticMap,
     ElasticRelPos,
     ElasticSplit,
     ElasticWindows,
@@ -34,10 +36,14 @@ from stratavit.models.families.eva import BeitFamily, EvaFamily
 from stratavit.models.families.hosted import Hosted, HostedPart
 from stratavit.models.families.naflex import NaFlex
 from stratavit.models.families.relpos import RelPos
+from stratavit.models.families.sam import Sam
 from stratavit.models.families.swin import Swin, SwinV2, SwinV2Cr
 from stratavit.models.families.vit import Vit
 
-FAMILIES: tuple[Family, ...] = (Vit(), EvaFamily(), BeitFamily(), Swin(), SwinV2(), SwinV2Cr(), RelPos(), NaFlex())
+FAMILIES: tuple[Family, ...] = (
+    *(Vit(), EvaFamily(), BeitFamily(), RelPos(), NaFlex(), Sam()),
+    *(Swin(), SwinV2(), SwinV2Cr()),
+)
 KINDS: dict[type[nn.Module], type[Any]] = {
     Attention: ElasticAttention,
     AttentionRope: ElasticSplit,
@@ -47,6 +53,7 @@ KINDS: dict[type[nn.Module], type[Any]] = {
     WindowAttentionV2: ElasticCosine,
     WindowMultiHeadAttention: ElasticCosine,
     RelPosAttention: ElasticRelPos,
+    MapAttention: ElasticMap,
     Mlp: ElasticMlp,
     GluMlp: ElasticGlu,
     SwiGLU: ElasticSwiGlu,

@@ -50,6 +50,7 @@ class Family:
         title: For people.
         model: timm's class.
         fallback: Name of a model of this class, for models that do not know their own name.
+        channels_last: Maps of a model without pooling have their channels last; those of others are not supported.
         has_buffers: It computes buffers when it is built, so it cannot be built without storage.
     """
 
@@ -57,6 +58,7 @@ class Family:
     model: ClassVar[type[nn.Module]]
     fallback: ClassVar[str]
     has_buffers: ClassVar[bool] = True
+    channels_last: ClassVar[bool] = True
 
     def check(self, model: Any) -> None:
         """Refuses a model of this class that cannot be cut at all.
@@ -66,6 +68,8 @@ class Family:
         """
         if not pooling_of(model) and (model.num_classes or classes_in_head(model)):
             refuse("global_pool", "every token has classes of its own; give it num_classes=0, or pool, e.g. 'token'")
+        if not pooling_of(model) and not self.channels_last:
+            refuse("global_pool", "its maps have their channels in front; pool, e.g. global_pool='avg'")
         for method in ("forward", "forward_features"):
             if getattr(type(model), method) is not getattr(self.model, method):
                 refuse(method, f"{type(model).__name__} overrides the order of execution of {self.model.__name__}")

@@ -10,7 +10,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
 from torch import Tensor, nn
 
-from stratavit.models.families.base import Family, Stages, head_stages, heads_of, pooling_of, refuse, sizes, with_bias
+from stratavit.models.families.base import Family, Stages, head_stages, heads_of, pooling_of, sizes, with_bias
 
 
 class Swin(Family):
@@ -75,12 +75,7 @@ class SwinV2Cr(Swin):
     model = SwinTransformerV2Cr
     fallback = "swinv2_cr_tiny_224"
     layers = "stages"
-
-    def check(self, model: Any) -> None:
-        """Maps with channels in front are not supported."""
-        super().check(model)
-        if not pooling_of(model):
-            refuse("head.global_pool", "its maps have their channels in front; pool, e.g. global_pool='avg'")
+    channels_last = False
 
     def stages(self, model: Any) -> Stages:
         """Split at the blocks and where patches are merged; tokens are ``[B, H, W, C]``."""
