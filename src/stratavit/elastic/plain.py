@@ -140,7 +140,7 @@ class SplitAttention(nn.Module):
             table = swin_v2_bias(self.cpb_mlp(coords))
         shared = shared_rel_pos_bias if shared_rel_pos is None else shared_rel_pos
         if self.rel_pos is not None:
-            shared = added_up(self.rel_pos.get_bias(), shared)
+            shared = added_up(self.rel_pos.get_bias(), shared)  # type: ignore[operator]
         pairs = self.relative_coordinates_log
         if self.meta_mlp is not None and pairs is not None:
             shared = added_up(by_head(self.meta_mlp(pairs)), shared)
