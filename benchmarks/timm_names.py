@@ -47,6 +47,7 @@ SHALLOW: tuple[dict[str, Any], ...] = (  # arguments that leave few blocks
     {"layers": (1, 1, 1, 1)},
     {"depths": (1, 1, 1)},
     {"layers": (1, 1, 2)},
+    {"depth": 1},
 )
 SMALL, LARGEST = 30e6, 700e6  # parameters: above the first with few blocks, above the second not at all
 KEPT, TOLERANCE = 0.6, 1e-4

@@ -76,6 +76,8 @@ def family_of(model: nn.Module) -> Family:
     inside = [name for name, module in model.named_modules() if isinstance(module, (*classes.values(),))]
     if origin.split(".")[0] == "peft":
         reason = "merge the adapters first: model.merge_and_unload()"
+    elif origin.startswith("open_clip.") and hasattr(model, "visual"):
+        reason = "pass its image tower, model.visual"
     elif inside:
         reason = f"it holds a timm model: pass that, model.{inside[0]}"
     elif kind in classes:
