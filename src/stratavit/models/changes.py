@@ -31,8 +31,8 @@ def form_of(model: Any) -> tuple[Any, ...]:
     positions = getattr(model, "pos_embed", None)
     sizes = (
         getattr(patches, "img_size", None),
-        patches.patch_size,
-        None if positions is None else tuple(positions.shape),
+        getattr(patches, "patch_size", None),
+        tuple(getattr(positions, "shape", ())),  # a module that computes positions has none
     )
     return (model.num_classes, pooling_of(model), *sizes, *heads)
 

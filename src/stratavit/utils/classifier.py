@@ -38,7 +38,8 @@ def head_layers(model: Any) -> dict[str, nn.Module]:
         UnsupportedModelError: The pooling in front of the head was lost.
     """
     if not isinstance(model, POOLING_HEADS):
-        return {name: getattr(model, name) for name in ("head", "head_dist") if hasattr(model, name)}
+        second = ("head_dist",) if getattr(model, "head_dist", None) is not None else ()
+        return {name: getattr(model, name) for name in ("head", *second) if hasattr(model, name)}
     if not isinstance(model.head, ClassifierHead):
         raise UnsupportedModelError(
             f"head: this {type(model).__name__} pools its tokens in timm's ClassifierHead, found a "

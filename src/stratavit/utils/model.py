@@ -60,7 +60,8 @@ def computed_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Te
 
 def patches_of(model: Any) -> Any:
     """The module that turns images into patches, under either of timm's names; None if there is none."""
-    return getattr(model, "patch_embed", None) or getattr(model, "embeds", None)
+    first = next(iter(getattr(model, "patch_embeds", ())), None)  # of several, one for each stage
+    return getattr(model, "patch_embed", None) or getattr(model, "embeds", None) or first
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:

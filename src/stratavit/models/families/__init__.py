@@ -32,9 +32,11 @@ from stratavit.elastic.mlp import ElasticGlu, ElasticMlp, ElasticSwiGlu
 from stratavit.elastic.site import Site
 from stratavit.errors import UnsupportedModelError
 from stratavit.models.families.base import Family, Stages
+from stratavit.models.families.class_attention import CaitFamily, XcitFamily
 from stratavit.models.families.eva import BeitFamily, EvaFamily
 from stratavit.models.families.hosted import Hosted, HostedPart
 from stratavit.models.families.naflex import NaFlex
+from stratavit.models.families.pyramids import NestFamily, Pit, TwinsFamily
 from stratavit.models.families.relpos import RelPos
 from stratavit.models.families.sam import Sam
 from stratavit.models.families.swin import Swin, SwinV2, SwinV2Cr
@@ -43,6 +45,7 @@ from stratavit.models.families.vit import Vit
 FAMILIES: tuple[Family, ...] = (
     *(Vit(), EvaFamily(), BeitFamily(), RelPos(), NaFlex(), Sam()),
     *(Swin(), SwinV2(), SwinV2Cr()),
+    *(XcitFamily(), CaitFamily(), Pit(), TwinsFamily(), NestFamily()),
 )
 KINDS: dict[type[nn.Module], type[Any]] = {
     Attention: ElasticAttention,

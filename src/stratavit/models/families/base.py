@@ -110,7 +110,8 @@ def refuse(module: str, reason: str) -> None:
 
 def pooling_of(model: Any) -> str:
     """Name of what pools the tokens; empty if nothing does."""
-    found: str = model.global_pool if hasattr(model, "global_pool") else model.head.global_pool.pool_type
+    pooling = model.global_pool if hasattr(model, "global_pool") else model.head.global_pool
+    found: str = getattr(pooling, "pool_type", pooling)  # its name, or timm's layer for it
     return found
 
 
