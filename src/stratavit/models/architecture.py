@@ -23,7 +23,7 @@ from stratavit.elastic.plain import Constant, SplitAttention
 from stratavit.elastic.token_places import TokenPlace, check_tokens
 from stratavit.elastic.tokens import merge_at
 from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, described, one_line
-from stratavit.models.families import blocks_of, family_of, kind_of, merging
+from stratavit.models.families import blocks_of, family_of, fixed_size, kind_of, merging
 from stratavit.spec import TOKENS
 from stratavit.utils.classifier import with_plain_head
 from stratavit.utils.model import computed_buffers, model_device, model_dtype, patches_of
@@ -254,7 +254,7 @@ def resolve_data_config(model: nn.Module) -> dict[str, Any]:
     config = dict(resolve_model_data_config(model))
     patches: Any = patches_of(model)
     channels = channels_of(patches)
-    side = getattr(patches, "img_size", None) or getattr(patches, "default_img_size", None)
+    side = fixed_size(model) or getattr(patches, "img_size", None) or getattr(patches, "default_img_size", None)
     if side is not None:
         config["input_size"] = (channels, *side)
     for key in ("mean", "std"):
@@ -272,4 +272,4 @@ def own_size(model: nn.Module, size: Sequence[int]) -> tuple[int, ...]:
     """The size ``(C, H, W)`` of images for a model: as given, but H and W its own if it accepts no other."""
     patches: Any = patches_of(model)
     fixed = getattr(patches, "img_size", None) if getattr(patches, "strict_img_size", False) else None
-    return (size[0], *(fixed or size[1:]))
+    return (size[0], *(fixed_size(model) or fixed or size[1:]))

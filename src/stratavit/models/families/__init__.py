@@ -34,6 +34,7 @@ from stratavit.errors import UnsupportedModelError
 from stratavit.models.families.base import Family, Stages
 from stratavit.models.families.class_attention import CaitFamily, XcitFamily
 from stratavit.models.families.eva import BeitFamily, EvaFamily
+from stratavit.models.families.hierarchical import DaVitFamily, GcVit, HieraDetFamily, HieraFamily, MViT
 from stratavit.models.families.hosted import Hosted, HostedPart
 from stratavit.models.families.naflex import NaFlex
 from stratavit.models.families.pyramids import NestFamily, Pit, TwinsFamily
@@ -46,6 +47,7 @@ FAMILIES: tuple[Family, ...] = (
     *(Vit(), EvaFamily(), BeitFamily(), RelPos(), NaFlex(), Sam()),
     *(Swin(), SwinV2(), SwinV2Cr()),
     *(XcitFamily(), CaitFamily(), Pit(), TwinsFamily(), NestFamily()),
+    *(DaVitFamily(), HieraFamily(), HieraDetFamily(), GcVit(), MViT()),
 )
 KINDS: dict[type[nn.Module], type[Any]] = {
     Attention: ElasticAttention,
@@ -156,6 +158,12 @@ def merging(model: nn.Module) -> int | str:
 def blocks_of(model: nn.Module) -> list[str]:
     """Names of the residual blocks, in order of execution."""
     return [name for name, _ in family_of(model).blocks(model)]
+
+
+def fixed_size(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width of images, if a model takes no others and its patch embedding does not say so."""
+    family = next((family for family in FAMILIES if isinstance(model, family.model)), None)
+    return None if family is None else family.fixed_size(model)
 
 
 def layer_scale(model: nn.Module, site: str) -> Tensor | None:

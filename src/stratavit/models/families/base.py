@@ -98,6 +98,10 @@ class Family:
         """Class and register tokens in front of the patches, where blocks can merge tokens; else why they cannot."""
         return f"merging tokens of a {type(model).__name__} is not supported"
 
+    def fixed_size(self, model: Any) -> tuple[int, int] | None:
+        """Height and width of images, if the model takes no others and its patch embedding does not say so."""
+        return None
+
     def arguments(self, model: Any) -> dict[str, Any]:
         """Arguments of `timm.create_model` that build the same model, but for the widths of its sites."""
         raise NotImplementedError
@@ -110,7 +114,9 @@ def refuse(module: str, reason: str) -> None:
 
 def pooling_of(model: Any) -> str:
     """Name of what pools the tokens; empty if nothing does."""
-    pooling = model.global_pool if hasattr(model, "global_pool") else model.head.global_pool
+    pooling = getattr(model, "global_pool", None)
+    if pooling is None:
+        pooling = getattr(model.head, "global_pool", model.head)
     found: str = getattr(pooling, "pool_type", pooling)  # its name, or timm's layer for it
     return found
 
