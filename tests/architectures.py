@@ -69,6 +69,21 @@ NAMES: dict[str, dict[str, Any]] = {  # timm's name -> arguments besides the siz
     "beit_base_patch16_224.maps": MAPS,
     "swin_tiny_patch4_window7_224.maps": MAPS,
 }
+STAGED: dict[str, dict[str, Any]] = {  # the same with all sizes of their own, for images of 32 pixels
+    "xcit_nano_12_p16_224": {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    "cait_xxs24_224": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    "pit_ti_224": {"img_size": 32, "base_dims": [16, 16, 16], "heads": [1, 2, 2], "depth": [1, 1, 1]},
+    "pit_s_distilled_224": {"img_size": 32, "base_dims": [16, 16, 16], "heads": [1, 2, 2], "depth": [1, 1, 1]},
+    "twins_svt_small": {
+        "img_size": 32,
+        "embed_dims": [16, 32, 32, 32],
+        "num_heads": [1, 2, 2, 2],
+        "depths": [2, 1, 1, 1],
+    },
+    "davit_tiny": {"embed_dims": [16, 32, 32, 32], "num_heads": [1, 2, 2, 2], "depths": [1, 1, 1, 1]},
+    "hiera_tiny_224": {"img_size": 32, "embed_dim": 16, "stages": [1, 1, 1, 1], "num_heads": 1},
+    "sam2_hiera_tiny": {"embed_dim": 16, "stages": [1, 1, 3, 1], "num_heads": 1, "global_att_blocks": [3]},
+}
 TRANSFORMERS = (
     "ViTForImageClassification",
     "DeiTForImageClassification",
@@ -95,7 +110,7 @@ KINDS = (  # a model of every family, and of every kind of attention, MLP and po
     "vit_small_patch14_reg4_dinov2.maps",
     "swin_tiny_patch4_window7_224.maps",
 )
-ALL = (*NAMES, *TRANSFORMERS, "Dinov2Model, SwiGLU", TORCHVISION)
+ALL = (*NAMES, *STAGED, *TRANSFORMERS, "Dinov2Model, SwiGLU", TORCHVISION)
 
 
 def make(name: str, **more: Any) -> nn.Module:
@@ -112,6 +127,8 @@ def _made(name: str, more: dict[str, Any]) -> nn.Module:
         return _transformers(name)
     if name.endswith(".qk_norm"):
         return VisionTransformer(**VIT, num_classes=CLASSES, qk_norm=True)
+    if name in STAGED:
+        return timm.create_model(name, **{"num_classes": CLASSES} | STAGED[name] | more)
     sizes = SWIN if name.startswith("swin") else VIT
     timms = name.removesuffix(".maps").removesuffix(".naflex")
     return timm.create_model(timms, **{"num_classes": CLASSES} | sizes | NAMES[name] | more)

@@ -215,7 +215,7 @@ def _parts(root: nn.Module, dtype: torch.dtype) -> dict[str, str]:
             lines[name] = f"{type(module).__name__}({module.extra_repr()})"
         for key, value in vars(module).items():
             if key not in _ASIDE and not key.startswith("_") and _is_plain(value):
-                lines[f"{name}.{key}".lstrip(".")] = str(value)
+                lines[f"{name}.{key}".lstrip(".")] = str(tuple(value) if isinstance(value, list) else value)
     lines |= {name: f"a buffer of shape {tuple(buffer.shape)}" for name, buffer in root.named_buffers()}
     for name, _, _, buffer in computed_buffers(root):  # they follow from the arguments, or differ
         lines.pop(name, None)
@@ -227,7 +227,9 @@ def _parts(root: nn.Module, dtype: torch.dtype) -> dict[str, str]:
 
 
 def _is_plain(value: Any) -> bool:
-    return all(map(_is_plain, value)) if isinstance(value, tuple) else isinstance(value, int | float | str | bool)
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return isinstance(value, int | float | str | bool)
 
 
 # ---- images --------------------------------------------------------------------------------------------------------
@@ -253,7 +255,7 @@ def resolve_data_config(model: nn.Module) -> dict[str, Any]:
         return stored | {"input_size": own_size(model, stored["input_size"])}
     config = dict(resolve_model_data_config(model))
     patches: Any = patches_of(model)
-    channels = channels_of(patches)
+    channels = channels_of(model)
     side = fixed_size(model) or getattr(patches, "img_size", None) or getattr(patches, "default_img_size", None)
     if side is not None:
         config["input_size"] = (channels, *side)
@@ -262,10 +264,11 @@ def resolve_data_config(model: nn.Module) -> dict[str, Any]:
     return config
 
 
-def channels_of(patches: Any, otherwise: int = 3) -> int:
-    """Channels of the images that a patch embedding reads; of a hybrid those that its convolutions read."""
-    own: Any = getattr(patches, "in_chans", None) or getattr(getattr(patches, "proj", None), "in_channels", otherwise)
-    return int(own)
+def channels_of(model: Any, otherwise: int = 3) -> int:
+    """Channels of the images that a model reads; if it does not say so, those that its patch embedding reads."""
+    patches = patches_of(model)
+    read = getattr(patches, "in_chans", None) or getattr(getattr(patches, "proj", None), "in_channels", otherwise)
+    return int(getattr(model, "in_chans", None) or read)
 
 
 def own_size(model: nn.Module, size: Sequence[int]) -> tuple[int, ...]:

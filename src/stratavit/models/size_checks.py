@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import timm
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, to_2tuple
 from torch import nn
 
 from stratavit.errors import ArtifactError, shown
@@ -89,8 +89,9 @@ def check_images(model: nn.Module, size: Sequence[int], source: str) -> None:
         ArtifactError: It does not, or there would be too many tokens.
     """
     patches: Any = patches_of(model)
-    channels = architecture.channels_of(patches, size[0])
-    sides = list(getattr(patches, "patch_size", None) or [1, 1])
+    channels = architecture.channels_of(model, size[0])
+    stride = getattr(getattr(patches, "proj", None), "stride", 1)
+    sides = list(to_2tuple(getattr(patches, "patch_size", None) or stride))
     padded = not isinstance(patches, PatchEmbed) or patches.dynamic_img_pad or patches.strict_img_size
     fits = all(length >= side and (padded or length % side == 0) for side, length in zip(sides, size[1:], strict=True))
     if channels != size[0] or not fits:

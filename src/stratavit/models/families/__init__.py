@@ -32,7 +32,7 @@ from stratavit.elastic.mlp import ElasticGlu, ElasticMlp, ElasticSwiGlu
 from stratavit.elastic.site import Site
 from stratavit.errors import UnsupportedModelError
 from stratavit.models.families.base import Family, Stages
-from stratavit.models.families.class_attention import CaitFamily, XcitFamily
+from stratavit.models.families.class_attention import CaitFamily, Volo, XcitFamily
 from stratavit.models.families.eva import BeitFamily, EvaFamily
 from stratavit.models.families.hierarchical import DaVitFamily, GcVit, HieraDetFamily, HieraFamily, MViT
 from stratavit.models.families.hosted import Hosted, HostedPart
@@ -46,7 +46,7 @@ from stratavit.models.families.vit import Vit
 FAMILIES: tuple[Family, ...] = (
     *(Vit(), EvaFamily(), BeitFamily(), RelPos(), NaFlex(), Sam()),
     *(Swin(), SwinV2(), SwinV2Cr()),
-    *(XcitFamily(), CaitFamily(), Pit(), TwinsFamily(), NestFamily()),
+    *(XcitFamily(), CaitFamily(), Volo(), Pit(), TwinsFamily(), NestFamily()),
     *(DaVitFamily(), HieraFamily(), HieraDetFamily(), GcVit(), MViT()),
 )
 KINDS: dict[type[nn.Module], type[Any]] = {

@@ -1,12 +1,13 @@
-"""timm's `Xcit` and `Cait`: ViTs whose class token joins after the last block and reads the patches in blocks of its own."""
+"""timm's `Cait`, `Xcit` and `VOLO`: the class token joins last, and reads the patches in blocks that stay uncut."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 from timm.models.cait import Cait
+from timm.models.volo import VOLO
 from timm.models.xcit import Xcit
 from torch import Tensor, nn
 
@@ -99,3 +100,62 @@ class XcitFamily(CaitFamily):
             "depth": len(model.blocks),
             "num_heads": model.blocks[0].attn.num_heads,
         }
+
+
+class Volo(CaitFamily):
+    """VOLO: outlook attention, then attention; tokens are maps ``[B, H, W, C]``."""
+
+    title = "VOLO"
+    model = VOLO
+    fallback = "volo_d1_224"
+
+    def blocks(self, model: Any) -> Iterator[tuple[str, Any]]:
+        """Blocks of all stages; what merges tokens in between is none."""
+        for number, stage in enumerate(model.network):
+            if isinstance(stage, nn.Sequential):
+                yield from ((f"network.{number}.{at}", block) for at, block in enumerate(stage))
+
+    def stages(self, model: Any) -> Stages:
+        """Split at the blocks, where tokens are merged, and where positions are added."""
+
+        def stem(images: Tensor) -> Tensor:
+            tokens: Tensor = model.patch_embed(images).permute(0, 2, 3, 1)
+            return tokens
+
+        def features(tokens: Tensor) -> Tensor:
+            patches = tokens.flatten(1, 2)  # [B, H*W, C]
+            normed: Tensor = model.norm(patches if model.post_network is None else model.forward_cls(patches))
+            return normed
+
+        steps: list[tuple[str, Callable[[Tensor], Tensor]]] = []
+        for number, stage in enumerate(model.network):
+            if number == 2 and model.pos_embed is not None:
+                steps.append(("pos_embed", lambda tokens: model.pos_drop(tokens + model.pos_embed)))
+            if isinstance(stage, nn.Sequential):
+                steps += [(f"network.{number}.{at}", block) for at, block in enumerate(stage)]
+            else:
+                steps.append((f"network.{number}", stage))
+        return Stages(
+            stem=stem,
+            blocks=tuple(steps),
+            tail=lambda tokens: model.forward_head(features(tokens)),
+            pool=lambda tokens: mean_token(model.forward_head(features(tokens), pre_logits=True)),
+        )
+
+    def last_norm(self, model: Any) -> nn.Module | None:
+        """None for two heads."""
+        return None if model.aux_head is not None else super().last_norm(model)
+
+    def fixed_size(self, model: Any) -> tuple[int, int] | None:
+        """Its positions are those of one size."""
+        if model.pos_embed is None:
+            return None
+        first, stem = model.patch_embed.proj.stride[0], model.patch_embed.conv
+        stride = first * (1 if stem is None else stem[0].stride[0]) * model.pooling_scale
+        return stride * model.pos_embed.shape[1], stride * model.pos_embed.shape[2]
+
+    def arguments(self, model: Any) -> dict[str, Any]:
+        """Size of images, classes and pooling; timm takes no other widths and depths than the architecture's own."""
+        size = self.fixed_size(model)
+        found = {"in_chans": model.in_chans, "num_classes": model.num_classes, "global_pool": model.global_pool}
+        return found if size is None else {"img_size": list(size), **found}

@@ -1,4 +1,4 @@
-"""timm's `DaVit`, `Hiera`, `HieraDet`, `GlobalContextVit`, `MultiScaleVit`: stages, and heads that pool and normalise."""
+"""timm's `DaVit`, `Hiera`, `HieraDet`, `GlobalContextVit` and `MultiScaleVit`: stages, heads that pool and normalise."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class DaVitFamily(Pyramid):
         return staged(model, model.stem, steps, model.norm_pre)
 
     def last_norm(self, model: Any) -> nn.Module | None:
-        """That of the head, after pooling, or the one in front of it."""
-        return with_bias(model.head.norm if isinstance(model.norm_pre, nn.Identity) else model.norm_pre)
+        """None: its last norm is one of maps."""
+        return None
 
     def arguments(self, model: Any) -> dict[str, Any]:
         """Sizes; all else is the architecture's own."""
@@ -222,7 +222,7 @@ class MViT(Pyramid):
         return staged(model, stem, steps, model.norm)
 
     def fixed_size(self, model: Any) -> tuple[int, int] | None:
-        """Relative positions are those of one size, which their number tells: one less than twice the tokens of a side."""
+        """That of its relative positions, of which there is one less than twice the tokens of a side."""
         attention, strides = model.stages[0].blocks[0].attn, model.patch_embed.proj.stride
         if attention.rel_pos_h is None:
             return None

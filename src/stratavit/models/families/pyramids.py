@@ -109,7 +109,7 @@ class TwinsFamily(Pyramid):
             yield from ((f"blocks.{number}.{at}", block) for at, block in enumerate(stage))
 
     def stages(self, model: Any) -> Stages:
-        """Split at the blocks and where patches are merged; the grid of patches comes from the embedding that ran last."""
+        """Split at the blocks and where patches are merged; their grid comes from the embedding that ran last."""
         grid: list[int] = [0, 0]
 
         def embed(number: int, x: Tensor) -> Tensor:
