@@ -267,8 +267,9 @@ def resolve_data_config(model: nn.Module) -> dict[str, Any]:
 def channels_of(model: Any, otherwise: int = 3) -> int:
     """Channels of the images that a model reads; if it does not say so, those that its patch embedding reads."""
     patches = patches_of(model)
-    read = getattr(patches, "in_chans", None) or getattr(getattr(patches, "proj", None), "in_channels", otherwise)
-    return int(getattr(model, "in_chans", None) or read)
+    read: Any = getattr(patches, "in_chans", None) or getattr(getattr(patches, "proj", None), "in_channels", otherwise)
+    own: Any = getattr(model, "in_chans", None)
+    return int(own or read)
 
 
 def own_size(model: nn.Module, size: Sequence[int]) -> tuple[int, ...]:

@@ -54,7 +54,8 @@ def head_layers(model: Any) -> dict[str, nn.Module]:
             f"head: this {type(model).__name__} pools its tokens in a head of timm's, found a "
             f"{type(model.head).__name__}; call model.reset_classifier(num_classes), or put a Linear layer at head.fc"
         )
-    return {"head.fc": model.head.fc}
+    holder: Any = model.head
+    return {"head.fc": holder.fc}
 
 
 def with_plain_head(model: Any, in_place: bool = False) -> Any:

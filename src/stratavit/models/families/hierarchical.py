@@ -1,4 +1,4 @@
-"""timm's `DaVit`, `Hiera`, `HieraDet`, `GlobalContextVit` and `MultiScaleVit`: stages, heads that pool and normalise."""
+"""timm's `DaVit`, `Hiera`, `HieraDet`, `GlobalContextVit` and `MultiScaleVit`: heads that also pool."""
 
 from __future__ import annotations
 
