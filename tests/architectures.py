@@ -21,6 +21,7 @@ HF = {
     "patch_size": 8,
 }
 HEADLESS = {"num_classes": 0}
+SMALL_IMAGES = {"pretrained_cfg_overlay": {"input_size": (3, 32, 32)}}  # of models for any size
 MAPS = {"num_classes": 0, "global_pool": ""}  # all tokens are returned
 NAMES: dict[str, dict[str, Any]] = {  # timm's name -> arguments besides the sizes
     "vit_tiny_patch16_224": {},
@@ -49,14 +50,39 @@ NAMES: dict[str, dict[str, Any]] = {  # timm's name -> arguments besides the siz
     "vit_pe_core_tiny_patch16_384": HEADLESS,
     "beit_base_patch16_224": {},
     "beitv2_base_patch16_224": {},
+    "vit_relpos_small_patch16_224": {},
+    "vit_srelpos_small_patch16_224": {},  # one bias for all blocks
+    "vit_relpos_base_patch16_clsgap_224": {},
     "swin_tiny_patch4_window7_224": {},
     "swin_s3_tiny_224": {"window_size": 4},
     "swinv2_tiny_window8_256": {},
+    "swinv2_cr_tiny_224": {},
+    "samvit_base_patch16": {"window_size": 3, "global_attn_indexes": (1,)},  # windows that are padded
+    "samvit_base_patch16_224": {"window_size": 2, "global_attn_indexes": (1,)},
+    "naflexvit_base_patch16_gap": SMALL_IMAGES,
+    "naflexvit_base_patch16_siglip": SMALL_IMAGES | HEADLESS,  # attention pooling
+    "naflexvit_base_patch16_radio_v3": SMALL_IMAGES | {"pos_embed_grid_size": (8, 8)},  # neither norm at the end
+    "vit_small_patch16_rope_mixed_224.naflex": {"use_naflex": True},
     "vit_tiny_patch16_224.maps": MAPS,
     "vit_small_patch14_reg4_dinov2.maps": MAPS,
     "vit_small_patch16_dinov3.maps": MAPS,
     "beit_base_patch16_224.maps": MAPS,
     "swin_tiny_patch4_window7_224.maps": MAPS,
+}
+STAGED: dict[str, dict[str, Any]] = {  # the same with all sizes of their own, for images of 32 pixels
+    "xcit_nano_12_p16_224": {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    "cait_xxs24_224": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    "pit_ti_224": {"img_size": 32, "base_dims": [16, 16, 16], "heads": [1, 2, 2], "depth": [1, 1, 1]},
+    "pit_s_distilled_224": {"img_size": 32, "base_dims": [16, 16, 16], "heads": [1, 2, 2], "depth": [1, 1, 1]},
+    "twins_svt_small": {
+        "img_size": 32,
+        "embed_dims": [16, 32, 32, 32],
+        "num_heads": [1, 2, 2, 2],
+        "depths": [2, 1, 1, 1],
+    },
+    "davit_tiny": {"embed_dims": [16, 32, 32, 32], "num_heads": [1, 2, 2, 2], "depths": [1, 1, 1, 1]},
+    "hiera_tiny_224": {"img_size": 32, "embed_dim": 16, "stages": [1, 1, 1, 1], "num_heads": 1},
+    "sam2_hiera_tiny": {"embed_dim": 16, "stages": [1, 1, 3, 1], "num_heads": 1, "global_att_blocks": [3]},
 }
 TRANSFORMERS = (
     "ViTForImageClassification",
@@ -76,12 +102,15 @@ KINDS = (  # a model of every family, and of every kind of attention, MLP and po
     "eva02_tiny_patch14_224",
     "vit_small_patch16_dinov3",
     "beit_base_patch16_224",
+    "vit_relpos_small_patch16_224",
     "swin_tiny_patch4_window7_224",
     "swinv2_tiny_window8_256",
+    "swinv2_cr_tiny_224",
+    "samvit_base_patch16",
     "vit_small_patch14_reg4_dinov2.maps",
     "swin_tiny_patch4_window7_224.maps",
 )
-ALL = (*NAMES, *TRANSFORMERS, "Dinov2Model, SwiGLU", TORCHVISION)
+ALL = (*NAMES, *STAGED, *TRANSFORMERS, "Dinov2Model, SwiGLU", TORCHVISION)
 
 
 def make(name: str, **more: Any) -> nn.Module:
@@ -98,8 +127,11 @@ def _made(name: str, more: dict[str, Any]) -> nn.Module:
         return _transformers(name)
     if name.endswith(".qk_norm"):
         return VisionTransformer(**VIT, num_classes=CLASSES, qk_norm=True)
+    if name in STAGED:
+        return timm.create_model(name, **{"num_classes": CLASSES} | STAGED[name] | more)
     sizes = SWIN if name.startswith("swin") else VIT
-    return timm.create_model(name.removesuffix(".maps"), **{"num_classes": CLASSES} | sizes | NAMES[name] | more)
+    timms = name.removesuffix(".maps").removesuffix(".naflex")
+    return timm.create_model(timms, **{"num_classes": CLASSES} | sizes | NAMES[name] | more)
 
 
 def _torchvision() -> nn.Module:

@@ -43,8 +43,8 @@ class SuperNet(nn.Module):
     """A pre-trained ViT made elastic: one set of weights, every size a prefix of it.
 
     Args:
-        model: A timm model of a supported family (`stratavit models`), or one of transformers or torchvision that has
-            an equivalent there; it is copied, never changed.
+        model: A timm model of a supported family (`stratavit models`), or one of transformers, torchvision or
+            open_clip (its image tower) that has an equivalent there; it is copied, never changed.
         data_config: Input size, mean, std, interpolation and crop as in timm, in place of the model's own.
         embedding: The head's output is a feature, as of a CLIP image tower; that of a model without a head always is.
 

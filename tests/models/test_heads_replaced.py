@@ -174,7 +174,7 @@ def test_frozen_weights_stay_frozen(name, width, tmp_path):
     first, last = (next(s.name for s in order if s.kind == "attention") for order in (net.sites, net.sites[::-1]))
     mlp = next(s.name for s in reversed(net.sites) if s.kind == "mlp")
     small = net.extract(spec={first: width, last: width, mlp: width}, verbose=False)
-    uncut = ("q_bias", "v_bias", "relative_position_bias_table", "logit_scale")
+    uncut = ("q_bias", "v_bias", "relative_position_bias_table", "logit_scale", "rel_pos_h", "rel_pos_w")
     for key, parameter in small.named_parameters():
         where, _, leaf = key.rpartition(".")
         head_or_mlp = key.startswith(("head", mlp))

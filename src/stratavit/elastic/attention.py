@@ -8,6 +8,8 @@ Shape legend: B images (or windows), N tokens, C token width, H heads, d full he
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 
 from stratavit.elastic.base import AttentionTransform, ElasticSite, fold_heads
 from stratavit.elastic.delta import Weights
-from stratavit.elastic.plain import attend, cosines, gathered, rotated, swin_v2_bias
+from stratavit.elastic.plain import attend, cosines, decomposed_bias, rotated
+from stratavit.elastic.position_bias import position_bias
 from stratavit.elastic.site import Site, attention_steps
 
 Part = tuple[nn.Parameter | Tensor, nn.Parameter | Tensor | None]
@@ -107,14 +110,6 @@ class HeadsSite(ElasticSite):
         columns = self.proj.weight.detach().T  # [H*d, C]
         self.proj.weight.copy_(fold_heads(transform.o.transpose(-1, -2), columns.contiguous()).T)
 
-    def position_bias(self, shared: Tensor | None = None) -> Tensor | None:
-        """What relative positions add to the scores, ``[1, H, N, N]``, and `shared`; None for nothing."""
-        own: Any = self
-        table = getattr(self, "relative_position_bias_table", None)
-        if getattr(self, "cpb_mlp", None) is not None:
-            table = swin_v2_bias(own.cpb_mlp(own.relative_coords_table))
-        return gathered(table, getattr(self, "relative_position_index", None), shared)
-
     def scored(self, x: Tensor, features: Tensor, rope: Tensor | None) -> Scored:
         """What attention is computed from, each ``[B, H, N, ...]``.
 
@@ -128,12 +123,12 @@ class HeadsSite(ElasticSite):
     def _run(
         self,
         x: Tensor,
-        bias: Tensor | None,
+        bias: Tensor | Callable[[Tensor], Tensor] | None,
         mask: Tensor | None = None,
         is_causal: bool = False,
         rope: Tensor | None = None,
     ) -> Tensor:
-        """`bias` and `mask` as in `plain.attend`."""
+        """`bias` and `mask` as in `plain.attend`; `bias` may depend on q."""
         if self.width == 0 or self.bypassed:
             return self.constant(x)
         weights = self.weights_now()
@@ -142,6 +137,7 @@ class HeadsSite(ElasticSite):
         if self.observer is not None:
             self.observer.features(features)
         q, k, v, scale = self.scored(x, features.permute(2, 0, 3, 1, 4), rope)
+        bias = bias(q) if callable(bias) else bias
         p = self.attn_drop.p if self.training else 0.0
         mixed = attend(q, k, v, bias, mask, scale, p, is_causal)  # [B, N, H*w]
         return self.proj_drop(self.written(mixed, weights))
@@ -187,14 +183,44 @@ class ElasticWindows(ElasticAttention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """All windows of all images ``[B*windows, N, C]`` to the same; `mask` ``[windows, N, N]``."""
-        return self._run(x, self.position_bias(), mask)
+        return self._run(x, position_bias(self), mask)
 
 
-class ElasticBeit(ElasticAttention):
-    """BEiT's `Attention`: k has no bias, relative positions are added to the scores.
+class ElasticBiased(ElasticAttention):
+    """Attention with one layer for q, k and v, and a module `rel_pos` that returns what is added to the scores."""
 
-    timm's own class cannot be narrower than the tokens, so small models get a `plain.SplitAttention`.
-    """
+    split = True
+
+    @classmethod
+    def refusal(cls, stock: Any) -> tuple[str, str] | None:
+        """As of all attention; and normalised q and k cannot be rotated."""
+        normed = not isinstance(getattr(stock, "q_norm", nn.Identity()), nn.Identity)
+        return super().refusal(stock) or (("q_norm", "normalised q and k are not supported here") if normed else None)
+
+    def numbers(self, width: int, weights: Weights) -> dict[str, Any]:
+        """Numbers of a `SplitAttention` whose widths are alike."""
+        biases = [*(bias is not None for _, bias in self.parts()), weights.out_bias is not None]
+        return {"num_heads": self.heads, "qk_dim": width, "v_dim": width, "scale": width**-0.5, "biases": biases}
+
+    def tensors(self, weights: Weights) -> dict[str, Tensor | None]:
+        """Weights of a `SplitAttention`."""
+        found: dict[str, Tensor | None] = {"proj.weight": weights.out_weight, "proj.bias": weights.out_bias}
+        biases = (None,) * 3 if weights.in_bias is None else weights.in_bias.chunk(3)
+        for name, weight, bias, (_, own) in zip("qkv", weights.in_weight.chunk(3), biases, self.parts(), strict=True):
+            found |= {f"{name}.weight": weight, f"{name}.bias": None if own is None else bias}
+        return found
+
+
+class ElasticRelPos(ElasticBiased):
+    """`RelPosAttention` of ViTs with relative positions, of every block or shared by all."""
+
+    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; `shared_rel_pos` ``[1, H, N, N]``."""
+        return self._run(x, position_bias(self, shared_rel_pos))
+
+
+class ElasticBeit(ElasticBiased):
+    """BEiT's `Attention`: k has no bias, relative positions come from a table."""
 
     def in_weight(self, width: int) -> tuple[Tensor, Tensor | None]:
         """q, k and v at a head_dim, q scaled as in `ElasticAttention`."""
@@ -206,27 +232,21 @@ class ElasticBeit(ElasticAttention):
         bias = q_bias * scale
         return torch.cat([q * scale, k, v]), torch.cat([bias, torch.zeros_like(bias), v_bias])
 
-    def numbers(self, width: int, weights: Weights) -> dict[str, Any]:
-        """Numbers of a `SplitAttention` whose widths are alike."""
-        biases = [True, False, True, weights.out_bias is not None]
-        return {"num_heads": self.heads, "qk_dim": width, "v_dim": width, "scale": width**-0.5, "biases": biases}
-
-    def tensors(self, weights: Weights) -> dict[str, Tensor | None]:
-        """Weights of a `SplitAttention`."""
-        assert weights.in_bias is not None
-        q, k, v = weights.in_weight.chunk(3)
-        q_bias, _, v_bias = weights.in_bias.chunk(3)
-        ours = {"q.weight": q, "k.weight": k, "v.weight": v, "q.bias": q_bias, "v.bias": v_bias}
-        return {**ours, "proj.weight": weights.out_weight, "proj.bias": weights.out_bias}
-
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; the arguments of timm's `beit.Attention`."""
-        return self._run(x, self.position_bias(shared_rel_pos_bias))
+        return self._run(x, position_bias(self, shared_rel_pos_bias))
 
 
 class ElasticSplit(HeadsSite):
-    """timm's `Attention` with qk-norm, `EvaAttention` and `AttentionRope`: v and `proj` at any width."""
+    """timm's `Attention` with qk-norm, `EvaAttention` and `AttentionRope`: v and `proj` at any width.
 
+    Attributes:
+        reason: Why q and k are not cut.
+    """
+
+    reason = "qk-norm, rotary positions or cosine attention; timm has one class for these and for EVA"
+
+    split = True
     tensor_names = ("v.weight", "v.bias", "proj.weight", "proj.bias")
 
     @classmethod
@@ -277,12 +297,31 @@ class ElasticSplit(HeadsSite):
         mask: Tensor | None = None,
     ) -> Tensor:
         """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; the arguments of timm's modules, see `plain.SplitAttention`."""
-        return self._run(x, self.position_bias(attn_mask), mask, is_causal, rope)
+        return self._run(x, position_bias(self, attn_mask), mask, is_causal, rope)
 
 
 class ElasticCosine(ElasticSplit):
-    """Swin-V2's `WindowAttention`: cosine attention, relative positions from a small MLP."""
+    """`WindowAttention` of both Swin-V2 of timm: cosine attention, relative positions from a small MLP."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """All windows of all images ``[B*windows, N, C]`` to the same; `mask` ``[windows, N, N]``."""
         return super().forward(x, mask=mask)
+
+
+class ElasticMap(ElasticSplit):
+    """SAM's attention: tokens are a map, and relative positions are multiplied by q."""
+
+    reason = "relative positions, which are multiplied by q, are the same for all heads"
+
+    @classmethod
+    def refusal(cls, stock: Any) -> tuple[str, str] | None:
+        """As of all attention; rotary positions are not supported."""
+        rotary = "rope", "rotary positions of maps are not supported"
+        return super().refusal(stock) or (None if stock.rope is None else rotary)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """All windows of all images ``[B*windows, H, W, C]`` to the same."""
+        own: Any = self
+        sides = x.shape[1:3]
+        bias = partial(decomposed_bias, rows=own.rel_pos_h, columns=own.rel_pos_w, height=sides[0], width=sides[1])
+        return self._run(x.flatten(1, 2), bias if own.use_rel_pos else None).unflatten(1, sides)

@@ -85,6 +85,7 @@ class ElasticSite(nn.Module):
     Attributes:
         attention: It is an attention module; else an MLP.
         tied: Attention of which q and k are cut along with v.
+        split: Its small layer is a `plain.SplitAttention`, and timm's own module is a full one that nothing has cut.
         tensor_names: Names of `Weights` in the small layer, see `tensors`.
         heads, full_width: H, and d or m.
         bypassed: The module adds nothing at all; set while its sensitivity is measured.
@@ -104,6 +105,7 @@ class ElasticSite(nn.Module):
 
     attention = False
     tied = False
+    split = False
     tensor_names: tuple[str, str, str, str]
     heads: int
     full_width: int

@@ -12,14 +12,23 @@ from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
 from timm.models.swin_transformer import WindowAttention
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
+from timm.models.swin_transformer_v2_cr import WindowMultiHeadAttention
+from timm.models.vision_transformer_relpos import RelPosAttention
+from timm.models.vision_transformer_sam import Attention as MapAttention
 from torch import nn
 
 from stratavit.elastic.plain import Constant, SplitAttention
 from stratavit.errors import ArtifactError
 
-KEPT = ("q_norm", "k_norm", "logit_scale", "relative_position_bias_table", "cpb_mlp")  # never cut
-KEPT_BUFFERS = ("relative_coords_table", "relative_position_index")
-STOCK = (Attention, AttentionRope, EvaAttention, BeitAttention, WindowAttention, WindowAttentionV2)
+KEPT = (  # never cut
+    *("q_norm", "k_norm", "logit_scale"),
+    *("relative_position_bias_table", "cpb_mlp", "rel_pos", "meta_mlp", "rel_pos_h", "rel_pos_w"),
+)
+KEPT_BUFFERS = ("relative_coords_table", "relative_position_index", "relative_coordinates_log")
+STOCK = (
+    *(Attention, AttentionRope, EvaAttention, BeitAttention, RelPosAttention, MapAttention),
+    *(WindowAttention, WindowAttentionV2, WindowMultiHeadAttention),
+)
 ATTENTION: tuple[Any, ...] = (*STOCK, SplitAttention)
 
 

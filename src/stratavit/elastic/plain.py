@@ -35,6 +35,7 @@ class Constant(nn.Module):
         rope: Optional[Tensor] = None,
         attn_mask: Optional[Tensor] = None,
         is_causal: bool = False,
+        shared_rel_pos: Optional[Tensor] = None,
     ) -> Tensor:
         """Tokens ``[B, N, C]`` to the same constant for each; the other arguments, see `SplitAttention`, do nothing."""
         zeros = torch.zeros_like(x)
@@ -47,7 +48,9 @@ class SplitAttention(nn.Module):
 
     Used where timm's own class has only one width. What a family needs beyond q, k, v and proj is put in place after
     construction, under timm's names: `q_norm`, `k_norm` (qk-norm), `logit_scale` (cosine attention),
-    `relative_position_bias_table` or `cpb_mlp` with `relative_coords_table`, and `relative_position_index`.
+    `relative_position_bias_table` or `cpb_mlp` with `relative_coords_table`, and `relative_position_index`; or
+    `rel_pos`, a module of timm whose `get_bias` returns what is added to the scores; or `meta_mlp` with
+    `relative_coordinates_log`; or `rel_pos_h` and `rel_pos_w` of tokens ``[B, H, W, C]``.
 
     Args:
         dim: Token width C.
@@ -62,6 +65,7 @@ class SplitAttention(nn.Module):
 
     relative_position_index: Optional[Tensor]
     relative_coords_table: Optional[Tensor]
+    relative_coordinates_log: Optional[Tensor]
 
     def __init__(
         self,
@@ -84,9 +88,14 @@ class SplitAttention(nn.Module):
         self.v = nn.Linear(dim, num_heads * v_dim, biases[2], device, dtype)
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
-        self.logit_scale: nn.Parameter | None = None  # [H, 1, 1]
+        self.logit_scale: nn.Parameter | None = None  # [H, 1, 1] or [H]
         self.relative_position_bias_table: nn.Parameter | None = None  # [distances, H]
         self.cpb_mlp: nn.Module | None = None
+        self.rel_pos: nn.Module | None = None
+        self.rel_pos_h: nn.Parameter | None = None  # [distances, a]
+        self.rel_pos_w: nn.Parameter | None = None
+        self.meta_mlp: nn.Module | None = None
+        self.register_buffer("relative_coordinates_log", None, persistent=False)  # [N*N, 2]
         self.register_buffer("relative_coords_table", None, persistent=False)
         self.register_buffer("relative_position_index", None, persistent=False)  # [N, N]
         self.attn_drop = nn.Dropout(0.0)
@@ -101,17 +110,20 @@ class SplitAttention(nn.Module):
         rope: Optional[Tensor] = None,
         attn_mask: Optional[Tensor] = None,
         is_causal: bool = False,
+        shared_rel_pos: Optional[Tensor] = None,
     ) -> Tensor:
         """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; accepts all that timm's blocks pass to their attention.
 
         Args:
-            x: Tokens; for windowed attention all windows of all images.
-            shared_rel_pos_bias: Added to the scores (BEiT).
+            x: Tokens; for windowed attention all windows of all images. Or a map of them, ``[B, H, W, C]``.
+            shared_rel_pos_bias: Added to the scores (BEiT); `shared_rel_pos` is its other name (ViTs of timm).
             mask: Of the windows of one image, ``[windows, N, N]``, added to the scores (Swin).
             rope: Sines and cosines of rotary positions, ``[..., N, 2 a]``.
             attn_mask: Added to the scores, or False where a token is not seen.
             is_causal: See `torch.nn.functional.scaled_dot_product_attention`.
         """
+        sides = x.shape[1:-1]
+        x = x.flatten(1, -2)
         q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, a]
         k = self.k(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         v = self.v(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, b]
@@ -126,16 +138,25 @@ class SplitAttention(nn.Module):
         coords = self.relative_coords_table
         if self.cpb_mlp is not None and coords is not None:
             table = swin_v2_bias(self.cpb_mlp(coords))
-        bias = gathered(table, self.relative_position_index, shared_rel_pos_bias)
+        shared = shared_rel_pos_bias if shared_rel_pos is None else shared_rel_pos
+        if self.rel_pos is not None:
+            shared = added_up(self.rel_pos.get_bias(), shared)  # type: ignore[operator]
+        pairs = self.relative_coordinates_log
+        if self.meta_mlp is not None and pairs is not None:
+            shared = added_up(by_head(self.meta_mlp(pairs)), shared)
+        bias = gathered(table, self.relative_position_index, shared)
+        rows, columns = self.rel_pos_h, self.rel_pos_w
+        if rows is not None and columns is not None:
+            bias = added_up(decomposed_bias(q, rows, columns, sides[0], sides[1]), bias)
         if attn_mask is not None:
             bias = attn_mask if bias is None else bias + attn_mask
         drop = self.attn_drop.p if self.training else 0.0
-        return self.proj_drop(self.proj(attend(q, k, v, bias, mask, scale, drop, is_causal)))
+        return self.proj_drop(self.proj(attend(q, k, v, bias, mask, scale, drop, is_causal))).unflatten(1, sides)
 
 
 def cosines(q: Tensor, k: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, float]:
     """q and k of cosine attention, the temperature in q, and the factor of their products."""
-    temperature = logit_scale.clamp(max=math.log(100.0)).exp()  # Swin-V2's bound
+    temperature = logit_scale.reshape(-1, 1, 1).clamp(max=math.log(100.0)).exp()  # Swin-V2's bound
     return F.normalize(q, dim=-1) * temperature, F.normalize(k, dim=-1), 1.0
 
 
@@ -156,12 +177,43 @@ def swin_v2_bias(learnt: Tensor) -> Tensor:
     return 16 * learnt.flatten(0, 2).sigmoid()
 
 
+def by_head(learnt: Tensor) -> Tensor:
+    """What every pair of N tokens adds to the scores, ``[N*N, H]`` to ``[1, H, N, N]``."""
+    tokens = int(learnt.shape[0] ** 0.5 + 0.5)
+    return learnt.T.unflatten(-1, (tokens, tokens)).unsqueeze(0)
+
+
 def gathered(table: Optional[Tensor], index: Optional[Tensor], shared: Optional[Tensor]) -> Optional[Tensor]:
     """The row of a table for every pair of tokens, ``[1, H, N, N]``, and what is shared by all blocks."""
     if table is None:
         return shared
     assert index is not None, "a table of relative positions comes with its index"
-    bias = table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1).unsqueeze(0)
+    return added_up(table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1).unsqueeze(0), shared)
+
+
+def decomposed_bias(q: Tensor, rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:
+    """What the distances of tokens of a map add to the scores, by row and by column: ``[B, H, N, N]``.
+
+    Args:
+        q: ``[B, H, N, a]``, before the factor of the scores.
+        rows, columns: A vector for each distance, ``[2 * height - 1, a]``; of other lengths, interpolated.
+    """
+    q = q.unflatten(2, (height, width))
+    by_row = torch.einsum("bnhwc,hkc->bnhwk", q, by_distance(rows, height))
+    by_column = torch.einsum("bnhwc,wkc->bnhwk", q, by_distance(columns, width))
+    return (by_row.unsqueeze(-1) + by_column.unsqueeze(-2)).flatten(4, 5).flatten(2, 3)
+
+
+def by_distance(table: Tensor, side: int) -> Tensor:
+    """The vector of every pair of positions along a side, ``[side, side, a]``."""
+    if table.shape[0] != 2 * side - 1:
+        table = F.interpolate(table.T.unsqueeze(0), size=2 * side - 1, mode="linear").squeeze(0).T
+    places = torch.arange(side, device=table.device)
+    return table[places.unsqueeze(1) - places + side - 1]
+
+
+def added_up(bias: Tensor, shared: Optional[Tensor]) -> Tensor:
+    """The sum of what a block and what all blocks add to the scores."""
     return bias if shared is None else bias + shared
 
 

@@ -6,20 +6,20 @@ from typing import Any
 
 from torch import nn
 
-from stratavit.interop import torchvision_vit
+from stratavit.interop import open_clip_towers, torchvision_vit
 from stratavit.interop.transformers import models
 from stratavit.models.source_checks import check_layers
 from stratavit.utils.wrappers import unwrapped
 
 
 def as_timm(model: nn.Module) -> nn.Module:
-    """timm's equivalent of a model of transformers or torchvision, its weights copied; any other model as it is.
+    """timm's equivalent of a model of transformers, torchvision or open_clip, its weights copied; any other as it is.
 
     Wrappers (DataParallel, torch.compile, an averaged copy) are removed. Outputs are the same up to rounding; of a
     model of transformers they are the logits, or the pooled features where there is no head.
 
     Args:
-        model: Of timm, transformers or torchvision, wrapped or not.
+        model: Of timm, transformers or torchvision, or an image tower of open_clip; wrapped or not.
 
     Returns:
         A timm model; the given one if it is one.
@@ -28,10 +28,14 @@ def as_timm(model: nn.Module) -> nn.Module:
         UnsupportedModelError: The model has no equivalent in timm.
     """
     model = unwrapped(model)
-    theirs, library = models.is_transformers(model), torchvision_vit.is_torchvision(model)
-    if theirs or library:
-        check_layers(model)
-        return models.to_timm(model) if theirs else torchvision_vit.to_timm(model)
+    for is_theirs, to_timm in (
+        (models.is_transformers, models.to_timm),
+        (torchvision_vit.is_torchvision, torchvision_vit.to_timm),
+        (open_clip_towers.is_open_clip, open_clip_towers.to_timm),
+    ):
+        if is_theirs(model):
+            check_layers(model)
+            return to_timm(model)
     return model
 
 

@@ -34,6 +34,21 @@ EXAMPLES = {  # what it stands for -> a timm model of it
     "BEiT, BEiT-v2": "beit_base_patch16_224",
     "Swin": "swin_tiny_patch4_window7_224",
     "Swin-V2": "swinv2_tiny_window8_256",
+    "Swin-V2, CR (timm's first Swin-V2)": "swinv2_cr_tiny_224",
+    "ViT with relative positions": "vit_relpos_base_patch16_224",
+    "NaFlex ViT, C-RADIO (images of one size)": "naflexvit_base_patch16_gap",
+    "SAM image encoders": "samvit_base_patch16",
+    "PiT": "pit_s_224",
+    "CaiT": "cait_xxs24_224",
+    "XCiT": "xcit_tiny_12_p16_224",
+    "VOLO": "volo_d1_224",
+    "Twins": "twins_svt_small",
+    "NesT": "nest_tiny",
+    "DaViT": "davit_tiny",
+    "Hiera": "hiera_tiny_224",
+    "SAM 2's image encoders (Hiera)": "sam2_hiera_tiny",
+    "GC-ViT": "gcvit_xxtiny",
+    "MViT-V2": "mvitv2_tiny",
     "BEiT-3": "beit3_base_patch16_224",
     "Hybrids (a ResNet as the stem)": "vit_small_r26_s32_224",
     "Parallel blocks": "vit_base_patch16_xp_224",
@@ -70,15 +85,11 @@ def support_of(name: str) -> Support:
         _run(model)
     except (UnsupportedModelError, ArtifactError) as error:
         return Support(name, "", "uncut", "uncut", str(error).removeprefix("cannot cut this model: "))
-    attention = [module for module in found.values() if module.attention]
+    attention: list[Any] = [module for module in found.values() if module.attention]
     cut = "uncut" if not attention else "q, k, v" if all(module.tied for module in attention) else "v"
     mlp = "yes" if len(attention) < len(found) else "uncut"
     reasons = [text.split(": ", 1)[1] for text in uncut.values()]
-    if cut == "v":
-        reasons.append(
-            "q and k stay uncut (qk-norm, rotary positions or cosine attention; "
-            "timm has one class for these and for EVA)"
-        )
+    reasons += [f"q and k stay uncut ({module.reason})" for module in attention if not module.tied]
     return Support(name, title, cut, mlp, "; ".join(dict.fromkeys(reasons)))
 
 

@@ -18,16 +18,15 @@ from timm.layers import DropPath, PatchDropout, PatchDropoutWithIndices, get_nor
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
-from stratavit.elastic.attention import ElasticBeit, ElasticSplit
 from stratavit.elastic.layers import build_layer, describe_layer
 from stratavit.elastic.plain import Constant, SplitAttention
 from stratavit.elastic.token_places import TokenPlace, check_tokens
 from stratavit.elastic.tokens import merge_at
 from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, described, one_line
-from stratavit.models.families import blocks_of, family_of, kind_of, merging
+from stratavit.models.families import blocks_of, family_of, fixed_size, kind_of, merging
 from stratavit.spec import TOKENS
 from stratavit.utils.classifier import with_plain_head
-from stratavit.utils.model import computed_buffers, model_device, model_dtype
+from stratavit.utils.model import computed_buffers, model_device, model_dtype, patches_of
 
 DATA_KEYS = {"input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode"}
 _TRANSIENT = (nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices, nn.Identity)  # of training only
@@ -106,7 +105,7 @@ def _is_cut(module: nn.Module) -> bool:
     if isinstance(module, Constant | SplitAttention):
         return True
     kind = kind_of(module)
-    return kind is not None and not issubclass(kind, ElasticSplit | ElasticBeit) and kind.refusal(module) is None
+    return kind is not None and not kind.split and kind.refusal(module) is None
 
 
 def build(description: Mapping[str, Any], device: torch.device | str = "cpu", computed: bool = True) -> nn.Module:
@@ -216,7 +215,7 @@ def _parts(root: nn.Module, dtype: torch.dtype) -> dict[str, str]:
             lines[name] = f"{type(module).__name__}({module.extra_repr()})"
         for key, value in vars(module).items():
             if key not in _ASIDE and not key.startswith("_") and _is_plain(value):
-                lines[f"{name}.{key}".lstrip(".")] = str(value)
+                lines[f"{name}.{key}".lstrip(".")] = str(tuple(value) if isinstance(value, list) else value)
     lines |= {name: f"a buffer of shape {tuple(buffer.shape)}" for name, buffer in root.named_buffers()}
     for name, _, _, buffer in computed_buffers(root):  # they follow from the arguments, or differ
         lines.pop(name, None)
@@ -228,7 +227,9 @@ def _parts(root: nn.Module, dtype: torch.dtype) -> dict[str, str]:
 
 
 def _is_plain(value: Any) -> bool:
-    return all(map(_is_plain, value)) if isinstance(value, tuple) else isinstance(value, int | float | str | bool)
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return isinstance(value, int | float | str | bool)
 
 
 # ---- images --------------------------------------------------------------------------------------------------------
@@ -253,23 +254,26 @@ def resolve_data_config(model: nn.Module) -> dict[str, Any]:
     if isinstance(stored, dict):
         return stored | {"input_size": own_size(model, stored["input_size"])}
     config = dict(resolve_model_data_config(model))
-    patches: Any = model.patch_embed
-    channels = channels_of(patches)
-    if patches.img_size is not None:
-        config["input_size"] = (channels, *patches.img_size)
+    patches: Any = patches_of(model)
+    channels = channels_of(model)
+    side = fixed_size(model) or getattr(patches, "img_size", None) or getattr(patches, "default_img_size", None)
+    if side is not None:
+        config["input_size"] = (channels, *side)
     for key in ("mean", "std"):
         config[key] = tuple(float(x) for x in config[key])[:channels]
     return config
 
 
-def channels_of(patches: Any, otherwise: int = 3) -> int:
-    """Channels of the images that a patch embedding reads; of a hybrid those that its convolutions read."""
-    own: Any = getattr(patches, "in_chans", None) or getattr(getattr(patches, "proj", None), "in_channels", otherwise)
-    return int(own)
+def channels_of(model: Any, otherwise: int = 3) -> int:
+    """Channels of the images that a model reads; if it does not say so, those that its patch embedding reads."""
+    patches = patches_of(model)
+    read: Any = getattr(patches, "in_chans", None) or getattr(getattr(patches, "proj", None), "in_channels", otherwise)
+    own: Any = getattr(model, "in_chans", None)
+    return int(own or read)
 
 
 def own_size(model: nn.Module, size: Sequence[int]) -> tuple[int, ...]:
     """The size ``(C, H, W)`` of images for a model: as given, but H and W its own if it accepts no other."""
-    patches: Any = getattr(model, "patch_embed", None)
+    patches: Any = patches_of(model)
     fixed = getattr(patches, "img_size", None) if getattr(patches, "strict_img_size", False) else None
-    return (size[0], *(fixed or size[1:]))
+    return (size[0], *(fixed_size(model) or fixed or size[1:]))

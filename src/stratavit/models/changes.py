@@ -16,19 +16,25 @@ from stratavit.files.state_dicts import check_fit
 from stratavit.models import architecture
 from stratavit.models.cost import CostModel, cost_model
 from stratavit.models.families import family_of
+from stratavit.models.families.base import pooling_of
 from stratavit.models.final_mean import Shift
 from stratavit.models.output_checks import Subject, check_same_outputs
 from stratavit.models.source_checks import own_routines
 from stratavit.utils.classifier import head_layers, with_plain_head
+from stratavit.utils.model import patches_of
 
 
 def form_of(model: Any) -> tuple[Any, ...]:
     """What the owner of a super-network may change of its model: sizes of images and tokens, pooling, heads."""
-    patches = model.patch_embed
+    patches = patches_of(model)
     heads = [tuple(p.shape) for layer in head_layers(model).values() for p in layer.parameters()]
     positions = getattr(model, "pos_embed", None)
-    sizes = patches.img_size, patches.patch_size, None if positions is None else tuple(positions.shape)
-    return (model.num_classes, model.global_pool, *sizes, *heads)
+    sizes = (
+        getattr(patches, "img_size", None),
+        getattr(patches, "patch_size", None),
+        tuple(getattr(positions, "shape", ())),  # a module that computes positions has none
+    )
+    return (model.num_classes, pooling_of(model), *sizes, *heads)
 
 
 def follow(net: Any) -> tuple[dict[str, Any], dict[str, Any], CostModel, tuple[Any, ...]]:

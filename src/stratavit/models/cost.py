@@ -21,6 +21,8 @@ from stratavit.elastic.site import Site
 from stratavit.elastic.token_places import TokenPlace, tokens_along
 from stratavit.utils.model import eval_mode, model_device, model_dtype
 
+POSITIONS = {"cpb_mlp", "rel_pos", "shared_rel_pos", "meta_mlp"}  # modules that compute the same for all images
+
 
 class Price(NamedTuple):
     """What a site costs where MACs are not what counts: once it has any width, and for each coordinate."""
@@ -154,7 +156,7 @@ def cost_model(
     context: dict[str, int] = {}
 
     def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        context[name] = inputs[0].shape[-2]
+        context[name] = inputs[0].shape[1:-1].numel()  # of a map [B, H, W, C] all
         tokens[name] = _tokens(inputs)
 
     inside = tuple(site.name + "." for site in sites)
@@ -223,13 +225,13 @@ def macs_by_module(
         if attention:
             numbers = describe_layer("", module)
             widths = numbers.get("qk_dim", 0) + numbers.get("v_dim", 0) or 2 * numbers["head_dim"]
-            found[name] += _tokens(inputs) * inputs[0].shape[-2] * numbers["num_heads"] * widths
+            found[name] += _tokens(inputs) * inputs[0].shape[1:-1].numel() * numbers["num_heads"] * widths
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
             known = (nn.Linear, nn.Conv2d, nn.MultiheadAttention, *ATTENTION)
             counts = isinstance(module, known) and not f"{name}.".startswith(without)
-            if counts and ".cpb_mlp." not in name:  # positions, the same for all images
+            if counts and POSITIONS.isdisjoint(name.split(".")):
                 stack.enter_context(module.register_forward_hook(partial(count, name), with_kwargs=True))
         stack.enter_context(eval_mode(model))
         stack.enter_context(torch.inference_mode())

@@ -12,13 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import timm
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, to_2tuple
 from torch import nn
 
 from stratavit.errors import ArtifactError, shown
 from stratavit.files.state_dicts import Shape, check_fit
 from stratavit.models import architecture
 from stratavit.models.families import family_of
+from stratavit.utils.model import patches_of
 
 RESERVED = {*inspect.signature(timm.create_model).parameters, "device", "dtype", "pretrained_strict"} - {"kwargs"}
 LARGEST = 1 << 16  # of a number that no tensor has as a dimension: nothing that timm names comes near
@@ -87,9 +88,10 @@ def check_images(model: nn.Module, size: Sequence[int], source: str) -> None:
     Raises:
         ArtifactError: It does not, or there would be too many tokens.
     """
-    patches: Any = getattr(model, "patch_embed", None)
-    channels = architecture.channels_of(patches, size[0])
-    sides = list(getattr(patches, "patch_size", None) or [1, 1])
+    patches: Any = patches_of(model)
+    channels = architecture.channels_of(model, size[0])
+    stride = getattr(getattr(patches, "proj", None), "stride", 1)
+    sides = list(to_2tuple(getattr(patches, "patch_size", None) or stride))
     padded = not isinstance(patches, PatchEmbed) or patches.dynamic_img_pad or patches.strict_img_size
     fits = all(length >= side and (padded or length % side == 0) for side, length in zip(sides, size[1:], strict=True))
     if channels != size[0] or not fits:

@@ -9,20 +9,32 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-from timm.layers import ClassifierHead
+from timm.layers import ClassifierHead, ClNormMlpClassifierHead, NormMlpClassifierHead
+from timm.models.davit import DaVit
+from timm.models.gcvit import GlobalContextVit
+from timm.models.hiera import Hiera
+from timm.models.hieradet_sam2 import HieraDet
+from timm.models.mvitv2 import MultiScaleVit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import nn
 
 from stratavit.errors import UnsupportedModelError
 
+POOLING_HEADS = (  # models whose head holds more than the layer of the classes: it pools, normalises, or drops out
+    *(SwinTransformer, SwinTransformerV2, SwinTransformerV2Cr, VisionTransformerSAM),
+    *(DaVit, GlobalContextVit, Hiera, HieraDet, MultiScaleVit),
+)
+HEADS = (ClassifierHead, NormMlpClassifierHead, ClNormMlpClassifierHead)
 WAY_OUT = "call model.reset_classifier(num_classes), or put a Linear layer there"
 
 
 def classes_in_head(model: Any) -> int | None:
     """Classes that the layers of a timm model's head tell apart, 0 without a head; None of a head of another form."""
     holder = getattr(model, "head", None)
-    if isinstance(holder, ClassifierHead):
+    if isinstance(holder, HEADS):
         holder = holder.fc
     head = _apart(holder) if isinstance(holder, nn.Module) else None
     return None if head is None else _classes(head[0])
@@ -32,16 +44,18 @@ def head_layers(model: Any) -> dict[str, nn.Module]:
     """Name -> what leads into the classes, of a model of a known family.
 
     Raises:
-        UnsupportedModelError: A Swin has lost the pooling in front of its head.
+        UnsupportedModelError: The pooling in front of the head was lost.
     """
-    if not isinstance(model, SwinTransformer | SwinTransformerV2):
-        return {name: getattr(model, name) for name in ("head", "head_dist") if hasattr(model, name)}
-    if not isinstance(model.head, ClassifierHead):
+    if not isinstance(model, POOLING_HEADS):
+        second = ("head_dist",) if getattr(model, "head_dist", None) is not None else ()
+        return {name: getattr(model, name) for name in ("head", *second) if hasattr(model, name)}
+    if not isinstance(model.head, nn.Sequential if isinstance(model, MultiScaleVit) else HEADS):
         raise UnsupportedModelError(
-            f"head: this {type(model).__name__} pools its tokens in timm's ClassifierHead, found a "
+            f"head: this {type(model).__name__} pools its tokens in a head of timm's, found a "
             f"{type(model.head).__name__}; call model.reset_classifier(num_classes), or put a Linear layer at head.fc"
         )
-    return {"head.fc": model.head.fc}
+    holder: Any = model.head
+    return {"head.fc": holder.fc}
 
 
 def with_plain_head(model: Any, in_place: bool = False) -> Any:

@@ -58,6 +58,12 @@ def computed_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Te
                 yield f"{name}.{key}".lstrip("."), module, key, buffer
 
 
+def patches_of(model: Any) -> Any:
+    """The module that turns images into patches, under either of timm's names; None if there is none."""
+    first = next(iter(getattr(model, "patch_embeds", ())), None)  # of several, one for each stage
+    return getattr(model, "patch_embed", None) or getattr(model, "embeds", None) or first
+
+
 def model_dtype(model: nn.Module) -> torch.dtype:
     """Floating-point type of a model's weights."""
     return next(p.dtype for p in model.parameters() if p.is_floating_point())

@@ -13,20 +13,42 @@ from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
 from timm.models.swin_transformer import WindowAttention
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
+from timm.models.swin_transformer_v2_cr import WindowMultiHeadAttention
+from timm.models.vision_transformer_relpos import RelPosAttention
+from timm.models.vision_transformer_sam import Attention as MapAttention
 from torch import Tensor, nn
 
-from stratavit.elastic.attention import ElasticAttention, ElasticBeit, ElasticCosine, ElasticSplit, ElasticWindows
+from stratavit.elastic.attention import (
+    ElasticAttention,
+    ElasticBeit,
+    ElasticCosine,
+    ElasticMap,
+    ElasticRelPos,
+    ElasticSplit,
+    ElasticWindows,
+)
 from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.mlp import ElasticGlu, ElasticMlp, ElasticSwiGlu
 from stratavit.elastic.site import Site
 from stratavit.errors import UnsupportedModelError
 from stratavit.models.families.base import Family, Stages
+from stratavit.models.families.class_attention import CaitFamily, Volo, XcitFamily
 from stratavit.models.families.eva import BeitFamily, EvaFamily
+from stratavit.models.families.hierarchical import DaVitFamily, GcVit, HieraDetFamily, HieraFamily, MViT
 from stratavit.models.families.hosted import Hosted, HostedPart
-from stratavit.models.families.swin import Swin, SwinV2
+from stratavit.models.families.naflex import NaFlex
+from stratavit.models.families.pyramids import NestFamily, Pit, TwinsFamily
+from stratavit.models.families.relpos import RelPos
+from stratavit.models.families.sam import Sam
+from stratavit.models.families.swin import Swin, SwinV2, SwinV2Cr
 from stratavit.models.families.vit import Vit
 
-FAMILIES: tuple[Family, ...] = (Vit(), EvaFamily(), BeitFamily(), Swin(), SwinV2())
+FAMILIES: tuple[Family, ...] = (
+    *(Vit(), EvaFamily(), BeitFamily(), RelPos(), NaFlex(), Sam()),
+    *(Swin(), SwinV2(), SwinV2Cr()),
+    *(XcitFamily(), CaitFamily(), Volo(), Pit(), TwinsFamily(), NestFamily()),
+    *(DaVitFamily(), HieraFamily(), HieraDetFamily(), GcVit(), MViT()),
+)
 KINDS: dict[type[nn.Module], type[Any]] = {
     Attention: ElasticAttention,
     AttentionRope: ElasticSplit,
@@ -34,6 +56,9 @@ KINDS: dict[type[nn.Module], type[Any]] = {
     BeitAttention: ElasticBeit,
     WindowAttention: ElasticWindows,
     WindowAttentionV2: ElasticCosine,
+    WindowMultiHeadAttention: ElasticCosine,
+    RelPosAttention: ElasticRelPos,
+    MapAttention: ElasticMap,
     Mlp: ElasticMlp,
     GluMlp: ElasticGlu,
     SwiGLU: ElasticSwiGlu,
@@ -56,6 +81,8 @@ def family_of(model: nn.Module) -> Family:
     inside = [name for name, module in model.named_modules() if isinstance(module, (*classes.values(),))]
     if origin.split(".")[0] == "peft":
         reason = "merge the adapters first: model.merge_and_unload()"
+    elif origin.startswith("open_clip.") and hasattr(model, "visual"):
+        reason = "pass its image tower, model.visual"
     elif inside:
         reason = f"it holds a timm model: pass that, model.{inside[0]}"
     elif kind in classes:
@@ -131,6 +158,12 @@ def merging(model: nn.Module) -> int | str:
 def blocks_of(model: nn.Module) -> list[str]:
     """Names of the residual blocks, in order of execution."""
     return [name for name, _ in family_of(model).blocks(model)]
+
+
+def fixed_size(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width of images, if a model takes no others and its patch embedding does not say so."""
+    family = next((family for family in FAMILIES if isinstance(model, family.model)), None)
+    return None if family is None else family.fixed_size(model)
 
 
 def layer_scale(model: nn.Module, site: str) -> Tensor | None:

@@ -50,6 +50,7 @@ class Family:
         title: For people.
         model: timm's class.
         fallback: Name of a model of this class, for models that do not know their own name.
+        channels_last: Maps of a model without pooling have their channels last; those of others are not supported.
         has_buffers: It computes buffers when it is built, so it cannot be built without storage.
     """
 
@@ -57,6 +58,7 @@ class Family:
     model: ClassVar[type[nn.Module]]
     fallback: ClassVar[str]
     has_buffers: ClassVar[bool] = True
+    channels_last: ClassVar[bool] = True
 
     def check(self, model: Any) -> None:
         """Refuses a model of this class that cannot be cut at all.
@@ -64,8 +66,10 @@ class Family:
         Raises:
             UnsupportedModelError: Says which part, and why.
         """
-        if not model.global_pool and (model.num_classes or classes_in_head(model)):
+        if not pooling_of(model) and (model.num_classes or classes_in_head(model)):
             refuse("global_pool", "every token has classes of its own; give it num_classes=0, or pool, e.g. 'token'")
+        if not pooling_of(model) and not self.channels_last:
+            refuse("global_pool", "its maps have their channels in front; pool, e.g. global_pool='avg'")
         for method in ("forward", "forward_features"):
             if getattr(type(model), method) is not getattr(self.model, method):
                 refuse(method, f"{type(model).__name__} overrides the order of execution of {self.model.__name__}")
@@ -94,6 +98,10 @@ class Family:
         """Class and register tokens in front of the patches, where blocks can merge tokens; else why they cannot."""
         return f"merging tokens of a {type(model).__name__} is not supported"
 
+    def fixed_size(self, model: Any) -> tuple[int, int] | None:
+        """Height and width of images, if the model takes no others and its patch embedding does not say so."""
+        return None
+
     def arguments(self, model: Any) -> dict[str, Any]:
         """Arguments of `timm.create_model` that build the same model, but for the widths of its sites."""
         raise NotImplementedError
@@ -102,6 +110,15 @@ class Family:
 def refuse(module: str, reason: str) -> None:
     """Raises `UnsupportedModelError` for a part of a model."""
     raise UnsupportedModelError(f"cannot cut this model: {module}: {reason}")
+
+
+def pooling_of(model: Any) -> str:
+    """Name of what pools the tokens; empty if nothing does."""
+    pooling = getattr(model, "global_pool", None)
+    if pooling is None:
+        pooling = getattr(model.head, "global_pool", model.head)
+    found: str = getattr(pooling, "pool_type", pooling)  # its name, or timm's layer for it
+    return found
 
 
 def with_bias(norm: nn.Module) -> nn.Module | None:
@@ -117,8 +134,8 @@ def sizes(model: Any) -> dict[str, Any]:
         "patch_size": list(patches.patch_size),
         "in_chans": model.in_chans if hasattr(model, "in_chans") else patches.proj.in_channels,
         "num_classes": model.num_classes,
-        "global_pool": model.global_pool,
-        "embed_dim": model.embed_dim,
+        "global_pool": pooling_of(model),
+        "embed_dim": model.embed_dim if hasattr(model, "embed_dim") else patches.proj.out_channels,
     }
 
 

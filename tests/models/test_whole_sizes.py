@@ -1,0 +1,42 @@
+"""Families of which timm builds no smaller models: function, costs and files, without a list."""
+
+import pytest
+import timm
+import torch
+from helpers import CLASSES, enliven, relative_error
+
+import stratavit
+from stratavit import SuperNet
+from stratavit.models.cost import linear_macs
+
+SIZES = {
+    "nest_tiny": {"img_size": 32},
+    "gcvit_xxtiny": {"img_size": 64, "window_ratio": (16, 16, 16, 32)},
+    "mvitv2_tiny": {"img_size": 32},
+    "volo_d1_224": {"img_size": 32},
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_function_costs_and_files(name, tmp_path):
+    torch.manual_seed(0)
+    model = enliven(timm.create_model(name, num_classes=CLASSES, **SIZES[name])).eval()
+    side = SIZES[name]["img_size"]
+    images = torch.randn(2, 3, side, side)
+    net = SuperNet(model).contract([(torch.randn(6, 3, side, side), torch.arange(6))]).eval()
+    size = net.data_config["input_size"]
+    assert size == (3, side, side)
+    with torch.no_grad():
+        source = model(images)
+        assert relative_error(net(images), source) < 2e-5
+        spec = {site.name: site.width // (2 + number % 3) for number, site in enumerate(net.sites)}
+        for cut in (spec, spec | {net.sites[0].name: 0}):
+            small = net.extract(spec=cut, verbose=False).eval()
+            assert relative_error(small(images), net(images, cut)) < 1e-5
+            for attention in (False, True):
+                assert linear_macs(small, size, attention=attention) == net.macs(cut, attention=attention)
+            assert sum(parameter.numel() for parameter in small.parameters()) == net.params(cut)
+        stratavit.save(small, tmp_path / "small")
+        assert relative_error(stratavit.load(tmp_path / "small").eval()(images), small(images)) < 1e-6
+        net.save(tmp_path / "net")
+        assert relative_error(SuperNet.load(tmp_path / "net").eval()(images, spec), net(images, spec)) < 1e-6
