@@ -1,5 +1,7 @@
 """Whether a run has learned: curves before and after, or losses where nothing was evaluated."""
 
+import re
+
 import pytest
 
 from stratavit.evaluation.curve_points import Point
@@ -15,7 +17,7 @@ def curve(epoch, top1, loss=1.0, n=400):
     ("before", "after", "warned"),
     [
         (curve(0, [33.0]), curve(9, [80.0]), None),
-        (curve(0, [33.0]), curve(9, [33.5]), "nothing was learned"),
+        (curve(0, [33.0]), curve(9, [33.5]), "nothing was learned.* chance among 400"),
         (curve(0, [33.0], 1.1), curve(9, [33.0], 0.9), None),  # the loss fell
         (curve(0, [80.0, 27.6]), curve(9, [80.5, 3.5]), "10/12"),
         (curve(0, [80.0, 27.6]), curve(9, [80.0, 60.0]), None),
@@ -26,7 +28,7 @@ def curve(epoch, top1, loss=1.0, n=400):
 def test_curves(before, after, warned):
     found = verdict([before, {"kind": "epoch", "epoch": 1, "loss": 1.0}, after])
     assert bool(found) == bool(warned)
-    assert not warned or warned in found[0]
+    assert not warned or re.search(warned, found[0])
     assert first_curve([before, after])[0].top1 == before["points"][0]["top1"]
 
 

@@ -36,7 +36,8 @@ def verdict(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     found = [f"top-1 is lower than before at {', '.join(worse)}: train at a lower lr"] if worse else []
     if pairs and not worse and not any(_has_learned(old, new) for old, new in pairs):
         old, new = pairs[0]
-        found.append(f"nothing was learned: top-1 went from {old.top1:.1f} to {new.top1:.1f} %; {_REMEDY}")
+        chance = "" if new.top1 <= old.top1 else f", no more than chance among {new.n} images"
+        found.append(f"nothing was learned: top-1 went from {old.top1:.1f} to {new.top1:.1f} %{chance}; {_REMEDY}")
     return found
 
 
