@@ -22,6 +22,7 @@ HF = {
 }
 HEADLESS = {"num_classes": 0}
 SMALL_IMAGES = {"pretrained_cfg_overlay": {"input_size": (3, 32, 32)}}  # of models for any size
+NAFLEX_BARE = {"class_token": True, "global_pool": "token", "fc_norm": False, "final_norm": False}  # as C-RADIO
 MAPS = {"num_classes": 0, "global_pool": ""}  # all tokens are returned
 NAMES: dict[str, dict[str, Any]] = {  # timm's name -> arguments besides the sizes
     "vit_tiny_patch16_224": {},
@@ -61,7 +62,7 @@ NAMES: dict[str, dict[str, Any]] = {  # timm's name -> arguments besides the siz
     "samvit_base_patch16_224": {"window_size": 2, "global_attn_indexes": (1,)},
     "naflexvit_base_patch16_gap": SMALL_IMAGES,
     "naflexvit_base_patch16_siglip": SMALL_IMAGES | HEADLESS,  # attention pooling
-    "naflexvit_base_patch16_radio_v3": SMALL_IMAGES | {"pos_embed_grid_size": (8, 8)},  # neither norm at the end
+    "naflexvit_base_patch16_par_gap": SMALL_IMAGES | NAFLEX_BARE,
     "vit_small_patch16_rope_mixed_224.naflex": {"use_naflex": True},
     "vit_tiny_patch16_224.maps": MAPS,
     "vit_small_patch14_reg4_dinov2.maps": MAPS,

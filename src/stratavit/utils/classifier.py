@@ -102,7 +102,8 @@ def _taken(name: str, holder: nn.Module, model: Any) -> tuple[nn.Module, float]:
         raise UnsupportedModelError(
             f"{name}: expected a Linear layer, perhaps dropout before it, or an Identity, found {kinds}; {WAY_OUT}"
         )
-    width = getattr(model, "head_hidden_size", model.num_features)
+    pooled = getattr(model.head, "num_features", model.num_features) if name == "head.fc" else None
+    width = pooled or getattr(model, "head_hidden_size", model.num_features)
     layer = head[0]
     if isinstance(layer, nn.Linear) and layer.in_features != width:
         raise UnsupportedModelError(

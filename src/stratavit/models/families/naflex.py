@@ -69,5 +69,6 @@ class NaFlex(Family):
             "depth": len(model.blocks),
             "class_token": embeds.cls_token is not None,
             "reg_tokens": embeds.num_reg_tokens,
+            "final_norm": not all(isinstance(norm, nn.Identity) for norm in (model.norm, model.fc_norm)),
             "fc_norm": not isinstance(model.fc_norm, nn.Identity),
         }
