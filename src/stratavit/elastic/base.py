@@ -9,7 +9,7 @@ Shape legend: B images, N tokens, C token width, H heads, d full head_dim, m ful
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -39,6 +39,9 @@ class Observer(Protocol):
 
     def features(self, features: Tensor) -> None:
         """Attention only: qkv ``[B, N, 3, H, w]`` (q before the attention scale), or v alone, ``[B, N, 1, H, w]``."""
+
+    def pairs(self, products: Callable[[], Tensor]) -> None:
+        """Rotary attention at full width: `rotary.pair_products` of the batch, ``[P, P]``, if they are of use."""
 
     def inputs_of_out(self, features: Tensor) -> None:
         """Attention: head outputs ``[B, N, H*w]``. MLP: post-activations ``[B, N, w]``."""
@@ -76,7 +79,7 @@ class Probe(NamedTuple):
     """Stands in for a module's weights while the effect of small changes of its width is measured."""
 
     weights: Weights  # at some width p
-    gate: Tensor | None  # attention: factor of each coordinate of q, [p]
+    gate: Tensor | None  # attention: factor of each coordinate of q, see `ElasticSite.gate_of_q`
 
 
 class ElasticSite(nn.Module):
@@ -175,6 +178,10 @@ class ElasticSite(nn.Module):
     def numbers(self, width: int, weights: Weights) -> dict[str, Any]:
         """Numbers of the small layer at a width, see `layers.describe_layer`."""
         raise NotImplementedError
+
+    def gate_of_q(self, width: int, padded: int) -> Tensor | None:
+        """Factors of q's coordinates, at the width `padded`, that leave those of a width; None if q is not cut."""
+        return (torch.arange(padded, device=self.out.weight.device) < width).to(self.out.weight) if self.tied else None
 
     def tensors(self, weights: Weights) -> dict[str, Tensor | None]:
         """Tensors of the small layer that are cut, under its names; None for a bias that is not there."""

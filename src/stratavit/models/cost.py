@@ -85,6 +85,12 @@ class CostModel:
         """MACs per image of one site at a width."""
         return site_macs(site, width, self.tokens[site.name], self.context[site.name] if attention else 0)
 
+    def between(self, site: Site, width: float) -> float:
+        """The same of a width between two numbers, interpolated; below 1 along the line from 1 to 2."""
+        low = min(max(1, int(width)), site.width)
+        here, step = self.site_macs(site, low), width - low
+        return here + step * (self.site_macs(site, low + 1) - here) if step else here
+
     def each(self, site: Site) -> int:
         """MACs per image of one more coordinate of a site that has some."""
         return self.site_macs(site, 2) - self.site_macs(site, 1)
@@ -119,9 +125,10 @@ def site_macs(site: Site, width: int, tokens: int, context: int = 0) -> int:
     """
     if width == 0:
         return 0
-    qk = 2 * site.heads * site.qk_width  # rows of q and k where they are not cut
-    linear = tokens * site.dim * ((site.maps + 1) * site.heads * width + qk)
-    products = 0 if site.kind == "mlp" else tokens * context * site.heads * (width + (site.qk_width or width))
+    scores = site.qk_at(width)
+    qk = 2 * scores if site.qk_width else 0  # rows of q and k where they are not cut along with v
+    linear = tokens * site.dim * site.heads * ((site.maps + 1) * width + qk)
+    products = 0 if site.kind == "mlp" else tokens * context * site.heads * (width + scores)
     return linear + products
 
 
@@ -130,8 +137,10 @@ def site_params(site: Site, width: int, biased: bool, corrected: bool) -> int:
     out_bias = site.out_bias or (corrected and width < site.width)
     if width == 0:
         return site.dim if biased and out_bias else 0
-    channels = site.heads * width
-    return ((site.maps + 1) * site.dim + site.in_biases) * channels + site.dim * out_bias + site.fixed_params
+    channels, rest = site.heads * width, site.fixed_params + site.dim * out_bias
+    if site.rotary:
+        rest += (2 * site.dim + site.qk_biases) * site.heads * site.qk_at(width)
+    return ((site.maps + 1) * site.dim + site.in_biases) * channels + rest
 
 
 def cost_model(

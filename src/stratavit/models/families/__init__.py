@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from stratavit.elastic.attention import ElasticAttention, ElasticBeit, ElasticCosine, ElasticSplit, ElasticWindows
 from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.mlp import ElasticGlu, ElasticMlp, ElasticSwiGlu
+from stratavit.elastic.rotary import ElasticRotary, cuts_pairs
 from stratavit.elastic.site import Site
 from stratavit.errors import UnsupportedModelError
 from stratavit.models.families.base import Family, Stages
@@ -93,6 +94,8 @@ def elastic_sites(model: nn.Module) -> tuple[dict[str, ElasticSite], dict[str, s
         for leaf in ("attn", "mlp"):
             name, module = f"{block_name}.{leaf}", getattr(block, leaf)
             kind: Any = kind_of(module)
+            if kind is ElasticSplit and leaf == "attn" and getattr(model, "rope", None) is not None:
+                kind = ElasticRotary if cuts_pairs(module) else kind
             if kind is None:
                 uncut[name] = f"{name}: a {type(module).__name__} is not one of the {leaf} modules that can be cut"
             elif (refused := kind.refusal(module)) is not None:
