@@ -146,9 +146,11 @@ def _moments(site: Site, tensors: Mapping[str, Tensor], source: str) -> Moments:
 
 
 def _order(site: Site, tensors: Mapping[str, Tensor], source: str) -> Tensor:
-    """The order of a site's rotation pairs; a file that has none was written before there were any."""
+    """The order of a site's rotation pairs."""
     count, name = site.width // 2, site.name + PAIRS
-    order = tensors.get(name, torch.arange(count)).double()
+    if name not in tensors:  # of a release that did not cut q and k, so the list means other networks
+        raise ArtifactError(f"{source}: {name} is missing; convert the model again")
+    order = tensors[name].double()
     if not torch.equal(order.sort().values, torch.arange(count, device=order.device).double()):
         raise ArtifactError(f"{source}: {name} should be the numbers from 0 to {count - 1} in some order")
     return order.long()

@@ -46,6 +46,8 @@ def allocate(cost: CostModel, ratios: Mapping[str, float], share: float, caps: M
         Site name -> width.
     """
     budget, sites = share * cost.macs(), cost.sites
+    each = {site.name: cost.each(site) for site in sites}
+    start = cost.fixed_macs + sum(cost.site_macs(site, 1) - each[site.name] for site in sites)
 
     def exact(t: float) -> dict[str, float]:
         return {
@@ -56,7 +58,7 @@ def allocate(cost: CostModel, ratios: Mapping[str, float], share: float, caps: M
     low, high = min(-ratio for ratio in ratios.values()) - 12.0, max(-ratio for ratio in ratios.values()) + 1e-9
     for _ in range(60):
         middle, wanted = (low + high) / 2, exact((low + high) / 2)
-        fits = cost.fixed_macs + sum(cost.between(site, wanted[site.name]) for site in sites) <= budget
+        fits = start + sum(each[site.name] * wanted[site.name] for site in sites) <= budget
         low, high = (middle, high) if fits else (low, middle)
     wanted = exact(low)
     widths = {site.name: _rounded_down(site, wanted[site.name]) for site in sites}

@@ -142,11 +142,10 @@ def make_probes(module: ElasticSite, widths: Sequence[int], padded: int) -> list
         out_bias = torch.zeros_like(out_weight[:, 0]) if bias is None else bias
         by_head = out_weight.unflatten(1, (module.heads, width))
         out_weight = F.pad(by_head, (0, padded - width)).flatten(1)  # [C, H*p]
-        found = (out_weight, out_bias, module.gate_of_q(width, padded))
-        leaves = [None if leaf is None else leaf.detach().clone().requires_grad_(True) for leaf in found]
+        gate = (torch.arange(padded, device=out_weight.device) < width).to(out_weight)
+        leaves = [leaf.detach().clone().requires_grad_(True) for leaf in (out_weight, out_bias, gate)]
         in_weight, in_bias = module.in_weight_at(padded, like=width)
-        assert leaves[0] is not None
-        probes.append(Probe(Weights(in_weight, in_bias, leaves[0], leaves[1]), leaves[2]))
+        probes.append(Probe(Weights(in_weight, in_bias, leaves[0], leaves[1]), leaves[2] if module.tied else None))
     return probes
 
 

@@ -79,7 +79,7 @@ class Probe(NamedTuple):
     """Stands in for a module's weights while the effect of small changes of its width is measured."""
 
     weights: Weights  # at some width p
-    gate: Tensor | None  # attention: factor of each coordinate of q, see `ElasticSite.gate_of_q`
+    gate: Tensor | None  # attention: factor of each coordinate of q, [p]
 
 
 class ElasticSite(nn.Module):
@@ -178,10 +178,6 @@ class ElasticSite(nn.Module):
     def numbers(self, width: int, weights: Weights) -> dict[str, Any]:
         """Numbers of the small layer at a width, see `layers.describe_layer`."""
         raise NotImplementedError
-
-    def gate_of_q(self, width: int, padded: int) -> Tensor | None:
-        """Factors of q's coordinates, at the width `padded`, that leave those of a width; None if q is not cut."""
-        return (torch.arange(padded, device=self.out.weight.device) < width).to(self.out.weight) if self.tied else None
 
     def tensors(self, weights: Weights) -> dict[str, Tensor | None]:
         """Tensors of the small layer that are cut, under its names; None for a bias that is not there."""

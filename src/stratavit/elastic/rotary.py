@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from stratavit.elastic.attention import ElasticSplit, Scored
 from stratavit.elastic.delta import Weights
 from stratavit.elastic.plain import picked, rotated
-from stratavit.elastic.site import Site, rotary_width
+from stratavit.elastic.site import Site, rotary_steps, rotary_width
 
 
 def cuts_pairs(stock: Any) -> bool:
@@ -49,7 +49,8 @@ class ElasticRotary(ElasticSplit):
         """As of v alone, with the parameters of q and k among those that are cut."""
         site, biases = super().site(name), sum(bias is not None for _, bias in self.parts()[:2])
         fixed = site.fixed_params - (2 * site.dim + biases) * site.heads * site.qk_width
-        return replace(site, rotary=True, qk_biases=biases, fixed_params=fixed)
+        steps = rotary_steps(self.full_width)
+        return replace(site, steps=steps, rotary=True, qk_biases=biases, fixed_params=fixed)
 
     def columns(self, width: int) -> Tensor:
         """Coordinates of q and k, and of sines and cosines, that are kept at their width: ``[a]``."""
@@ -69,12 +70,6 @@ class ElasticRotary(ElasticSplit):
     def _rows(self, tensor: Tensor | None, columns: Tensor) -> Any:
         return None if tensor is None else tensor.unflatten(0, (self.heads, -1))[:, columns].flatten(0, 1)
 
-    def gate_of_q(self, width: int, padded: int) -> Tensor:
-        """See `ElasticSite.gate_of_q`: of the columns that q and k have at the width `padded`."""
-        widest, kept = (rotary_width(w, self.full_width) // 2 for w in (padded, width))
-        gate = (torch.arange(widest, device=self.pairs.device) < kept).to(self.proj.weight)
-        return gate.repeat(2) if self.rotate_half else gate.repeat_interleave(2)
-
     def numbers(self, width: int, weights: Weights) -> dict[str, Any]:
         """Numbers of a `SplitAttention`."""
         kept = rotary_width(width, self.full_width)
@@ -90,15 +85,9 @@ class ElasticRotary(ElasticSplit):
 
     def scored(self, x: Tensor, features: Tensor, rope: Tensor | None) -> Scored:
         """q and k at their width, rotated; shown to the observer at full width."""
-        gate = None if self.probe is None else self.probe.gate
-        width = rotary_width(self.width, self.full_width) if gate is None else len(gate)
+        width = rotary_width(self.width, self.full_width)
         columns, parts = self.scores_at(width)
-        if gate is not None and columns is None:  # the gate is in the order of the pairs
-            columns = self.columns(width)
-            parts = [(self._rows(weight, columns), self._rows(bias, columns)) for weight, bias in parts]
         q, k = (F.linear(x, *part).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)  # [B, H, N, a]
-        if gate is not None:
-            q = q * gate
         if rope is not None:
             turns = picked(rope, columns)
             q, k = (rotated(x, turns, self.num_prefix_tokens, self.rotate_half).type_as(features) for x in (q, k))

@@ -13,7 +13,7 @@ from stratavit.spec import Spec
 
 HEAD_DIM_UNIT = 8  # coordinates of the head width that are dropped together (paper, implementation details)
 MLP_UNITS = 32  # groups that the MLP hidden width is cut into (paper, implementation details)
-QK_SHARE = 2  # width of q and k per width of v, where these are cut by rotation pairs; measured (benchmarks/rotary.py)
+ROTARY_STEPS = 2, 4, 6, 8  # widths of v along which rotation pairs leave; measured (benchmarks/rotary.py)
 
 Kind = Literal["attention", "mlp"]
 
@@ -65,6 +65,13 @@ class Site:
             return width
         return rotary_width(width, self.qk_width) if self.rotary else self.qk_width
 
+    def with_whole_scores(self) -> Site:
+        """The site as long as q and k are whole: what a list that does not know of rotation pairs can cut."""
+        if not self.rotary:
+            return self
+        steps = tuple(step for step in self.steps if not 0 < step < min(self.width, ROTARY_STEPS[-1]))
+        return replace(self, steps=steps, rotary=False)
+
     @property
     def last_unit(self) -> int:
         """Width that is left before a dropout list drops the module as a whole, if the floor lets it."""
@@ -72,13 +79,18 @@ class Site:
 
 
 def rotary_width(width: int, full: int) -> int:
-    """Width of q and k, a whole number of pairs, where v has a width: all of them until v is down to a half."""
-    return min(full, 2 * math.ceil(QK_SHARE * width / 2))
+    """Width of q and k where v has a width: the full one until v is at the last of `ROTARY_STEPS`, then its share."""
+    return min(full, 2 * math.ceil(full * width / (2 * min(full, ROTARY_STEPS[-1]))))
 
 
 def attention_steps(head_dim: int, unit: int = HEAD_DIM_UNIT) -> tuple[int, ...]:
     """Unit ends of a head width: multiples of `unit`, then the full width."""
     return (*range(0, head_dim, unit), head_dim)
+
+
+def rotary_steps(head_dim: int, unit: int = HEAD_DIM_UNIT) -> tuple[int, ...]:
+    """The same where q and k are cut by rotation pairs, which need units of their own at the end."""
+    return tuple(sorted({*attention_steps(head_dim, unit), *(step for step in ROTARY_STEPS if step < head_dim)}))
 
 
 def mlp_steps(hidden: int, units: int = MLP_UNITS) -> tuple[int, ...]:
@@ -97,7 +109,10 @@ def with_units(sites: Sequence[Site], head_dim_unit: int, mlp_units: int) -> tup
         if type(value) is not int or value < 1:
             raise StrataViTError(f"{name}: expected a whole number of at least 1, got {value!r}")
     steps = {"attention": lambda w: attention_steps(w, head_dim_unit), "mlp": lambda w: mlp_steps(w, mlp_units)}
-    return tuple(replace(site, steps=steps[site.kind](site.width)) for site in sites)
+    return tuple(
+        replace(site, steps=rotary_steps(site.width, head_dim_unit) if site.rotary else steps[site.kind](site.width))
+        for site in sites
+    )
 
 
 def full_spec(sites: Sequence[Site], spec: Mapping[str, int] | None) -> Spec:

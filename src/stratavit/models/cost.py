@@ -75,21 +75,18 @@ class CostModel:
         return replace(self, tokens=tokens, context=context, fixed_macs=fixed, places=())
 
     def price(self, site: Site, width: int) -> float:
-        """What importance is weighed against: MACs per image of a site at a width, or its price."""
+        """What importance is weighed against: MACs per image of a site at a width, or its price.
+
+        Without those of rotation pairs, whose importance is not known: that of a unit is of v.
+        """
         if self.prices is None:
-            return self.site_macs(site, width)
+            return self.site_macs(site.with_whole_scores(), width)
         price = self.prices[site.name]
         return price.start + price.each * width if width else 0.0
 
     def site_macs(self, site: Site, width: int, attention: bool = False) -> int:
         """MACs per image of one site at a width."""
         return site_macs(site, width, self.tokens[site.name], self.context[site.name] if attention else 0)
-
-    def between(self, site: Site, width: float) -> float:
-        """The same of a width between two numbers, interpolated; below 1 along the line from 1 to 2."""
-        low = min(max(1, int(width)), site.width)
-        here, step = self.site_macs(site, low), width - low
-        return here + step * (self.site_macs(site, low + 1) - here) if step else here
 
     def each(self, site: Site) -> int:
         """MACs per image of one more coordinate of a site that has some."""
