@@ -73,7 +73,7 @@ def test_hybrids_of_one_channel():
 def test_the_command(capsys):
     assert main(["models", "vit_small*dinov3", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["models"]
-    assert {row["attention"] for row in found} == {"v"}
+    assert {row["attention"] for row in found} == {"q, k by pairs, v"}
     for form in ([], ["--markdown"]):
         assert main(["models", "deit_tiny_patch16_224", *form]) == 0
         assert "q, k, v" in capsys.readouterr().out

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from stratavit.elastic.attention import ElasticAttention, ElasticBeit, ElasticCosine, ElasticSplit, ElasticWindows
 from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.mlp import ElasticGlu, ElasticMlp, ElasticSwiGlu
-from stratavit.elastic.rotary import ElasticRotary, cuts_pairs
 from stratavit.elastic.site import Site
 from stratavit.errors import UnsupportedModelError
 from stratavit.models.families.base import Family, Stages
@@ -86,6 +85,8 @@ def elastic_sites(model: nn.Module) -> tuple[dict[str, ElasticSite], dict[str, s
     Raises:
         UnsupportedModelError: The model is of no known family, or nothing of it can be cut.
     """
+    from stratavit.elastic.rotary import ElasticRotary, cuts_pairs  # here, so that the chain of imports stays short
+
     family = family_of(model)
     family.check(model)
     found: dict[str, ElasticSite] = {}
