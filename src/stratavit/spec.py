@@ -21,8 +21,9 @@ class Spec(Mapping[str, int]):
     Sites that are not named stay at full width. A `Spec` is immutable and hashable; a plain dict is accepted wherever
     a `Spec` is. Whether names and widths fit a model is checked where they meet one (`SuperNet.resolve`).
 
-    Where q and k stay uncut (qk-norm, rotary positions, cosine attention), a width is that of v. It may be given as
-    ``{"qk": full, "v": width}`` as well, which says the same; of other attention modules ``qk`` and ``v`` are equal.
+    Where q and k stay uncut (qk-norm, cosine attention) or lose rotation pairs (rotary positions), a width is that of
+    v. It may be given as ``{"qk": width, "v": width}`` as well, with the width that q and k have there, which says the
+    same; of other attention modules ``qk`` and ``v`` are equal.
 
     Args:
         widths: For example ``{"blocks.0.attn": 32, "blocks.0.mlp": 384, "blocks.5.tokens": 100}``; keys are timm module

@@ -150,7 +150,7 @@ def test_widths_of_q_and_k_may_be_given():
     tied = SuperNet(headless())
     assert tied.resolve({name: {"qk": 8, "v": 8}}) == tied.resolve({name: 8})
     for net, widths, message in (
-        (split, {"qk": 8, "v": 8}, "16; asked qk 8 with v 8"),
+        (split, {"qk": 8, "v": 8}, "16 there; asked qk 8 with v 8"),
         (tied, {"qk": 16, "v": 8}, "asked qk 16 with v 8"),
         (tied, {"q": 8}, "'qk' and 'v'"),
     ):

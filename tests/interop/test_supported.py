@@ -25,7 +25,7 @@ def test_the_table_of_the_docs_is_generated():
 
 def test_degrees_and_reasons(monkeypatch):
     assert support_of("vit_tiny_patch16_224")[2:] == ("q, k, v", "yes", "")
-    assert support_of("vit_small_patch16_dinov3").attention == "v"
+    assert support_of("vit_small_patch16_dinov3").attention == "q, k by pairs, v"
     assert "norm between fc1 and fc2" in support_of("eva02_base_patch14_224").reason
     assert "ResNet" in support_of("resnet18").reason
     with pytest.raises(StrataViTError, match="nothing"):
@@ -73,7 +73,7 @@ def test_hybrids_of_one_channel():
 def test_the_command(capsys):
     assert main(["models", "vit_small*dinov3", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["models"]
-    assert {row["attention"] for row in found} == {"v"}
+    assert {row["attention"] for row in found} == {"q, k by pairs, v"}
     for form in ([], ["--markdown"]):
         assert main(["models", "deit_tiny_patch16_224", *form]) == 0
         assert "q, k, v" in capsys.readouterr().out

@@ -10,6 +10,7 @@ from torch import Tensor
 from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.compensation import Moments
 from stratavit.elastic.delta import Delta
+from stratavit.elastic.rotary import ElasticRotary
 from stratavit.elastic.site import Site
 from stratavit.errors import ArtifactError, shown
 from stratavit.files.state_dicts import FLOATS
@@ -17,7 +18,7 @@ from stratavit.models.final_mean import FinalMean
 
 FACTOR = ".factor"
 PARTS = (".mean", FACTOR, ".scalars")
-DELTA = ".delta."
+DELTA, PAIRS = ".delta.", ".pairs"
 SHARES, VECTORS = "final_mean.shares", "final_mean.vectors"
 
 
@@ -26,7 +27,7 @@ def to_tensors(
 ) -> dict[str, Tensor]:
     """``SITE.mean``; ``SITE.factor`` (lower triangle, row by row) and ``SITE.scalars`` (ridge, energy); the final mean.
 
-    Also ``SITE.delta.PART``: what recovery of all sizes has learned.
+    Also ``SITE.delta.PART``: what recovery of all sizes has learned, and ``SITE.pairs``: the order of rotation pairs.
 
     Args:
         elastic: Site name -> module.
@@ -37,6 +38,8 @@ def to_tensors(
     for name, module in elastic.items():
         if module.channel_mean.numel():
             tensors[f"{name}.mean"] = module.channel_mean
+        if isinstance(module, ElasticRotary):
+            tensors[name + PAIRS] = module.pairs.float()
         if module.delta is not None:
             tensors |= {f"{name}{DELTA}{part}": t for part, t in module.delta.named_buffers()}
         if second and module.moments is not None:
@@ -86,6 +89,8 @@ def from_tensors(
         module = elastic[site.name]
         if names[0] in tensors:
             module.channel_mean = tensors[names[0]].to(module.out.weight)
+        if isinstance(module, ElasticRotary):
+            module.pairs = _order(site, tensors, source).to(module.out.weight.device)
         if second:
             module.moments = _moments(site, tensors, source).to(module.out.weight.device)
         if f"{site.name}{DELTA}out_weight" in tensors:
@@ -119,6 +124,8 @@ def _layout(
     found = {SHARES: ((shares,), torch.float64), VECTORS: ((shares, width), torch.float32)}
     for site in sites:
         n, mean = site.heads * site.width, elastic[site.name].out.weight.dtype
+        if site.rotary:
+            found[site.name + PAIRS] = (site.width // 2,), torch.float32
         found[f"{site.name}.mean"] = (site.heads, site.width), mean
         found[f"{site.name}{FACTOR}"] = (n * (n + 1) // 2,), torch.float32
         found[f"{site.name}.scalars"] = (2,), torch.float64
@@ -136,6 +143,17 @@ def _moments(site: Site, tensors: Mapping[str, Tensor], source: str) -> Moments:
     if min(ridge, energy) < 0:
         raise ArtifactError(f"{source}: {site.name}.scalars should be at least 0")
     return Moments(factor, ridge, energy)
+
+
+def _order(site: Site, tensors: Mapping[str, Tensor], source: str) -> Tensor:
+    """The order of a site's rotation pairs."""
+    count, name = site.width // 2, site.name + PAIRS
+    if name not in tensors:  # of a release that did not cut q and k, so the list means other networks
+        raise ArtifactError(f"{source}: {name} is missing; convert the model again")
+    order = tensors[name].double()
+    if not torch.equal(order.sort().values, torch.arange(count, device=order.device).double()):
+        raise ArtifactError(f"{source}: {name} should be the numbers from 0 to {count - 1} in some order")
+    return order.long()
 
 
 def _filled(delta: Delta, start: str, tensors: Mapping[str, Tensor], source: str) -> Delta:

@@ -59,7 +59,7 @@ def latency_prices(cost: CostModel, elastic: Mapping[str, ElasticSite], setting:
         name = same[0].name
         tokens, seen = cost.tokens[name], cost.context[name]  # a window of an image is as an image to the layer
         several = dataclasses.replace(setting, batch_size=setting.batch_size * (tokens // seen))
-        found = _line(same[0], elastic[name], (seen, same[0].dim), several)
+        found = _line(same[0].with_whole_scores(), elastic[name], (seen, same[0].dim), several)
         prices |= {site.name: found for site in same}
     return prices
 

@@ -25,6 +25,7 @@ from stratavit.calibration.wpac import (
 from stratavit.elastic.base import AttentionTransform, ElasticSite
 from stratavit.elastic.compensation import Moments, factorise
 from stratavit.elastic.network import site_of, sites_in
+from stratavit.elastic.rotary import ElasticRotary, order_of_pairs
 from stratavit.errors import StrataViTError, described
 from stratavit.models.families import layer_scale
 from stratavit.utils.freed_memory import give_back
@@ -156,6 +157,8 @@ def _sort_site(
     if isinstance(new, AttentionTransform):
         module.fold(new)
         new = new.v
+        if isinstance(module, ElasticRotary) and found.pairs is not None:
+            module.pairs = order_of_pairs(found.pairs).to(module.pairs.device)
     else:
         module.permute(new)
     mean, covariance = found.channel_mean, found.covariance

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stratavit.calibration.accumulators import RunningCovariance, RunningScatter, Sums
+from stratavit.calibration.accumulators import RunningCovariance, RunningScatter, Sums, wide
 from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.calibration.objectives import OBJECTIVES, CalibrationObjective, Objective
 from stratavit.data.batches import batches_of
@@ -50,6 +50,7 @@ class SiteStatistics:
             ``[1, H, w, w]``, where q and k stay uncut; None for an MLP.
         covariance: Of what `proj` / `fc2` reads, heads jointly and head after head, ``[H*w, H*w]`` or ``[m, m]``.
         crossed: `channel_mean` and `covariance` without the images of fold 0, and without those of fold 1.
+        pairs: Products of what rotation pairs add to the scores, ``[P, P]``, see `rotary.pair_products`.
         images: Number of calibration images.
     """
 
@@ -59,6 +60,7 @@ class SiteStatistics:
     scatter: Tensor | None = None
     covariance: Tensor | None = None
     crossed: tuple[tuple[Tensor, Tensor], ...] = ()
+    pairs: Tensor | None = None
     images: int = 0
 
 
@@ -84,6 +86,7 @@ class SiteObserver:
         self._covariance = None if token_weight is None else RunningCovariance(token_weight)
         self._taylor, self._mean = Sums(), Sums()
         self._held: list[Tensor] = []
+        self._pairs: Tensor | None = None
 
     def features(self, features: Tensor) -> None:
         """qkv ``[B, N, 3, H, w]``, or v alone: waits for the gradient."""
@@ -91,6 +94,11 @@ class SiteObserver:
             self._await_gradient(features, self._taylor_terms)
         elif self._scatter is not None:
             self._await_gradient(features, self._scatter_of_qk)
+
+    def pairs(self, products: Callable[[], Tensor]) -> None:
+        """Products of rotation pairs, ``[P, P]``: added up."""
+        found = wide(products())
+        self._pairs = found if self._pairs is None else self._pairs + found
 
     def inputs_of_out(self, features: Tensor) -> None:
         """Head outputs ``[B, N, H*w]`` or post-activations ``[B, N, m]``."""
@@ -149,10 +157,10 @@ class SiteObserver:
         scatter = None if self._scatter is None else self._scatter.scatter.unflatten(0, (-1, self.heads))
         if self._covariance is None:
             (taylor, hessian), (mean,) = self._taylor.means, self._mean.means
-            return SiteStatistics(taylor, hessian, mean, scatter)
+            return SiteStatistics(taylor, hessian, mean, scatter, pairs=self._pairs)
         mean, covariance = self._moments((0, 1))
         empty = mean.new_empty(0)
-        return SiteStatistics(empty, empty, mean, scatter, covariance)
+        return SiteStatistics(empty, empty, mean, scatter, covariance, pairs=self._pairs)
 
     def crossed(self) -> Iterator[tuple[Tensor, Tensor]]:
         """`SiteStatistics.crossed`, one after the other; nothing where there are no covariances."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -106,7 +106,8 @@ def make_list(
     plan = Walk() if plan is None else plan
     begin_part(*list_work(method, plan, tokens, feed.count(plan.images)))
     with temporarily("compensation", dict.fromkeys(elastic.values(), "full")):
-        states, ratios, mean = walk(model, sites, cost, feed, plan, known, seen)
+        measured = replace(cost, sites=tuple(site.with_whole_scores() for site in sites))
+        states, ratios, mean = walk(model, measured.sites, measured, feed, plan, known, seen)
         del feed  # and the images that it holds
         widths, both = Strata(sites, ordered_list(sites, states, ratios)), None
         if tokens is not None:

@@ -1,7 +1,7 @@
 """Attention that runs any head_dim: q, k and v cut alike, or v alone where q and k stay uncut.
 
 Normalisation of q and k (qk-norm), rotary positions and cosine attention do not allow q and k to be turned; the width
-of such a site is that of v, and small models get a `plain.SplitAttention`.
+of such a site is that of v, and small models get a `plain.SplitAttention`. With rotary positions see `rotary`.
 
 Shape legend: B images (or windows), N tokens, C token width, H heads, d full head_dim, w kept width.
 """
@@ -239,6 +239,8 @@ class ElasticBeit(ElasticBiased):
 
 class ElasticSplit(HeadsSite):
     """timm's `Attention` with qk-norm, `EvaAttention` and `AttentionRope`: v and `proj` at any width.
+
+    Of `rotary.ElasticRotary`, q and k are cut, too.
 
     Attributes:
         reason: Why q and k are not cut.

@@ -9,7 +9,7 @@ Shape legend: B images, N tokens, C token width, H heads, d full head_dim, m ful
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -39,6 +39,9 @@ class Observer(Protocol):
 
     def features(self, features: Tensor) -> None:
         """Attention only: qkv ``[B, N, 3, H, w]`` (q before the attention scale), or v alone, ``[B, N, 1, H, w]``."""
+
+    def pairs(self, products: Callable[[], Tensor]) -> None:
+        """Rotary attention at full width: `rotary.pair_products` of the batch, ``[P, P]``, if they are of use."""
 
     def inputs_of_out(self, features: Tensor) -> None:
         """Attention: head outputs ``[B, N, H*w]``. MLP: post-activations ``[B, N, w]``."""

@@ -42,7 +42,8 @@ def describe_layer(name: str, module: Any) -> dict[str, Any]:
         return {"constant": 0 if module.bias is None else module.bias.numel()}
     if isinstance(module, SplitAttention):
         numbers = {key: getattr(module, key) for key in ("num_heads", "qk_dim", "v_dim", "scale")}
-        return {**numbers, "biases": [getattr(module, key).bias is not None for key in ("q", "k", "v", "proj")]}
+        kept = {"kept": True} if module.kept is not None else {}
+        return {**numbers, **kept, "biases": [getattr(module, key).bias is not None for key in ("q", "k", "v", "proj")]}
     if isinstance(module, STOCK):
         return {
             "num_heads": module.num_heads,
@@ -93,7 +94,9 @@ def _split(numbers: Mapping[str, Any], dim: int, like: Any, device: Any) -> Any:
     q, k, v, proj = (bool(bias) for bias in numbers["biases"])
     prefix, half = getattr(like, "num_prefix_tokens", 0), bool(getattr(like, "rotate_half", False))
     widths = numbers["num_heads"], numbers["qk_dim"], numbers["v_dim"]
-    return _with_kept(SplitAttention(dim, *widths, numbers["scale"], (q, k, v, proj), prefix, half, device), like)
+    kept = bool(numbers.get("kept"))
+    made = SplitAttention(dim, *widths, numbers["scale"], (q, k, v, proj), prefix, half, device, kept=kept)
+    return _with_kept(made, like)
 
 
 def _with_kept(attn: Any, like: Any) -> Any:

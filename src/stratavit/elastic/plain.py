@@ -61,8 +61,10 @@ class SplitAttention(nn.Module):
         biases: Of q, k, v and proj.
         num_prefix_tokens: Tokens in front that are not rotated.
         rotate_half: Rotation pairs are coordinates i and i + a / 2, else 2 i and 2 i + 1.
+        kept: q and k have some of the rotation pairs of the model only: a buffer `kept`, ``[a]``, says which columns.
     """
 
+    kept: Optional[Tensor]
     relative_position_index: Optional[Tensor]
     relative_coords_table: Optional[Tensor]
     relative_coordinates_log: Optional[Tensor]
@@ -79,8 +81,10 @@ class SplitAttention(nn.Module):
         rotate_half: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        kept: bool = False,
     ) -> None:
         super().__init__()
+        self.register_buffer("kept", torch.zeros(qk_dim, dtype=torch.long, device=device) if kept else None)
         self.num_heads, self.qk_dim, self.v_dim, self.scale = num_heads, qk_dim, v_dim, scale
         self.num_prefix_tokens, self.rotate_half = num_prefix_tokens, rotate_half
         self.q = nn.Linear(dim, num_heads * qk_dim, biases[0], device, dtype)
@@ -129,6 +133,7 @@ class SplitAttention(nn.Module):
         v = self.v(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, b]
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
+            rope = picked(rope, self.kept)
             q = rotated(q, rope, self.num_prefix_tokens, self.rotate_half).type_as(v)
             k = rotated(k, rope, self.num_prefix_tokens, self.rotate_half).type_as(v)
         scale, logit_scale = self.scale, self.logit_scale
@@ -158,6 +163,14 @@ def cosines(q: Tensor, k: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, 
     """q and k of cosine attention, the temperature in q, and the factor of their products."""
     temperature = logit_scale.reshape(-1, 1, 1).clamp(max=math.log(100.0)).exp()  # Swin-V2's bound
     return F.normalize(q, dim=-1) * temperature, F.normalize(k, dim=-1), 1.0
+
+
+def picked(rope: Tensor, kept: Optional[Tensor]) -> Tensor:
+    """Sines and cosines ``[..., N, 2 d]`` of the columns ``[a]`` that are kept, ``[..., N, 2 a]``; None keeps all."""
+    if kept is None:
+        return rope
+    sine, cosine = rope.tensor_split(2, dim=-1)
+    return torch.cat([sine[..., kept], cosine[..., kept]], dim=-1)
 
 
 def rotated(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from stratavit.spec import Spec
 
 HEAD_DIM_UNIT = 8  # coordinates of the head width that are dropped together (paper, implementation details)
 MLP_UNITS = 32  # groups that the MLP hidden width is cut into (paper, implementation details)
+ROTARY_STEPS = 2, 4, 6, 8  # widths of v along which rotation pairs leave; measured (benchmarks/rotary.py)
 
 Kind = Literal["attention", "mlp"]
 
@@ -30,7 +32,9 @@ class Site:
         out_bias: Whether proj / fc2 has a bias.
         steps: Widths at which units end, ascending from 0 to `width`; unit i is ``[steps[i], steps[i + 1])``.
         maps: Linear maps into the channels: 3 for q, k and v, 1 for an MLP or for v alone, 2 for a gated MLP.
-        qk_width: Width per head of q and k where these stay uncut, and `width` is that of v; else 0.
+        qk_width: Full width per head of q and k where `width` is that of v alone; else 0.
+        rotary: q and k are cut by rotation pairs, see `qk_at`; else they stay at `qk_width`.
+        qk_biases: Number of the two that have a bias, if they are cut by pairs.
         fixed_params: Parameters that the module has at every width above 0.
         floor: Channels that every network of a dropout list keeps; 0 is none.
     """
@@ -46,6 +50,8 @@ class Site:
     maps: int
     qk_width: int = 0
     fixed_params: int = 0
+    rotary: bool = False
+    qk_biases: int = 0
     floor: int = 0
 
     @property
@@ -53,15 +59,38 @@ class Site:
         """Least width on a dropout list: the first unit's end that is not below the floor."""
         return self.steps[bisect_left(self.steps, self.floor)]
 
+    def qk_at(self, width: int) -> int:
+        """Width per head of q and k where that of v is `width`."""
+        if not self.qk_width or not width:
+            return width
+        return rotary_width(width, self.qk_width) if self.rotary else self.qk_width
+
+    def with_whole_scores(self) -> Site:
+        """The site as long as q and k are whole: what a list that does not know of rotation pairs can cut."""
+        if not self.rotary:
+            return self
+        steps = tuple(step for step in self.steps if not 0 < step < min(self.width, ROTARY_STEPS[-1]))
+        return replace(self, steps=steps, rotary=False)
+
     @property
     def last_unit(self) -> int:
         """Width that is left before a dropout list drops the module as a whole, if the floor lets it."""
         return max(self.steps[1], self.least)
 
 
+def rotary_width(width: int, full: int) -> int:
+    """Width of q and k where v has a width: the full one until v is at the last of `ROTARY_STEPS`, then its share."""
+    return min(full, 2 * math.ceil(full * width / (2 * min(full, ROTARY_STEPS[-1]))))
+
+
 def attention_steps(head_dim: int, unit: int = HEAD_DIM_UNIT) -> tuple[int, ...]:
     """Unit ends of a head width: multiples of `unit`, then the full width."""
     return (*range(0, head_dim, unit), head_dim)
+
+
+def rotary_steps(head_dim: int, unit: int = HEAD_DIM_UNIT) -> tuple[int, ...]:
+    """The same where q and k are cut by rotation pairs, which need units of their own at the end."""
+    return tuple(sorted({*attention_steps(head_dim, unit), *(step for step in ROTARY_STEPS if step < head_dim)}))
 
 
 def mlp_steps(hidden: int, units: int = MLP_UNITS) -> tuple[int, ...]:
@@ -80,7 +109,10 @@ def with_units(sites: Sequence[Site], head_dim_unit: int, mlp_units: int) -> tup
         if type(value) is not int or value < 1:
             raise StrataViTError(f"{name}: expected a whole number of at least 1, got {value!r}")
     steps = {"attention": lambda w: attention_steps(w, head_dim_unit), "mlp": lambda w: mlp_steps(w, mlp_units)}
-    return tuple(replace(site, steps=steps[site.kind](site.width)) for site in sites)
+    return tuple(
+        replace(site, steps=rotary_steps(site.width, head_dim_unit) if site.rotary else steps[site.kind](site.width))
+        for site in sites
+    )
 
 
 def full_spec(sites: Sequence[Site], spec: Mapping[str, int] | None) -> Spec:
@@ -98,8 +130,9 @@ def full_spec(sites: Sequence[Site], spec: Mapping[str, int] | None) -> Spec:
         if width > known[name].width:
             raise StrataViTError(f"spec: {name} can keep at most {known[name].width} channels, got {described(width)}")
     for name, width in asked.qk.items():
-        uncut, v = known[name].qk_width, asked[name]
-        if width != (uncut if uncut and v else v):
-            why = f"is never cut, {uncut}" if uncut else "is as wide as v"
+        site, v = known[name], asked[name]
+        if width != site.qk_at(v):
+            uncut = f"is never cut, {site.qk_width}"
+            why = f"is {site.qk_at(v)} there" if site.rotary else uncut if site.qk_width else "is as wide as v"
             raise StrataViTError(f"spec: qk of {name} {why}; asked qk {described(width)} with v {v}")
     return Spec({site.name: site.width for site in sites} | dict(asked))

@@ -61,7 +61,7 @@ class Support(NamedTuple):
     Attributes:
         name: Of the model, in timm.
         family: Title of its family; empty if it has none.
-        attention: ``q, k, v``, ``v`` (q and k stay uncut), or ``uncut``.
+        attention: ``q, k, v``, ``q, k by pairs, v`` (rotation pairs), ``v`` (q and k stay uncut), or ``uncut``.
         mlp: ``yes``, or ``uncut``.
         reason: Why not more; empty if all can be cut.
     """
@@ -87,6 +87,8 @@ def support_of(name: str) -> Support:
         return Support(name, "", "uncut", "uncut", str(error).removeprefix("cannot cut this model: "))
     attention: list[Any] = [module for module in found.values() if module.attention]
     cut = "uncut" if not attention else "q, k, v" if all(module.tied for module in attention) else "v"
+    if any(module.attention and module.site(name).rotary for name, module in found.items()):
+        cut = "q, k by pairs, v"
     mlp = "yes" if len(attention) < len(found) else "uncut"
     reasons = [text.split(": ", 1)[1] for text in uncut.values()]
     reasons += [f"q and k stay uncut ({module.reason})" for module in attention if not module.tied]

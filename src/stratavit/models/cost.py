@@ -77,9 +77,12 @@ class CostModel:
         return replace(self, tokens=tokens, context=context, fixed_macs=fixed, places=())
 
     def price(self, site: Site, width: int) -> float:
-        """What importance is weighed against: MACs per image of a site at a width, or its price."""
+        """What importance is weighed against: MACs per image of a site at a width, or its price.
+
+        Without those of rotation pairs, whose importance is not known: that of a unit is of v.
+        """
         if self.prices is None:
-            return self.site_macs(site, width)
+            return self.site_macs(site.with_whole_scores(), width)
         price = self.prices[site.name]
         return price.start + price.each * width if width else 0.0
 
@@ -121,9 +124,10 @@ def site_macs(site: Site, width: int, tokens: int, context: int = 0) -> int:
     """
     if width == 0:
         return 0
-    qk = 2 * site.heads * site.qk_width  # rows of q and k where they are not cut
-    linear = tokens * site.dim * ((site.maps + 1) * site.heads * width + qk)
-    products = 0 if site.kind == "mlp" else tokens * context * site.heads * (width + (site.qk_width or width))
+    scores = site.qk_at(width)
+    qk = 2 * scores if site.qk_width else 0  # rows of q and k where they are not cut along with v
+    linear = tokens * site.dim * site.heads * ((site.maps + 1) * width + qk)
+    products = 0 if site.kind == "mlp" else tokens * context * site.heads * (width + scores)
     return linear + products
 
 
@@ -132,8 +136,10 @@ def site_params(site: Site, width: int, biased: bool, corrected: bool) -> int:
     out_bias = site.out_bias or (corrected and width < site.width)
     if width == 0:
         return site.dim if biased and out_bias else 0
-    channels = site.heads * width
-    return ((site.maps + 1) * site.dim + site.in_biases) * channels + site.dim * out_bias + site.fixed_params
+    channels, rest = site.heads * width, site.fixed_params + site.dim * out_bias
+    if site.rotary:
+        rest += (2 * site.dim + site.qk_biases) * site.heads * site.qk_at(width)
+    return ((site.maps + 1) * site.dim + site.in_biases) * channels + rest
 
 
 def cost_model(

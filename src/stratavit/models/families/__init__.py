@@ -112,6 +112,8 @@ def elastic_sites(model: nn.Module) -> tuple[dict[str, ElasticSite], dict[str, s
     Raises:
         UnsupportedModelError: The model is of no known family, or nothing of it can be cut.
     """
+    from stratavit.elastic.rotary import ElasticRotary, cuts_pairs  # here, so that the chain of imports stays short
+
     family = family_of(model)
     family.check(model)
     found: dict[str, ElasticSite] = {}
@@ -120,6 +122,8 @@ def elastic_sites(model: nn.Module) -> tuple[dict[str, ElasticSite], dict[str, s
         for leaf in ("attn", "mlp"):
             name, module = f"{block_name}.{leaf}", getattr(block, leaf)
             kind: Any = kind_of(module)
+            if kind is ElasticSplit and leaf == "attn" and getattr(model, "rope", None) is not None:
+                kind = ElasticRotary if cuts_pairs(module) else kind
             if kind is None:
                 uncut[name] = f"{name}: a {type(module).__name__} is not one of the {leaf} modules that can be cut"
             elif (refused := kind.refusal(module)) is not None:
