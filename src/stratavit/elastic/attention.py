@@ -246,7 +246,7 @@ class ElasticSplit(HeadsSite):
         reason: Why q and k are not cut.
     """
 
-    reason = "qk-norm, rotary positions or cosine attention; timm has one class for these and for EVA"
+    reason = "qk-norm or cosine attention; timm has one class for these and for EVA"
 
     split = True
     tensor_names = ("v.weight", "v.bias", "proj.weight", "proj.bias")

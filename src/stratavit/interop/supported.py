@@ -86,12 +86,12 @@ def support_of(name: str) -> Support:
     except (UnsupportedModelError, ArtifactError) as error:
         return Support(name, "", "uncut", "uncut", str(error).removeprefix("cannot cut this model: "))
     attention: list[Any] = [module for module in found.values() if module.attention]
-    cut = "uncut" if not attention else "q, k, v" if all(module.tied for module in attention) else "v"
-    if any(module.attention and module.site(name).rotary for name, module in found.items()):
-        cut = "q, k by pairs, v"
+    by_pairs = [module for module in attention if module.site("").rotary]
+    whole = [module for module in attention if not module.tied and module not in by_pairs]
+    cut = "uncut" if not attention else "v" if whole else "q, k by pairs, v" if by_pairs else "q, k, v"
     mlp = "yes" if len(attention) < len(found) else "uncut"
     reasons = [text.split(": ", 1)[1] for text in uncut.values()]
-    reasons += [f"q and k stay uncut ({module.reason})" for module in attention if not module.tied]
+    reasons += [f"q and k stay uncut ({module.reason})" for module in whole]
     return Support(name, title, cut, mlp, "; ".join(dict.fromkeys(reasons)))
 
 

@@ -125,7 +125,8 @@ def elastic_sites(model: nn.Module) -> tuple[dict[str, ElasticSite], dict[str, s
             if kind is ElasticSplit and leaf == "attn" and getattr(model, "rope", None) is not None:
                 kind = ElasticRotary if cuts_pairs(module) else kind
             if kind is None:
-                uncut[name] = f"{name}: a {type(module).__name__} is not one of the {leaf} modules that can be cut"
+                kinds = "attention" if leaf == "attn" else "MLPs"
+                uncut[name] = f"{name}: {type(module).__name__} is not among the kinds of {kinds} that can be cut"
             elif (refused := kind.refusal(module)) is not None:
                 uncut[name] = f"{name}.{refused[0]}: {refused[1]}"
             else:
