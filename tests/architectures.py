@@ -85,6 +85,12 @@ STAGED: dict[str, dict[str, Any]] = {  # the same with all sizes of their own, f
     "hiera_tiny_224": {"img_size": 32, "embed_dim": 16, "stages": [1, 1, 1, 1], "num_heads": 1},
     "sam2_hiera_tiny": {"embed_dim": 16, "stages": [1, 1, 3, 1], "num_heads": 1, "global_att_blocks": [3]},
 }
+WHOLE: dict[str, dict[str, Any]] = {  # the same of families of which timm builds no smaller models
+    "nest_tiny": {"img_size": 32},
+    "gcvit_xxtiny": {"img_size": 64, "window_ratio": (16, 16, 16, 32)},
+    "mvitv2_tiny": {"img_size": 32},
+    "volo_d1_224": {"img_size": 32},
+}
 TRANSFORMERS = (
     "ViTForImageClassification",
     "DeiTForImageClassification",

@@ -1,5 +1,6 @@
 """Families of which timm builds no smaller models: function, costs and files, without a list."""
 
+import architectures
 import pytest
 import timm
 import torch
@@ -9,19 +10,12 @@ import stratavit
 from stratavit import SuperNet
 from stratavit.models.cost import linear_macs
 
-SIZES = {
-    "nest_tiny": {"img_size": 32},
-    "gcvit_xxtiny": {"img_size": 64, "window_ratio": (16, 16, 16, 32)},
-    "mvitv2_tiny": {"img_size": 32},
-    "volo_d1_224": {"img_size": 32},
-}
 
-
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", architectures.WHOLE)
 def test_function_costs_and_files(name, tmp_path):
     torch.manual_seed(0)
-    model = enliven(timm.create_model(name, num_classes=CLASSES, **SIZES[name])).eval()
-    side = SIZES[name]["img_size"]
+    model = enliven(timm.create_model(name, num_classes=CLASSES, **architectures.WHOLE[name])).eval()
+    side = architectures.WHOLE[name]["img_size"]
     images = torch.randn(2, 3, side, side)
     net = SuperNet(model).contract([(torch.randn(6, 3, side, side), torch.arange(6))]).eval()
     size = net.data_config["input_size"]
