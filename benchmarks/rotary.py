@@ -79,7 +79,7 @@ def measured(model: Any, calibration: Any, images: Any, labels: Any) -> dict[str
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--seeds", type=int, default=3)
+    arguments.add_argument("--seeds", type=int, default=2)
     args = arguments.parse_args()
     train, test = demo.digits()
     calibration = DataLoader(Subset(train, range(512)), 256)
