@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,7 +54,23 @@ def main() -> None:
         "difference, points, +- one standard error. `divergence`: KL from the source on the images held back, nats. "
         f"Seconds: wall clock of the whole call. Device: {bench.device}."
     )
-    write_results("-".join(filter(None, [f"recover-{args.model}", args.name])), rows, note)
+    name = "-".join(filter(None, [f"recover-{args.model}", args.name]))
+    write_results(name, rows, note)
+    if args.all and args.out:
+        write_results(f"{name}-curve", curve(args.out / "all"), "On the images held back; percent, and nats.")
+
+
+def curve(run: Path) -> list[dict[str, Any]]:
+    """What the log of a run says of the images held back, over its minutes."""
+    rows, minutes = [], 0.0
+    for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        found = json.loads(line)
+        if found["kind"] == "epoch":
+            minutes += found["seconds"] / 60
+            agreements = {key: value for key, value in found.items() if key.startswith("agreement at")}
+            rows.append({"minutes": round(minutes, 1), "steps": found["step"], "divergence": found["divergence"]})
+            rows[-1] |= agreements
+    return rows
 
 
 class Bench:
