@@ -25,6 +25,7 @@ class DaVitFamily(Pyramid):
     title = "DaViT"
     model = DaVit
     fallback = "davit_tiny"
+    channels_last = False
 
     def blocks(self, model: Any) -> Iterator[tuple[str, Any]]:
         """Blocks of all stages, those of tokens and those of channels."""
@@ -139,6 +140,7 @@ class GcVit(Pyramid):
     title = "GC-ViT"
     model = GlobalContextVit
     fallback = "gcvit_xxtiny"
+    channels_last = False
 
     def blocks(self, model: Any) -> Iterator[tuple[str, Any]]:
         """Blocks of all stages."""

@@ -150,6 +150,7 @@ class NestFamily(Pyramid):
     title = "NesT"
     model = Nest
     fallback = "nest_tiny"
+    channels_last = False
 
     def blocks(self, model: Any) -> Iterator[tuple[str, Any]]:
         """Layers of all levels."""
