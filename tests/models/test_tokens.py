@@ -12,8 +12,18 @@ import stratavit
 from stratavit import StrataViTError, SuperNet, UnsupportedModelError
 from stratavit.models.cost import linear_macs
 
-CANNOT = ("vit_base_patch16_rpn_224", "beit_base", "beitv2_base", "swin")
-MERGE = (*(name for name in architectures.NAMES if not name.startswith(CANNOT)), architectures.TORCHVISION)
+CANNOT = (
+    "vit_base_patch16_rpn_224",
+    "beit_base",
+    "beitv2_base",
+    "swin",
+    "vit_relpos",
+    "vit_srelpos",
+    "samvit",
+    "naflexvit",
+)
+NAMES = [name for name in architectures.NAMES if not name.startswith(CANNOT) and not name.endswith(".naflex")]
+MERGE = (*NAMES, architectures.TORCHVISION)
 SPEC = {"blocks.0.tokens": 9, "blocks.1.tokens": 5, "blocks.1.attn": 8}
 
 

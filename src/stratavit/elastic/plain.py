@@ -170,7 +170,7 @@ def picked(rope: Tensor, kept: Optional[Tensor]) -> Tensor:
     if kept is None:
         return rope
     sine, cosine = rope.tensor_split(2, dim=-1)
-    return torch.cat([sine[..., kept], cosine[..., kept]], dim=-1)
+    return torch.cat([sine.index_select(-1, kept), cosine.index_select(-1, kept)], dim=-1)
 
 
 def rotated(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:

@@ -89,7 +89,8 @@ def _remember_buffers(made: nn.Module, description: Mapping[str, Any]) -> None:
 
 
 def _own(module: nn.Module) -> dict[str, Tensor]:
-    return dict(module.named_buffers(recurse=False))
+    """Buffers that no file holds."""
+    return {key: getattr(module, key) for key in module._non_persistent_buffers_set if getattr(module, key) is not None}
 
 
 def _fill(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
