@@ -41,9 +41,9 @@ def main() -> None:
         demo.train(model, images, EPOCHS, torch.device("cpu"))  # type: ignore[arg-type]  # trains any classifier
         dense.append(accuracy(model(test.tensors[0]), test.tensors[1]))
         net = stratavit.SuperNet(model, demo.DATA_CONFIG)
-        found["mean of its patches"].append(measured(net, model, *test.tensors))
-        with at_destinations() as calls:
-            found["destination"].append(measured(net, model, *test.tensors))
+        found["destination"].append(measured(net, model, *test.tensors))
+        with at_means() as calls:
+            found["mean of its patches"].append(measured(net, model, *test.tensors))
         assert calls, "no token had a rotary position"
         print(seed, dense[-1], {name: runs[-1] for name, runs in found.items()}, flush=True)
     rows = [{"position": name, **cells(runs)} for name, runs in found.items()]
@@ -85,25 +85,22 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 @contextmanager
-def at_destinations() -> Iterator[list[int]]:
-    """Merged tokens are at the positions of their destinations meanwhile; yields the calls."""
-    merge, places, calls = merging.merge, [], []
+def at_means() -> Iterator[list[int]]:
+    """Merged tokens are at the mean of the sines and cosines of their patches meanwhile; yields the calls."""
+    merge, homes, calls = merging.merge, [], []
 
     def noted(state: merging.Merged, compared: Tensor, keep: int, prefix: int) -> merging.Merged:
-        after, count = merge(state, compared, keep, prefix), state.size.shape[1]
-        if count == state.home.shape[1]:
-            places[:] = [state.home]  # the first merge: every token is one patch
-        went = after.home.gather(1, places[0])  # [B, n], the new token of each
-        is_target = torch.arange(count) % merging.EVERY == 0
-        belongs = went.unsqueeze(1) == torch.arange(keep).view(1, -1, 1)  # [B, keep, n]
-        places[:] = [places[0].gather(1, (belongs.int() * (1 + is_target.int())).argmax(dim=2))]
+        after = merge(state, compared, keep, prefix)
+        homes[:] = [after.home]
         return after
 
-    def placed(rope: Tensor, state: merging.Merged) -> Tensor:
-        calls.append(state.size.shape[1])
-        return rope[places[0]].unsqueeze(1)  # [B, 1, n, D]
+    def placed(rope: Tensor, place: Tensor) -> Tensor:
+        calls.append(place.shape[1])
+        members = F.one_hot(homes[0], place.shape[1]).transpose(1, 2).type_as(rope)  # [B, n, N]
+        weights = members / members.sum(dim=2, keepdim=True)
+        return weights.unsqueeze(1) @ rope.view(1, 1, *rope.shape)  # [B, 1, n, D]
 
-    with mock.patch.multiple(merging, merge=noted, mean_positions=placed):
+    with mock.patch.multiple(merging, merge=noted, placed=placed):
         yield calls
 
 

@@ -1,13 +1,11 @@
 """Merging of tokens: what is equal may be merged without a trace, every patch is accounted for, an image is alone."""
 
-from itertools import product
-
 import pytest
 import timm
 import torch
 from helpers import enliven, make_images, make_model, relative_error
 
-from stratavit.elastic.merging import MergingBlock, least, mean_positions, merge, unmerge, unmerged
+from stratavit.elastic.merging import MergingBlock, least, merge, unmerge, unmerged
 
 
 def merging(model, keep, prefix=1, full=16):
@@ -45,19 +43,8 @@ def test_every_patch_is_in_one_token_that_is_the_mean_of_its_patches(counts):
         for token in range(counts[-1]):
             mean = start.tokens[image, 2:][homes == token].mean(dim=0)
             assert torch.allclose(state.tokens[image, 2 + token], mean, atol=1e-6)
-        alone = homes[state.size[image][homes] == 1]
-        assert torch.equal(alone.sort().values, alone)  # as they lie in the image
-
-
-def test_a_token_is_at_the_mean_of_the_positions_of_its_patches():
-    state, rope = random_state(16), torch.randn(16, 6)
-    assert torch.equal(mean_positions(rope, state), rope.expand(3, 1, -1, -1))
-    state = merge(state, state.tokens, 7, prefix=2)
-    for heads in (rope, torch.randn(2, 16, 6), torch.randn(1, 2, 16, 6)):
-        found, by_head = mean_positions(heads, state), heads.view(-1, 16, 6)
-        for image, token in product(range(3), range(7)):
-            expected = by_head[:, state.home[image] == token].mean(dim=1)
-            assert torch.allclose(found[image, :, token], expected, atol=1e-6)
+            assert homes[state.place[image, token]] == token  # it keeps the position of one of its patches
+        assert torch.equal(state.place[image].sort().values, state.place[image])  # as they lie in the image
 
 
 def test_the_most_similar_are_merged():

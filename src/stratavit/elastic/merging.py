@@ -34,11 +34,13 @@ class Merged(NamedTuple):
         tokens: ``[B, P+n, C]``.
         size: Number of patches that each stands for, ``[B, n]`` float32.
         home: Which of the n tokens each patch is in, ``[B, N]``: the map of all merges so far.
+        place: The patch whose position a token has, ``[B, n]``.
     """
 
     tokens: Tensor
     size: Tensor
     home: Tensor
+    place: Tensor
 
     @property
     def prefix(self) -> int:
@@ -70,7 +72,7 @@ def unmerged(tokens: Tensor, prefix: int) -> Merged:
     """Tokens ``[B, P+N, C]`` of which each stands for itself."""
     batch, count = tokens.shape[0], tokens.shape[1] - prefix
     each = torch.arange(count, device=tokens.device).expand(batch, count)
-    return Merged(tokens, torch.ones(batch, count, device=tokens.device), each)
+    return Merged(tokens, torch.ones(batch, count, device=tokens.device), each, each)
 
 
 def least(count: int) -> int:
@@ -87,7 +89,7 @@ def merge(state: Merged, compared: Tensor, keep: int, prefix: int) -> Merged:
         keep: Patch tokens afterwards, at least `least` of n.
         prefix: P.
     """
-    tokens, size, home = state
+    tokens, size, home, place = state
     count = size.shape[1]
     each = torch.arange(count, device=tokens.device)
     sources = torch.cat([each[offset::EVERY] for offset in range(1, EVERY)])  # [S]
@@ -107,7 +109,7 @@ def merge(state: Merged, compared: Tensor, keep: int, prefix: int) -> Merged:
     mixed = patches[:, targets] * (own / total).unsqueeze(2).type_as(tokens)
     mixed = mixed + (shares / total.unsqueeze(2)).type_as(tokens) @ rows(patches, joining)  # [B, T, C]
     kept = torch.cat([sources[left], targets.expand(tokens.shape[0], -1)], dim=1)  # [B, keep]
-    rank = kept.sort(dim=1).indices  # as they lie in the image, so that every third is a grid again
+    kept, rank = kept.sort(dim=1)  # as they lie in the image, so that every third is a grid again
     found = torch.cat([rows(patches, sources[left]), mixed], dim=1)
     sizes = torch.cat([size.gather(1, sources[left]), total], dim=1)
     # where each token went: its own new number, or that of the target it joined
@@ -116,7 +118,7 @@ def merge(state: Merged, compared: Tensor, keep: int, prefix: int) -> Merged:
     came = torch.cat([sources[left], targets.expand(tokens.shape[0], -1), joining], dim=1)
     home = went.gather(1, came.argsort(dim=1)).gather(1, home)
     tokens = torch.cat([tokens[:, :prefix], rows(found, rank)], dim=1)
-    return Merged(tokens, sizes.gather(1, rank), home)
+    return Merged(tokens, sizes.gather(1, rank), home, place.gather(1, kept))
 
 
 def rows(tokens: Tensor, index: Tensor) -> Tensor:
@@ -187,7 +189,7 @@ class MergingBlock(nn.Module):
         if attn_mask is not None:
             extra["attn_mask"] = attn_mask
         if rope is not None:
-            extra["rope"] = rope if state is None else mean_positions(rope, state)
+            extra["rope"] = rope if state is None else placed(rope, state.place)
         normed = self.norm1(tokens)
         tokens = tokens + self.drop_path1(self.scaled(self.attn(normed, **extra), 1))
         keep = self.kept()
@@ -225,12 +227,8 @@ def log_sizes(size: Tensor, prefix: int, tokens: Tensor) -> Tensor:
     return F.pad(size.log(), (prefix, 0)).unsqueeze(1).unsqueeze(1).type_as(tokens)
 
 
-def mean_positions(rope: Tensor, state: Merged) -> Tensor:
-    """Sines and cosines ``[..., N, D]`` of patches, averaged over those that a token stands for: ``[B, 1 or H, n, D]``.
-
-    Measured to be better than the position of one of the patches (`benchmarks/merging_positions.py`).
-    """
+def placed(rope: Tensor, place: Tensor) -> Tensor:
+    """Sines and cosines ``[..., N, D]`` at the positions that tokens have kept: ``[B, 1 or H, n, D]``."""
     rope = rope if rope.dim() == 4 else rope.unsqueeze(0) if rope.dim() == 3 else rope.view(1, 1, *rope.shape)
-    each = torch.arange(state.size.shape[1], device=rope.device).view(1, -1, 1)
-    members = (state.home.unsqueeze(1) == each).type_as(rope)  # [B, n, N]
-    return (members / state.size.unsqueeze(2).type_as(rope)).unsqueeze(1) @ rope
+    index = place.unsqueeze(1).unsqueeze(3).expand(-1, rope.shape[1], -1, rope.shape[-1])
+    return rope.expand(place.shape[0], -1, -1, -1).gather(2, index)
