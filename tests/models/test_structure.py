@@ -4,6 +4,7 @@ import copy
 import inspect
 from itertools import pairwise
 
+import architectures
 import pytest
 import timm
 import torch
@@ -91,6 +92,10 @@ REFUSED = {
     "parallel blocks": (vit(block_fn=ParallelScalingBlock), ["blocks.0", "ParallelScalingBlock"]),
     "classes of every token": (vit(num_classes=7, global_pool=""), ["global_pool", "num_classes=0", "'token'"]),
     "a head put on every token": (lambda: headed(vit(num_classes=0, global_pool="")()), ["global_pool"]),
+    "maps with channels in front": (
+        lambda: architectures.make("davit_tiny", num_classes=0, global_pool=""),
+        ["global_pool"],
+    ),
     "own forward pass": (lambda: NarrowForward(**SMALL), ["forward_features", "NarrowForward"]),
 }
 
