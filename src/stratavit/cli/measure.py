@@ -96,7 +96,7 @@ def evaluate(args: Namespace) -> Outcome:
     result |= {} if met is None else {"axes": met.axes}
     view = [] if met is None else [str(met)]
     spec = None if met is None else met.spec
-    result |= _size(model, config, spec)
+    result |= _size(model, config, spec) if args.json else {}  # counted in a pass over an image
     if not args.agreement or classes_of(model) or not _by_head(args):
         metrics = judge(model, images, spec, description="evaluate")
         _warn_near_chance(args, model, metrics.top1, metrics.n)

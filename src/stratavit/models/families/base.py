@@ -144,13 +144,14 @@ def heads_of(blocks: Iterable[Any]) -> int | None:
     return next((block.attn.num_heads for block in blocks if hasattr(block.attn, "num_heads")), None)
 
 
-def head_stages(model: Any, stem: Any, blocks: Any) -> Stages:
-    """Stages of a model whose output is ``forward_head(norm(tokens))``."""
+def head_stages(model: Any, stem: Any, blocks: Any, features: Callable[[Tensor], Tensor] | None = None) -> Stages:
+    """Stages of a model whose output is ``forward_head(features(tokens))``; without `features` its `norm`."""
+    last: Callable[[Tensor], Tensor] = model.norm if features is None else features
     return Stages(
         stem=stem,
         blocks=tuple(blocks),
-        tail=lambda tokens: model.forward_head(model.norm(tokens)),
-        pool=lambda tokens: mean_token(model.forward_head(model.norm(tokens), pre_logits=True)),
+        tail=lambda tokens: model.forward_head(last(tokens)),
+        pool=lambda tokens: mean_token(model.forward_head(last(tokens), pre_logits=True)),
     )
 
 

@@ -11,7 +11,7 @@ from timm.models.volo import VOLO
 from timm.models.xcit import Xcit
 from torch import Tensor, nn
 
-from stratavit.models.families.base import Family, Stages, mean_token, sizes, with_bias
+from stratavit.models.families.base import Family, Stages, head_stages, sizes, with_bias
 
 
 class CaitFamily(Family):
@@ -41,12 +41,7 @@ class CaitFamily(Family):
             normed: Tensor = model.norm(model.forward_cls(tokens))
             return normed
 
-        return Stages(
-            stem=stem,
-            blocks=tuple(blocks),
-            tail=lambda tokens: model.forward_head(features(tokens)),
-            pool=lambda tokens: mean_token(model.forward_head(features(tokens), pre_logits=True)),
-        )
+        return head_stages(model, stem, blocks, features)
 
     def last_norm(self, model: Any) -> nn.Module | None:
         """`norm`, the last layer in front of pooling and head."""
@@ -135,12 +130,7 @@ class Volo(CaitFamily):
                 steps += [(f"network.{number}.{at}", block) for at, block in enumerate(stage)]
             else:
                 steps.append((f"network.{number}", stage))
-        return Stages(
-            stem=stem,
-            blocks=tuple(steps),
-            tail=lambda tokens: model.forward_head(features(tokens)),
-            pool=lambda tokens: mean_token(model.forward_head(features(tokens), pre_logits=True)),
-        )
+        return head_stages(model, stem, steps, features)
 
     def last_norm(self, model: Any) -> nn.Module | None:
         """None for two heads."""

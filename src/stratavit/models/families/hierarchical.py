@@ -15,8 +15,8 @@ from timm.models.hieradet_sam2 import HieraDet
 from timm.models.mvitv2 import MultiScaleVit
 from torch import Tensor, nn
 
-from stratavit.models.families.base import Stages, pooling_of, refuse, with_bias
-from stratavit.models.families.pyramids import Pyramid, Steps, staged
+from stratavit.models.families.base import Stages, head_stages, pooling_of, refuse, with_bias
+from stratavit.models.families.pyramids import Pyramid, Steps
 
 
 class DaVitFamily(Pyramid):
@@ -44,7 +44,7 @@ class DaVitFamily(Pyramid):
         for number, stage in enumerate(model.stages):
             steps.append((f"stages.{number}.downsample", stage.downsample))
             steps += [(name, block) for name, block in blocks if name.startswith(f"stages.{number}.")]
-        return staged(model, model.stem, steps, model.norm_pre)
+        return head_stages(model, model.stem, steps, model.norm_pre)
 
     def last_norm(self, model: Any) -> nn.Module | None:
         """None: its last norm is one of maps."""
@@ -81,7 +81,7 @@ class HieraFamily(Pyramid):
             tokens: Tensor = model.unroll(model._pos_embed(model.patch_embed(images)))
             return tokens
 
-        return staged(model, stem, list(self.blocks(model)), nn.Identity())
+        return head_stages(model, stem, list(self.blocks(model)), nn.Identity())
 
     def last_norm(self, model: Any) -> nn.Module | None:
         """That of the head, after pooling."""
@@ -111,7 +111,7 @@ class HieraDetFamily(HieraFamily):
 
     def stages(self, model: Any) -> Stages:
         """Split at the blocks."""
-        return staged(
+        return head_stages(
             model,
             lambda images: model._pos_embed(model.patch_embed(images)),
             list(self.blocks(model)),
@@ -172,7 +172,7 @@ class GcVit(Pyramid):
             steps.append((f"stages.{number}.downsample", partial(enter, number)))
             blocks = enumerate(stage.blocks)
             steps += [(f"stages.{number}.blocks.{at}", partial(run, block)) for at, block in blocks]
-        return staged(model, model.stem, steps, partial(leave, len(model.stages) - 1))
+        return head_stages(model, model.stem, steps, partial(leave, len(model.stages) - 1))
 
     def last_norm(self, model: Any) -> nn.Module | None:
         """That of the last stage."""
@@ -221,7 +221,7 @@ class MViT(Pyramid):
             return tokens
 
         steps: Steps = [(name, partial(run, number, block)) for number, (name, block) in enumerate(self.blocks(model))]
-        return staged(model, stem, steps, model.norm)
+        return head_stages(model, stem, steps, model.norm)
 
     def fixed_size(self, model: Any) -> tuple[int, int] | None:
         """That of its relative positions, of which there is one less than twice the tokens of a side."""

@@ -12,7 +12,7 @@ from timm.models.pit import PoolingVisionTransformer
 from timm.models.twins import Twins
 from torch import Tensor, nn
 
-from stratavit.models.families.base import Family, Stages, mean_token, with_bias
+from stratavit.models.families.base import Family, Stages, head_stages, with_bias
 
 Steps = list[tuple[str, Callable[[Tensor], Tensor]]]
 
@@ -27,16 +27,6 @@ class Pyramid(Family):
     def last_norm(self, model: Any) -> nn.Module | None:
         """`norm`, the last layer in front of pooling and head."""
         return with_bias(model.norm)
-
-
-def staged(model: Any, stem: Callable[[Tensor], Tensor], steps: Steps, features: Callable[[Tensor], Tensor]) -> Stages:
-    """Stages of a model whose output is ``forward_head(features(tokens))``."""
-    return Stages(
-        stem=stem,
-        blocks=tuple(steps),
-        tail=lambda tokens: model.forward_head(features(tokens)),
-        pool=lambda tokens: mean_token(model.forward_head(features(tokens), pre_logits=True)),
-    )
 
 
 class Pit(Pyramid):
@@ -71,7 +61,7 @@ class Pit(Pyramid):
             if stage.pool is not None:
                 steps.append((f"transformers.{number}.pool", partial(pool, stage.pool)))
             steps += [(f"transformers.{number}.blocks.{at}", block) for at, block in enumerate(stage.blocks)]
-        return staged(model, stem, steps, lambda tokens: model.norm(tokens[:, :prefix]))
+        return head_stages(model, stem, steps, lambda tokens: model.norm(tokens[:, :prefix]))
 
     def last_norm(self, model: Any) -> nn.Module | None:
         """None for two heads."""
@@ -128,7 +118,7 @@ class TwinsFamily(Pyramid):
             steps += [(f"patch_embeds.{number}", partial(embed, number))] if number else []
             for at, block in enumerate(stage):
                 steps.append((f"blocks.{number}.{at}", partial(run, block, None if at else model.pos_block[number])))
-        return staged(model, partial(embed, 0), steps, model.norm)
+        return head_stages(model, partial(embed, 0), steps, model.norm)
 
     def arguments(self, model: Any) -> dict[str, Any]:
         """Sizes; all else is the architecture's own."""
@@ -181,7 +171,7 @@ class NestFamily(Pyramid):
             steps += [(f"levels.{number}.pool", partial(enter, number))] if number else []
             layers = enumerate(level.transformer_encoder)
             steps += [(f"levels.{number}.transformer_encoder.{at}", layer) for at, layer in layers]
-        return staged(model, lambda images: enter(0, model.patch_embed(images)), steps, features)
+        return head_stages(model, lambda images: enter(0, model.patch_embed(images)), steps, features)
 
     def arguments(self, model: Any) -> dict[str, Any]:
         """Size of images, classes and pooling; timm takes no other widths and depths than the architecture's own."""
