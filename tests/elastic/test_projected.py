@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from helpers import make_images, make_net, tensors_of
+from torch.func import functional_call
 
 from stratavit.elastic import projected
 from stratavit.elastic.compensation import project
@@ -87,6 +88,24 @@ def test_a_product_of_other_weights_is_never_used(change, products):
     after = small_weights(net)
     assert_equal(after, small_weights(fresh(net)))
     assert not torch.equal(after["blocks.1.mlp.fc2.weight"].float(), before["blocks.1.mlp.fc2.weight"])
+
+
+def test_gradients_of_functions_equal_the_others_after_a_product_was_kept():
+    net, name = fresh(make_net("plain")), "model.blocks.1.mlp.fc2.weight"
+    small_weights(net)
+    parameters = dict(net.named_parameters())
+
+    def loss(weight):
+        return functional_call(net, {name: weight}, (IMAGES, HALF)).square().sum()
+
+    loss(parameters[name]).backward()
+    given = parameters[name].detach().clone()
+    expected, _ = torch.func.grad(loss)(given), net(IMAGES, HALF)
+    torch.testing.assert_close(expected, parameters[name].grad)
+    with torch.no_grad():  # the weight is differentiated, whatever the mode outside
+        torch.testing.assert_close(torch.func.vjp(loss, given)[1](torch.ones(()))[0], expected)
+    _, slope = torch.func.jvp(loss, (given,), (expected,))
+    torch.testing.assert_close(slope, expected.square().sum(), rtol=1e-3, atol=0)
 
 
 def test_a_product_made_in_inference_mode_lets_gradients_reach_images():

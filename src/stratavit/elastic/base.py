@@ -297,6 +297,11 @@ class ElasticSite(nn.Module):
         learned = () if self.delta is None else self.delta.parts()[2:]
         return [t for t in (self.out.weight, self.out.bias, self.channel_mean, *learned) if t is not None]
 
+    def storages(self) -> set[int]:
+        """Addresses of all that it holds, of which a small model must have no part."""
+        pairs = [tensor for one in self.corrected.values() for tensor in one.pair]
+        return {t.untyped_storage().data_ptr() for t in (*self.parameters(), *self.buffers(), *pairs)}
+
     def compensated_outs(self, widths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """Weight ``[C, H*w]`` and bias ``[C]`` of `out` at widths, with what the dropped channels did, and `delta`."""
         assert self.moments is not None

@@ -116,6 +116,11 @@ def compensate(
         wide = torch.float32 if energy.device.type == "mps" else torch.float64  # it has no other
         lost = (moments.energy / energy.to(wide)).clamp(max=LARGEST_RATIO)
         lost = torch.where((energy > 0) & (lost > 1), lost, 1.0)
-        kept = kept * (lost ** (gain / 2)).to(kept.dtype)
+        kept = _scaled(kept, (lost ** (gain / 2)).to(kept.dtype))
     constant = weight[:, :keep] @ mean[:keep] + weight[:, keep:].detach() @ mean[keep:]
     return kept, constant - kept @ mean[:keep]
+
+
+def _scaled(kept: Tensor, factor: Tensor) -> Tensor:
+    """``kept * factor``; in place where no gradient needs what was there."""
+    return kept * factor if torch.is_grad_enabled() else kept.mul_(factor)

@@ -7,7 +7,7 @@ from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stratavit.elastic.compensation import project
 from stratavit.elastic.corrected import version_of
@@ -63,10 +63,10 @@ def extended(before: Projected | None, weight: Tensor, factor: Tensor, matrix: T
 
 
 def can_be_kept(weight: Tensor) -> bool:
-    """Whether a product is worth keeping: on a CPU, where no gradient is needed and nothing is traced."""
+    """Whether a product is worth keeping: on a CPU, of a module's own weight, without gradient or trace."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
     learns = torch.is_grad_enabled() and weight.requires_grad
-    return weight.device.type == "cpu" and type(weight) in (Tensor, torch.nn.Parameter) and not traced and not learns
+    return weight.device.type == "cpu" and type(weight) is nn.Parameter and not traced and not learns
 
 
 def _state(tensor: Tensor) -> tuple[int, torch.dtype, int]:
