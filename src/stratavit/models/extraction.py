@@ -81,13 +81,19 @@ def small_site(site: Site, elastic: ElasticSite, width: int) -> nn.Module:
 
 def _filled(layer: nn.Module, tensors: Mapping[str, Tensor | None], elastic: ElasticSite) -> nn.Module:
     """The layer, built without storage, with its own copies of the tensors; frozen where their origin is."""
-    own = {
-        name: tensor.clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-        if tensor is not None
-    }
+    kept = elastic.storages()
+    own = {name: _owned(tensor, kept) for name, tensor in tensors.items() if tensor is not None}
     left = layer.load_state_dict(own, strict=False, assign=True)
     assert not left.unexpected_keys
     assert all(key.startswith(KEPT) for key in left.missing_keys)  # copied when the layer was built
     freeze_like(layer, elastic)
     return layer
+
+
+def _owned(tensor: Tensor, kept: set[int]) -> Tensor:
+    """A tensor with a storage of its own: itself if it was just computed and fills its storage, else a copy."""
+    storage = tensor.untyped_storage()
+    fills = storage.nbytes() == tensor.nbytes and tensor.is_contiguous()
+    if fills and storage.data_ptr() not in kept and not tensor.is_inference():
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
