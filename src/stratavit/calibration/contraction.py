@@ -14,6 +14,7 @@ from stratavit.calibration.elimination import elimination_order
 from stratavit.calibration.objectives import Objective
 from stratavit.calibration.output_aware import output_axes
 from stratavit.calibration.statistics import SiteObserver, SiteStatistics, observe
+from stratavit.calibration.sums_place import SumsPlace, known_place, on_host
 from stratavit.calibration.wpac import (
     CRITERIA,
     Criterion,
@@ -59,7 +60,13 @@ def resolve_method(method: Method | None, criterion: Criterion | None) -> tuple[
 
 
 def sort_channels(
-    model: nn.Module, loader: Iterable[Any], criterion: Criterion, objective: Objective, seed: int, token_weight: float
+    model: nn.Module,
+    loader: Iterable[Any],
+    criterion: Criterion,
+    objective: Objective,
+    seed: int,
+    token_weight: float,
+    memory: SumsPlace = "auto",
 ) -> tuple[dict[str, Any], DenseOutputs | None]:
     """Sorts the channels of every site in place, from one pass over the calibration images.
 
@@ -68,6 +75,7 @@ def sort_channels(
         criterion: What channels are sorted by.
         seed: For ``random`` and for the objective ``sampled``.
         token_weight: For ``output``: share of a token's weight that follows the gradient norm at the module's output.
+        memory: For ``output``: where the sums of covariances are kept, see `sums_place.on_host`.
 
     Returns:
         Facts for the provenance; with ``output`` the dense model's outputs, which the pass computes anyway.
@@ -75,6 +83,7 @@ def sort_channels(
     Raises:
         StrataViTError: Bad images, labels or options.
     """
+    known_place(memory)
     if not 0 <= token_weight <= 1:
         raise StrataViTError(f"token_weight: expected a share from 0 to 1, got {token_weight!r}")
     if any(module.delta is not None for module in sites_in(model).values()):
@@ -84,10 +93,12 @@ def sort_channels(
     share = token_weight if criterion == "output" else None
     dense_outputs = None if share is None else DenseOutputs()
     asked = (objective, scatter_needed(criterion), "contract", share, seed, dense_outputs)
-    observers, images = observe(model, loader, *asked)
+    host = share is not None and on_host(model, loader, memory, share)
+    observers, images = observe(model, loader, *asked, host=host)
     give_back()  # what the activations took
     sort_sites(model, observers, criterion, seed)
     facts = {"criterion": criterion, "objective": objective, "images": images, "seed": seed, "token_weight": share}
+    facts |= {"sums_on_host": host} if host else {}
     return facts, dense_outputs
 
 
@@ -168,11 +179,13 @@ def _sort_site(
         return
     energy, covariance = float(products.inner(covariance)), _moved_covariance(new, covariance)
     del found  # one covariance at a time
-    module.moments = _moments(module, covariance, energy)
+    home = torch.device("cpu") if observer.host else module.out.weight.device
+    module.moments = _moments(module, covariance, energy).to(home)
     crossed = []
     for its_mean, covariance in observer.crossed():
         energy, covariance = float(products.inner(covariance)), _moved_covariance(new, covariance)
-        crossed.append((_moved_mean(new, its_mean).to(module.out.weight), _moments(module, covariance, energy)))
+        its_mean, moments = _moved_mean(new, its_mean).to(module.out.weight), _moments(module, covariance, energy)
+        crossed.append((its_mean, moments.to(home)))
     module.crossed = tuple(crossed)
 
 
@@ -225,14 +238,14 @@ def moments_of(module: ElasticSite, found: SiteStatistics) -> tuple[Tensor, Mome
     """Mean ``[H, d]`` and moments of a site's channels in their coordinates, from statistics with a covariance."""
     assert found.covariance is not None
     energy = float(_map_products(module).inner(found.covariance))
-    return found.channel_mean, _moments(module, found.covariance, energy)
+    return found.channel_mean, _moments(module, found.covariance, energy).to(module.out.weight.device)
 
 
 def _moments(module: ElasticSite, covariance: Tensor, energy: float) -> Moments:
     """Moments, coordinate-major, of channels whose covariance ``[H*d, H*d]`` is head-major."""
     shape = (module.heads, -1)
     blocks = covariance.unflatten(0, shape).unflatten(2, shape).permute(1, 0, 3, 2)  # [d, H, d, H]
-    return factorise(blocks.flatten(2).flatten(0, 1), energy).to(module.out.weight.device)
+    return factorise(blocks.flatten(2).flatten(0, 1), energy)
 
 
 def set_mean(module: ElasticSite, mean: Tensor) -> None:

@@ -72,18 +72,21 @@ class SiteObserver:
         scatter: Weighting of the q, k, v scatter.
         token_weight: Gather covariances, this share of every token's weight in proportion to the gradient norm at the
             module's output; None: gather Taylor terms instead.
+        host: Keep the sums of covariances on the CPU.
 
     Attributes:
         sizes: Images of fold 0 and of fold 1 in the batch that runs, in this order; windows of an image lie one after
             the other.
     """
 
-    def __init__(self, site: ElasticSite, scatter: Scatter, token_weight: float | None = None) -> None:
-        self.heads, self.attention = site.heads, site.attention
+    def __init__(
+        self, site: ElasticSite, scatter: Scatter, token_weight: float | None = None, host: bool = False
+    ) -> None:
+        self.heads, self.attention, self.host = site.heads, site.attention, host
         self.weighted, self.sizes = scatter == "weighted", (1, 0)
         turned = site.tied or (site.attention and token_weight is None)  # v turns by its covariance where there is one
         self._scatter = RunningScatter() if turned and scatter != "none" else None
-        self._covariance = None if token_weight is None else RunningCovariance(token_weight)
+        self._covariance = None if token_weight is None else RunningCovariance(token_weight, host)
         self._taylor, self._mean = Sums(), Sums()
         self._held: list[Tensor] = []
         self._pairs: Tensor | None = None
@@ -232,10 +235,12 @@ def observe(
     token_weight: float | None,
     seed: int = 0,
     dense_outputs: DenseOutputs | None = None,
+    host: bool = False,
 ) -> tuple[dict[str, SiteObserver], int]:
     """The pass of `collect`: site name -> what its observer has added up, and the number of images.
 
-    Results need several times the memory of the sums: whoever can uses up one site after the other.
+    With `host` the sums of covariances are on the CPU. Results need several times the memory of the sums: whoever can
+    uses up one site after the other.
     """
     if objective not in OBJECTIVES:
         raise StrataViTError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
@@ -246,7 +251,7 @@ def observe(
         raise StrataViTError(f"objective {objective!r} needs a head, but the model has none; use 'feature' or 'auto'")
     score = CalibrationObjective("feature" if headless else objective, token_weight is not None, seed, headless)
     sites = {name: site for name, site in sites_in(model).items() if site.width and not site.bypassed}
-    observers = {name: SiteObserver(site, scatter, token_weight) for name, site in sites.items()}
+    observers = {name: SiteObserver(site, scatter, token_weight, host) for name, site in sites.items()}
     watching = temporarily("observer", {site: observers[name] for name, site in sites.items()})
     with watching, eval_mode(model), frozen(model), full_products():
         images_seen = _run(model, track(loader, description), score, observers.values(), dense_outputs)
