@@ -20,7 +20,7 @@ def state(net):
     for name, module in net.elastic.items():
         pairs = ((module.channel_mean, module.moments), *module.crossed)
         for number, (mean, moments) in enumerate(pairs):
-            found |= {f"{name}.mean{number}": mean, f"{name}.factor{number}": moments.factor}
+            found |= {f"{name}.mean{number}": mean, f"{name}.factor{number}": moments.to("cpu").factor}
     return found
 
 
@@ -58,7 +58,7 @@ def test_bytes_are_counted_exactly(share, flush, monkeypatch):
     assert max(len(one._flat) for one in products) * 4 == counted.product
     net = SuperNet(make_model("plain")).contract(BATCHES, token_weight=share)
     kept = [m for site in net.elastic.values() for m in (site.moments, *(moments for _, moments in site.crossed))]
-    assert sum(moments.factor.nbytes for moments in kept) == counted.kept
+    assert sum(moments.nbytes for moments in kept) == counted.kept
 
 
 def test_auto_goes_to_the_host_where_the_device_is_small(source, monkeypatch):
@@ -75,15 +75,15 @@ def test_auto_goes_to_the_host_where_the_device_is_small(source, monkeypatch):
 
 
 def test_a_vit_g_fits_a_card_of_24_gb_with_its_sums_on_the_host():
-    """Counted on the meta device: sums and moments do not fit there next to the weights, one product does."""
+    """Counted on the meta device: sums and moments take more than half of the card, one product hardly anything."""
     with torch.device("meta"):
         model = VisionTransformer(embed_dim=1408, depth=40, num_heads=16, mlp_ratio=48 / 11)
     sites, _ = elastic_sites(model)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     found = sums_place.count_bytes(sites.values(), 0.5)
     assert len(sites) == 80
-    assert weights + found.peak > 22e9
-    assert weights + found.product < 5e9
+    assert found.peak > 0.5 * (24e9 - weights)  # so that `auto` takes the host
+    assert weights + found.product < 0.2 * 24e9
 
 
 def test_a_wrong_place_is_one_clear_sentence(source):

@@ -12,6 +12,7 @@ from torch import nn
 from stratavit.calibration.accumulators import FLUSH, GramSum
 from stratavit.choices import SumsPlace as SumsPlace
 from stratavit.elastic.base import ElasticSite
+from stratavit.elastic.compensation import PackedMoments
 from stratavit.elastic.network import sites_in
 from stratavit.errors import StrataViTError, described
 from stratavit.utils.model import model_device
@@ -58,7 +59,7 @@ def count_bytes(sites: Iterable[ElasticSite], token_weight: float, flushed: bool
         products.append(GramSum.size(n) * each)
         both = FOLDS * (1 + (token_weight > 0)) * GramSum.size(n)
         sums.append(both * (each + 8 * flushed))
-        kept.append((1 + FOLDS) * n * n * 4)
+        kept.append((n * n + FOLDS * PackedMoments.size(n)) * 4)
     return SumsBytes(sum(sums), sum(kept), max(products), sum(map(max, sums, kept)))
 
 
