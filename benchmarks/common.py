@@ -158,7 +158,7 @@ def as_if_contracted(model: nn.Module, crossed: bool = False) -> stratavit.Super
             factor = torch.eye(n) + 0.01 * torch.randn(n, n).tril()
             made.append((torch.zeros(module.heads, module.full_width), Moments(factor, 1e-3, 1.0)))
         (module.channel_mean, module.moments), *folds = made
-        module.crossed = tuple(folds)
+        module.crossed = tuple((mean, moments.packed()) for mean, moments in folds)
     return net
 
 

@@ -25,3 +25,4 @@ Objective = Literal["auto", "label", "cross_entropy", "prediction", "sampled", "
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 Precision = Literal["float32", "float16", "bfloat16"]
 Runtime = Literal["eager", "compiled", "onnx"]
+SumsPlace = Literal["auto", "device", "host"]  # where sums of covariances are kept while images run

@@ -19,6 +19,7 @@ from stratavit.budgets.prices import priced
 from stratavit.calibration.contraction import TOKEN_WEIGHT, Method, known_method, resolve_method, sort_channels
 from stratavit.calibration.dense_outputs import DenseOutputs, outputs_of
 from stratavit.calibration.objectives import Measure, Objective
+from stratavit.calibration.sums_place import SumsPlace
 from stratavit.calibration.wpac import Criterion
 from stratavit.data.pixels import Seen
 from stratavit.dropout_list import build, floors, joint, strata
@@ -188,6 +189,7 @@ class SuperNet(nn.Module):
         objective: Objective = "auto",
         seed: int = 0,
         token_weight: float = TOKEN_WEIGHT,
+        memory: SumsPlace = "auto",
     ) -> Self:
         """Sorts the knowledge inside every module, in place, without changing the function, in one pass over images.
 
@@ -200,6 +202,8 @@ class SuperNet(nn.Module):
             objective: What is differentiated, see `statistics.collect`; ``auto`` suits the method and the labels.
             seed: For ``random`` and for the objective ``sampled``.
             token_weight: ``default``: share of a token's weight that follows the gradient norm at the module's output.
+            memory: ``default``: sum covariances on the ``device``, or batch by batch on the ``host`` (CPU), which then
+                keeps the moments until they are used. ``auto``: on the host if half of the free memory is too little.
 
         Returns:
             self.
@@ -209,7 +213,7 @@ class SuperNet(nn.Module):
         """
         method, criterion = resolve_method(method, criterion)
         with in_float32(self.model), self.at():
-            facts, known = sort_channels(self.model, loader, criterion, objective, seed, token_weight)
+            facts, known = sort_channels(self.model, loader, criterion, objective, seed, token_weight, memory)
         if known is not None:
             known.seal(self.model)  # contraction keeps the function
         self._dense_outputs, self._seen = known, None if known is None else known.seen

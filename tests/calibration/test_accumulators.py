@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stratavit.calibration import accumulators
@@ -141,3 +141,29 @@ def test_what_is_not_finite_is_noticed(what):
     x[1, 3, 2] = torch.nan if what == "nan" else 1e30
     running.update(x[1], torch.ones(6), fold=1)
     assert not running.is_finite()
+
+
+@given(sizes=SIZES, n=st.integers(1, 300), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_streamed_sums_are_those_of_sums_in_place(sizes, n, seed):
+    """Products made apart and then added: within the bound of float32, and of the same sums in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(sum(sizes), n, generator=generator)
+    found = []
+    for streamed in (False, True):
+        products = GramSum(n, torch.zeros(GramSum.size(n)), streamed)
+        for part in x.split(sizes):
+            products.add(part)
+        found.append(mirrored(products, n))
+    exact, magnitude = x.double().T @ x.double(), x.double().abs().T @ x.double().abs()
+    for one in found:
+        assert bool(((one - exact).abs() <= (max(sizes) + len(sizes)) * 2**-24 * magnitude).all())
+
+
+def test_streamed_sums_are_moved_to_float64_like_others(monkeypatch):
+    monkeypatch.setattr(accumulators, "FLUSH", 2)
+    x = torch.randn(5, 9, 301, dtype=torch.float64)
+    products = GramSum(301, x.new_zeros(GramSum.size(301)), streamed=True)
+    for part in x:
+        products.add(part)
+    torch.testing.assert_close(mirrored(products, 301), (x.mT @ x).sum(dim=0), rtol=1e-12, atol=1e-12)

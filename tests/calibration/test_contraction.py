@@ -99,7 +99,7 @@ def test_layer_scale_counts_as_part_of_the_map_out():
 
 
 def moments_in(module):
-    return [module.moments, *(moments for _, moments in module.crossed)]
+    return [module.moments, *(moments.to("cpu") for _, moments in module.crossed)]
 
 
 @pytest.mark.parametrize("limit", [1, 30_000])

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import make_batches, make_images, make_model, tensors_of
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from stratavit import StrataViTError, SuperNet
@@ -164,6 +166,24 @@ def test_order_and_batch_size_change_rounding_only(family, token_weight, objecti
     options = {"objective": objective, "token_weight": token_weight}
     shuffled = run(model, list(zip(images, labels, strict=True)), **options)
     assert_same(shuffled, run(model, batches, **options), tolerance)
+
+
+@pytest.mark.parametrize("token_weight", [None, 0.5])
+def test_how_many_images_run_at_a_time_changes_rounding_only(family, token_weight, monkeypatch):
+    """All of a batch, or two at a time, over the border of the folds, too."""
+    source, loader = make_model(family, dtype=torch.float64), [joined(make_batches(dtype=torch.float64))]
+    expected = run(source, loader, token_weight=token_weight)
+    monkeypatch.setattr(statistics, "HOST_NUMBERS", 1)
+    assert_same(run(source, loader, token_weight=token_weight), expected, 1e-9 if token_weight else 1e-6)
+
+
+@given(images=st.integers(1, 40), numbers=st.integers(1, 300))
+def test_every_image_of_a_batch_runs_once(images, numbers):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "HOST_NUMBERS", numbers)
+        runs = statistics._runs(torch.zeros(images, 3, 4))
+    assert [number for some in runs for number in range(images)[some]] == list(range(images))
+    assert max(some.stop - some.start for some in runs) <= max(statistics.LEAST_IMAGES, numbers // 12)
 
 
 @pytest.mark.parametrize("token_weight", [None, 0.5])

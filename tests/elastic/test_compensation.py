@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stratavit import SuperNet, evaluate
-from stratavit.elastic.compensation import LARGEST_RATIO, cholesky, compensate, factorise, project
+from stratavit.elastic.compensation import LARGEST_RATIO, PackedMoments, cholesky, compensate, factorise, project
 
 IMAGES = make_images(2, seed=9)
 CALIBRATION = torch.cat([images for images, _ in make_batches()])
@@ -315,3 +315,14 @@ def test_a_covariance_that_rounding_left_indefinite_is_regularised_until_it_can_
     assert added > 1e-2
     torch.testing.assert_close(factor @ factor.T, covariance + added * torch.eye(4, dtype=torch.float64))
     assert cholesky(covariance.abs())[1] == pytest.approx(1e-3 * float(covariance.abs().trace()) / 4)
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 100])
+def test_packed_moments_are_the_same(n):
+    x, weight = problem(1, n)
+    moments = moments_of(x, weight)[2]
+    packed = moments.packed()
+    assert packed.nbytes == 4 * PackedMoments.size(n) <= moments.nbytes * (0.5625 + 4 / n)
+    found = packed.to(moments.factor.device)
+    assert torch.equal(found.factor, moments.factor)
+    assert (found.ridge, found.energy) == (moments.ridge, moments.energy)

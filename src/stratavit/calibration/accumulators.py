@@ -75,6 +75,11 @@ class RunningScatter:
         return (scatter + scatter.transpose(1, 2)) / 2
 
 
+def _elsewhere(x: Tensor) -> bool:
+    """Whether it is not on the CPU."""
+    return x.device.type != "cpu"
+
+
 def _block_rows(n: int) -> list[tuple[int, int]]:
     size = n if n < SMALL else max(SMALL // 2, -(-n // BLOCKS))
     return [(start, min(start + size, n)) for start in range(0, n, size)]
@@ -89,12 +94,12 @@ class GramSum:
     Args:
         n: Number of channels.
         flat: Zeros, of `size(n)` numbers, in which the sum is kept.
+        streamed: The product of a batch is made where its tokens are, and then added where `flat` is.
     """
 
-    def __init__(self, n: int, flat: Tensor) -> None:
+    def __init__(self, n: int, flat: Tensor, streamed: bool = False) -> None:
         self.ends = _block_rows(n)
-        parts = flat.split([(stop - start) * stop for start, stop in self.ends])
-        self._rows = [part.view(-1, stop) for part, (_, stop) in zip(parts, self.ends, strict=True)]
+        self._flat, self._streamed = flat, streamed
         self._wide: list[Tensor] = []
         self._added = 0
 
@@ -107,20 +112,33 @@ class GramSum:
         """Adds tokens ``[T, n]``."""
         if self._added == FLUSH:
             self._flush()
-        for (start, stop), row in zip(self.ends, self._rows, strict=True):
+        product = x.new_zeros(self._flat.shape) if self._streamed else self._flat
+        for (start, stop), row in zip(self.ends, self._rows_of(product), strict=True):
             row.addmm_(x[:, start:stop].T, x[:, :stop])
+        if self._streamed:
+            self._flat += product.to(self._flat.device)
         self._added += 1
 
+    def _rows_of(self, flat: Tensor) -> list[Tensor]:
+        """The block rows, views of all their numbers."""
+        parts = flat.split([(stop - start) * stop for start, stop in self.ends])
+        return [part.view(-1, stop) for part, (_, stop) in zip(parts, self.ends, strict=True)]
+
     def _flush(self) -> None:
-        rows = [wide(row) for row in self._rows]
+        rows = [wide(row) for row in self._rows_of(self._flat)]
         self._wide = [a.add_(b) for a, b in zip(self._wide, rows, strict=True)] if self._wide else rows
-        self._rows, self._added = [torch.zeros_like(row) for row in self._rows], 0
+        self._flat, self._added = torch.zeros_like(self._flat), 0
+
+    @property
+    def _sums(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Block rows of what was added since the last flush, and of what was added before."""
+        return self._rows_of(self._flat), self._wide
 
     def add_to(self, total: Tensor, factor: Tensor) -> None:
         """Adds `factor` times the sum to `total` ``[n, n]`` float64, its lower block triangle only."""
-        for part in (self._rows, self._wide):
+        for part in self._sums:
             for (start, stop), row in zip(self.ends, part, strict=False):
-                total[start:stop, :stop].addcmul_(wide(row), factor)
+                total[start:stop, :stop].addcmul_(wide(row.to(total.device)), factor)
 
     def mirror(self, total: Tensor) -> None:
         """Copies the lower block triangle of ``[n, n]`` to the upper one."""
@@ -130,7 +148,7 @@ class GramSum:
     def inner(self, other: Tensor) -> Tensor:
         """Sum of the products of all its entries with those of a symmetric ``[n, n]`` float64."""
         total = other.new_zeros(())
-        for part in (self._rows, self._wide):
+        for part in self._sums:
             for (start, stop), row in zip(self.ends, part, strict=False):
                 products = wide(row) * other[start:stop, :stop]
                 total += 2 * products.sum() - products[:, start:].sum()
@@ -138,7 +156,7 @@ class GramSum:
 
     def is_finite(self) -> Tensor:
         """Whether all of it is, one boolean on the device."""
-        return torch.stack([row.isfinite().all() for row in (*self._rows, *self._wide)]).all()
+        return torch.stack([row.isfinite().all() for part in self._sums for row in part]).all()
 
 
 class RunningCovariance:
@@ -150,10 +168,11 @@ class RunningCovariance:
 
     Args:
         share: Share of the weighted part, 0 to 1; at 0 no weights are needed.
+        host: The sums of products are kept on the CPU, wherever the tokens are.
     """
 
-    def __init__(self, share: float) -> None:
-        self.share = share
+    def __init__(self, share: float, host: bool = False) -> None:
+        self.share, self.host = share, host
         self._shift: Tensor | None = None  # [n]
         self._sums: dict[tuple[int, bool], tuple[Sums, GramSum]] = {}  # (fold, weighted) -> of w and w x; of w x x^T
 
@@ -169,8 +188,10 @@ class RunningCovariance:
 
     def _add(self, part: tuple[int, bool], x: Tensor, *sums: Tensor) -> None:
         if part not in self._sums:  # both sums of a fold lie together: what is large is given back when it is freed
-            for weighted, flat in enumerate(x.new_zeros(1 + (self.share > 0), GramSum.size(x.shape[1]))):
-                self._sums[part[0], bool(weighted)] = Sums(), GramSum(x.shape[1], flat)
+            shape = (1 + (self.share > 0), GramSum.size(x.shape[1]))
+            zeros, streamed = x.new_zeros(shape, device="cpu" if self.host else None), self.host and _elsewhere(x)
+            for weighted, flat in enumerate(zeros):
+                self._sums[part[0], bool(weighted)] = Sums(), GramSum(x.shape[1], flat, streamed)
         self._sums[part][0].add(len(x), *sums)
         self._sums[part][1].add(x)
 

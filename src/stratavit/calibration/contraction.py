@@ -14,6 +14,7 @@ from stratavit.calibration.elimination import elimination_order
 from stratavit.calibration.objectives import Objective
 from stratavit.calibration.output_aware import output_axes
 from stratavit.calibration.statistics import SiteObserver, SiteStatistics, observe
+from stratavit.calibration.sums_place import SumsPlace, known_place, on_host
 from stratavit.calibration.wpac import (
     CRITERIA,
     Criterion,
@@ -29,6 +30,7 @@ from stratavit.elastic.rotary import ElasticRotary, order_of_pairs
 from stratavit.errors import StrataViTError, described
 from stratavit.models.families import layer_scale
 from stratavit.utils.freed_memory import give_back
+from stratavit.utils.model import full_products
 from stratavit.utils.progress import track
 
 Method = Literal["default", "paper"]
@@ -59,7 +61,13 @@ def resolve_method(method: Method | None, criterion: Criterion | None) -> tuple[
 
 
 def sort_channels(
-    model: nn.Module, loader: Iterable[Any], criterion: Criterion, objective: Objective, seed: int, token_weight: float
+    model: nn.Module,
+    loader: Iterable[Any],
+    criterion: Criterion,
+    objective: Objective,
+    seed: int,
+    token_weight: float,
+    memory: SumsPlace = "auto",
 ) -> tuple[dict[str, Any], DenseOutputs | None]:
     """Sorts the channels of every site in place, from one pass over the calibration images.
 
@@ -68,6 +76,7 @@ def sort_channels(
         criterion: What channels are sorted by.
         seed: For ``random`` and for the objective ``sampled``.
         token_weight: For ``output``: share of a token's weight that follows the gradient norm at the module's output.
+        memory: For ``output``: where the sums of covariances are kept, see `sums_place.on_host`.
 
     Returns:
         Facts for the provenance; with ``output`` the dense model's outputs, which the pass computes anyway.
@@ -75,6 +84,7 @@ def sort_channels(
     Raises:
         StrataViTError: Bad images, labels or options.
     """
+    known_place(memory)
     if not 0 <= token_weight <= 1:
         raise StrataViTError(f"token_weight: expected a share from 0 to 1, got {token_weight!r}")
     if any(module.delta is not None for module in sites_in(model).values()):
@@ -84,10 +94,12 @@ def sort_channels(
     share = token_weight if criterion == "output" else None
     dense_outputs = None if share is None else DenseOutputs()
     asked = (objective, scatter_needed(criterion), "contract", share, seed, dense_outputs)
-    observers, images = observe(model, loader, *asked)
+    host = share is not None and on_host(model, loader, memory, share)
+    observers, images = observe(model, loader, *asked, host=host)
     give_back()  # what the activations took
     sort_sites(model, observers, criterion, seed)
     facts = {"criterion": criterion, "objective": objective, "images": images, "seed": seed, "token_weight": share}
+    facts |= {"sums_on_host": host} if host else {}
     return facts, dense_outputs
 
 
@@ -104,6 +116,8 @@ def sort_sites(model: nn.Module, observers: dict[str, SiteObserver], criterion: 
     for names in track(_alike(sites) if criterion == "output" else [[name] for name in sites], "sort channels"):
         chosen, watched = [sites[name] for name in names], [observers.pop(name) for name in names]
         _sort_alike(chosen, watched, criterion, [layer_scale(model, name) for name in names], generator)
+        del watched
+        give_back()  # their sums
 
 
 def _alike(sites: Mapping[str, ElasticSite]) -> list[list[str]]:
@@ -137,22 +151,21 @@ def _sort_alike(
         scales: Their LayerScale.
         generator: For ``random``.
     """
-    found = [observer.result() for observer in observers]
     coordinates: list[AttentionTransform | Tensor]
     if criterion == "output":
-        coordinates = _output_coordinates(modules, found, scales)
+        coordinates = _output_coordinates(modules, observers, scales)
     else:
         choose = attention_transform if modules[0].attention else mlp_order
-        coordinates = [choose(found[0], criterion, modules[0].norms(), generator)]
+        coordinates = [choose(observers[0].result(), criterion, modules[0].norms(), generator)]
+    give_back()  # what is left of the table
     for module, observer, new in zip(modules, observers, coordinates, strict=True):
-        _sort_site(module, found.pop(0), observer, new)
+        _sort_site(module, observer, new)
 
 
-def _sort_site(
-    module: ElasticSite, found: SiteStatistics, observer: SiteObserver, new: AttentionTransform | Tensor
-) -> None:
+def _sort_site(module: ElasticSite, observer: SiteObserver, new: AttentionTransform | Tensor) -> None:
     """Folds an attention module's transform, or the order ``[m]`` of an MLP's channels, into the weights."""
     module.forget()
+    found = observer.result()  # once more: cheap to make, and too large to be kept while coordinates are chosen
     products = _map_products(module) if found.covariance is not None else None
     if isinstance(new, AttentionTransform):
         module.fold(new)
@@ -168,36 +181,38 @@ def _sort_site(
         return
     energy, covariance = float(products.inner(covariance)), _moved_covariance(new, covariance)
     del found  # one covariance at a time
-    module.moments = _moments(module, covariance, energy)
+    home = torch.device("cpu") if observer.host else module.out.weight.device
+    module.moments = _moments(module, covariance, energy).to(home)
     crossed = []
     for its_mean, covariance in observer.crossed():
         energy, covariance = float(products.inner(covariance)), _moved_covariance(new, covariance)
-        crossed.append((_moved_mean(new, its_mean).to(module.out.weight), _moments(module, covariance, energy)))
+        its_mean, moments = _moved_mean(new, its_mean).to(module.out.weight), _moments(module, covariance, energy)
+        crossed.append((its_mean, moments.to(home).packed()))
     module.crossed = tuple(crossed)
 
 
 def _map_products(module: ElasticSite) -> GramSum:
     """``W^T W`` of the map out of the channels, whose product with a covariance is the output's variance."""
-    weight = wide(module.out.weight.detach())
+    weight = module.out.weight.detach()
     products = GramSum(weight.shape[1], weight.new_zeros(GramSum.size(weight.shape[1])))
-    products.add(weight)
+    with full_products():
+        products.add(weight)
     return products
 
 
 def _output_coordinates(
-    modules: Sequence[ElasticSite], found: Sequence[SiteStatistics], scales: Sequence[Tensor | None]
+    modules: Sequence[ElasticSite], observers: Sequence[SiteObserver], scales: Sequence[Tensor | None]
 ) -> list[AttentionTransform | Tensor]:
     """What the criterion ``output`` chooses for sites of one shape."""
     weight = torch.stack([wide(module.out_by_head().detach()) for module in modules])  # [S, C, H, d]
     for own, scale in zip(weight, scales, strict=True):
         if scale is not None:
             own *= wide(scale.detach())[:, None, None]
-    covariances = [one.covariance for one in found if one.covariance is not None]
     if not modules[0].attention:
-        return list(elimination_order(weight.flatten(2), covariances))
-    blocks = torch.stack([_own_blocks(covariance, weight.shape[2]) for covariance in covariances])  # [S, H, d, d]
-    values = output_axes(weight.transpose(1, 2), blocks)
-    scatters = [one.scatter.sum(dim=0) for one in found if one.scatter is not None]
+        return list(elimination_order(weight.flatten(2), (observer.covariance() for observer in observers)))
+    blocks = [_own_blocks(observer.covariance(), weight.shape[2]).clone() for observer in observers]  # [H, d, d]
+    values = output_axes(weight.transpose(1, 2), torch.stack(blocks))
+    scatters = [found.sum(dim=0) for found in map(SiteObserver.scatter, observers) if found is not None]
     turns = principal_axes(torch.stack(scatters)).mT if scatters else [None] * len(modules)  # [S, H, d, d]
     return [AttentionTransform(qk, qk, v, o) for qk, v, o in zip(turns, *values, strict=True)]
 
@@ -215,7 +230,7 @@ def _moved_mean(new: Tensor, mean: Tensor) -> Tensor:
 def _moved_covariance(new: Tensor, covariance: Tensor) -> Tensor:
     """Covariance ``[H*d, H*d]`` or ``[m, m]`` after the same."""
     if new.dim() == 1:
-        return covariance.index_select(0, new).index_select(1, new)
+        return covariance[new[:, None], new]
     shape, turn = new.shape[:2], new.to(covariance)
     blocks = covariance.unflatten(0, shape).unflatten(2, shape)  # [H, d, H, d]
     return torch.einsum("hij,hjgk,glk->higl", turn, blocks, turn).flatten(2).flatten(0, 1)
@@ -225,14 +240,14 @@ def moments_of(module: ElasticSite, found: SiteStatistics) -> tuple[Tensor, Mome
     """Mean ``[H, d]`` and moments of a site's channels in their coordinates, from statistics with a covariance."""
     assert found.covariance is not None
     energy = float(_map_products(module).inner(found.covariance))
-    return found.channel_mean, _moments(module, found.covariance, energy)
+    return found.channel_mean, _moments(module, found.covariance, energy).to(module.out.weight.device)
 
 
 def _moments(module: ElasticSite, covariance: Tensor, energy: float) -> Moments:
     """Moments, coordinate-major, of channels whose covariance ``[H*d, H*d]`` is head-major."""
     shape = (module.heads, -1)
     blocks = covariance.unflatten(0, shape).unflatten(2, shape).permute(1, 0, 3, 2)  # [d, H, d, H]
-    return factorise(blocks.flatten(2).flatten(0, 1), energy).to(module.out.weight.device)
+    return factorise(blocks.flatten(2).flatten(0, 1), energy)
 
 
 def set_mean(module: ElasticSite, mean: Tensor) -> None:

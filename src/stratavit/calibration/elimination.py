@@ -6,7 +6,7 @@ device while it runs. Shape legend: S sites, C outputs, m hidden channels, n of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ TINY = torch.finfo(torch.float64).tiny
 
 
 def elimination_order(
-    weight: Tensor, covariance: Sequence[Tensor] | Tensor, block: int = BLOCK, candidates: int = CANDIDATES
+    weight: Tensor, covariance: Iterable[Tensor], block: int = BLOCK, candidates: int = CANDIDATES
 ) -> Tensor:
     """Hidden channels by greedy backward elimination, most important first, ``[S, m]``.
 
@@ -31,15 +31,16 @@ def elimination_order(
 
     Args:
         weight: ``fc2`` of each site, ``[S, C, m]``, scaled by LayerScale if there is one.
-        covariance: Of the post-activations, ``[m, m]`` of each site.
+        covariance: Of the post-activations, ``[m, m]`` of each site; of a generator only one is there at a time.
         block: Channels that leave between two updates.
         candidates: Number of candidates, in blocks.
     """
     sites, outputs, left = weight.shape
-    table = covariance[0].new_empty(sites, left, outputs + left, dtype=torch.float64)  # [S, m, C + m]: W^T next to P
+    table = weight.new_empty(sites, left, outputs + left, dtype=torch.float64)  # [S, m, C + m]: W^T next to P
     table[:, :, :outputs] = weight.mT
-    for own, found in zip(table, covariance, strict=True):
-        own[:, outputs:] = torch.cholesky_inverse(cholesky(found)[0])
+    found = iter(covariance)
+    for own in table:
+        own[:, outputs:] = torch.cholesky_inverse(cholesky(next(found))[0])
     channels = torch.arange(left, device=table.device).repeat(sites, 1)  # [S, m]: in the order of the table's rows
     leaving: list[Tensor] = []
     while left:

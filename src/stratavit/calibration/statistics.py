@@ -21,6 +21,7 @@ from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.network import sites_in
 from stratavit.errors import StrataViTError
 from stratavit.models.families import stages
+from stratavit.utils.freed_memory import give_back
 from stratavit.utils.model import (
     classes_of,
     eval_mode,
@@ -34,6 +35,8 @@ from stratavit.utils.model import (
 from stratavit.utils.progress import track
 
 Scatter = Literal["weighted", "plain", "none"]
+LEAST_IMAGES = 2  # that run at a time
+HOST_NUMBERS, DEVICE_NUMBERS = 2**19, 2**22  # in the tokens of those that run at a time: 3 images of a ViT-B, or 27
 
 
 @dataclass
@@ -72,18 +75,21 @@ class SiteObserver:
         scatter: Weighting of the q, k, v scatter.
         token_weight: Gather covariances, this share of every token's weight in proportion to the gradient norm at the
             module's output; None: gather Taylor terms instead.
+        host: Keep the sums of covariances on the CPU.
 
     Attributes:
         sizes: Images of fold 0 and of fold 1 in the batch that runs, in this order; windows of an image lie one after
             the other.
     """
 
-    def __init__(self, site: ElasticSite, scatter: Scatter, token_weight: float | None = None) -> None:
-        self.heads, self.attention = site.heads, site.attention
+    def __init__(
+        self, site: ElasticSite, scatter: Scatter, token_weight: float | None = None, host: bool = False
+    ) -> None:
+        self.heads, self.attention, self.host = site.heads, site.attention, host
         self.weighted, self.sizes = scatter == "weighted", (1, 0)
         turned = site.tied or (site.attention and token_weight is None)  # v turns by its covariance where there is one
         self._scatter = RunningScatter() if turned and scatter != "none" else None
-        self._covariance = None if token_weight is None else RunningCovariance(token_weight)
+        self._covariance = None if token_weight is None else RunningCovariance(token_weight, host)
         self._taylor, self._mean = Sums(), Sums()
         self._held: list[Tensor] = []
         self._pairs: Tensor | None = None
@@ -152,9 +158,17 @@ class SiteObserver:
             if len(own):
                 self._covariance.update(own.flatten(0, 1), its_weight.flatten(), fold)
 
+    def scatter(self) -> Tensor | None:
+        """`SiteStatistics.scatter`."""
+        return None if self._scatter is None else self._scatter.scatter.unflatten(0, (-1, self.heads))
+
+    def covariance(self) -> Tensor:
+        """`SiteStatistics.covariance`, where one was asked for."""
+        return self._moments((0, 1))[1]
+
     def result(self) -> SiteStatistics:
         """The moments over everything seen, but for those of the folds."""
-        scatter = None if self._scatter is None else self._scatter.scatter.unflatten(0, (-1, self.heads))
+        scatter = self.scatter()
         if self._covariance is None:
             (taylor, hessian), (mean,) = self._taylor.means, self._mean.means
             return SiteStatistics(taylor, hessian, mean, scatter, pairs=self._pairs)
@@ -232,10 +246,12 @@ def observe(
     token_weight: float | None,
     seed: int = 0,
     dense_outputs: DenseOutputs | None = None,
+    host: bool = False,
 ) -> tuple[dict[str, SiteObserver], int]:
     """The pass of `collect`: site name -> what its observer has added up, and the number of images.
 
-    Results need several times the memory of the sums: whoever can uses up one site after the other.
+    With `host` the sums of covariances are on the CPU. Results need several times the memory of the sums: whoever can
+    uses up one site after the other.
     """
     if objective not in OBJECTIVES:
         raise StrataViTError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
@@ -246,7 +262,7 @@ def observe(
         raise StrataViTError(f"objective {objective!r} needs a head, but the model has none; use 'feature' or 'auto'")
     score = CalibrationObjective("feature" if headless else objective, token_weight is not None, seed, headless)
     sites = {name: site for name, site in sites_in(model).items() if site.width and not site.bypassed}
-    observers = {name: SiteObserver(site, scatter, token_weight) for name, site in sites.items()}
+    observers = {name: SiteObserver(site, scatter, token_weight, host) for name, site in sites.items()}
     watching = temporarily("observer", {site: observers[name] for name, site in sites.items()})
     with watching, eval_mode(model), frozen(model), full_products():
         images_seen = _run(model, track(loader, description), score, observers.values(), dense_outputs)
@@ -272,19 +288,32 @@ def _run(
     for images, labels in batches_of(loader, model):
         keys = keys_of(images)
         images, labels, keys, sizes = by_fold(images, labels, keys)
-        for observer in observers:
-            observer.sizes = sizes
         with torch.no_grad():
             tokens = parts.stem(images.to(device, dtype))
-        tokens.requires_grad_(True)
-        with torch.enable_grad():
-            left = parts.through(tokens)
-            torch.autograd.grad(score(parts, left, labels, keys), tokens)
-        if dense_outputs is not None:
-            with torch.no_grad():
-                dense_outputs.add(keys, parts.tail(left), parts.pool(left))
+        for some in _runs(tokens):
+            first = min(max(sizes[0] - some.start, 0), some.stop - some.start)  # of fold 0
+            for observer in observers:
+                observer.sizes = first, some.stop - some.start - first
+            into = tokens[some].requires_grad_(True)
+            with torch.enable_grad():
+                left = parts.through(into)
+                own = None if labels is None else labels[some]
+                torch.autograd.grad(score(parts, left, own, keys[some]), into)
+            if dense_outputs is not None:
+                with torch.no_grad():
+                    dense_outputs.add(keys[some], parts.tail(left), parts.pool(left))
+            del into, left
+            give_back()
         images_seen += len(images)
     return images_seen
+
+
+def _runs(tokens: Tensor) -> list[slice]:
+    """Images of a batch ``[B, ...]`` that run at a time: few enough that activations do not outgrow the sums."""
+    numbers = HOST_NUMBERS if tokens.device.type == "cpu" else DEVICE_NUMBERS
+    most = max(LEAST_IMAGES, numbers * len(tokens) // tokens.numel())
+    size = -(-len(tokens) // -(-len(tokens) // most))  # about the same for all
+    return [slice(start, min(start + size, len(tokens))) for start in range(0, len(tokens), size)]
 
 
 def by_fold(

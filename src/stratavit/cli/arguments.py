@@ -15,6 +15,7 @@ from stratavit.choices import (
     Axes,
     Precision,
     Runtime,
+    SumsPlace,
 )
 from stratavit.cli import options
 from stratavit.cli.options import positive
@@ -47,6 +48,11 @@ def convert_options(command: ArgumentParser) -> None:
     add("--no-moments", action="store_true", help=text)
     text = "quantity to differentiate; sampled, prediction and feature need no labels (default: %(default)s)"
     add("--objective", choices=OBJECTIVES, default="auto", help=text)
+    text = (
+        "where covariances are summed: on the device, or on the host (CPU) batch by batch, for models that a GPU holds "
+        "only without them; auto: on the host if half of the free GPU memory is too little (default: %(default)s)"
+    )
+    add("--memory", choices=get_args(SumsPlace), default="auto", help=text)
     text = "cost by which a unit's importance is divided (default: %(default)s)"
     add("--price", choices=("macs", "latency"), default="macs", help=text)
     text = "both: make a second list that merges similar tokens, too (default: %(default)s)"

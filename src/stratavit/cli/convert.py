@@ -22,6 +22,7 @@ def convert(args: Namespace) -> Outcome:
         method=args.method,
         criterion=args.criterion,
         objective=args.objective,
+        memory=args.memory,
         axes=args.axes,
         price=args.price,
         ignore=args.ignore,

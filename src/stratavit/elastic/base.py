@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stratavit.elastic.compensation import GAIN, Moments, compensate, project
+from stratavit.elastic.compensation import GAIN, Moments, PackedMoments, compensate, project
 from stratavit.elastic.corrected import Corrected, stale
 from stratavit.elastic.delta import Delta, Weights, added
 from stratavit.elastic.projected import Projected, can_be_kept, extended
@@ -100,7 +100,7 @@ class ElasticSite(nn.Module):
         moments: Second moments of the same channels, coordinate-major (coordinate, then head), so that a
             cut is a prefix of all heads at once.
         delta: What recovery of all sizes has learned; added to the weights the more, the narrower the module is.
-        crossed: `channel_mean` and `moments` without the images of fold 0, and without those of fold 1; after
+        crossed: `channel_mean` and packed `moments` without the images of fold 0, and without those of fold 1; after
             calibration, for the list. Not saved.
         corrected: Width -> what `specialise` computed. Not saved.
         projected: What all compensated widths share, once one was computed; see `projected`. Not saved.
@@ -124,7 +124,7 @@ class ElasticSite(nn.Module):
         self.gain = GAIN
         self.moments: Moments | None = None
         self.delta: Delta | None = None
-        self.crossed: tuple[tuple[Tensor, Moments], ...] = ()
+        self.crossed: tuple[tuple[Tensor, PackedMoments], ...] = ()
         self.probe: Probe | None = None
         self.corrected: dict[int, Corrected] = {}
         self.projected: Projected | None = None

@@ -50,11 +50,12 @@ def size_of(tensors: Iterable[Tensor]) -> int:
 def memory_of(net: Any) -> Memory:
     """What a `SuperNet` holds, by kind."""
     sites: list[ElasticSite] = list(net.elastic.values())
-    known = [(site.channel_mean, site.moments) for site in sites] + [pair for site in sites for pair in site.crossed]
+    own = [(site.channel_mean, site.moments) for site in sites]
+    known = [*own, *(pair for site in sites for pair in site.crossed)]
     return Memory(
         weights=size_of(net.state_dict().values()),
         means=size_of(mean for mean, _ in known) + (0 if net.final_mean is None else net.final_mean.vectors.nbytes),
-        moments=size_of(moments.factor for _, moments in known if moments is not None),
+        moments=sum(moments.nbytes for _, moments in known if moments is not None),
         corrected=size_of(t for site in sites for one in site.corrected.values() for t in one.pair),
         deltas=size_of(t for site in sites if site.delta is not None for t in site.delta.parts() if t is not None),
         projected=size_of(t for site in sites if site.projected is not None for t in site.projected.tensors),

@@ -18,8 +18,9 @@ from stratavit.artifacts.model_loading import model_at
 from stratavit.budgets.constraints import BudgetArgs, check_budgets
 from stratavit.calibration.contraction import Method, resolve_method
 from stratavit.calibration.objectives import OBJECTIVES, Objective
+from stratavit.calibration.sums_place import known_place
 from stratavit.calibration.wpac import Criterion
-from stratavit.choices import ListAxes
+from stratavit.choices import ListAxes, SumsPlace
 from stratavit.data.class_names import all_named, class_names_of, full_names, set_class_names
 from stratavit.data.image_files import class_folders
 from stratavit.data.image_folder import ImageLoader, image_loader
@@ -50,6 +51,7 @@ class Options:
     method: Method | None = None
     criterion: Criterion | None = None
     objective: Objective = "auto"
+    memory: SumsPlace = "auto"
     axes: ListAxes = "width"
     price: Price = "macs"
     ignore: Sequence[str] | None = None
@@ -68,6 +70,7 @@ class Options:
     def check(self) -> None:
         """Checks what can be checked before any work; a `StrataViTError` if a choice is unknown."""
         resolve_method(self.method, self.criterion)
+        known_place(self.memory)
         for name, known in (("objective", OBJECTIVES), ("axes", get_args(ListAxes)), ("price", get_args(Price))):
             if getattr(self, name) not in known:
                 raise StrataViTError(f"{name}: expected {', '.join(known)}, got {described(getattr(self, name))}")
@@ -116,6 +119,7 @@ def convert(
     method: Method | None = None,
     criterion: Criterion | None = None,
     objective: Objective = "auto",
+    memory: SumsPlace = "auto",
     axes: ListAxes = "width",
     price: Price = "macs",
     ignore: Sequence[str] | None = None,
@@ -145,7 +149,7 @@ def convert(
             list of paths of any of these; a data set of torch or datasets, or a list, of pictures or samples such as
             ``{"image": picture, "label": 3}``; or a loader of such samples, of batches of these, or of batches of
             prepared tensors as `SuperNet.contract` reads, whose images are held in memory.
-        method, criterion, objective, seed: See `SuperNet.contract`.
+        method, criterion, objective, seed, memory: See `SuperNet.contract`.
         axes: ``both`` makes a second list that merges similar tokens, too.
         price, ignore, min_width, setting: See `SuperNet.stratify`.
         limit: At most this many images, evenly spread; of a loader the first.
@@ -167,6 +171,7 @@ def convert(
         method=method,
         criterion=criterion,
         objective=objective,
+        memory=memory,
         axes=axes,
         price=price,
         ignore=ignore,
@@ -242,7 +247,8 @@ def converted(model: nn.Module | str | Path, images: Images, options: Options, n
     started = time.perf_counter()
     with overall("convert", count + sum(list_work(method, tokens=tokens, images=count))) as begin:
         begin(count)
-        net.contract(loader, options.method, options.criterion, options.objective, options.seed)
+        how = {key: getattr(options, key) for key in ("method", "criterion", "objective", "seed", "memory")}
+        net.contract(loader, **how)
         net.stratify(loader, **asked)
     seconds = time.perf_counter() - started
     if reader is not None:
