@@ -178,7 +178,7 @@ def _sort_site(
 
 def _map_products(module: ElasticSite) -> GramSum:
     """``W^T W`` of the map out of the channels, whose product with a covariance is the output's variance."""
-    weight = wide(module.out.weight.detach())
+    weight = wide(module.whole_out().detach())
     products = GramSum(weight.shape[1], weight.new_zeros(GramSum.size(weight.shape[1])))
     products.add(weight)
     return products
