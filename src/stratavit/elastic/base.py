@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,10 @@ from stratavit.elastic.corrected import Corrected, stale
 from stratavit.elastic.delta import Delta, Weights, added
 from stratavit.elastic.projected import Projected, can_be_kept, extended
 from stratavit.elastic.running import current_run
-from stratavit.elastic.site import Site
 from stratavit.errors import StrataViTError, described
+
+if TYPE_CHECKING:
+    from stratavit.elastic.site import Site
 
 Compensation = Literal["none", "mean", "full"]
 
@@ -190,6 +192,10 @@ class ElasticSite(nn.Module):
 
     # ---- weights at a width -----------------------------------------------------------------------------------------
 
+    def whole_out(self) -> Tensor:
+        """Weight of `out`, head after head: ``[C, H*d]``."""
+        return self.out.weight
+
     def out_by_head(self) -> Tensor:
         """Weight of `out` as ``[C, H, d]`` (one head for an MLP)."""
         return self.out.weight.unflatten(1, (self.heads, self.full_width))
@@ -238,7 +244,7 @@ class ElasticSite(nn.Module):
     def outs_at(self, widths: Sequence[int]) -> list[tuple[Tensor, Tensor | None]]:
         """Weight and bias of `out` at widths, see `weights_at`; those that are compensated share a product."""
         cut = [width for width in widths if width < self.full_width]
-        found: dict[int, tuple[Tensor, Tensor | None]] = {self.full_width: (self.out.weight, self.out.bias)}
+        found: dict[int, tuple[Tensor, Tensor | None]] = {self.full_width: (self.whole_out(), self.out.bias)}
         if self.compensation == "full" and self.moments is not None and cut:
             found |= zip(cut, self.compensated_outs(cut), strict=True)
         for width in cut:
