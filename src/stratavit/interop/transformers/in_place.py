@@ -31,6 +31,7 @@ HOSTS: dict[str, tuple[str, str, str]] = {  # class of a host -> the same of its
     "DepthAnythingForDepthEstimation": CUT,
     "DPTForDepthEstimation": ("q, k, v", "yes", f"with a `backbone_config`; its own ViT {_NAMES}"),
     "UperNetForSemanticSegmentation": CUT,
+    "Mask2FormerForUniversalSegmentation": ("q, k, v", "yes", "its backbone: `pixel_level_module.encoder`"),
     "CLIPModel": CUT,
     "SiglipModel": CUT,
     "LlavaForConditionalGeneration": ("q, k, v", "yes", "layers that the model does not read stay uncut"),
