@@ -149,6 +149,7 @@ CLASSES: dict[str, Hosted] = {  # models of transformers that are converted as a
     ),
     "DINOv3ViTModel": Hosted(of_class("DINOv3ViTModel", VIT, num_register_tokens=2), "", pixels),
     "DINOv3ViTBackbone": Hosted(of_class("DINOv3ViTBackbone", VIT, use_gated_mlp=True, **STAGES), "", pixels),
+    "MLCDVisionModel": Hosted(of_class("MLCDVisionModel", VIT), "", pixels),
     "IJepaModel": Hosted(of_class("IJepaModel", VIT), "", pixels),
     "Aimv2VisionModel": Hosted(of_class("Aimv2VisionModel", VIT), "", pixels),
 }
