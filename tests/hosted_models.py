@@ -31,6 +31,11 @@ def pixels(count: int) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(count, 3, 32, 32)}
 
 
+def larger_pixels(count: int) -> dict[str, Tensor]:
+    """Of four stages of Swin and their merged patches."""
+    return {"pixel_values": torch.randn(count, 3, 64, 64)}
+
+
 def with_text(count: int, patches: int = 0) -> dict[str, Tensor]:
     """Six words behind as many places for patches."""
     words = torch.randint(3, 40, (count, 6))
@@ -61,6 +66,17 @@ def upernet() -> nn.Module:
     backbone = hf.SwinConfig(**SWIN, out_features=["stage1", "stage2"])
     sizes = {"hidden_size": 16, "use_auxiliary_head": False, "pool_scales": [1, 2], "num_labels": 5}
     return hf.UperNetForSemanticSegmentation(hf.UperNetConfig(backbone_config=backbone, **sizes))
+
+
+def mask2former() -> nn.Module:
+    backbone = hf.SwinConfig(
+        **SWIN | {"depths": [2, 1, 1, 1], "num_heads": [2, 4, 4, 4]},
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    sizes = {"feature_size": 32, "mask_feature_size": 16, "hidden_dim": 32, "encoder_feedforward_dim": 32}
+    sizes |= {"encoder_layers": 1, "decoder_layers": 2, "dim_feedforward": 32, "num_attention_heads": 4}
+    config = hf.Mask2FormerConfig(backbone_config=backbone, **sizes, num_queries=4, num_labels=5)
+    return hf.Mask2FormerForUniversalSegmentation(config)
 
 
 def clip() -> nn.Module:
@@ -96,6 +112,7 @@ HOSTS = {
     "Depth Anything": Hosted(depth_anything, "backbone", pixels),
     "DPT": Hosted(dpt, "backbone", pixels),
     "UperNet": Hosted(upernet, "backbone", pixels),
+    "Mask2Former": Hosted(mask2former, "pixel_level_module.encoder", larger_pixels),
     "CLIP": Hosted(clip, "vision_model", with_text),
     "SigLIP": Hosted(siglip, "vision_model", with_text),
     "LLaVA": Hosted(llava, "vision_tower", lambda count: with_text(count, 16)),
@@ -132,6 +149,7 @@ CLASSES: dict[str, Hosted] = {  # models of transformers that are converted as a
     ),
     "DINOv3ViTModel": Hosted(of_class("DINOv3ViTModel", VIT, num_register_tokens=2), "", pixels),
     "DINOv3ViTBackbone": Hosted(of_class("DINOv3ViTBackbone", VIT, use_gated_mlp=True, **STAGES), "", pixels),
+    "MLCDVisionModel": Hosted(of_class("MLCDVisionModel", VIT), "", pixels),
     "IJepaModel": Hosted(of_class("IJepaModel", VIT), "", pixels),
     "Aimv2VisionModel": Hosted(of_class("Aimv2VisionModel", VIT), "", pixels),
 }

@@ -39,6 +39,11 @@ def cut_spec(net):
     return spec
 
 
+def is_whole(site):
+    """Whether q and k of a site are never cut."""
+    return bool(site.qk_width) and not site.rotary
+
+
 def distance(found, expected):
     pairs = zip(found, expected, strict=True)
     return max(float((f - e).abs().max() / e.abs().max().clamp_min(1e-6)) for f, e in pairs)
@@ -192,8 +197,9 @@ def test_the_table_says_what_is_cut(name):
     _, net, _ = converted(name)
     host, known = type(net.host).__name__, in_place.HOSTS | in_place.IN_PLACE
     if host in known:
-        tied = {site.tied for site in net.elastic.values() if site.attention}
-        assert known[host][:2] == ("q, k, v" if tied == {True} else "v", "yes")
+        attention = [site for site in net.sites if site.kind == "attention"]
+        whole, pairs = (any(find(site) for site in attention) for find in (is_whole, lambda site: site.rotary))
+        assert known[host][:2] == ("v" if whole else "q, k by pairs, v" if pairs else "q, k, v", "yes")
         assert any(not site.attention for site in net.elastic.values())
 
 

@@ -50,7 +50,7 @@ def names_of(module: nn.Module) -> Names | None:
 
 
 def kind_of_theirs(module: nn.Module) -> type[TheirAttention | TheirMlp] | None:
-    """The elastic class of a module of transformers; None if there is none."""
+    """The elastic class of a module of transformers, without rotation pairs; None if there is none."""
     names = names_of(module) if _is_theirs(module) else None
     return None if names is None else TheirAttention if "q_proj" in names.first else TheirMlp
 
@@ -108,6 +108,7 @@ class TheirAttention(TheirSite, HeadsSite):
     """Attention of transformers with maps `q_proj`, `k_proj`, `v_proj` and out of the heads.
 
     With rotary positions q and k stay uncut; v is then padded to the full head_dim, as the stock class reshapes it.
+    Where the class is known to turn whole pairs, see `rotary_sites`.
     """
 
     def __init__(self, stock: Any) -> None:
@@ -118,6 +119,8 @@ class TheirAttention(TheirSite, HeadsSite):
     @classmethod
     def refusal(cls, stock: Any) -> tuple[str, str] | None:
         """Shared heads of k and v, norms of q and k, and other parts between the maps."""
+        if type(stock.v_proj) is not nn.Linear:
+            return "v_proj", f"is a {type(stock.v_proj).__name__}; start from the full model if it was cut before"
         sizes = {layer.out_features for layer in (stock.q_proj, stock.k_proj, stock.v_proj)}
         if len(sizes) > 1:
             return "v_proj", "several heads share one head of k and v (grouped-query attention)"
@@ -188,7 +191,7 @@ class TheirAttention(TheirSite, HeadsSite):
             given = {"q_proj": q, "k_proj": k, "v_proj": v}
         else:
             given = {"v_proj": F.pad(features[:, :, 0], (0, width - features.shape[-1]))}  # [B, N, H, d]
-        layers: dict[str, Any] = {name: _returning(x.flatten(-2)) for name, x in given.items()}
+        layers: dict[str, Any] = {name: returning(x.flatten(-2)) for name, x in given.items()}
         layers[self.names.last] = lambda mixed: self.written(self._prefix(mixed, weights), weights)
         scales = {name: width**-0.5 for name in _SCALES if hasattr(self.stock, name)} if self.tied else {}
         double = run_with(self.stock, layers, head_dim=width, **scales)
@@ -242,12 +245,12 @@ class TheirMlp(TheirSite, ElasticMlp):
             return self.constant(hidden_states)
         weights = self.weights_now()
         hidden = F.linear(hidden_states, weights.in_weight, weights.in_bias).chunk(self.maps, dim=-1)  # [B, N, w] each
-        layers: dict[str, Any] = {name: _returning(x) for name, x in zip(self.names.first, hidden, strict=True)}
+        layers: dict[str, Any] = {name: returning(x) for name, x in zip(self.names.first, hidden, strict=True)}
         layers[self.names.last] = lambda units: self.written(units, weights)
         return type(self.stock).forward(run_with(self.stock, layers), hidden_states, *args, **kwargs)
 
 
-def _returning(x: Tensor) -> Callable[[Tensor], Tensor]:
+def returning(x: Tensor) -> Callable[[Tensor], Tensor]:
     """A layer whose output is known."""
     return lambda _: x
 

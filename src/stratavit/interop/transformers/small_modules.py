@@ -13,6 +13,7 @@ from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.plain import Constant
 from stratavit.errors import ArtifactError, described
 from stratavit.interop.transformers.models import Absent, ConstantAttention
+from stratavit.interop.transformers.rotary_sites import cuts_pairs, pick_positions
 from stratavit.interop.transformers.sites import is_rotary, names_of
 from stratavit.models.freezing import freeze_like
 
@@ -46,13 +47,14 @@ class FirstOfHeads(nn.Linear):
 
 
 @torch.no_grad()
-def resized(stock: Any, width: int, bias: bool) -> nn.Module:
+def resized(stock: Any, width: int, bias: bool, qk: int | None = None) -> nn.Module:
     """A module of the same class with other widths, its layers untrained; what is not cut is copied.
 
     Args:
         stock: An attention or MLP module, of full size.
         width: Kept channels (of every head).
         bias: There is a bias behind them.
+        qk: Kept channels of every head of q and k, where these are cut by rotation pairs; None keeps all of these.
 
     Raises:
         ArtifactError: The width is not one of a cut module.
@@ -69,25 +71,50 @@ def resized(stock: Any, width: int, bias: bool) -> nn.Module:
         gone = ConstantAttention(last.out_features * bias) if attention else Constant(last.out_features * bias)
         gone.add_module(names.first[0], Absent(last.out_features))
         return gone.to(last.weight.dtype)
-    return _attention(stock, names.last, width, bias) if attention else _mlp(stock, names, width, bias)
+    if not attention:
+        return _mlp(stock, names, width, bias)
+    if is_rotary(stock):
+        return _rotary(stock, names.last, width, bias, full if qk is None else _checked(qk, width, stock))
+    return _attention(stock, names.last, width, bias)
+
+
+def _checked(qk: Any, width: int, stock: Any) -> int:
+    """A width of q and k, from a file or not."""
+    if type(qk) is not int or qk % 2 or not width <= qk <= stock.head_dim:
+        raise ArtifactError(f"qk: expected an even width from {width} to {stock.head_dim}, got {described(qk)}")
+    if qk < stock.head_dim and not cuts_pairs(stock):
+        raise ArtifactError(f"qk: q and k of a {type(stock).__name__} cannot be cut")
+    return qk
+
+
+def _rotary(stock: Any, last: str, width: int, bias: bool, qk: int) -> Any:
+    """Attention whose v is padded to the width of q and k."""
+    heads, out = stock.q_proj.out_features // stock.head_dim, getattr(stock, last)
+    layers = {"v_proj": _linear(stock.v_proj, outputs=heads * width)}
+    layers[last] = _linear(out, inputs=heads * width, bias=bias)
+    if width < qk:
+        layers["v_proj"].__class__, layers[last].__class__ = PaddedHeads, FirstOfHeads
+        layers["v_proj"].heads = layers[last].heads = heads
+        layers["v_proj"].head_dim = qk
+    if qk < stock.head_dim:
+        layers |= {name: _linear(getattr(stock, name), outputs=heads * qk) for name in ("q_proj", "k_proj")}
+    small = _copy_with(stock, layers)
+    if qk < stock.head_dim:
+        small.head_dim = qk  # the factor of the scores stays
+        small.register_buffer("kept", torch.zeros(qk, dtype=torch.long, device=out.weight.device))
+        small.register_forward_pre_hook(pick_positions, with_kwargs=True)
+    return small
 
 
 def _attention(stock: Any, last: str, width: int, bias: bool) -> Any:
     heads, out = stock.q_proj.out_features // stock.head_dim, getattr(stock, last)
-    tied = not is_rotary(stock)
-    cut = ("q_proj", "k_proj", "v_proj") if tied else ("v_proj",)
-    layers = {name: _linear(getattr(stock, name), outputs=heads * width) for name in cut}
+    layers = {name: _linear(getattr(stock, name), outputs=heads * width) for name in ("q_proj", "k_proj", "v_proj")}
     layers[last] = _linear(out, inputs=heads * width, bias=bias)
-    if not tied and width < stock.head_dim:
-        layers["v_proj"].__class__, layers[last].__class__ = PaddedHeads, FirstOfHeads
-        layers["v_proj"].heads = layers[last].heads = heads
-        layers["v_proj"].head_dim = stock.head_dim
     small = _copy_with(stock, layers)
-    if tied:
-        small.head_dim = width
-        for scale in ("scaling", "scale"):
-            if hasattr(small, scale):
-                setattr(small, scale, width**-0.5)
+    small.head_dim = width
+    for scale in ("scaling", "scale"):
+        if hasattr(small, scale):
+            setattr(small, scale, width**-0.5)
     return small
 
 
