@@ -132,10 +132,11 @@ def project(weight: Tensor, factor: Tensor, keep: int, known: Tensor | None = No
         known: Columns that a call with a smaller `keep` returned, on a CPU; only those that follow are computed.
     """
     n, first = len(factor), 0 if known is None else known.shape[1]
-    group = COLUMNS if weight.device.type == "cpu" else max(512, -(-keep // 4))  # elsewhere a product more costs more
+    # elsewhere a product more costs more than what it leaves out
+    group, end = (COLUMNS, n) if weight.device.type == "cpu" else (max(512, -(-keep // 4)), keep)
     found = [] if known is None else [known]
     for start in range(first, keep, group):
-        stop = min(start + group, n)
+        stop = min(start + group, end)
         found.append(weight[:, start:] @ factor[start:, start:stop])
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
