@@ -1,6 +1,6 @@
 """Peak memory of each stage, as a ratio within one run; how that of contract grows; what a ViT-L needs.
 
-    python benchmarks/memory.py [--shapes DeiT-Ti DeiT-S DeiT-B]
+    python benchmarks/memory.py [--shapes DeiT-Ti DeiT-S DeiT-B] [--contract]
 
 Weights and images random, 224 pixels. Every figure is the largest resident set of a process of its own above what
 it holds before there is a model: interpreter, libraries and images. The model itself counts.
@@ -39,18 +39,23 @@ SHAPES = {
 }
 SIZES = {"DeiT-Ti": (12, 192), "DeiT-S": (12, 384), "DeiT-B": (12, 768), "ViT-L": (24, 1024)}  # depth, width
 BATCH, BATCHES, SHARE = 8, 2, 0.5
+CONTRACT = "contract, default"
 LOADING = ("load, means only", "load", "extract", "curve")
 PASSES = (
     "plain forward",
     "plain forward + backward",
     "calibration pass, paper",
-    "contract, default",
+    CONTRACT,
     "stratify, default",
     *LOADING,
 )
 STEPS = ("dense step", "elastic step, full size", "elastic step, half")
 BASE = {"width": 192, "depth": 2, "batch": BATCH, "images": BATCH * BATCHES}
 GROWTH = {"images": (16, 64, 256), "batch": (4, 8, 16, 32), "width": (192, 384, 768), "depth": (2, 6, 12)}
+NOTE = (
+    "Largest resident set of a process forked before there was any model, less what it held at first; "
+    f"{BATCHES} batches of {BATCH} (one is too few: sums are added to at the second)."
+)
 Row = dict[str, Any]
 Point = tuple[dict[str, int], float]  # sizes, MiB
 
@@ -61,8 +66,12 @@ def main() -> None:
     arguments.add_argument(
         "--journal", type=Path, help="file that peaks are kept in; an interrupted run goes on from it"
     )
+    arguments.add_argument("--contract", action="store_true", help="only contract and the plain pass, without growth")
     args = arguments.parse_args()
     measure = partial(kept_peak, args.journal)
+    if args.contract:
+        write_results("memory-contract", contract_rows(args.shapes, measure), NOTE)
+        return
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as work:
         for shape in args.shapes:
@@ -73,10 +82,9 @@ def main() -> None:
         mib = [measure(str(size), peak_of_contract, *size.values()) for size in sizes]
         points += zip(sizes, mib, strict=True)
         rows += growth_rows(what, values, mib)
-    rows += predictions(points, {row["shape"]: row["MiB"] for row in rows if row["what"] == "contract, default"})
+    rows += predictions(points, {row["shape"]: row["MiB"] for row in rows if row["what"] == CONTRACT})
     note = (
-        "Largest resident set of a process forked before there was any model, less what it held at first; "
-        f"{BATCHES} batches of {BATCH} (one is too few: sums are added to at the second). Stratify: one state of "
+        f"{NOTE} Stratify: one state of "
         f"{BATCH} images; the default's 150 images of a step are 86 MiB more. Load, extract, curve: of a saved "
         "super-network, moments and all; curve: three sizes. Steps: forward, backward and AdamW, two in a row; half: "
         f"{SHARE:.0%} of the MACs, same ratio everywhere. Growth: width 192, depth 2 and one quantity varied; the "
@@ -101,6 +109,15 @@ def kept_peak(journal: Path | None, title: str, run: Callable[..., int], *argume
                 file.write(json.dumps([title, known[title]]) + "\n")
     print(title, known[title], "MiB", flush=True)
     return known[title]
+
+
+def contract_rows(shapes: Sequence[str], measure: Callable[..., float]) -> list[Row]:
+    """Contract over the plain pass."""
+    rows, base = [], "plain forward + backward"
+    for shape in shapes:
+        found = {stage: measure(f"{shape} {stage}", peak_of, shape, stage, Path()) for stage in (base, CONTRACT)}
+        rows += [row(shape, stage, mib, mib / found[base], base) for stage, mib in found.items()]
+    return rows
 
 
 def shape_rows(shape: str, work: Path, measure: Callable[..., float]) -> list[Row]:
@@ -166,7 +183,7 @@ def prepared(stage: str, name: str, batches: Batches, work: Path) -> Callable[[]
         net = as_if_contracted(model, crossed=True)
         return lambda: net.stratify(batches, plan=Walk(((1 / 2, 1),), images=BATCH))
     net = SuperNet(model)
-    return lambda: net.contract(batches) if stage == "contract, default" else collect(net.model, batches)
+    return lambda: net.contract(batches) if stage == CONTRACT else collect(net.model, batches)
 
 
 @torch.inference_mode()

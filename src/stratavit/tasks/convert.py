@@ -232,7 +232,9 @@ def converted(model: nn.Module | str | Path, images: Images, options: Options, n
     named = isinstance(model, str | Path)
     name = name or (str(model) if named else type(model).__name__)
     source = _source_model(model, options)
+    origin = _source(name, options, source) if named else None
     net = SuperNet(source, embedding=options.embedding or None)
+    del source  # so that a device holds the weights once
     if not named and options.device is not None:
         net.to(pick_device(str(options.device)))
     method, _ = resolve_method(options.method, options.criterion)
@@ -253,8 +255,8 @@ def converted(model: nn.Module | str | Path, images: Images, options: Options, n
     seconds = time.perf_counter() - started
     if reader is not None:
         reader.close()
-    if named:
-        net.provenance["source"] = _source(name, options, source)
+    if origin is not None:
+        net.provenance["source"] = origin
     unreadable = 0 if reader is None else len(reader.unreadable)
     return Conversion(net, name, net.provenance["contract"]["images"], unreadable, seconds, check)
 
