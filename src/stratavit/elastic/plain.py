@@ -23,6 +23,8 @@ class Constant(nn.Module):
         dim: Token width C; 0 for a module that adds nothing.
     """
 
+    is_constant = True  # for blocks that leave it out
+
     def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype)) if dim else None

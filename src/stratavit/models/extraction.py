@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.layers import KEPT, build_layer
 from stratavit.elastic.network import site_of
+from stratavit.elastic.short_blocks import fold_constants, shorten
 from stratavit.elastic.site import Site
 from stratavit.elastic.token_places import TokenPlace
 from stratavit.elastic.tokens import merge_at
-from stratavit.models.families import last_norm
+from stratavit.models.families import blocks_of, last_norm
 from stratavit.models.freezing import freeze_like
 from stratavit.models.source_checks import drop_own_routines, whole_copy
 
@@ -54,6 +55,9 @@ def cut_model(
             place.block: widths[place.name] for place in places if widths.get(place.name, place.width) < place.width
         }
         merge_at(small, [place.block for place in places], keep, places[0].width, places[0].prefix)
+    blocks = blocks_of(small)
+    fold_constants(small, blocks)
+    shorten(small, blocks)
     return small.eval()
 
 
