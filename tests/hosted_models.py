@@ -95,6 +95,45 @@ def llava() -> nn.Module:
     )
 
 
+QWEN = {"depth": 3, "num_heads": 2, "patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2}
+
+
+def qwen_text() -> dict[str, Any]:
+    """With numbers that are larger than every tensor, as published models have them."""
+    turns = {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 1e6}
+    return {**TEXT, "num_key_value_heads": 2, "rope_parameters": turns, "max_position_embeddings": 131072}
+
+
+def qwen2_vl() -> nn.Module:
+    vision = {**QWEN, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
+    ids = {"image_token_id": 49, "vision_start_token_id": 48, "vision_end_token_id": 47, "video_token_id": 46}
+    config = hf.Qwen2VLConfig(vision_config=vision, text_config=qwen_text(), **ids)
+    return hf.Qwen2VLForConditionalGeneration(config)
+
+
+def qwen2_5_vl() -> nn.Module:
+    vision = {**QWEN, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32}
+    vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
+    ids = {"image_token_id": 49, "vision_start_token_id": 48, "vision_end_token_id": 47, "video_token_id": 46}
+    config = hf.Qwen2_5_VLConfig(vision_config=vision, text_config=qwen_text(), **ids)
+    return hf.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def packed(count: int) -> dict[str, Tensor]:
+    """Images of 4 x 8 patches, all in one sequence; every four patches are one place in the text."""
+    words = torch.randint(3, 40, (count, 6))
+    front, places, back = (torch.full((count, n), token) for n, token in ((1, 48), (8, 49), (1, 47)))
+    ids = torch.cat([front, places, back, words], dim=1)
+    grid = torch.tensor([[1, 4, 8]]).repeat(count, 1)
+    kinds = (ids == 49).long()
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.randn(count * 32, 96),
+        "image_grid_thw": grid,
+        "mm_token_type_ids": kinds,
+    }
+
+
 class Segmenter(nn.Module):
     """A host that is nobody's: timm's maps, and a convolution."""
 
@@ -116,6 +155,8 @@ HOSTS = {
     "CLIP": Hosted(clip, "vision_model", with_text),
     "SigLIP": Hosted(siglip, "vision_model", with_text),
     "LLaVA": Hosted(llava, "vision_tower", lambda count: with_text(count, 16)),
+    "Qwen2-VL": Hosted(qwen2_vl, "visual", packed),
+    "Qwen2.5-VL": Hosted(qwen2_5_vl, "visual", packed),
     "timm": Hosted(Segmenter, "backbone", lambda count: {"images": torch.randn(count, 3, 32, 32)}),
 }
 
