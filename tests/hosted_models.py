@@ -49,6 +49,17 @@ def naflex(count: int) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(count, 12, 192), "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
+def of_one_shape(count: int) -> dict[str, Tensor]:
+    """Flat patches of images of one shape, without padding."""
+    shapes = torch.tensor([[3, 4]]).repeat(count, 1)
+    mask = torch.ones(count, 12, dtype=torch.long)
+    return {"pixel_values": torch.randn(count, 12, 192), "pixel_attention_mask": mask, "spatial_shapes": shapes}
+
+
+def naflex_with_text(count: int) -> dict[str, Tensor]:
+    return {**naflex(count), "input_ids": torch.randint(3, 40, (count, 6))}
+
+
 def depth_anything() -> nn.Module:
     backbone = hf.Dinov2Config(**DINO, out_features=["stage1", "stage2", "stage3"], reshape_hidden_states=False)
     sizes = {"reassemble_hidden_size": 32, "fusion_hidden_size": 8, "head_hidden_size": 8, "patch_size": 8}
@@ -87,6 +98,16 @@ def clip() -> nn.Module:
 def siglip() -> nn.Module:
     text = {**TEXT, "max_position_embeddings": 16, "eos_token_id": 2, "bos_token_id": 1}
     return hf.SiglipModel(hf.SiglipConfig(text_config=text, vision_config=VIT))
+
+
+def siglip2() -> nn.Module:
+    text = {**TEXT, "max_position_embeddings": 16, "eos_token_id": 2, "bos_token_id": 1}
+    vision = {key: value for key, value in VIT.items() if key != "image_size"} | {"num_patches": 16}
+    return hf.Siglip2Model(hf.Siglip2Config(text_config=text, vision_config=vision))
+
+
+def siglip2_vision() -> nn.Module:
+    return hf.Siglip2VisionModel(siglip2().config.vision_config)
 
 
 def llava() -> nn.Module:
@@ -154,6 +175,7 @@ HOSTS = {
     "Mask2Former": Hosted(mask2former, "pixel_level_module.encoder", larger_pixels),
     "CLIP": Hosted(clip, "vision_model", with_text),
     "SigLIP": Hosted(siglip, "vision_model", with_text),
+    "SigLIP 2": Hosted(siglip2, "vision_model", naflex_with_text),
     "LLaVA": Hosted(llava, "vision_tower", lambda count: with_text(count, 16)),
     "Qwen2-VL": Hosted(qwen2_vl, "visual", packed),
     "Qwen2.5-VL": Hosted(qwen2_5_vl, "visual", packed),
@@ -174,9 +196,8 @@ CLASSES: dict[str, Hosted] = {  # models of transformers that are converted as a
     "Dinov2WithRegistersBackbone": Hosted(of_class("Dinov2WithRegistersBackbone", DINO, **STAGES), "", pixels),
     "SwinBackbone": Hosted(of_class("SwinBackbone", SWIN, out_features=["stage1", "stage2"]), "", pixels),
     "CLIPVisionModelWithProjection": Hosted(of_class("CLIPVisionModelWithProjection", VIT), "", pixels),
-    "Siglip2VisionModel": Hosted(
-        of_class("Siglip2VisionModel", {k: v for k, v in VIT.items() if k != "image_size"}, num_patches=16), "", naflex
-    ),
+    "Siglip2VisionModel": Hosted(siglip2_vision, "", naflex),
+    "Siglip2VisionModel, one shape": Hosted(siglip2_vision, "", of_one_shape),
     "ViTMAEModel": Hosted(
         of_class("ViTMAEModel", VIT, mask_ratio=0.5),
         "",

@@ -217,6 +217,17 @@ def test_what_is_said_to_stay_uncut_does():
     assert not elastic_sites_in(hosted_models.of_class("DPTForDepthEstimation", hosted_models.VIT, **own)())[0]
 
 
+def test_padding_is_not_compared():
+    """NaFlex: what a tower computes for tokens that are padding neither leads the list nor counts as an error."""
+    _, net, batch = converted("Siglip2VisionModel")
+    tokens = net.model.maps(net.sample)[0]
+    padding = batch["pixel_attention_mask"] == 0
+    assert tokens.shape[:2] == padding.shape
+    assert padding.any()
+    assert not tokens[padding].any()
+    assert tokens[~padding].abs().sum(dim=-1).all()
+
+
 def test_nothing_of_the_host_is_changed_by_calibration():
     hosted = HOSTS["CLIP"]
     host = make(hosted).train()

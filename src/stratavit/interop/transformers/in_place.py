@@ -36,6 +36,7 @@ HOSTS: dict[str, tuple[str, str, str]] = {  # class of a host -> the same of its
     "Mask2FormerForUniversalSegmentation": ("q, k, v", "yes", "its backbone: `pixel_level_module.encoder`"),
     "CLIPModel": CUT,
     "SiglipModel": CUT,
+    "Siglip2Model": ("q, k, v", "yes", "its patch inputs of any shape, padded (NaFlex) or not"),
     "LlavaForConditionalGeneration": ("q, k, v", "yes", "layers that the model does not read stay uncut"),
     "Qwen2VLForConditionalGeneration": ("q, k by pairs, v", "yes", _ONE_SIZE),
     "Qwen2_5_VLForConditionalGeneration": ("q, k by pairs, v", "yes", _ONE_SIZE),

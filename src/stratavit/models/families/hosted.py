@@ -55,9 +55,13 @@ class HostedPart(nn.Module):
         return self.get_submodule(self.name)
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """Images to what the host reads, each ``[B, ...]``."""
-        leaves = tree_leaves(self.part(**self.arguments_for(images)))
+        """Images to what the host reads, each ``[B, ...]``; zeros for tokens that are padding."""
+        given = self.arguments_for(images)
+        leaves = tree_leaves(self.part(**given))
         found = [leaves[number] for number in self.outputs]
+        for name, mask in given.items():
+            if name.endswith("attention_mask") and isinstance(mask, Tensor) and mask.dim() == 2:
+                found = [one * mask.unsqueeze(-1) if one.shape[:-1] == mask.shape else one for one in found]
         return [one.unflatten(0, (len(images), -1)) for one in found] if self.packed else found
 
     def arguments_for(self, images: Tensor) -> dict[str, Any]:
