@@ -14,7 +14,7 @@ from stratavit.elastic.layers import build_layer, describe_layer
 from stratavit.elastic.rotary import ElasticRotary, cuts_pairs
 from stratavit.elastic.site import Site
 from stratavit.errors import ArtifactError, described, one_line, shown
-from stratavit.interop.transformers.rotary_sites import elastic_kind
+from stratavit.interop.transformers.packed_sites import elastic_kind
 from stratavit.interop.transformers.sites import why_unknown
 from stratavit.interop.transformers.small_modules import resized, small_module
 from stratavit.models.extraction import small_site

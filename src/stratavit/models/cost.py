@@ -217,7 +217,7 @@ def macs_by_module(
         if isinstance(module, nn.Linear):  # whose output may be padded
             found[name] += output.numel() // output.shape[-1] * module.weight.numel()
             return
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
             found[name] += output.numel() * module.weight[0].numel()
             return
         if isinstance(module, nn.MultiheadAttention):
@@ -235,7 +235,7 @@ def macs_by_module(
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            known = (nn.Linear, nn.Conv2d, nn.MultiheadAttention, *ATTENTION)
+            known = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, *ATTENTION)
             counts = isinstance(module, known) and not f"{name}.".startswith(without)
             if counts and POSITIONS.isdisjoint(name.split(".")):
                 stack.enter_context(module.register_forward_hook(partial(count, name), with_kwargs=True))

@@ -5,6 +5,7 @@ tests/hosts hold it against the modules themselves; other classes with the same 
 
 from __future__ import annotations
 
+_ONE_SIZE = "calibration images of one size"
 _NAMES = "has other maps than q_proj, k_proj, v_proj and o_proj, or fc1 and fc2"
 
 CUT = ("q, k, v", "yes", "")
@@ -35,5 +36,8 @@ HOSTS: dict[str, tuple[str, str, str]] = {  # class of a host -> the same of its
     "Mask2FormerForUniversalSegmentation": ("q, k, v", "yes", "its backbone: `pixel_level_module.encoder`"),
     "CLIPModel": CUT,
     "SiglipModel": CUT,
+    "Siglip2Model": ("q, k, v", "yes", "its patch inputs of any shape, padded (NaFlex) or not"),
     "LlavaForConditionalGeneration": ("q, k, v", "yes", "layers that the model does not read stay uncut"),
+    "Qwen2VLForConditionalGeneration": ("q, k by pairs, v", "yes", _ONE_SIZE),
+    "Qwen2_5_VLForConditionalGeneration": ("q, k by pairs, v", "yes", _ONE_SIZE),
 }

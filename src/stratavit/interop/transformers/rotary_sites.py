@@ -8,6 +8,7 @@ Shape legend: B images, N tokens, C token width, H heads, d full head_dim, a kep
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,20 +19,15 @@ from stratavit.elastic.delta import Weights
 from stratavit.elastic.plain import rotated
 from stratavit.elastic.rotary import ElasticRotary, pair_products
 from stratavit.elastic.site import rotary_width
-from stratavit.interop.transformers.sites import TheirAttention, TheirMlp, kind_of_theirs, returning, run_with
+from stratavit.interop.transformers.sites import PACKED, TheirAttention, kind_of_theirs, returning, run_with
 
 PAIRED = ("DINOv3ViTAttention", "MLCDAttention")  # they turn coordinates i and i + d / 2, and read `head_dim`
 POSITIONS = "position_embeddings"  # the argument: cosines and sines, each [N, d]
 
 
-def elastic_kind(module: nn.Module) -> type[TheirAttention | TheirMlp] | None:
-    """The elastic class of a module of transformers; None if there is none."""
-    return TheirRotary if cuts_pairs(module) else kind_of_theirs(module)
-
-
 def cuts_pairs(module: nn.Module) -> bool:
     """Whether q and k of a module of transformers are cut by rotation pairs."""
-    return kind_of_theirs(module) is TheirAttention and type(module).__name__ in PAIRED
+    return kind_of_theirs(module) is TheirAttention and type(module).__name__ in (*PAIRED, *PACKED)
 
 
 class TheirRotary(TheirAttention, ElasticRotary):
@@ -69,26 +65,37 @@ class TheirRotary(TheirAttention, ElasticRotary):
         """Tokens ``[B, N, C]`` to tokens and what else the stock class returns; its own arguments."""
         if self.width == 0 or self.bypassed:
             return self.constant(hidden_states), None
-        weights, width = self.weights_now(), rotary_width(self.width, self.full_width)
-        v = F.linear(hidden_states, weights.in_weight, weights.in_bias).unflatten(-1, (1, self.heads, -1))
-        columns, parts = self.scores_at(width)
-        q, k = (F.linear(hidden_states, *part) for part in parts)  # [B, N, H*a]
-        if self.observer is not None:
-            self.observer.features(v)  # [B, N, 1, H, w]
-            if columns is None:
-                self.observer.pairs(lambda: self._products(q, k, kwargs[POSITIONS]))
-        v = F.pad(v[:, :, 0], (0, width - v.shape[-1])).flatten(-2)  # [B, N, H*a]
-        layers: dict[str, Any] = {f"{name}_proj": returning(x) for name, x in (("q", q), ("k", k), ("v", v))}
+        weights = self.weights_now()
+        maps, columns = self.maps(hidden_states, weights, kwargs)
+        layers: dict[str, Any] = {f"{name}_proj": returning(x) for name, x in zip("qkv", maps, strict=True)}
         layers[self.names.last] = lambda mixed: self.written(self._prefix(mixed, weights), weights)
         args, kwargs = picked_positions(args, kwargs, columns)
-        double = run_with(self.stock, layers, head_dim=width)
+        double = run_with(self.stock, layers, head_dim=maps[0].shape[-1] // self.heads)
         found: tuple[Tensor, Any] = type(self.stock).forward(double, hidden_states, *args, **kwargs)
         return found
 
-    def _products(self, q: Tensor, k: Tensor, positions: Any) -> Tensor:
+    def maps(self, x: Tensor, weights: Weights, given: Mapping[str, Any]) -> tuple[list[Tensor], Tensor | None]:
+        """q, k and v, padded, of tokens ``[B, N, C]``, each ``[B, N, H*a]``; and the columns kept, None for all.
+
+        Args:
+            x: Tokens.
+            weights: Of v and the map out of the heads.
+            given: The other arguments of the stock class.
+        """
+        width = rotary_width(self.width, self.full_width)
+        v = F.linear(x, weights.in_weight, weights.in_bias).unflatten(-1, (1, self.heads, -1))  # [B, N, 1, H, w]
+        columns, parts = self.scores_at(width)
+        q, k = (F.linear(x, *part) for part in parts)
+        if self.observer is not None:
+            self.observer.features(v)
+            if columns is None:
+                self.observer.pairs(lambda: self.products(q, k, given))
+        return [q, k, F.pad(v[:, :, 0], (0, width - v.shape[-1])).flatten(-2)], columns
+
+    def products(self, q: Tensor, k: Tensor, given: Mapping[str, Any]) -> Tensor:
         """`rotary.pair_products` of maps ``[B, N, H*d]`` that are not yet turned; tokens in front have no position."""
-        turns = torch.cat([positions[1], positions[0]], dim=-1)
-        front = q.shape[1] - turns.shape[-2]
+        cosines, sines = given[POSITIONS]
+        turns, front = torch.cat([sines, cosines], dim=-1), q.shape[1] - sines.shape[-2]
         q, k = (rotated(x.unflatten(-1, (self.heads, -1)).transpose(1, 2), turns, front, True) for x in (q, k))
         return pair_products(q, k, half=True)
 
