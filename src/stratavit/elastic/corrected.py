@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from stratavit.errors import StrataViTError
-from stratavit.utils.digest import digest_of
+from stratavit.utils.digest import digest_of, version_of
 
 
 class Corrected:
@@ -47,8 +47,3 @@ def stale(width: int) -> StrataViTError:
         f"width {width} was specialised for other weights (trained, moved, copied or cast since), and the moments "
         "are released; load the super-network again, move or cast it, then specialise"
     )
-
-
-def version_of(tensor: Tensor) -> int:
-    """How often it was changed in place; 0 where that is not counted."""
-    return 0 if tensor.is_inference() else tensor._version

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stratavit.elastic.compensation import project
-from stratavit.elastic.corrected import version_of
+from stratavit.utils.digest import version_of
 
 
 class Projected:

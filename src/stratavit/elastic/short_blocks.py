@@ -35,7 +35,7 @@ class ShortBlock(nn.Module):
         feeds: Its MLP is.
     """
 
-    __constants__ = ("attends", "feeds")
+    __constants__: tuple[str, ...] = ("attends", "feeds")
     stock: ClassVar[type[nn.Module]]
 
     def __init__(self, block: Any) -> None:
