@@ -90,6 +90,15 @@ def test_a_product_of_other_weights_is_never_used(change, products):
     assert not torch.equal(after["blocks.1.mlp.fc2.weight"].float(), before["blocks.1.mlp.fc2.weight"])
 
 
+@pytest.mark.parametrize("columns", [6, 7])
+def test_a_change_of_the_last_bit_is_found(columns):
+    weight, factor = torch.nn.Parameter(torch.randn(4, columns)), torch.randn(columns, columns).tril()
+    known = projected.extended(None, weight, factor, weight, 3)
+    assert known.fits(weight, factor, weight)
+    weight.data.view(torch.int32)[2, columns - 1] ^= 1
+    assert not known.fits(weight, factor, weight)
+
+
 def test_gradients_of_functions_equal_the_others_after_a_product_was_kept():
     net, name = fresh(make_net("plain")), "model.blocks.1.mlp.fc2.weight"
     small_weights(net)

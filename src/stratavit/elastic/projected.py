@@ -35,14 +35,16 @@ class Projected:
         return NoneType, ()
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """What it holds."""
-        return self.columns, self._mark
+        return self.columns, *self._mark
 
     def fits(self, weight: Tensor, factor: Tensor, matrix: Tensor) -> bool:
-        """Whether it was computed from these; changes through ``.data`` are found by a product with one vector."""
+        """Whether it was computed from these; changes of W through ``.data`` are found by its numbers."""
         same = self._basis[0]() is weight and self._basis[1]() is factor
-        return same and self._then == (_state(weight), _state(factor)) and torch.equal(_mark(matrix), self._mark)
+        if not same or self._then != (_state(weight), _state(factor)):
+            return False
+        return all(map(torch.equal, _mark(matrix), self._mark))
 
 
 def extended(before: Projected | None, weight: Tensor, factor: Tensor, matrix: Tensor, keep: int) -> Projected:
@@ -73,6 +75,8 @@ def _state(tensor: Tensor) -> tuple[int, torch.dtype, int]:
     return tensor.data_ptr(), tensor.dtype, version_of(tensor)
 
 
-def _mark(matrix: Tensor) -> Tensor:
-    """A sum of every row, no two columns alike, ``[C]``."""
-    return matrix @ torch.arange(1.0, matrix.shape[1] + 1, device=matrix.device).cos()
+def _mark(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every row a sum in which no two columns count alike, and one of its bits, which no single change leaves."""
+    weights = torch.arange(1.0, matrix.shape[1] + 1, device=matrix.device).cos()
+    words = torch.int64 if matrix.shape[1] % 2 == 0 and matrix.is_contiguous() else torch.int32  # pairs are faster
+    return matrix @ weights, matrix.view(words).sum(dim=1)
