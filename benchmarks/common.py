@@ -73,19 +73,21 @@ def correct(net: stratavit.SuperNet, spec: stratavit.Spec, batches: Batches) -> 
     return torch.cat([(net(images, spec).argmax(dim=-1) == labels).float() for images, labels in batches])
 
 
-def timed(run: Callable[[], object]) -> float:
+def timed(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds that a call takes."""
-    start = time.perf_counter()
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], repeat: int) -> dict[str, float]:
+def interleaved(
+    runs: Mapping[str, Callable[[], object]], repeat: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median seconds of each run; they take turns, so that a busy machine slows all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeat):
         for name, run in runs.items():
-            seconds[name].append(timed(run))
+            seconds[name].append(timed(run, clock))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

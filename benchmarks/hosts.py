@@ -1,4 +1,4 @@
-"""A ViT inside a larger model, cut in place: the host's own output, uncut and at shares of the MACs, and files.
+"""A ViT inside a larger model, cut in place: the host's own output, uncut and at shares of the MACs, files and ONNX.
 
     python benchmarks/hosts.py
     python benchmarks/hosts.py --resume hosts.jsonl --only UperNet      one host; the table comes from the file
@@ -11,12 +11,16 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import torch
 from common import Journal, write_results
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -30,7 +34,9 @@ NOTE = (
     "Small random hosts (tests/hosted_models.py), 64 images. uncut: largest difference of the host's outputs with the "
     "part converted and not cut, over the largest output. n/12: squared error of the host's first output over its "
     "squared length, on 32 other inputs, at that share of the part's MACs. files: largest difference after the way "
-    "back, by save_pretrained and load_transformers, or by state_dict and resize_parts."
+    "back, by save_pretrained and load_transformers, or by state_dict and resize_parts. ONNX: largest difference of "
+    "the exported host's first output at 8/12, run by onnxruntime, over the largest output; traced: only with "
+    "dynamo=False; neither: the full host is not exported, either."
 )
 
 
@@ -65,6 +71,8 @@ def measured(name: str) -> dict[str, Any]:
         row[f"{twelfths}/12"] = f"{float((found - expected).square().sum() / expected.square().sum()):.2%}"
     back = reloaded(host, hosted.make)
     row["files"] = f"{float((first_output(back, batch) - found).abs().max()):.1e}"
+    few = {name: value[:2] for name, value in batch.items()}
+    row["ONNX"] = exported(host, few) or ("only the full one" if exported(net.restore(), few) else "neither")
     return row
 
 
@@ -73,6 +81,41 @@ def first_output(host: torch.nn.Module, batch: Any) -> Tensor:
     return host_outputs(
         host, batch, lambda model, inputs: model(*inputs.values()) if len(inputs) == 1 else model(**inputs)
     )[0]
+
+
+class FirstOutput(torch.nn.Module):
+    """A host as a function of its inputs, in order, for exporters."""
+
+    def __init__(self, host: torch.nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.host, self.names = host, tuple(names)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The first floating tensor that the host returns."""
+        found = self.host(*inputs) if len(inputs) == 1 else self.host(**dict(zip(self.names, inputs, strict=True)))
+        return next(leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+
+
+def exported(host: torch.nn.Module, batch: Mapping[str, Tensor]) -> str:
+    """Difference of the host as an ONNX file, and how it was exported, if not by the usual exporter; or nothing."""
+    model, inputs = FirstOutput(host, list(batch)).eval(), tuple(batch.values())
+    with torch.no_grad():
+        expected = model(*inputs)
+    for dynamo in (True, False):
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            file = f"{folder}/host.onnx"
+            try:
+                torch.onnx.export(model, inputs, file, dynamo=dynamo, verbose=False)
+                session = onnxruntime.InferenceSession(file)
+            except Exception as error:  # of an exporter, whatever it does not know
+                print(f"dynamo={dynamo}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+                continue
+            given = dict(zip([one.name for one in session.get_inputs()], (x.numpy() for x in inputs), strict=True))
+            found = torch.from_numpy(session.run(None, given)[0])
+        error = float((found - expected).abs().max() / expected.abs().max())
+        return f"{error:.1e}" + ("" if dynamo else " (traced)")
+    return ""
 
 
 def reloaded(host: Any, build: Any) -> torch.nn.Module:

@@ -1,10 +1,12 @@
 """What a training step of PIAD costs: time against MACs along a dropout list, DeiT-Tiny at 224 pixels.
 
     python benchmarks/piad_cost.py [--batch 64] [--repeat 5]
+    python benchmarks/piad_cost.py --device cuda --dtype bf16 --batch 256 --model deit_base_patch16_224
 
 Forward + backward of a prefix against the full network's next to it, both in training mode with means for what is cut
 (the default method). The list cuts every site in the same ratio, none as a whole, and ends where the paper's does, at
-1.5/12 of the MACs. Weights and images are random: the time does not depend on them.
+1.5/12 of the MACs. Weights and images are random: the time does not depend on them. On a GPU the clock is read when the
+device has done all that was queued.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from stratavit.dropout_list.strata import Strata
 from stratavit.spec import Spec
 from stratavit.training.optimizer import optimiser_and_schedule
 
+MODEL = "deit_tiny_patch16_224"
 SHARES = (*(1 - step / 15 for step in range(1, 11)), 2 / 12, 1.5 / 12)  # ten from 14/15 down to 4/12, and two below
 HALF, TARGET, TARGET_FROM = 6 / 12, 1.15, 4 / 12
 
@@ -38,28 +41,48 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--batch", type=int, default=64)
     arguments.add_argument("--repeat", type=int, default=5)
+    arguments.add_argument("--model", default=MODEL, help="timm's name of a ViT")
+    arguments.add_argument("--size", type=int, default=224, help="pixels of a side")
+    arguments.add_argument("--device", default="cpu")
+    arguments.add_argument("--dtype", choices=("float32", "bf16"), default="float32", help="bf16: mixed precision")
     args = arguments.parse_args()
     torch.manual_seed(0)
-    net = in_training()
-    batch = torch.randn(args.batch, 3, 224, 224), torch.randint(0, 1000, (args.batch,))
+    device = torch.device(args.device)
+    net = in_training(args.model, args.size).to(device)
+    batch = (
+        torch.randn(args.batch, 3, args.size, args.size).to(device),
+        torch.randint(0, 1000, (args.batch,)).to(device),
+    )
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16", cache_enabled=False):
+        measure(net, batch, args)
+
+
+def measure(net: SuperNet, batch: tuple[Tensor, Tensor], args: argparse.Namespace) -> None:
+    """All rows, written."""
     specs = [net.spec(macs=share) for share in SHARES]
     rows = prefix_rows(net, batch, specs, args.repeat)
     worst = max(row["time / linear MACs"] for spec, row in zip(specs, rows, strict=True) if asked_for(net, spec))
     rows.append(epoch_row(net, specs, [row["time"] for row in rows]))
     rows += step_rows(net, batch, args.repeat)
     note = (
+        f"{args.model}, {args.size} pixels, {hardware(batch[0].device)}, {args.dtype}. "
         f"Batches of {args.batch}; medians of {args.repeat} pairs, each run next to its dense partner; `time` is the "
         "ratio to that partner, MACs are shares of the dense model's. Largest time / linear MACs from 4/12 up: "
         f"{worst:.3f} (target: at most {TARGET}). A PIAD epoch: mean over all {len(net.strata) + 1} positions of the "
         "list, time interpolated between the prefixes; optimiser, averaging, and measuring list and means are not in "
         "it. A whole step: forward, backward, AdamW, averaged weights."
     )
-    write_results("piad-cost", rows, note)
+    write_results("piad-cost" if args.device == "cpu" else f"piad-cost-{args.model.split('_patch')[0]}-gpu", rows, note)
 
 
-def in_training() -> SuperNet:
-    """DeiT-Tiny as the default method trains it, with a list that cuts every site in the same ratio."""
-    net = SuperNet(timm.create_model("deit_tiny_patch16_224"))
+def hardware(device: torch.device) -> str:
+    """Name of a GPU; that of a CPU is among the facts of every result."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def in_training(model: str = MODEL, size: int = 224) -> SuperNet:
+    """A model as the default method trains it, with a list that cuts every site in the same ratio."""
+    net = SuperNet(timm.create_model(model, img_size=size))
     for module in net.elastic.values():
         contraction.set_mean(module, torch.zeros(module.heads, module.full_width))
     net.compensation = "mean"
@@ -126,9 +149,16 @@ def median_ratio(pairs: list[tuple[float, float]]) -> float:
 def passes(net: SuperNet, batch: tuple[Tensor, Tensor], spec: Spec) -> float:
     """Seconds of forward + backward; gradients are zeroed outside the timing."""
     net.zero_grad(set_to_none=True)
-    start = time.perf_counter()
+    start = clock(batch[0].device)
     F.cross_entropy(net(batch[0], spec), batch[1]).backward()
-    return time.perf_counter() - start
+    return clock(batch[0].device) - start
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, when a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def epoch_row(net: SuperNet, specs: list[Spec], ratios: list[float]) -> dict[str, Any]:
@@ -148,13 +178,13 @@ def step_rows(net: SuperNet, batch: tuple[Tensor, Tensor], repeat: int) -> list[
     average = ModelEmaV3(net, recipe.ema_decay)
 
     def step(spec: Spec) -> float:
-        start = time.perf_counter()
+        start = clock(batch[0].device)
         schedule.step_update(0)
         F.cross_entropy(net(batch[0], spec), batch[1]).backward()
         optimiser.step()
         optimiser.zero_grad()
         average.update(net)
-        return time.perf_counter() - start
+        return clock(batch[0].device) - start
 
     net.zero_grad(set_to_none=True)
     step(full)  # warm up: the first step makes the moments of AdamW

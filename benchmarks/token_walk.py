@@ -77,12 +77,12 @@ def walk(search: Search) -> Iterator[dict[str, int]]:
     """Specs of a network that loses, at every step, what costs least per MAC."""
     counts, position, before = tuple(place.width for place in search.places), 0, 0.0
     while True:
-        spec = search.spec(counts, position)
+        spec = listed(search, counts, position)
         yield spec
         found = []
         macs = search.cost.macs(spec)
         for new, at in units(search, counts, position):
-            cut = search.spec(new, at)
+            cut = listed(search, new, at)
             saved = macs - search.cost.macs(cut)
             if saved > 0:
                 divergence = search.distance(cut)
@@ -92,6 +92,12 @@ def walk(search: Search) -> Iterator[dict[str, int]]:
         _, before, counts, position = min(found)
 
 
+def listed(search: Search, counts: tuple[int, ...], position: int) -> dict[str, int]:
+    """Tokens, and the widths at a position of the width list."""
+    tokens = {place.name: count for place, count in zip(search.places, counts, strict=True)}
+    return {**search.widths.spec(position), **tokens}
+
+
 def units(search: Search, counts: tuple[int, ...], position: int) -> Iterator[tuple[tuple[int, ...], int]]:
     """What may leave next: tokens of each place (the places behind it have no more), or some of the width list."""
     for index in range(len(counts)):
@@ -99,9 +105,9 @@ def units(search: Search, counts: tuple[int, ...], position: int) -> Iterator[tu
         capped = search.capped(cut, counts)
         if capped is not None:
             yield capped, position
-    least = search.cost.macs(search.spec(counts, position)) - WIDTH * search.cost.macs()
+    least = search.cost.macs(listed(search, counts, position)) - WIDTH * search.cost.macs()
     after = range(position + 1, len(search.widths) + 1)
-    key: Callable[[int], bool] = lambda at: search.cost.macs(search.spec(counts, at)) <= least  # noqa: E731
+    key: Callable[[int], bool] = lambda at: search.cost.macs(listed(search, counts, at)) <= least  # noqa: E731
     index = bisect_left(after, True, key=key)
     if index < len(after):
         yield counts, after[index]

@@ -116,6 +116,7 @@ KINDS = (  # a model of every family, and of every kind of attention, MLP and po
     "samvit_base_patch16",
     "vit_small_patch14_reg4_dinov2.maps",
     "swin_tiny_patch4_window7_224.maps",
+    "davit_tiny",
 )
 ALL = (*NAMES, *STAGED, *TRANSFORMERS, "Dinov2Model, SwiGLU", TORCHVISION)
 

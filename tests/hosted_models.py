@@ -31,6 +31,11 @@ def pixels(count: int) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(count, 3, 32, 32)}
 
 
+def larger_pixels(count: int) -> dict[str, Tensor]:
+    """Of four stages of Swin and their merged patches."""
+    return {"pixel_values": torch.randn(count, 3, 64, 64)}
+
+
 def with_text(count: int, patches: int = 0) -> dict[str, Tensor]:
     """Six words behind as many places for patches."""
     words = torch.randint(3, 40, (count, 6))
@@ -42,6 +47,17 @@ def naflex(count: int) -> dict[str, Tensor]:
     shapes = torch.tensor([[3, 4], [2, 4]]).repeat(count, 1)[:count]
     mask = (torch.arange(12) < shapes.prod(dim=1, keepdim=True)).long()
     return {"pixel_values": torch.randn(count, 12, 192), "pixel_attention_mask": mask, "spatial_shapes": shapes}
+
+
+def of_one_shape(count: int) -> dict[str, Tensor]:
+    """Flat patches of images of one shape, without padding."""
+    shapes = torch.tensor([[3, 4]]).repeat(count, 1)
+    mask = torch.ones(count, 12, dtype=torch.long)
+    return {"pixel_values": torch.randn(count, 12, 192), "pixel_attention_mask": mask, "spatial_shapes": shapes}
+
+
+def naflex_with_text(count: int) -> dict[str, Tensor]:
+    return {**naflex(count), "input_ids": torch.randint(3, 40, (count, 6))}
 
 
 def depth_anything() -> nn.Module:
@@ -63,6 +79,17 @@ def upernet() -> nn.Module:
     return hf.UperNetForSemanticSegmentation(hf.UperNetConfig(backbone_config=backbone, **sizes))
 
 
+def mask2former() -> nn.Module:
+    backbone = hf.SwinConfig(
+        **SWIN | {"depths": [2, 1, 1, 1], "num_heads": [2, 4, 4, 4]},
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    sizes = {"feature_size": 32, "mask_feature_size": 16, "hidden_dim": 32, "encoder_feedforward_dim": 32}
+    sizes |= {"encoder_layers": 1, "decoder_layers": 2, "dim_feedforward": 32, "num_attention_heads": 4}
+    config = hf.Mask2FormerConfig(backbone_config=backbone, **sizes, num_queries=4, num_labels=5)
+    return hf.Mask2FormerForUniversalSegmentation(config)
+
+
 def clip() -> nn.Module:
     text = {**TEXT, "max_position_embeddings": 16, "eos_token_id": 2, "bos_token_id": 1}
     return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=VIT, projection_dim=16))
@@ -73,10 +100,59 @@ def siglip() -> nn.Module:
     return hf.SiglipModel(hf.SiglipConfig(text_config=text, vision_config=VIT))
 
 
+def siglip2() -> nn.Module:
+    text = {**TEXT, "max_position_embeddings": 16, "eos_token_id": 2, "bos_token_id": 1}
+    vision = {key: value for key, value in VIT.items() if key != "image_size"} | {"num_patches": 16}
+    return hf.Siglip2Model(hf.Siglip2Config(text_config=text, vision_config=vision))
+
+
+def siglip2_vision() -> nn.Module:
+    return hf.Siglip2VisionModel(siglip2().config.vision_config)
+
+
 def llava() -> nn.Module:
     return hf.LlavaForConditionalGeneration(
         hf.LlavaConfig(vision_config=hf.CLIPVisionConfig(**VIT), text_config=hf.LlamaConfig(**TEXT), image_token_id=49)
     )
+
+
+QWEN = {"depth": 3, "num_heads": 2, "patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2}
+
+
+def qwen_text() -> dict[str, Any]:
+    """With numbers that are larger than every tensor, as published models have them."""
+    turns = {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 1e6}
+    return {**TEXT, "num_key_value_heads": 2, "rope_parameters": turns, "max_position_embeddings": 131072}
+
+
+def qwen2_vl() -> nn.Module:
+    vision = {**QWEN, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
+    ids = {"image_token_id": 49, "vision_start_token_id": 48, "vision_end_token_id": 47, "video_token_id": 46}
+    config = hf.Qwen2VLConfig(vision_config=vision, text_config=qwen_text(), **ids)
+    return hf.Qwen2VLForConditionalGeneration(config)
+
+
+def qwen2_5_vl() -> nn.Module:
+    vision = {**QWEN, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32}
+    vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
+    ids = {"image_token_id": 49, "vision_start_token_id": 48, "vision_end_token_id": 47, "video_token_id": 46}
+    config = hf.Qwen2_5_VLConfig(vision_config=vision, text_config=qwen_text(), **ids)
+    return hf.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def packed(count: int) -> dict[str, Tensor]:
+    """Images of 4 x 8 patches, all in one sequence; every four patches are one place in the text."""
+    words = torch.randint(3, 40, (count, 6))
+    front, places, back = (torch.full((count, n), token) for n, token in ((1, 48), (8, 49), (1, 47)))
+    ids = torch.cat([front, places, back, words], dim=1)
+    grid = torch.tensor([[1, 4, 8]]).repeat(count, 1)
+    kinds = (ids == 49).long()
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.randn(count * 32, 96),
+        "image_grid_thw": grid,
+        "mm_token_type_ids": kinds,
+    }
 
 
 class Segmenter(nn.Module):
@@ -96,9 +172,13 @@ HOSTS = {
     "Depth Anything": Hosted(depth_anything, "backbone", pixels),
     "DPT": Hosted(dpt, "backbone", pixels),
     "UperNet": Hosted(upernet, "backbone", pixels),
+    "Mask2Former": Hosted(mask2former, "pixel_level_module.encoder", larger_pixels),
     "CLIP": Hosted(clip, "vision_model", with_text),
     "SigLIP": Hosted(siglip, "vision_model", with_text),
+    "SigLIP 2": Hosted(siglip2, "vision_model", naflex_with_text),
     "LLaVA": Hosted(llava, "vision_tower", lambda count: with_text(count, 16)),
+    "Qwen2-VL": Hosted(qwen2_vl, "visual", packed),
+    "Qwen2.5-VL": Hosted(qwen2_5_vl, "visual", packed),
     "timm": Hosted(Segmenter, "backbone", lambda count: {"images": torch.randn(count, 3, 32, 32)}),
 }
 
@@ -116,9 +196,8 @@ CLASSES: dict[str, Hosted] = {  # models of transformers that are converted as a
     "Dinov2WithRegistersBackbone": Hosted(of_class("Dinov2WithRegistersBackbone", DINO, **STAGES), "", pixels),
     "SwinBackbone": Hosted(of_class("SwinBackbone", SWIN, out_features=["stage1", "stage2"]), "", pixels),
     "CLIPVisionModelWithProjection": Hosted(of_class("CLIPVisionModelWithProjection", VIT), "", pixels),
-    "Siglip2VisionModel": Hosted(
-        of_class("Siglip2VisionModel", {k: v for k, v in VIT.items() if k != "image_size"}, num_patches=16), "", naflex
-    ),
+    "Siglip2VisionModel": Hosted(siglip2_vision, "", naflex),
+    "Siglip2VisionModel, one shape": Hosted(siglip2_vision, "", of_one_shape),
     "ViTMAEModel": Hosted(
         of_class("ViTMAEModel", VIT, mask_ratio=0.5),
         "",
@@ -132,6 +211,7 @@ CLASSES: dict[str, Hosted] = {  # models of transformers that are converted as a
     ),
     "DINOv3ViTModel": Hosted(of_class("DINOv3ViTModel", VIT, num_register_tokens=2), "", pixels),
     "DINOv3ViTBackbone": Hosted(of_class("DINOv3ViTBackbone", VIT, use_gated_mlp=True, **STAGES), "", pixels),
+    "MLCDVisionModel": Hosted(of_class("MLCDVisionModel", VIT), "", pixels),
     "IJepaModel": Hosted(of_class("IJepaModel", VIT), "", pixels),
     "Aimv2VisionModel": Hosted(of_class("Aimv2VisionModel", VIT), "", pixels),
 }

@@ -8,8 +8,10 @@ import torch
 from helpers import PLAN, make_batches, make_images, make_net, older
 
 from stratavit import ArtifactError, BudgetError, StrataViTError, SuperNet
-from stratavit.dropout_list.joint import Search, chosen_places, interleaved, reachable_merges
+from stratavit.dropout_list.allocation import State, ordered_list
+from stratavit.dropout_list.joint import Search, chosen_places, reachable_merges
 from stratavit.dropout_list.strata import Entry
+from stratavit.elastic.site import Site
 from stratavit.elastic.token_places import check_tokens, place_of
 from stratavit.spec import Spec
 
@@ -99,13 +101,14 @@ def test_merges_wait_until_they_can_be_done():
 
 def test_units_leave_in_turns_between_two_states():
     places = [place_of("blocks.0", 64, 1)]
-    widths = [Entry("blocks.0.attn", width, group) for group, width in enumerate((24, 16, 8, 0))]
-    found = interleaved(widths, places, [(2, (48,)), (3, (48,))])
+    site = Site("blocks.0.attn", "attention", 32, 1, 32, 3, True, steps=(0, 8, 16, 24, 32), maps=3)
+    states = [State(0.5, {site.name: 16, "blocks.0.tokens": 48})]
+    found = ordered_list([site], states, {site.name: 0.0}, places)
     assert [(entry.site, entry.width) for entry in found] == [
-        ("blocks.0.tokens", 56),
         ("blocks.0.attn", 24),
-        ("blocks.0.tokens", 48),
+        ("blocks.0.tokens", 56),
         ("blocks.0.attn", 16),
+        ("blocks.0.tokens", 48),
         ("blocks.0.attn", 8),
         ("blocks.0.attn", 0),
     ]
@@ -114,10 +117,32 @@ def test_units_leave_in_turns_between_two_states():
 def test_the_list_goes_through_what_the_search_found(net):
     facts = net.provenance["stratify"]["both_axes"]
     specs = [net.joint_strata.spec(position) for position in range(len(net.joint_strata) + 1)]
-    for share, position, counts in facts["states"]:
-        spec = {**net.strata.spec(position), **dict(zip(facts["places"], counts, strict=True))}
-        assert net.resolve(spec) in [net.resolve(one) for one in specs]
-        assert net.macs(spec) <= share * net.macs()
+    assert len(facts["states"]) > 1
+    for share, widths in facts["states"]:
+        assert net.resolve(widths) in [net.resolve(one) for one in specs]
+        assert net.macs(widths) <= share * net.macs()
+
+
+def test_modules_behind_a_merge_keep_more_than_the_width_list_says(net):
+    """Their channels cost fewer MACs, and those in front of it make room."""
+    place, budget = place_of("blocks.1", 16, 1), 0.6 * net.macs()
+    listed, found = (
+        {
+            tokens: Search(net.cost, [place], net.strata, len, cheapness=power).spec((tokens,), budget)
+            for tokens in (8, 16)
+        }
+        for power in (0, 1)
+    )
+    assert found[8]["blocks.0.mlp"] < listed[8]["blocks.0.mlp"]
+    assert found[8]["blocks.1.mlp"] > listed[8]["blocks.1.mlp"]
+    assert found[16] == listed[16]
+
+
+def test_a_move_must_be_better_on_the_larger_set_too(net):
+    places = [place_of(f"blocks.{n}", 16, 1) for n in range(2)]
+    misled, right = (lambda spec: spec["blocks.0.tokens"]), (lambda spec: 20 - spec["blocks.0.tokens"])
+    assert Search(net.cost, places, net.strata, misled).at(0.8)["blocks.0.tokens"] < 16
+    assert Search(net.cost, places, net.strata, misled, right).at(0.8)["blocks.0.tokens"] == 16
 
 
 def test_places_are_spread_over_the_depth():
@@ -133,7 +158,7 @@ def test_the_search_finds_the_best_counts(net):
 
     def distance(spec):
         width = sum(spec[site.name] / site.width for site in net.sites)
-        return -3 * spec["blocks.0.tokens"] - width
+        return 100 - 3 * spec["blocks.0.tokens"] - width
 
     found = Search(net.cost, places, net.strata, distance).at(0.8)
     assert found["blocks.0.tokens"] == 16

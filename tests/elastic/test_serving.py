@@ -126,6 +126,7 @@ def test_extraction_serves_the_specialised_sizes_too():
     with torch.inference_mode():
         assert torch.allclose(small(IMAGES), expected[2], atol=1e-5)
     assert sum(p.numel() for p in small.parameters()) == net.params(specs[1])
+    assert not tensors_of(net).keys() & tensors_of(small).keys()
 
 
 def test_training_after_serving(tmp_path):

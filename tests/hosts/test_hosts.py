@@ -39,6 +39,11 @@ def cut_spec(net):
     return spec
 
 
+def is_whole(site):
+    """Whether q and k of a site are never cut."""
+    return bool(site.qk_width) and not site.rotary
+
+
 def distance(found, expected):
     pairs = zip(found, expected, strict=True)
     return max(float((f - e).abs().max() / e.abs().max().clamp_min(1e-6)) for f, e in pairs)
@@ -73,7 +78,7 @@ def test_costs_are_exact(name):
         small = net.small_at(spec)
         assert net.params(spec) == sum(parameter.numel() for parameter in small.parameters())
         model = net.model
-        how = (model.images, model.unsqueezed, model.arguments, model.by_image, model.outputs)
+        how = (model.images, model.unsqueezed, model.arguments, model.by_image, model.outputs, model.packed)
         image = net.sample[:1]
         assert net.macs(spec) == linear_macs(HostedPart("small", small, *how), tuple(image.shape[1:]), image=image)
 
@@ -133,14 +138,16 @@ def test_a_small_part_alone_is_saved_and_loaded(name, tmp_path):
     assert all(map(torch.equal, host_outputs(back, batch), host_outputs(small, batch)))
 
 
-def test_generation_goes_on():
-    host, net, batch = converted("LLaVA")
+@pytest.mark.parametrize("name", ["LLaVA", "Qwen2-VL", "Qwen2.5-VL"])
+def test_generation_goes_on(name):
+    host, net, _ = converted(name)
+    one = HOSTS[name].batch(1)
     try:
-        net.place(macs=0.75, verbose=False)
-        words = host.generate(**{name: value[:1] for name, value in batch.items()}, min_new_tokens=3, max_new_tokens=3)
+        net.place(spec=cut_spec(net))
+        words = host.generate(**one, min_new_tokens=3, max_new_tokens=3)
     finally:
         net.restore()
-    assert words.shape == (1, batch["input_ids"].shape[1] + 3)
+    assert words.shape == (1, one["input_ids"].shape[1] + 3)
 
 
 class Alone(nn.Module):
@@ -192,8 +199,9 @@ def test_the_table_says_what_is_cut(name):
     _, net, _ = converted(name)
     host, known = type(net.host).__name__, in_place.HOSTS | in_place.IN_PLACE
     if host in known:
-        tied = {site.tied for site in net.elastic.values() if site.attention}
-        assert known[host][:2] == ("q, k, v" if tied == {True} else "v", "yes")
+        attention = [site for site in net.sites if site.kind == "attention"]
+        whole, pairs = (any(find(site) for site in attention) for find in (is_whole, lambda site: site.rotary))
+        assert known[host][:2] == ("v" if whole else "q, k by pairs, v" if pairs else "q, k, v", "yes")
         assert any(not site.attention for site in net.elastic.values())
 
 
@@ -207,6 +215,17 @@ def test_what_is_said_to_stay_uncut_does():
     assert len(uncut) == 3
     own = {"neck_hidden_sizes": [8, 8], "backbone_out_indices": [1, 2], "fusion_hidden_size": 8}
     assert not elastic_sites_in(hosted_models.of_class("DPTForDepthEstimation", hosted_models.VIT, **own)())[0]
+
+
+def test_padding_is_not_compared():
+    """NaFlex: what a tower computes for tokens that are padding neither leads the list nor counts as an error."""
+    _, net, batch = converted("Siglip2VisionModel")
+    tokens = net.model.maps(net.sample)[0]
+    padding = batch["pixel_attention_mask"] == 0
+    assert tokens.shape[:2] == padding.shape
+    assert padding.any()
+    assert not tokens[padding].any()
+    assert tokens[~padding].abs().sum(dim=-1).all()
 
 
 def test_nothing_of_the_host_is_changed_by_calibration():

@@ -48,15 +48,16 @@ def test_layers_are_stock_timm_of_the_asked_width(family):
 
 @pytest.mark.parametrize(("method", "biased"), [("default", True), ("mean", True), ("paper", False)])
 def test_width_zero_keeps_a_constant_or_nothing(family, method, biased):
-    """Default: one vector that is added to every token. Paper: no numbers at all."""
+    """Default: one vector that is added to every token, that of both modules if nothing scales. Paper: no numbers."""
     dim = make_model(family).embed_dim
     small = make_net(family, method).extract(spec={"blocks.0.attn": 0, "blocks.0.mlp": 0})
     tokens = torch.randn(2, 3, dim)
-    for module in (small.blocks[0].attn, small.blocks[0].mlp):
-        assert [p.numel() for p in module.parameters()] == ([dim] if biased else [])
+    for leaf, kept in (("attn", biased), ("mlp", biased and family == "layer_scale")):
+        module = getattr(small.blocks[0], leaf)
+        assert [p.numel() for p in module.parameters()] == ([dim] if kept else [])
         out = module(tokens)
         assert torch.equal(out, out[:1, :1].expand_as(tokens))
-        assert bool(out.any()) == biased
+        assert bool(out.any()) == kept
 
 
 @pytest.mark.parametrize("method", ["default", "paper"])
@@ -74,7 +75,7 @@ def test_small_model_can_be_trained(family):
     small = make_net(family).extract(spec=MIXED).train()
     assert all(p.is_contiguous() and p.requires_grad and p.is_leaf for p in small.parameters())
     small(IMAGES).square().sum().backward()
-    for trained in (small.blocks[0].attn.qkv.weight, small.blocks[0].mlp.bias, small.blocks[1].attn.bias):
+    for trained in (small.blocks[0].attn.qkv.weight, small.blocks[0].attn.proj.bias, small.blocks[1].attn.bias):
         assert trained.grad.any()
 
 

@@ -33,7 +33,7 @@ def timm_config(description: Mapping[str, Any], data_config: Mapping[str, Any]) 
         "num_classes": args["num_classes"],
         "first_conv": cfg.get("first_conv", "patch_embed.proj"),
         "classifier": cfg.get("classifier", "head"),
-        "fixed_input_size": not args.get("dynamic_img_size", False),
+        "fixed_input_size": "img_size" in args and not args.get("dynamic_img_size", False),
         "custom_load": False,
     }
     images = {key: list(value) if isinstance(value, tuple) else value for key, value in data_config.items()}

@@ -193,7 +193,7 @@ def _sort_site(module: ElasticSite, observer: SiteObserver, new: AttentionTransf
 
 def _map_products(module: ElasticSite) -> GramSum:
     """``W^T W`` of the map out of the channels, whose product with a covariance is the output's variance."""
-    weight = module.out.weight.detach()
+    weight = module.whole_out().detach()
     products = GramSum(weight.shape[1], weight.new_zeros(GramSum.size(weight.shape[1])))
     with full_products():
         products.add(weight)

@@ -184,7 +184,8 @@ def check_labels(labels: Tensor, classes: int) -> None:
     Raises:
         StrataViTError: A label is outside ``0 .. classes - 1``.
     """
-    low, high = int(labels.min()), int(labels.max())
+    numbers = labels.tolist()  # one wait for a device, none for labels as a loader yields them
+    low, high = min(numbers), max(numbers)
     if low < 0 or high >= classes:
         raise StrataViTError(
             f"labels: found {low if low < 0 else high}, but the model's head has {classes} classes "

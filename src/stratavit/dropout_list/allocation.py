@@ -14,6 +14,7 @@ from itertools import pairwise
 
 from stratavit.dropout_list.strata import Entry
 from stratavit.elastic.site import Site
+from stratavit.elastic.token_places import SiteOrPlace, TokenPlace
 from stratavit.models.cost import CostModel
 
 
@@ -23,7 +24,7 @@ class State:
 
     Attributes:
         share: Of the dense model's MACs that was asked for.
-        widths: Kept width of every site, each a unit's end.
+        widths: Kept width of every site, and tokens of every place that merges some, each a unit's end.
     """
 
     share: float
@@ -102,7 +103,9 @@ def _fill(
     return widths
 
 
-def ordered_list(sites: Sequence[Site], states: Sequence[State], ratios: Mapping[str, float]) -> list[Entry]:
+def ordered_list(
+    sites: Sequence[Site], states: Sequence[State], ratios: Mapping[str, float], places: Sequence[TokenPlace] = ()
+) -> list[Entry]:
     """The full dropout list through the states, from full to nothing or the floors, one unit an entry.
 
     Between two states a unit's place is the share of its site's way, in the logarithm of the width, at which it is
@@ -113,21 +116,24 @@ def ordered_list(sites: Sequence[Site], states: Sequence[State], ratios: Mapping
         sites: The sites of the model.
         states: Nested, largest first.
         ratios: Of the last state, see `allocate`.
+        places: Where the states merge tokens; below the last state no more are merged.
 
     Returns:
         The entries, each a group of its own.
     """
-    full = State(1.0, {site.name: site.width for site in sites})
-    floor = State(0.0, {site.name: site.last_unit for site in sites})
+    units: list[SiteOrPlace] = [*sites, *places]
+    full = State(1.0, {unit.name: unit.width for unit in units})
+    last = {**full.widths, **(states[-1].widths if states else {})}
+    floor = State(0.0, {**last, **{site.name: site.last_unit for site in sites}})
     dropped: list[tuple[str, int]] = []
     for before, after in pairwise([full, *states, floor]):
         leaving = []
-        for number, site in enumerate(sites):
+        for number, site in enumerate(units):
             wide, narrow = before.widths[site.name], after.widths[site.name]
             for low, high in pairwise(step for step in site.steps if narrow <= step <= wide):
                 place = math.log(2 * wide / (low + high)) / math.log(wide / narrow)
                 leaving.append((place, number, -low))
-        dropped += [(sites[number].name, -low) for _, number, low in sorted(leaving)]
+        dropped += [(units[number].name, -low) for _, number, low in sorted(leaving)]
     whole = (site for site in sites if site.least == 0)
     dropped += [(site.name, 0) for site in sorted(whole, key=lambda site: ratios[site.name])]
     return [Entry(name, width, group) for group, (name, width) in enumerate(dropped)]

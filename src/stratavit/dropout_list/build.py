@@ -27,8 +27,8 @@ from stratavit.utils.model import temporarily
 from stratavit.utils.progress import begin_part
 
 # of images in `contract`, as `benchmarks/conversion_cost.py` timed it: one image in a step of the walk, and in all
-# measurements at one size of the search over both axes, of which there are some dozens
-_STEP, _SEARCH = 0.5, 6.0
+# measurements at one size of the search over both axes: some dozens, of which a dozen are confirmed
+_STEP, _SEARCH, _CONFIRM = 0.5, 7.0, 2.0
 
 
 def list_work(
@@ -45,8 +45,10 @@ def list_work(
     """
     plan, fold = plan or Walk(), (images + 1) // 2
     width = _STEP * min(plan.images, fold) * plan.steps
-    joint = tokens is not None and method != "paper"
-    return width, _SEARCH * min(tokens.images, fold) * len(tokens.shares) if joint and tokens else 0.0
+    if tokens is None or method == "paper":
+        return width, 0.0
+    joint = _SEARCH * min(tokens.images, fold) + _CONFIRM * min(tokens.confirming, fold)
+    return width, joint * len(tokens.shares)
 
 
 class Lists(NamedTuple):
@@ -112,7 +114,7 @@ def make_list(
         widths, both = Strata(sites, ordered_list(sites, states, ratios)), None
         if tokens is not None:
             begin_part()
-            both = joint_list(model, sites, cost, loader, widths.entries, tokens, known)
+            both = joint_list(model, sites, measured, loader, widths.entries, tokens, known)
     facts = {
         "cross_fitted": all(module.crossed for module in elastic.values()),
         "walk": asdict(plan) | {"states": [list(state) for state in plan.states]},

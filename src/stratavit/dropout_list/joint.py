@@ -1,21 +1,25 @@
 """The dropout list over both axes: units of tokens next to units of width.
 
-At each of a few sizes, numbers of tokens and the position on the width list are chosen together, by the distance to
-the dense model measured on calibration images: tokens are merged as long as that costs less accuracy than removing the
-same MACs by width. Between two of these sizes, units of tokens and of the width list leave in turns.
+At each of a few sizes, numbers of tokens and widths are chosen together, by the distance to the dense model measured on
+calibration images: tokens are merged as long as that costs less accuracy than removing the same MACs by width. Widths
+follow the width list, but a channel of a block with few tokens costs few MACs, so that it stays longer. Between two of
+these sizes, units of tokens and of width leave in turns.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 from torch import nn
 
 from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.data.feed import Feed
+from stratavit.dropout_list.allocation import State, allocate, ordered_list
 from stratavit.dropout_list.marginal_effects import Reference, crossed
 from stratavit.dropout_list.strata import Entry, Strata
 from stratavit.elastic.merging import least
@@ -31,6 +35,7 @@ from stratavit.utils.model import eval_mode, frozen
 from stratavit.utils.progress import track
 
 STRIDES = (32, 16, 8)  # tokens that a move of the search takes from a place or gives to it
+DOUBT = 1.03  # a move that is worse by no more than this on a few images is measured on more of them
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,16 @@ class TokenSearch:
     Attributes:
         shares: Of the dense model's MACs, largest first: sizes at which tokens are weighed against width.
         images: Of each measurement.
+        confirming: Images on which a move must be better, too, before it is made.
         places: Number of blocks that merge tokens, of a model of twelve blocks; others in proportion.
+        cheapness: Power of the price of a channel that its keep ratio follows: 0 is the width list as it is.
     """
 
     shares: tuple[float, ...] = (5 / 6, 2 / 3, 1 / 2, 1 / 3, 1 / 4)
-    images: int = 100
+    images: int = 60
+    confirming: int = 300
     places: int = 5
+    cheapness: float = 0.4
 
 
 def token_search(
@@ -80,13 +89,15 @@ def chosen_places(places: Sequence[TokenPlace], count: int) -> list[TokenPlace]:
 
 
 class Search:
-    """Finds numbers of tokens at one size after the other.
+    """Finds numbers of tokens and widths at one size after the other.
 
     Args:
         cost: Of the model.
         places: Those that may merge.
         widths: The width list.
-        distance: Of the network at a spec to the dense model, on the calibration images.
+        distance: Of the network at a spec to the dense model, on a few calibration images.
+        confirm: The same on more images; None: those few are enough.
+        cheapness: See `TokenSearch`.
     """
 
     def __init__(
@@ -95,47 +106,65 @@ class Search:
         places: Sequence[TokenPlace],
         widths: Strata,
         distance: Callable[[Mapping[str, int]], float],
+        confirm: Callable[[Mapping[str, int]], float] | None = None,
+        cheapness: float = 0.4,
     ) -> None:
-        self.cost, self.places, self.widths, self.distance = cost, places, widths, distance
-        self.position = 0
+        self.cost, self.places, self.widths, self.cheapness = cost, places, widths, cheapness
+        self.distance, self.confirm = distance, confirm
         self.counts = tuple(place.width for place in places)
-        self.known: dict[tuple[int, ...], tuple[float, int]] = {}
+        self.caps = {site.name: site.width for site in cost.sites}
 
     def reaches(self, share: float) -> bool:
-        """Whether the width list alone goes down to a share of the MACs."""
-        return self.cost.macs(self.widths.smallest()) <= share * self.cost.macs()
+        """Whether widths alone go down to a share of the MACs."""
+        return self.cost.macs({site.name: site.last_unit for site in self.cost.sites}) <= share * self.cost.macs()
 
-    def spec(self, counts: Sequence[int], position: int) -> dict[str, int]:
-        """Widths and tokens together."""
+    def spec(self, counts: Sequence[int], budget: float) -> dict[str, int] | None:
+        """Tokens, with as much width as the budget allows inside the size before; None if it allows none.
+
+        The width list says how much of its width each module keeps. Where tokens were merged, its channels cost fewer
+        MACs, and it keeps more: its keep ratio is divided by a power of that share.
+        """
         tokens = {place.name: count for place, count in zip(self.places, counts, strict=True)}
-        return {**self.widths.spec(position), **tokens}
-
-    def measured(self, counts: tuple[int, ...], budget: float) -> tuple[float, int]:
-        """Distance at these tokens with as much width as the budget allows, and the position that this is."""
-        if counts not in self.known:
-            fits = range(self.position, len(self.widths) + 1)
-            index = bisect_left(fits, True, key=lambda p: self.cost.macs(self.spec(counts, p)) <= budget)
-            if index == len(fits):
-                self.known[counts] = float("inf"), len(self.widths)
-            else:
-                self.known[counts] = self.distance(self.spec(counts, fits[index])), fits[index]
-        return self.known[counts]
+        here = self.cost.at_tokens(tokens)
+        fits = range(len(self.widths) + 1)
+        index = bisect_left(fits, True, key=lambda p: here.macs(self.widths.spec(p)) <= budget)
+        listed, ratios = self.widths.spec(min(index, len(self.widths))), {}
+        for site in here.sites:
+            cheaper = math.log(self.cost.each(site) / here.each(site))
+            kept = max(listed[site.name], site.last_unit) / site.width
+            ratios[site.name] = math.log(kept) + self.cheapness * cheaper
+        widths = allocate(here, ratios, budget / here.macs(), self.caps)
+        return {**widths, **tokens} if here.macs(widths) <= budget else None
 
     def at(self, share: float) -> dict[str, int]:
         """The best spec of a share of the MACs, inside the one that was found before."""
-        budget = share * self.cost.macs()
-        caps = self.counts
-        self.known = {}
+        budget, caps = share * self.cost.macs(), self.counts
+        few = self.measurement(self.distance, budget)
+        many = few if self.confirm is None else self.measurement(self.confirm, budget)
         best = self.counts
         for stride in STRIDES:
             moving = True
             while moving:
                 moving = False
                 for new in self.moves(best, caps, stride):
-                    if self.measured(new, budget)[0] < self.measured(best, budget)[0]:
+                    if few(new) < DOUBT * few(best) and many(new) < many(best):
                         best, moving = new, True
-        self.counts, self.position = best, self.measured(best, budget)[1]
-        return self.spec(best, self.position)
+        found = self.spec(best, budget)
+        assert found is not None, "widths alone reach every share that is asked for"
+        self.counts, self.caps = best, {site.name: found[site.name] for site in self.cost.sites}
+        return found
+
+    def measurement(
+        self, distance: Callable[[Mapping[str, int]], float], budget: float
+    ) -> Callable[[tuple[int, ...]], float]:
+        """Numbers of tokens -> distance with as much width as the budget allows, each measured once."""
+
+        @cache
+        def measured(counts: tuple[int, ...]) -> float:
+            spec = self.spec(counts, budget)
+            return math.inf if spec is None else distance(spec)
+
+        return measured
 
     def moves(self, counts: tuple[int, ...], caps: tuple[int, ...], stride: int) -> list[tuple[int, ...]]:
         """Tokens taken at a place or given back there, for all places behind it or for itself alone."""
@@ -187,47 +216,28 @@ def joint_list(
     free = [place for place in cost.places if not place.floor]
     places, known = chosen_places(free, tokens.places), DenseOutputs() if known is None else known
     with eval_mode(model), frozen(model), crossed(model, 0):
-        reference = Reference(model, sites, Feed(loader, model).take(tokens.images, 0), known)
+        feed = Feed(loader, model)
 
-        def distance(spec: Mapping[str, int]) -> float:
-            with running(Run(tokens=token_counts(model, cost.places, spec))):
-                return reference.distance(spec)
+        def distance_on(images: int) -> Callable[[Mapping[str, int]], float]:
+            reference = Reference(model, sites, feed.take(images, 0), known)
 
-        search = Search(cost, places, Strata(sites, widths), distance)
+            def distance(spec: Mapping[str, int]) -> float:
+                with running(Run(tokens=token_counts(model, cost.places, spec))):
+                    return reference.distance(spec)
+
+            return distance
+
+        few, many = distance_on(tokens.images), distance_on(tokens.confirming)
+        search = Search(cost, places, Strata(sites, widths), few, many, tokens.cheapness)
         reachable = [share for share in tokens.shares if search.reaches(share)]
-        states: list[tuple[int, tuple[int, ...]]] = []
-        for share in track(reachable, "weigh tokens against width"):
-            search.at(share)
-            states.append((search.position, search.counts))
+        states = [State(share, search.at(share)) for share in track(reachable, "weigh tokens against width")]
     facts = {
         "tokens": asdict(tokens),
         "places": [place.name for place in places],
-        "states": [[share, *state] for share, state in zip(reachable, states, strict=True)],
+        "states": [[state.share, dict(state.widths)] for state in states],
     }
-    return reachable_merges(interleaved(widths, places, states), cost.places), facts
-
-
-def interleaved(
-    widths: Sequence[Entry], places: Sequence[TokenPlace], states: Sequence[tuple[int, Sequence[int]]]
-) -> list[Entry]:
-    """The list through states: between two of them every unit leaves at its share of the way.
-
-    Args:
-        widths: The width list; what no state has dropped comes last.
-        places: That merge tokens.
-        states: Position on the width list and tokens at every place, nested, largest first.
-    """
-    entries: list[Entry] = []
-    position, counts = 0, [place.width for place in places]
-    for after, wanted in states:
-        cut = widths[position:after]
-        leaving = [((number + 1) / len(cut), 1, entry) for number, entry in enumerate(cut)]
-        for place, before, count in zip(places, counts, wanted, strict=True):
-            ends = [step for step in reversed(place.steps) if count <= step < before]
-            leaving += [((i + 1) / len(ends), 0, Entry(place.name, end, 0)) for i, end in enumerate(ends)]
-        entries += [entry for _, _, entry in sorted(leaving, key=lambda one: one[:2])]
-        position, counts = after, list(wanted)
-    return [*entries, *widths[position:]]
+    last = {entry.site: float(number) for number, entry in enumerate(widths) if entry.width == 0}
+    return reachable_merges(ordered_list(sites, states, last, places), cost.places), facts
 
 
 def reachable_merges(entries: Sequence[Entry], places: Sequence[TokenPlace]) -> list[Entry]:

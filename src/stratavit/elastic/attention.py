@@ -107,8 +107,9 @@ class HeadsSite(ElasticSite):
             for tensor in part:
                 if tensor is not None and matrix is not None:
                     tensor.copy_(fold_heads(matrix, tensor.detach()))
-        columns = self.proj.weight.detach().T  # [H*d, C]
-        self.proj.weight.copy_(fold_heads(transform.o.transpose(-1, -2), columns.contiguous()).T)
+        columns = self.whole_out().detach().T  # [H*d, C]
+        folded = fold_heads(transform.o.transpose(-1, -2), columns.contiguous()).T
+        self.out_by_head().copy_(folded.unflatten(1, (self.heads, self.full_width)))
 
     def scored(self, x: Tensor, features: Tensor, rope: Tensor | None) -> Scored:
         """What attention is computed from, each ``[B, H, N, ...]``.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,12 @@ from torch import Tensor, nn
 from stratavit.elastic.compensation import GAIN, Moments, PackedMoments, compensate, project
 from stratavit.elastic.corrected import Corrected, stale
 from stratavit.elastic.delta import Delta, Weights, added
+from stratavit.elastic.projected import Projected, can_be_kept, extended
 from stratavit.elastic.running import current_run
-from stratavit.elastic.site import Site
 from stratavit.errors import StrataViTError, described
+
+if TYPE_CHECKING:
+    from stratavit.elastic.site import Site
 
 Compensation = Literal["none", "mean", "full"]
 
@@ -102,6 +105,7 @@ class ElasticSite(nn.Module):
         crossed: `channel_mean` and packed `moments` without the images of fold 0, and without those of fold 1; after
             calibration, for the list. Not saved.
         corrected: Width -> what `specialise` computed. Not saved.
+        projected: What all compensated widths share, once one was computed; see `projected`. Not saved.
         probe: Weights that take the place of the module's own.
         observer: Set while statistics are collected.
     """
@@ -125,6 +129,7 @@ class ElasticSite(nn.Module):
         self.crossed: tuple[tuple[Tensor, PackedMoments], ...] = ()
         self.probe: Probe | None = None
         self.corrected: dict[int, Corrected] = {}
+        self.projected: Projected | None = None
         self.observer: Observer | None = None
         self.bypassed = False
         self.register_buffer("channel_mean", self.out.weight.new_empty(0), persistent=False)
@@ -187,6 +192,10 @@ class ElasticSite(nn.Module):
 
     # ---- weights at a width -----------------------------------------------------------------------------------------
 
+    def whole_out(self) -> Tensor:
+        """Weight of `out`, head after head: ``[C, H*d]``."""
+        return self.out.weight
+
     def out_by_head(self) -> Tensor:
         """Weight of `out` as ``[C, H, d]`` (one head for an MLP)."""
         return self.out.weight.unflatten(1, (self.heads, self.full_width))
@@ -235,7 +244,7 @@ class ElasticSite(nn.Module):
     def outs_at(self, widths: Sequence[int]) -> list[tuple[Tensor, Tensor | None]]:
         """Weight and bias of `out` at widths, see `weights_at`; those that are compensated share a product."""
         cut = [width for width in widths if width < self.full_width]
-        found: dict[int, tuple[Tensor, Tensor | None]] = {self.full_width: (self.out.weight, self.out.bias)}
+        found: dict[int, tuple[Tensor, Tensor | None]] = {self.full_width: (self.whole_out(), self.out.bias)}
         if self.compensation == "full" and self.moments is not None and cut:
             found |= zip(cut, self.compensated_outs(cut), strict=True)
         for width in cut:
@@ -278,9 +287,13 @@ class ElasticSite(nn.Module):
             self.corrected[width] = Corrected(pair, self._basis())
 
     def forget(self) -> None:
-        """Drops second moments and what `specialise` computed from them."""
-        self.moments, self.crossed = None, ()
+        """Drops second moments and what was computed from them."""
+        self.release_moments()
         self.corrected.clear()
+
+    def release_moments(self) -> None:
+        """Drops second moments, and keeps what `specialise` computed from them."""
+        self.moments, self.crossed, self.projected = None, (), None
 
     def _learns(self) -> bool:
         return torch.is_grad_enabled() and any(t.requires_grad for t in self._basis())
@@ -289,6 +302,11 @@ class ElasticSite(nn.Module):
         """What the second map is computed from, besides the moments."""
         learned = () if self.delta is None else self.delta.parts()[2:]
         return [t for t in (self.out.weight, self.out.bias, self.channel_mean, *learned) if t is not None]
+
+    def storages(self) -> set[int]:
+        """Addresses of all that it holds, of which a small model must have no part."""
+        pairs = [tensor for one in self.corrected.values() for tensor in one.pair]
+        return {t.untyped_storage().data_ptr() for t in (*self.parameters(), *self.buffers(), *pairs)}
 
     def compensated_outs(self, widths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """Weight ``[C, H*w]`` and bias ``[C]`` of `out` at widths, with what the dropped channels did, and `delta`."""
@@ -299,7 +317,7 @@ class ElasticSite(nn.Module):
         found = []
         with torch.autocast(out.device.type, enabled=False):
             weight, mean = self.out_by_coordinate().float(), self.channel_mean.T.flatten().float()  # [C, d*H], [d*H]
-            projected = project(weight, self.moments.factor, max(widths) * self.heads)
+            projected = self._project(weight, self.moments.factor, max(widths) * self.heads)
             for width in widths:
                 kept, shift = compensate(weight, mean, self.moments, width * self.heads, self.gain, projected)
                 kept = kept.unflatten(1, (width, self.heads)).transpose(1, 2).flatten(1)  # [C, w*H] -> [C, H*w]
@@ -308,6 +326,14 @@ class ElasticSite(nn.Module):
                 assert bias is not None
                 found.append((weights, bias))
         return found
+
+    def _project(self, weight: Tensor, factor: Tensor, keep: int) -> Tensor:
+        """`project` of the weight of `out` by coordinate, ``[C, d*H]``; kept where it can be."""
+        if not can_be_kept(self.out.weight):
+            self.projected = None
+            return project(weight, factor, keep)
+        self.projected = known = extended(self.projected, self.out.weight, factor, weight, keep)
+        return known.columns
 
     def out_bias_at(self, width: int) -> Tensor | None:
         """Bias of `out` at a width: ``bias + W[:, w:] mean[w:]``, what the dropped channels add on average.

@@ -21,12 +21,12 @@ class Corrected:
 
     def __init__(self, pair: tuple[Tensor, Tensor], basis: list[Tensor]) -> None:
         self.pair = pair
-        self._basis = [(tensor.detach(), _version(tensor)) for tensor in basis]
+        self._basis = [(tensor.detach(), version_of(tensor)) for tensor in basis]
         self._digest = digest_of(enumerate(basis))
 
     def unless_changed(self, basis: list[Tensor]) -> tuple[Tensor, Tensor] | None:
         """The pair, or None if it was computed from other tensors; changes through ``.data`` in place go unseen."""
-        now = [(t.data_ptr(), t.dtype, t.shape, _version(t)) for t in basis]
+        now = [(t.data_ptr(), t.dtype, t.shape, version_of(t)) for t in basis]
         then = [(t.data_ptr(), t.dtype, t.shape, version) for t, version in self._basis]
         return self.pair if now == then else None
 
@@ -49,5 +49,6 @@ def stale(width: int) -> StrataViTError:
     )
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
+    """How often it was changed in place; 0 where that is not counted."""
     return 0 if tensor.is_inference() else tensor._version

@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from timm.layers import Attention, AttentionRope, GluMlp, Mlp, SwiGLU
 from timm.models.beit import Attention as BeitAttention
+from timm.models.davit import WindowAttention as DaVitAttention
 from timm.models.eva import EvaAttention
+from timm.models.nest import Attention as NestAttention
 from timm.models.swin_transformer import WindowAttention
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from timm.models.swin_transformer_v2_cr import WindowMultiHeadAttention
 from timm.models.vision_transformer_relpos import RelPosAttention
 from timm.models.vision_transformer_sam import Attention as MapAttention
-from torch import nn
+from timm.models.volo import Attention as VoloAttention
+from torch import Tensor, nn
 
 from stratavit.elastic.plain import Constant, SplitAttention
 from stratavit.errors import ArtifactError
@@ -28,6 +31,7 @@ KEPT_BUFFERS = ("relative_coords_table", "relative_position_index", "relative_co
 STOCK = (
     *(Attention, AttentionRope, EvaAttention, BeitAttention, RelPosAttention, MapAttention),
     *(WindowAttention, WindowAttentionV2, WindowMultiHeadAttention),
+    *(NestAttention, DaVitAttention, VoloAttention),
 )
 ATTENTION: tuple[Any, ...] = (*STOCK, SplitAttention)
 
@@ -94,9 +98,19 @@ def _split(numbers: Mapping[str, Any], dim: int, like: Any, device: Any) -> Any:
     q, k, v, proj = (bool(bias) for bias in numbers["biases"])
     prefix, half = getattr(like, "num_prefix_tokens", 0), bool(getattr(like, "rotate_half", False))
     widths = numbers["num_heads"], numbers["qk_dim"], numbers["v_dim"]
-    kept = bool(numbers.get("kept"))
-    made = SplitAttention(dim, *widths, numbers["scale"], (q, k, v, proj), prefix, half, device, kept=kept)
+    kept, apart = bool(numbers.get("kept")), in_blocks(like)
+    made = SplitAttention(dim, *widths, numbers["scale"], (q, k, v, proj), prefix, half, device, None, kept, apart)
     return _with_kept(made, like)
+
+
+def in_blocks(attn: Any) -> bool:
+    """Whether tokens ``[B, blocks, N, C]`` of an attention, stock, elastic or small, see those of their block only."""
+    return isinstance(attn, NestAttention) or getattr(attn, "apart", False)
+
+
+def tokens_in_view(attn: Any, x: Tensor) -> int:
+    """Tokens that each of those that an attention reads attends to; x ``[B, ..., C]``."""
+    return x.shape[-2] if in_blocks(attn) else x.shape[1:-1].numel()  # of a map [B, H, W, C] all
 
 
 def _with_kept(attn: Any, like: Any) -> Any:

@@ -22,6 +22,7 @@ class Memory:
         moments: Second moments, which serve any spec.
         corrected: `proj` and `fc2` of the specialised specs.
         deltas: What recovery of all sizes has learned.
+        projected: What compensated widths share, kept once one was computed on a CPU.
     """
 
     weights: int
@@ -29,11 +30,12 @@ class Memory:
     moments: int
     corrected: int
     deltas: int
+    projected: int = 0
 
     @property
     def total(self) -> int:
         """All together."""
-        return self.weights + self.means + self.moments + self.corrected + self.deltas
+        return self.weights + self.means + self.moments + self.corrected + self.deltas + self.projected
 
     def __str__(self) -> str:
         text = ", ".join(f"{name} {size / 1e6:.2f}" for name, size in asdict(self).items())
@@ -56,6 +58,7 @@ def memory_of(net: Any) -> Memory:
         moments=sum(moments.nbytes for _, moments in known if moments is not None),
         corrected=size_of(t for site in sites for one in site.corrected.values() for t in one.pair),
         deltas=size_of(t for site in sites if site.delta is not None for t in site.delta.parts() if t is not None),
+        projected=size_of(t for site in sites if site.projected is not None for t in site.projected.tensors),
     )
 
 
@@ -66,7 +69,7 @@ def specialise(elastic: Mapping[str, ElasticSite], specs: Iterable[Mapping[str, 
             site.specialise(spec[name])
     if not moments:
         for site in elastic.values():
-            site.moments, site.crossed = None, ()
+            site.release_moments()
 
 
 def report_kept_moments(net: Any, incompatible: Any) -> None:

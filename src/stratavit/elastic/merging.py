@@ -190,9 +190,9 @@ class MergingBlock(nn.Module):
             extra["attn_mask"] = attn_mask
         if rope is not None:
             extra["rope"] = rope if state is None else placed(rope, state.place)
-        normed = self.norm1(tokens)
-        tokens = tokens + self.drop_path1(self.scaled(self.attn(normed, **extra), 1))
         keep = self.kept()
+        normed = tokens if keep is None and _constant(self.attn) else self.norm1(tokens)
+        tokens = self.added(tokens, self.attn, 1, normed, extra)
         if keep is not None:
             before = unmerged(tokens, self.prefix) if state is None else state._replace(tokens=tokens)
             patches = before.home.shape[1]
@@ -201,11 +201,20 @@ class MergingBlock(nn.Module):
             if count < now:
                 state = merge(before, normed, max(count, least(now)), self.prefix)
                 tokens = state.tokens
-        tokens = tokens + self.drop_path2(self.scaled(self.mlp(self.norm2(tokens)), 2))
+        tokens = self.added(tokens, self.mlp, 2, tokens if _constant(self.mlp) else self.norm2(tokens), {})
         if state is None:
             return tokens
         state = state._replace(tokens=tokens)
         return unmerge(state) if self.last else state
+
+    def added(self, tokens: Tensor, part: Any, branch: int, normed: Tensor, extra: dict[str, Any]) -> Tensor:
+        """Tokens, and what attention (branch 1) or the MLP (2) adds to them; a constant as a vector."""
+        if _constant(part) and not self.training:
+            scale, own = getattr(self, f"ls{branch}", None), getattr(self, f"gamma_{branch}", None)
+            gamma = getattr(scale, "gamma", own)
+            return tokens if part.bias is None else tokens + (part.bias if gamma is None else gamma * part.bias)
+        drop_path = self.drop_path1 if branch == 1 else self.drop_path2
+        return tokens + drop_path(self.scaled(part(normed, **extra), branch))
 
     def scaled(self, x: Tensor, branch: int) -> Tensor:
         """What a branch adds, times its LayerScale if it has one."""
@@ -217,9 +226,16 @@ class MergingBlock(nn.Module):
         return x if gamma is None else gamma * x
 
 
+def _constant(part: nn.Module) -> bool:
+    """Whether attention or MLP has width 0, see `plain.Constant`."""
+    return getattr(part, "is_constant", False) is True
+
+
 def stock_class(block: nn.Module) -> type[nn.Module]:
-    """timm's class of a block, also of one that was made to merge tokens."""
-    return block.stock if isinstance(block, MergingBlock) else type(block)
+    """timm's class of a block, also of one that was made to merge tokens, or short (`short_blocks`)."""
+    kind = block.stock if isinstance(block, MergingBlock) else type(block)
+    found: type[nn.Module] = getattr(kind, "stock", kind)
+    return found
 
 
 def log_sizes(size: Tensor, prefix: int, tokens: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ class Constant(nn.Module):
         dim: Token width C; 0 for a module that adds nothing.
     """
 
+    is_constant = True  # for blocks that leave it out
+
     def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype)) if dim else None
@@ -62,6 +64,7 @@ class SplitAttention(nn.Module):
         num_prefix_tokens: Tokens in front that are not rotated.
         rotate_half: Rotation pairs are coordinates i and i + a / 2, else 2 i and 2 i + 1.
         kept: q and k have some of the rotation pairs of the model only: a buffer `kept`, ``[a]``, says which columns.
+        apart: Of two axes of tokens, ``[B, blocks, N, C]``, the first holds blocks that do not see each other.
     """
 
     kept: Optional[Tensor]
@@ -82,11 +85,12 @@ class SplitAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         kept: bool = False,
+        apart: bool = False,
     ) -> None:
         super().__init__()
         self.register_buffer("kept", torch.zeros(qk_dim, dtype=torch.long, device=device) if kept else None)
         self.num_heads, self.qk_dim, self.v_dim, self.scale = num_heads, qk_dim, v_dim, scale
-        self.num_prefix_tokens, self.rotate_half = num_prefix_tokens, rotate_half
+        self.num_prefix_tokens, self.rotate_half, self.apart = num_prefix_tokens, rotate_half, apart
         self.q = nn.Linear(dim, num_heads * qk_dim, biases[0], device, dtype)
         self.k = nn.Linear(dim, num_heads * qk_dim, biases[1], device, dtype)
         self.v = nn.Linear(dim, num_heads * v_dim, biases[2], device, dtype)
@@ -126,8 +130,8 @@ class SplitAttention(nn.Module):
             attn_mask: Added to the scores, or False where a token is not seen.
             is_causal: See `torch.nn.functional.scaled_dot_product_attention`.
         """
-        sides = x.shape[1:-1]
-        x = x.flatten(1, -2)
+        shape, sides = x.shape, x.shape[1:-1]
+        x = x.flatten(0, -3) if self.apart else x.flatten(1, -2)
         q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, a]
         k = self.k(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         v = self.v(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, b]
@@ -156,7 +160,7 @@ class SplitAttention(nn.Module):
         if attn_mask is not None:
             bias = attn_mask if bias is None else bias + attn_mask
         drop = self.attn_drop.p if self.training else 0.0
-        return self.proj_drop(self.proj(attend(q, k, v, bias, mask, scale, drop, is_causal))).unflatten(1, sides)
+        return self.proj_drop(self.proj(attend(q, k, v, bias, mask, scale, drop, is_causal))).reshape(shape)
 
 
 def cosines(q: Tensor, k: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, float]:

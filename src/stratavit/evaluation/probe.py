@@ -67,7 +67,7 @@ def linear_probe(
         weights = fitted(torch.cat([x for x, *_ in known]).cpu(), labels.cpu(), uniforms(keys, 0) < HELD_BACK, ridge)
         classes, tally = weights.shape[1], Tally()
         for images, truth in labelled(loader, model, description):
-            scores = (_with_one(features(inner, images).cpu()) @ weights / TEMPERATURE).float()  # [B, K]
+            scores = scores_of(features(inner, images).cpu(), weights) / TEMPERATURE  # [B, K]
             unknown = max(0, int(truth.max()) + 1 - classes)  # classes that the bank lacks are ranked last
             tally.add(F.pad(scores, (0, unknown), value=float(scores.min()) - 1), truth)
     return tally.metrics()
@@ -89,6 +89,11 @@ def fitted(found: Tensor, labels: Tensor, held: Tensor, ridge: float | None = No
             errors[one] = float((x[held] @ weights - y[held]).square().sum())
         ridge = min(errors, key=lambda one: errors[one])
     return _solved(x, y, (1e-2 if ridge is None else ridge,))[0]  # a bank of a few images
+
+
+def scores_of(found: Tensor, weights: Tensor) -> Tensor:
+    """Scores ``[B, K]`` float32 of features ``[B, D]``, by what `fitted` has found."""
+    return (_with_one(found) @ weights).float()
 
 
 def _solved(x: Tensor, y: Tensor, ridges: Iterable[float]) -> list[Tensor]:

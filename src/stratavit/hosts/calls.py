@@ -26,6 +26,7 @@ class Calls:
     Attributes:
         images: Name of the argument that holds them.
         unsqueezed: They are patches ``[B, N, values]``, kept as ``[B, 1, N, values]``.
+        packed: These came in one sequence ``[B*N, values]``, next to the grid of every image.
         batches: The images of each call, in float32 on the CPU.
         arguments: The others, which were the same in every call.
         by_image: Key of an image -> arguments that are its own.
@@ -34,6 +35,7 @@ class Calls:
 
     images: str = ""
     unsqueezed: bool = False
+    packed: bool = False
     batches: list[Tensor] = field(default_factory=list)
     arguments: dict[str, Any] = field(default_factory=dict)
     by_image: dict[bytes, dict[str, Tensor]] = field(default_factory=dict)
@@ -46,6 +48,10 @@ class Calls:
             StrataViTError: The part was given no images, or tensors that belong neither to one image nor to all.
         """
         name = next((key for key, value in given.items() if _are_images(value)), None)
+        sequence = _sequence(given) if name is None else None
+        if sequence is not None:
+            name, self.packed = sequence[0], True
+            given = {**given, name: self._unpacked(given[name], sequence[1], part)}
         if name is None or (self.images and name != self.images):
             raise StrataViTError(f"{part} is given no images [B, C, H, W] or [B, N, C]; name a part that reads them")
         images = given[name].detach().float().cpu()
@@ -62,6 +68,16 @@ class Calls:
         for row, image in enumerate(keys_of(images) if own else []):
             self.by_image[image] = {name: value[row].clone() for name, value in own.items()}
 
+    def _unpacked(self, patches: Tensor, counts: list[int], part: str) -> Tensor:
+        """A sequence ``[B*N, values]`` as ``[B, N, values]``; images must have as many patches as earlier ones."""
+        found = {*counts, *(images.shape[2] for images in self.batches)}
+        if len(found) > 1:
+            raise StrataViTError(
+                f"{part} is given images of {min(found)} to {max(found)} patches; give batches whose images are all of "
+                "one size (resized beforehand, or by the processor's smallest and largest size)"
+            )
+        return patches.unflatten(0, (len(counts), -1))
+
     def count(self) -> int:
         """Images of all calls."""
         return sum(map(len, self.batches))
@@ -69,6 +85,21 @@ class Calls:
 
 def _are_images(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() in (3, 4)
+
+
+def _sequence(given: Mapping[str, Any]) -> tuple[str, list[int]] | None:
+    """Name of the patches of all images in one sequence ``[N, values]``, and how many each has; None if there are none.
+
+    The sequence is known by another argument: time, height and width of the patches of every image, ``[B, 3]``.
+    """
+    tensors = {key: value for key, value in given.items() if isinstance(value, Tensor) and value.dim() == 2}
+    grids = [value for value in tensors.values() if not value.is_floating_point() and value.shape[1] == 3]
+    for key, patches in tensors.items():
+        for grid in grids if patches.is_floating_point() else ():
+            counts = grid.prod(dim=1).tolist()
+            if sum(counts) == len(patches):
+                return key, counts
+    return None
 
 
 def run_host(host: nn.Module, batch: Any, call: Call | None) -> Any:
@@ -131,7 +162,9 @@ def record_calls(
     return calls, first
 
 
-def outputs_read(host: nn.Module, part: nn.Module, batch: Any, call: Call | None, images: int) -> list[int]:
+def outputs_read(
+    host: nn.Module, part: nn.Module, batch: Any, call: Call | None, images: int, packed: bool = False
+) -> list[int]:
     """Numbers of the tensors in a part's output that its host reads: those that the host's output depends on.
 
     All floating ones if the host itself is the part, or keeps no graph.
@@ -139,6 +172,7 @@ def outputs_read(host: nn.Module, part: nn.Module, batch: Any, call: Call | None
     Args:
         host, part, batch, call: See `record_calls`.
         images: That the part gets for this batch, in its last call.
+        packed: Tokens of all of them are in one sequence.
 
     Raises:
         StrataViTError: There are none, or they do not have a row for every image.
@@ -152,7 +186,11 @@ def outputs_read(host: nn.Module, part: nn.Module, batch: Any, call: Call | None
 
     with eval_mode(host), frozen(host), torch.enable_grad(), part.register_forward_hook(cut_off):
         output = run_host(host, batch, call)
-    maps = [number for number, leaf in enumerate(leaves) if _is_map(leaf) and leaf.dim() > 1 and len(leaf) == images]
+    maps = [
+        number
+        for number, leaf in enumerate(leaves)
+        if _is_map(leaf) and leaf.dim() > 1 and (len(leaf) == images or (packed and len(leaf) % images == 0))
+    ]
     handed = {id(leaf) for leaf in leaves}  # what a host only hands through, it does not read
     made = [leaf for leaf in tree_leaves(output) if _is_map(leaf) and leaf.requires_grad and id(leaf) not in handed]
     totals = [leaf.float().square().sum() for leaf in made]

@@ -59,7 +59,7 @@ def convert_part(
     name = find_part(model, part)
     module = model.get_submodule(name)
     calls, first = record_calls(model, module, name or "the model", loader, call, limit)
-    net = PartNet(model, name, calls, outputs_read(model, module, first, call, calls.first))
+    net = PartNet(model, name, calls, outputs_read(model, module, first, call, calls.first, calls.packed))
     _check_repeatable(net, calls.batches[0])
     net.contract(calls.batches, seed=seed)
     net.stratify(calls.batches, plan=plan, seed=seed, ignore=ignore, min_width=min_width)

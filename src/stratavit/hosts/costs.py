@@ -21,6 +21,9 @@ class _Tokens:
     def features(self, features: Tensor) -> None:
         """Nothing: `inputs_of_out` comes for attention and MLPs alike."""
 
+    def pairs(self, products: object) -> None:
+        """Nothing."""
+
     def inputs_of_out(self, features: Tensor) -> None:
         """``[B, N, ...]`` of one image, all its windows in B."""
         self.tokens, self.context = features[..., 0].numel(), features.shape[-2]

@@ -57,7 +57,7 @@ class PartNet(SuperNet):
         self._host, self.name = (host, stock), name  # a tuple: no modules of this network
         part = whole_copy(stock, _configs(stock))
         leaf = name.rpartition(".")[2] or "model"
-        how = (calls.images, calls.unsqueezed, calls.arguments, calls.by_image, outputs)
+        how = (calls.images, calls.unsqueezed, calls.arguments, calls.by_image, outputs, calls.packed)
         self.model: Any = HostedPart(leaf, part, *how).eval()
         self.sample = sample = calls.batches[0][:SAMPLE].to(model_device(stock), model_dtype(stock))
         _scale_maps(self.model, sample)

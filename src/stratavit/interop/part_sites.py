@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from stratavit.elastic.attention import ElasticSplit
 from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.layers import build_layer, describe_layer
+from stratavit.elastic.rotary import ElasticRotary, cuts_pairs
 from stratavit.elastic.site import Site
 from stratavit.errors import ArtifactError, described, one_line, shown
-from stratavit.interop.transformers.sites import kind_of_theirs, why_unknown
+from stratavit.interop.transformers.packed_sites import elastic_kind
+from stratavit.interop.transformers.sites import why_unknown
 from stratavit.interop.transformers.small_modules import resized, small_module
 from stratavit.models.extraction import small_site
 from stratavit.models.families import kind_of
@@ -21,8 +24,11 @@ from stratavit.models.families import kind_of
 def candidates(part: nn.Module) -> Iterator[tuple[str, nn.Module, type[Any]]]:
     """Name, module and elastic class of every attention and MLP module of a known kind, in order of construction."""
     inside: tuple[str, ...] = ()
+    rotary = tuple(name for name, module in part.named_modules() if getattr(module, "rope", None) is not None)
     for name, module in part.named_modules():
-        kind: type[Any] | None = kind_of(module) or kind_of_theirs(module)
+        kind: type[Any] | None = kind_of(module) or elastic_kind(module)
+        if kind is ElasticSplit and cuts_pairs(module) and name.startswith(rotary):
+            kind = ElasticRotary
         if kind is not None and not (inside and name.startswith(inside)):
             inside = (*inside, f"{name}.")
             yield name, module, kind
@@ -88,8 +94,8 @@ def resize(model: nn.Module, sizes: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _resized(stock: Any, numbers: Mapping[str, Any]) -> nn.Module:
-    if kind_of_theirs(stock) is not None:
-        return resized(stock, numbers["width"], bool(numbers["bias"]))
+    if elastic_kind(stock) is not None:
+        return resized(stock, numbers["width"], bool(numbers["bias"]), numbers.get("qk"))
     if kind_of(stock) is None:
         raise ArtifactError(f"a {type(stock).__name__} is not a module that can be cut")
     full = stock.proj if hasattr(stock, "proj") else stock.fc2

@@ -20,6 +20,7 @@ from torch import nn
 
 from stratavit.elastic.layers import build_layer, describe_layer
 from stratavit.elastic.plain import Constant, SplitAttention
+from stratavit.elastic.short_blocks import shorten
 from stratavit.elastic.token_places import TokenPlace, check_tokens
 from stratavit.elastic.tokens import merge_at
 from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, described, one_line
@@ -33,6 +34,7 @@ _TRANSIENT = (nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices, nn.Id
 _ASIDE = {
     *("training", "fused_attn", "grad_checkpointing", "data_config", "provenance", "init_values", "embedding"),
     "source_architecture",
+    *("attends", "feeds", "has_factors"),  # of a short block, which models pickled by older releases do not have
     "target_shift_size",  # of windows: read when these are set again, and then only whether it is 0
 }
 
@@ -146,6 +148,8 @@ def _built(description: Mapping[str, Any], device: torch.device | str, computed:
         model.set_submodule(site, build_layer(numbers, out.out_features, like, device))
     if "tokens" in description:
         merge_tokens(model, description["tokens"])
+    if any("constant" in numbers for numbers in description["sites"].values()):
+        shorten(model, blocks_of(model))
     made: nn.Module = model
     return made
 
@@ -212,7 +216,8 @@ def _parts(root: nn.Module, dtype: torch.dtype) -> dict[str, str]:
         if isinstance(module, _TRANSIENT):
             continue
         if name:
-            lines[name] = f"{type(module).__name__}({module.extra_repr()})"
+            kind = getattr(type(module), "stock", type(module))  # timm's, of a short block
+            lines[name] = f"{kind.__name__}({module.extra_repr()})"
         for key, value in vars(module).items():
             if key not in _ASIDE and not key.startswith("_") and _is_plain(value):
                 lines[f"{name}.{key}".lstrip(".")] = str(tuple(value) if isinstance(value, list) else value)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stratavit.elastic.layers import ATTENTION, describe_layer
+from stratavit.elastic.layers import ATTENTION, describe_layer, tokens_in_view
 from stratavit.elastic.site import Site
 from stratavit.elastic.token_places import TokenPlace, tokens_along
 from stratavit.utils.model import eval_mode, model_device, model_dtype
@@ -162,7 +162,7 @@ def cost_model(
     context: dict[str, int] = {}
 
     def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        context[name] = inputs[0].shape[1:-1].numel()  # of a map [B, H, W, C] all
+        context[name] = tokens_in_view(module, inputs[0])
         tokens[name] = _tokens(inputs)
 
     inside = tuple(site.name + "." for site in sites)
@@ -217,7 +217,7 @@ def macs_by_module(
         if isinstance(module, nn.Linear):  # whose output may be padded
             found[name] += output.numel() // output.shape[-1] * module.weight.numel()
             return
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
             found[name] += output.numel() * module.weight[0].numel()
             return
         if isinstance(module, nn.MultiheadAttention):
@@ -231,11 +231,11 @@ def macs_by_module(
         if attention:
             numbers = describe_layer("", module)
             widths = numbers.get("qk_dim", 0) + numbers.get("v_dim", 0) or 2 * numbers["head_dim"]
-            found[name] += _tokens(inputs) * inputs[0].shape[1:-1].numel() * numbers["num_heads"] * widths
+            found[name] += _tokens(inputs) * tokens_in_view(module, inputs[0]) * numbers["num_heads"] * widths
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            known = (nn.Linear, nn.Conv2d, nn.MultiheadAttention, *ATTENTION)
+            known = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, *ATTENTION)
             counts = isinstance(module, known) and not f"{name}.".startswith(without)
             if counts and POSITIONS.isdisjoint(name.split(".")):
                 stack.enter_context(module.register_forward_hook(partial(count, name), with_kwargs=True))

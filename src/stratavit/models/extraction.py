@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.layers import KEPT, build_layer
 from stratavit.elastic.network import site_of
+from stratavit.elastic.short_blocks import fold_constants, shorten
 from stratavit.elastic.site import Site
 from stratavit.elastic.token_places import TokenPlace
 from stratavit.elastic.tokens import merge_at
-from stratavit.models.families import last_norm
+from stratavit.models.families import blocks_of, last_norm
 from stratavit.models.freezing import freeze_like
 from stratavit.models.source_checks import drop_own_routines, whole_copy
 
@@ -54,6 +55,9 @@ def cut_model(
             place.block: widths[place.name] for place in places if widths.get(place.name, place.width) < place.width
         }
         merge_at(small, [place.block for place in places], keep, places[0].width, places[0].prefix)
+    blocks = blocks_of(small)
+    fold_constants(small, blocks)
+    shorten(small, blocks)
     return small.eval()
 
 
@@ -81,13 +85,19 @@ def small_site(site: Site, elastic: ElasticSite, width: int) -> nn.Module:
 
 def _filled(layer: nn.Module, tensors: Mapping[str, Tensor | None], elastic: ElasticSite) -> nn.Module:
     """The layer, built without storage, with its own copies of the tensors; frozen where their origin is."""
-    own = {
-        name: tensor.clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-        if tensor is not None
-    }
+    kept = elastic.storages()
+    own = {name: _owned(tensor, kept) for name, tensor in tensors.items() if tensor is not None}
     left = layer.load_state_dict(own, strict=False, assign=True)
     assert not left.unexpected_keys
     assert all(key.startswith(KEPT) for key in left.missing_keys)  # copied when the layer was built
     freeze_like(layer, elastic)
     return layer
+
+
+def _owned(tensor: Tensor, kept: set[int]) -> Tensor:
+    """A tensor with a storage of its own: itself if it was just computed and fills its storage, else a copy."""
+    storage = tensor.untyped_storage()
+    fills = storage.nbytes() == tensor.nbytes and tensor.is_contiguous()
+    if fills and storage.data_ptr() not in kept and not tensor.is_inference():
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)

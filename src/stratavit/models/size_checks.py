@@ -24,6 +24,8 @@ from stratavit.utils.model import patches_of
 RESERVED = {*inspect.signature(timm.create_model).parameters, "device", "dtype", "pretrained_strict"} - {"kwargs"}
 LARGEST = 1 << 16  # of a number that no tensor has as a dimension: nothing that timm names comes near
 TOKENS = 1 << 17  # of one image
+NOT_SIZES = ("rope_theta", "_token_id")  # endings of names, in configurations of transformers, of other numbers
+POSITIONS = 1 << 24  # of words: language models announce more of them than any tensor has rows
 BUFFERS = 1 << 26  # numbers that a model may compute next to its weights, however few these are
 
 
@@ -79,7 +81,24 @@ def check_config(config: Mapping[str, Any], shapes: Mapping[str, Shape], source:
         ArtifactError: See `check_numbers`.
     """
     skipped = RESERVED | {"id2label", "label2id"}
-    check_numbers({key: value for key, value in config.items() if key not in skipped}, shapes, source)
+    sizes = _sizes_in({key: value for key, value in config.items() if key not in skipped}, source)
+    check_numbers(sizes, shapes, source)
+
+
+def _sizes_in(value: Any, source: str) -> Any:
+    """A JSON value without numbers that set no size, and without numbers of positions, which are checked."""
+    if isinstance(value, list):
+        return [_sizes_in(inner, source) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    found = {}
+    for key, inner in value.items():
+        if key.endswith("max_position_embeddings") and isinstance(inner, int) and inner > LARGEST:
+            if inner > POSITIONS:
+                raise ArtifactError(f"{source}: {shown(key)} is {str(inner)[:40]}, expected at most {POSITIONS}")
+        elif not key.endswith(NOT_SIZES):
+            found[key] = _sizes_in(inner, source)
+    return found
 
 
 def check_images(model: nn.Module, size: Sequence[int], source: str) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stratavit.elastic.short_blocks import can_be_short, folds_into, is_scaled
 from stratavit.models.changes import check_small
+from stratavit.models.cost import site_params
 from stratavit.models.extraction import cut_model
 from stratavit.models.freezing import set_frozen
 from stratavit.models.number_types import in_type
@@ -30,6 +32,23 @@ def params_at(net: Any, widths: Mapping[str, int]) -> int:
     biased = net.compensation != "none"
     calibrated = all(module.channel_mean.numel() for module in net.elastic.values())
     count: int = net.cost.params(widths, biased, corrected=biased and calibrated)
+    return count - _folded_params(net, widths, biased, biased and calibrated)
+
+
+def _folded_params(net: Any, widths: Mapping[str, int], biased: bool, corrected: bool) -> int:
+    """Parameters of constants that are part of other biases, see `short_blocks.fold_constants`."""
+    sites, count = {site.name: site for site in net.sites}, 0
+    for name in {site.rpartition(".")[0] for site, width in widths.items() if site.endswith(".mlp") and width == 0}:
+        block, mlp, attention = net.model.get_submodule(name), sites[f"{name}.mlp"], sites.get(f"{name}.attn")
+        if not can_be_short(block) or is_scaled(block):
+            continue
+        if attention is None:
+            there = folds_into(block.attn)
+        else:
+            width = widths[attention.name]
+            there = attention.out_bias or (corrected and width < attention.width)
+            there = there and (biased or width > 0)
+        count += site_params(mlp, 0, biased, corrected) * there
     return count
 
 

@@ -164,7 +164,8 @@ def _not_copied(model: nn.Module) -> str:
 
 def own_routines(module: nn.Module) -> list[str]:
     """Methods of its class that a module has replaced for itself, as ``model.forward = ...`` does."""
-    return [key for key in vars(module) if inspect.isroutine(getattr(type(module), key, None))]
+    kind = type(module)
+    return [key for key in vars(module) if hasattr(kind, key) and inspect.isroutine(getattr(kind, key))]
 
 
 def drop_own_routines(model: nn.Module) -> None:

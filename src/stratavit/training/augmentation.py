@@ -20,6 +20,7 @@ from stratavit.data.image_folder import ImageFolder
 from stratavit.errors import StrataViTError
 from stratavit.models.families import family_of
 from stratavit.training.recipe import Recipe
+from stratavit.training.transfer import memberships
 
 TRIES = 100
 
@@ -113,7 +114,7 @@ class Target:
     def taught(self, target: Tensor, output: Tensor, share: float) -> Tensor:
         """The target of a taught network: `share` of it the teacher's output, logits ``[B, classes]``."""
         if self.mixup is None:
-            target = F.one_hot(target, self.classes).float() * (1 - self.smoothing) + self.smoothing / self.classes
+            target = memberships(target, self.classes) * (1 - self.smoothing) + self.smoothing / self.classes
         return (1 - share) * target + share * output.float().softmax(dim=-1)
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from stratavit.calibration.objectives import distance, relative_errors
 from stratavit.training.augmentation import Features, Target
 from stratavit.training.recipe import Recipe
 from stratavit.training.tracing import Trace, block_error
+from stratavit.training.transfer import to_device
 
 JITTER = 0.4  # brightness, contrast and saturation are changed by at most this share
 RATIO = 4 / 3  # most that a crop is wider than high, or higher than wide
@@ -31,6 +32,8 @@ class Changes:
     def __init__(self, data_config: Mapping[str, Any], recipe: Recipe) -> None:
         self.crop, self.flip = recipe.crop, recipe.flip
         self.mean, self.std = (torch.tensor(data_config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+        channels = self.mean.shape[1]
+        self.grey = torch.tensor(GREY if channels == 3 else (1 / channels,) * channels).view(1, -1, 1, 1)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` to such images in float32."""
@@ -45,26 +48,25 @@ class Changes:
         mirror = 1 - 2 * (torch.rand(count) < self.flip).float()
         none = torch.zeros(count)
         rows = [torch.stack([sides[0] * mirror, none, places[0]]), torch.stack([none, sides[1], places[1]])]
-        grid = F.affine_grid(torch.stack(rows).permute(2, 0, 1).to(images.device), list(images.shape), False)
+        turned = to_device(torch.stack(rows).permute(2, 0, 1), images.device)  # [B, 2, 3]
+        grid = F.affine_grid(turned, list(images.shape), False)
         return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
     def coloured(self, images: Tensor) -> Tensor:
         """Brightness, contrast and saturation of every image changed at random."""
-        mean, std = self.mean.to(images.device), self.std.to(images.device)
-        brightness, contrast, saturation = (
-            torch.empty(3, len(images), 1, 1, 1).uniform_(1 - JITTER, 1 + JITTER).to(images.device)
-        )
+        self.mean, self.std, self.grey = (t.to(images.device) for t in (self.mean, self.std, self.grey))
+        mean, std = self.mean, self.std
+        factors = torch.empty(3, len(images), 1, 1, 1).uniform_(1 - JITTER, 1 + JITTER)
+        brightness, contrast, saturation = to_device(factors, images.device)
         pixels = (images * std + mean) * brightness
-        grey = _grey(pixels)
+        grey = self._grey(pixels)
         pixels = grey.mean(dim=(2, 3), keepdim=True) * (1 - contrast) + pixels * contrast
-        pixels = _grey(pixels) * (1 - saturation) + pixels * saturation
+        pixels = self._grey(pixels) * (1 - saturation) + pixels * saturation
         return (pixels - mean) / std
 
-
-def _grey(pixels: Tensor) -> Tensor:
-    """``[B, C, H, W]`` to ``[B, 1, H, W]``."""
-    weights = torch.tensor(GREY if pixels.shape[1] == 3 else (1 / pixels.shape[1],) * pixels.shape[1])
-    return (pixels * weights.to(pixels).view(1, -1, 1, 1)).sum(dim=1, keepdim=True)
+    def _grey(self, pixels: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to ``[B, 1, H, W]``."""
+        return (pixels * self.grey).sum(dim=1, keepdim=True)
 
 
 class Imitation:

@@ -32,11 +32,17 @@ def optimiser_and_schedule(model: nn.Module, recipe: Recipe, images: int, epoch_
     """
     rate = recipe.rate(images)
     least = min(recipe.min_lr, rate)  # neither the cosine nor the warm-up goes the other way
-    optimiser = create_optimizer_v2(model, opt="adamw", lr=rate, weight_decay=recipe.weight_decay)
+    kernel = {"fused": True} if on_cuda(model) else {}  # keeps its count of steps on the device, too
+    optimiser = create_optimizer_v2(model, opt="adamw", lr=rate, weight_decay=recipe.weight_decay, **kernel)
     _scale_rates(optimiser, recipe)
     warmup = recipe.warmup_epochs * epoch_steps
     options = {"warmup_t": warmup, "warmup_lr_init": least if warmup else 0.0, "t_in_epochs": False}
     return optimiser, CosineLRScheduler(optimiser, recipe.epochs * epoch_steps, least, **options)
+
+
+def on_cuda(model: nn.Module) -> bool:
+    """Whether all weights are on CUDA."""
+    return all(parameter.device.type == "cuda" for parameter in model.parameters())
 
 
 def _scale_rates(optimiser: Any, recipe: Recipe) -> None:

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stratavit.calibration.objectives import relative_errors
@@ -18,6 +17,7 @@ from stratavit.elastic.merging import Merged
 from stratavit.errors import StrataViTError
 from stratavit.models.families import stages
 from stratavit.training.teacher import Teacher
+from stratavit.training.transfer import memberships
 from stratavit.utils.model import eval_mode, model_device, model_dtype
 
 
@@ -108,6 +108,6 @@ def block_error(ours: Trace, theirs: Trace) -> Tensor:
 def merged_like(state: Merged, tokens: Tensor) -> Tensor:
     """Tokens ``[B, P+N, C]``, the patches averaged as another network has merged them: ``[B, P+n, C]``."""
     prefix = state.prefix
-    joins = F.one_hot(state.home, state.size.shape[1]).type_as(tokens)  # [B, N, n]
+    joins = memberships(state.home, state.size.shape[1]).type_as(tokens)  # [B, N, n]
     patches = joins.transpose(1, 2) @ tokens[:, prefix:] / state.size.unsqueeze(2).type_as(tokens)
     return torch.cat([tokens[:, :prefix], patches], dim=1)

@@ -5,10 +5,11 @@ tests/hosts hold it against the modules themselves; other classes with the same 
 
 from __future__ import annotations
 
-_ROTARY = "q and k stay uncut (rotary positions)"
+_ONE_SIZE = "calibration images of one size"
 _NAMES = "has other maps than q_proj, k_proj, v_proj and o_proj, or fc1 and fc2"
 
 CUT = ("q, k, v", "yes", "")
+PAIRS = ("q, k by pairs, v", "yes", "")
 IN_PLACE: dict[str, tuple[str, str, str]] = {  # class -> attention, MLP, why not more
     "ViTModel": CUT,
     "Dinov2Backbone": CUT,
@@ -22,8 +23,9 @@ IN_PLACE: dict[str, tuple[str, str, str]] = {  # class -> attention, MLP, why no
     "BeitForImageClassification": CUT,
     "IJepaModel": CUT,
     "Aimv2VisionModel": CUT,
-    "DINOv3ViTModel": ("v", "yes", _ROTARY),
-    "DINOv3ViTBackbone": ("v", "yes", _ROTARY),
+    "DINOv3ViTModel": PAIRS,
+    "DINOv3ViTBackbone": PAIRS,
+    "MLCDVisionModel": PAIRS,
     "InternVLVisionModel": ("uncut", "yes", f"its attention {_NAMES}"),
     "Swinv2Model": ("uncut", "uncut", f"its attention {_NAMES}"),
 }
@@ -31,7 +33,11 @@ HOSTS: dict[str, tuple[str, str, str]] = {  # class of a host -> the same of its
     "DepthAnythingForDepthEstimation": CUT,
     "DPTForDepthEstimation": ("q, k, v", "yes", f"with a `backbone_config`; its own ViT {_NAMES}"),
     "UperNetForSemanticSegmentation": CUT,
+    "Mask2FormerForUniversalSegmentation": ("q, k, v", "yes", "its backbone: `pixel_level_module.encoder`"),
     "CLIPModel": CUT,
     "SiglipModel": CUT,
+    "Siglip2Model": ("q, k, v", "yes", "its patch inputs of any shape, padded (NaFlex) or not"),
     "LlavaForConditionalGeneration": ("q, k, v", "yes", "layers that the model does not read stay uncut"),
+    "Qwen2VLForConditionalGeneration": ("q, k by pairs, v", "yes", _ONE_SIZE),
+    "Qwen2_5_VLForConditionalGeneration": ("q, k by pairs, v", "yes", _ONE_SIZE),
 }

@@ -28,6 +28,7 @@ ROTARY = (
     "rope",
     "freqs_cis",
 )  # arguments of a forward pass that turns q and k
+PACKED = ("VisionAttention", "Qwen2_5_VLVisionAttention", "Qwen3VLVisionAttention")  # see `packed_sites`
 _SCALES = ("scaling", "scale")
 
 
@@ -37,10 +38,17 @@ class Names(NamedTuple):
     first: tuple[str, ...]
     last: str
 
+    @property
+    def attention(self) -> bool:
+        """Whether the module is an attention; else an MLP."""
+        return self.first[0] in ("q_proj", "qkv")
+
 
 def names_of(module: nn.Module) -> Names | None:
     """The layers of an attention or MLP module of transformers; None if it is neither, or of an unknown form."""
     layers = {name for name, child in module.named_children() if isinstance(child, nn.Linear)}
+    if type(module).__name__ in PACKED and {"qkv", "proj"} <= layers:
+        return Names(("qkv",), "proj")
     attention = {"q_proj", "k_proj", "v_proj"} <= layers
     for last in ("o_proj", "out_proj"):
         if attention and last in layers and hasattr(module, "head_dim"):
@@ -50,9 +58,9 @@ def names_of(module: nn.Module) -> Names | None:
 
 
 def kind_of_theirs(module: nn.Module) -> type[TheirAttention | TheirMlp] | None:
-    """The elastic class of a module of transformers; None if there is none."""
+    """The elastic class of a module of transformers, without rotation pairs; None if there is none."""
     names = names_of(module) if _is_theirs(module) else None
-    return None if names is None else TheirAttention if "q_proj" in names.first else TheirMlp
+    return None if names is None else TheirAttention if names.attention else TheirMlp
 
 
 def why_unknown(module: nn.Module) -> str | None:
@@ -108,16 +116,19 @@ class TheirAttention(TheirSite, HeadsSite):
     """Attention of transformers with maps `q_proj`, `k_proj`, `v_proj` and out of the heads.
 
     With rotary positions q and k stay uncut; v is then padded to the full head_dim, as the stock class reshapes it.
+    Where the class is known to turn whole pairs, see `rotary_sites`.
     """
 
     def __init__(self, stock: Any) -> None:
         self.tied = not is_rotary(stock)
-        heads = stock.q_proj.out_features // stock.head_dim
+        heads = sum(getattr(stock, name).out_features for name in _names(stock).first) // (3 * stock.head_dim)
         super(HeadsSite, self).__init__(stock, heads, stock.head_dim)
 
     @classmethod
     def refusal(cls, stock: Any) -> tuple[str, str] | None:
         """Shared heads of k and v, norms of q and k, and other parts between the maps."""
+        if type(stock.v_proj) is not nn.Linear:
+            return "v_proj", f"is a {type(stock.v_proj).__name__}; start from the full model if it was cut before"
         sizes = {layer.out_features for layer in (stock.q_proj, stock.k_proj, stock.v_proj)}
         if len(sizes) > 1:
             return "v_proj", "several heads share one head of k and v (grouped-query attention)"
@@ -188,7 +199,7 @@ class TheirAttention(TheirSite, HeadsSite):
             given = {"q_proj": q, "k_proj": k, "v_proj": v}
         else:
             given = {"v_proj": F.pad(features[:, :, 0], (0, width - features.shape[-1]))}  # [B, N, H, d]
-        layers: dict[str, Any] = {name: _returning(x.flatten(-2)) for name, x in given.items()}
+        layers: dict[str, Any] = {name: returning(x.flatten(-2)) for name, x in given.items()}
         layers[self.names.last] = lambda mixed: self.written(self._prefix(mixed, weights), weights)
         scales = {name: width**-0.5 for name in _SCALES if hasattr(self.stock, name)} if self.tied else {}
         double = run_with(self.stock, layers, head_dim=width, **scales)
@@ -240,14 +251,16 @@ class TheirMlp(TheirSite, ElasticMlp):
         """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; the arguments of the stock class."""
         if self.width == 0 or self.bypassed:
             return self.constant(hidden_states)
+        if hidden_states.dim() == 2:  # images packed into one sequence
+            return self.forward(hidden_states.unsqueeze(0), *args, **kwargs).squeeze(0)
         weights = self.weights_now()
         hidden = F.linear(hidden_states, weights.in_weight, weights.in_bias).chunk(self.maps, dim=-1)  # [B, N, w] each
-        layers: dict[str, Any] = {name: _returning(x) for name, x in zip(self.names.first, hidden, strict=True)}
+        layers: dict[str, Any] = {name: returning(x) for name, x in zip(self.names.first, hidden, strict=True)}
         layers[self.names.last] = lambda units: self.written(units, weights)
         return type(self.stock).forward(run_with(self.stock, layers), hidden_states, *args, **kwargs)
 
 
-def _returning(x: Tensor) -> Callable[[Tensor], Tensor]:
+def returning(x: Tensor) -> Callable[[Tensor], Tensor]:
     """A layer whose output is known."""
     return lambda _: x
 

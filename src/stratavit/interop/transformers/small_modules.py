@@ -13,7 +13,8 @@ from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.plain import Constant
 from stratavit.errors import ArtifactError, described
 from stratavit.interop.transformers.models import Absent, ConstantAttention
-from stratavit.interop.transformers.sites import is_rotary, names_of
+from stratavit.interop.transformers.rotary_sites import cuts_pairs, pick_positions
+from stratavit.interop.transformers.sites import Names, is_rotary, names_of
 from stratavit.models.freezing import freeze_like
 
 
@@ -34,6 +35,32 @@ class PaddedHeads(nn.Linear):
         return nn.functional.pad(found, (0, self.head_dim - found.shape[-1])).flatten(-2)
 
 
+class PaddedValues(nn.Linear):
+    """A map into q, k and v of every head, of which v is padded with zeros to the width of q and k.
+
+    Args:
+        heads: H.
+        head_dim: Width of q and k, d.
+    """
+
+    heads: int
+    head_dim: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C]`` to ``[N, 3*H*d]``."""
+        scores, v = super().forward(x).tensor_split([2 * self.heads * self.head_dim], dim=-1)
+        v = v.unflatten(-1, (self.heads, -1))  # [N, H, w]
+        return torch.cat([scores, nn.functional.pad(v, (0, self.head_dim - v.shape[-1])).flatten(-2)], dim=-1)
+
+
+class ConstantPacked(Constant):
+    """A `Constant` in the place of an attention module that returns tokens alone."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """Tokens ``[N, C]`` to the same constant for each."""
+        return super().forward(hidden_states)
+
+
 class FirstOfHeads(nn.Linear):
     """A map that reads the first channels of every head."""
 
@@ -46,13 +73,14 @@ class FirstOfHeads(nn.Linear):
 
 
 @torch.no_grad()
-def resized(stock: Any, width: int, bias: bool) -> nn.Module:
+def resized(stock: Any, width: int, bias: bool, qk: int | None = None) -> nn.Module:
     """A module of the same class with other widths, its layers untrained; what is not cut is copied.
 
     Args:
         stock: An attention or MLP module, of full size.
         width: Kept channels (of every head).
         bias: There is a bias behind them.
+        qk: Kept channels of every head of q and k, where these are cut by rotation pairs; None keeps all of these.
 
     Raises:
         ArtifactError: The width is not one of a cut module.
@@ -60,34 +88,70 @@ def resized(stock: Any, width: int, bias: bool) -> nn.Module:
     names = names_of(stock)
     if names is None:
         raise ArtifactError(f"expected an attention or MLP module of transformers, found a {type(stock).__name__}")
-    attention = "q_proj" in names.first
+    attention = names.attention
     last = getattr(stock, names.last)
     full = stock.head_dim if attention else last.in_features
     if type(width) is not int or not 0 <= width <= full:
         raise ArtifactError(f"expected a width from 0 to {full}, got {described(width)}")
     if width == 0:
-        gone = ConstantAttention(last.out_features * bias) if attention else Constant(last.out_features * bias)
+        packed = names.first == ("qkv",)
+        kind = ConstantPacked if packed else ConstantAttention if attention else Constant
+        gone = kind(last.out_features * bias)
         gone.add_module(names.first[0], Absent(last.out_features))
         return gone.to(last.weight.dtype)
-    return _attention(stock, names.last, width, bias) if attention else _mlp(stock, names, width, bias)
+    if not attention:
+        return _mlp(stock, names, width, bias)
+    if is_rotary(stock):
+        return _rotary(stock, names, width, bias, full if qk is None else _checked(qk, width, stock))
+    return _attention(stock, names.last, width, bias)
+
+
+def _checked(qk: Any, width: int, stock: Any) -> int:
+    """A width of q and k, from a file or not."""
+    if type(qk) is not int or qk % 2 or not width <= qk <= stock.head_dim:
+        raise ArtifactError(f"qk: expected an even width from {width} to {stock.head_dim}, got {described(qk)}")
+    if qk < stock.head_dim and not cuts_pairs(stock):
+        raise ArtifactError(f"qk: q and k of a {type(stock).__name__} cannot be cut")
+    return qk
+
+
+def _rotary(stock: Any, names: Names, width: int, bias: bool, qk: int) -> Any:
+    """Attention whose v is padded to the width of q and k."""
+    out, full, last = getattr(stock, names.last), stock.head_dim, names.last
+    heads = out.in_features // full
+    layers = {last: _linear(out, inputs=heads * width, bias=bias)}
+    value: str
+    padded: type[nn.Linear]
+    if names.first == ("qkv",):
+        value, padded = "qkv", PaddedValues
+        layers[value] = _linear(stock.qkv, outputs=heads * (2 * qk + width))
+    else:
+        value, padded = "v_proj", PaddedHeads
+        layers[value] = _linear(stock.v_proj, outputs=heads * width)
+        layers |= {
+            name: _linear(getattr(stock, name), outputs=heads * qk) for name in ("q_proj", "k_proj") if qk < full
+        }
+    if width < qk:
+        layers[value].__class__, layers[last].__class__ = padded, FirstOfHeads
+        layers[value].heads = layers[last].heads = heads
+        layers[value].head_dim = qk
+    small = _copy_with(stock, layers)
+    if qk < full:
+        small.head_dim = qk  # the factor of the scores stays
+        small.register_buffer("kept", torch.zeros(qk, dtype=torch.long, device=out.weight.device))
+        small.register_forward_pre_hook(pick_positions, with_kwargs=True)
+    return small
 
 
 def _attention(stock: Any, last: str, width: int, bias: bool) -> Any:
     heads, out = stock.q_proj.out_features // stock.head_dim, getattr(stock, last)
-    tied = not is_rotary(stock)
-    cut = ("q_proj", "k_proj", "v_proj") if tied else ("v_proj",)
-    layers = {name: _linear(getattr(stock, name), outputs=heads * width) for name in cut}
+    layers = {name: _linear(getattr(stock, name), outputs=heads * width) for name in ("q_proj", "k_proj", "v_proj")}
     layers[last] = _linear(out, inputs=heads * width, bias=bias)
-    if not tied and width < stock.head_dim:
-        layers["v_proj"].__class__, layers[last].__class__ = PaddedHeads, FirstOfHeads
-        layers["v_proj"].heads = layers[last].heads = heads
-        layers["v_proj"].head_dim = stock.head_dim
     small = _copy_with(stock, layers)
-    if tied:
-        small.head_dim = width
-        for scale in ("scaling", "scale"):
-            if hasattr(small, scale):
-                setattr(small, scale, width**-0.5)
+    small.head_dim = width
+    for scale in ("scaling", "scale"):
+        if hasattr(small, scale):
+            setattr(small, scale, width**-0.5)
     return small
 
 

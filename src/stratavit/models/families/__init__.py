@@ -10,12 +10,15 @@ from typing import Any
 
 from timm.layers import Attention, AttentionRope, GluMlp, Mlp, SwiGLU
 from timm.models.beit import Attention as BeitAttention
+from timm.models.davit import WindowAttention as DaVitAttention
 from timm.models.eva import EvaAttention
+from timm.models.nest import Attention as NestAttention
 from timm.models.swin_transformer import WindowAttention
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from timm.models.swin_transformer_v2_cr import WindowMultiHeadAttention
 from timm.models.vision_transformer_relpos import RelPosAttention
 from timm.models.vision_transformer_sam import Attention as MapAttention
+from timm.models.volo import Attention as VoloAttention
 from torch import Tensor, nn
 
 from stratavit.elastic.attention import (
@@ -28,6 +31,7 @@ from stratavit.elastic.attention import (
     ElasticWindows,
 )
 from stratavit.elastic.base import ElasticSite
+from stratavit.elastic.grouped import ElasticBlocks, ElasticTokenMap, ElasticWindow
 from stratavit.elastic.mlp import ElasticGlu, ElasticMlp, ElasticSwiGlu
 from stratavit.elastic.site import Site
 from stratavit.errors import UnsupportedModelError
@@ -59,6 +63,9 @@ KINDS: dict[type[nn.Module], type[Any]] = {
     WindowMultiHeadAttention: ElasticCosine,
     RelPosAttention: ElasticRelPos,
     MapAttention: ElasticMap,
+    NestAttention: ElasticBlocks,
+    DaVitAttention: ElasticWindow,
+    VoloAttention: ElasticTokenMap,
     Mlp: ElasticMlp,
     GluMlp: ElasticGlu,
     SwiGLU: ElasticSwiGlu,

@@ -15,7 +15,7 @@ from timm.models.hieradet_sam2 import HieraDet
 from timm.models.mvitv2 import MultiScaleVit
 from torch import Tensor, nn
 
-from stratavit.models.families.base import Stages, head_stages, pooling_of, refuse, with_bias
+from stratavit.models.families.base import Stages, head_stages, heads_of, pooling_of, refuse, with_bias
 from stratavit.models.families.pyramids import Pyramid, Steps
 
 
@@ -53,13 +53,14 @@ class DaVitFamily(Pyramid):
     def arguments(self, model: Any) -> dict[str, Any]:
         """Sizes; all else is the architecture's own."""
         first = [next(stage.blocks[0].children()) for stage in model.stages]
+        heads = [heads_of(block for pair in stage.blocks for block in pair.children()) for stage in model.stages]
         return {
             "in_chans": model.stem.conv.in_channels,
             "num_classes": model.num_classes,
             "global_pool": pooling_of(model),
             "depths": [len(stage.blocks) for stage in model.stages],
             "embed_dims": [block.norm1.normalized_shape[0] for block in first],
-            "num_heads": [block.attn.num_heads for block in first],
+            **({} if None in heads else {"num_heads": heads}),
         }
 
 

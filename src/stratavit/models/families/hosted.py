@@ -24,6 +24,7 @@ class HostedPart(nn.Module):
         images: Name of the argument that the images are.
         unsqueezed: It has no channels: patches ``[B, N, values]``, kept as ``[B, 1, N, values]``.
         outputs: Numbers of the tensors of its output that the host reads.
+        packed: Patches of all images come in one sequence ``[B*N, values]``, and so do what it returns for them.
 
     Attributes:
         scales: Of each of these, so that a map of average energy has length 1.
@@ -40,9 +41,10 @@ class HostedPart(nn.Module):
         arguments: Mapping[str, Any],
         by_image: Mapping[bytes, Mapping[str, Tensor]],
         outputs: Sequence[int],
+        packed: bool = False,
     ) -> None:
         super().__init__()
-        self.name, self.images, self.unsqueezed = name, images, unsqueezed
+        self.name, self.images, self.unsqueezed, self.packed = name, images, unsqueezed, packed
         self.arguments, self.by_image = dict(arguments), dict(by_image)
         self.outputs, self.scales = tuple(outputs), [1.0] * len(outputs)
         self.add_module(name, part)
@@ -53,13 +55,19 @@ class HostedPart(nn.Module):
         return self.get_submodule(self.name)
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """Images to what the host reads, each ``[B, ...]``."""
-        leaves = tree_leaves(self.part(**self.arguments_for(images)))
-        return [leaves[number] for number in self.outputs]
+        """Images to what the host reads, each ``[B, ...]``; zeros for tokens that are padding."""
+        given = self.arguments_for(images)
+        leaves = tree_leaves(self.part(**given))
+        found = [leaves[number] for number in self.outputs]
+        for name, mask in given.items():
+            if name.endswith("attention_mask") and isinstance(mask, Tensor) and mask.dim() == 2:
+                found = [one * mask.unsqueeze(-1) if one.shape[:-1] == mask.shape else one for one in found]
+        return [one.unflatten(0, (len(images), -1)) for one in found] if self.packed else found
 
     def arguments_for(self, images: Tensor) -> dict[str, Any]:
         """All arguments of the part for images."""
-        found = {**self.arguments, self.images: images.squeeze(1) if self.unsqueezed else images}
+        given = images.squeeze(1) if self.unsqueezed else images
+        found = {**self.arguments, self.images: given.flatten(0, 1) if self.packed else given}
         if self.by_image:
             rows = [self.by_image[key] for key in keys_of(images)]
             for name in rows[0]:
