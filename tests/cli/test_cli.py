@@ -73,7 +73,7 @@ def test_info_and_extract_agree(run, tmp_path, capsys):
 
 def test_options_of_convert(work, run, tmp_path, capsys):
     """Moments can be left out; a baseline implies the method of the paper."""
-    got = output(capsys, *convert(work, tmp_path / "less"), "--no-moments")
+    got = output(capsys, *convert(work, tmp_path / "less"), "--no-moments", "--memory", "host")
     facts = [output(capsys, "info", folder) for folder in (tmp_path / "less", run)]
     assert got["moments_bytes"] == facts[0]["moments_bytes"] < facts[1]["moments_bytes"]
     assert [fact["compensation"] for fact in facts] == ["mean", "full"]
