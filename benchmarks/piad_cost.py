@@ -1,7 +1,7 @@
 """What a training step of PIAD costs: time against MACs along a dropout list, DeiT-Tiny at 224 pixels.
 
     python benchmarks/piad_cost.py [--batch 64] [--repeat 5]
-    python benchmarks/piad_cost.py --device cuda --dtype bf16 --batch 256 --model deit_base_patch16_224
+    python benchmarks/piad_cost.py --device cuda --dtype bf16 --batch 256 --compile-sizes 8
 
 Forward + backward of a prefix against the full network's next to it, both in training mode with means for what is cut
 (the default method). The list cuts every site in the same ratio, none as a whole, and ends where the paper's does, at
@@ -23,13 +23,15 @@ import torch
 import torch.nn.functional as F
 from common import write_results
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 
 from stratavit import Recipe, SuperNet
 from stratavit.calibration import contraction
 from stratavit.dropout_list.allocation import State, allocate, ordered_list
 from stratavit.dropout_list.strata import Strata
 from stratavit.spec import Spec
+from stratavit.tasks.sampling import prefixes_of, rounded
+from stratavit.training.compiling import CompiledSizes
 from stratavit.training.optimizer import optimiser_and_schedule
 
 MODEL = "deit_tiny_patch16_224"
@@ -45,6 +47,7 @@ def main() -> None:
     arguments.add_argument("--size", type=int, default=224, help="pixels of a side")
     arguments.add_argument("--device", default="cpu")
     arguments.add_argument("--dtype", choices=("float32", "bf16"), default="float32", help="bf16: mixed precision")
+    arguments.add_argument("--compile-sizes", type=int, default=0, help="add rows of so many compiled sizes")
     args = arguments.parse_args()
     torch.manual_seed(0)
     device = torch.device(args.device)
@@ -64,6 +67,8 @@ def measure(net: SuperNet, batch: tuple[Tensor, Tensor], args: argparse.Namespac
     worst = max(row["time / linear MACs"] for spec, row in zip(specs, rows, strict=True) if asked_for(net, spec))
     rows.append(epoch_row(net, specs, [row["time"] for row in rows]))
     rows += step_rows(net, batch, args.repeat)
+    if args.compile_sizes:
+        rows += compiled_rows(net, batch, args.compile_sizes, args.repeat)
     note = (
         f"{args.model}, {args.size} pixels, {hardware(batch[0].device)}, {args.dtype}. "
         f"Batches of {args.batch}; medians of {args.repeat} pairs, each run next to its dense partner; `time` is the "
@@ -146,7 +151,7 @@ def median_ratio(pairs: list[tuple[float, float]]) -> float:
     return statistics.median(prefix / dense for dense, prefix in pairs)
 
 
-def passes(net: SuperNet, batch: tuple[Tensor, Tensor], spec: Spec) -> float:
+def passes(net: nn.Module, batch: tuple[Tensor, Tensor], spec: Spec) -> float:
     """Seconds of forward + backward; gradients are zeroed outside the timing."""
     net.zero_grad(set_to_none=True)
     start = clock(batch[0].device)
@@ -159,6 +164,37 @@ def clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def compiled_rows(net: SuperNet, batch: tuple[Tensor, Tensor], count: int, repeat: int) -> list[dict[str, Any]]:
+    """Forward + backward of the sizes that a recipe with `compile_sizes` runs, against the compiled dense network."""
+    assert net.strata is not None
+    prefixes = prefixes_of(net.strata, net.cost, whole_groups=False)
+    dropped = float(prefixes[0].macs - prefixes[-1].macs)
+    specs = list(dict.fromkeys(one.spec for one in rounded(prefixes, count, dropped, complete=True)))
+    compiled = CompiledSizes(net)
+    for spec in specs:
+        for _ in range(3):  # compiles, and warms up
+            passes(compiled, batch, spec)
+    found: list[list[tuple[float, float]]] = [[] for _ in specs]
+    eager: list[float] = []
+    for turn in range(repeat):
+        eager.append(passes(net, batch, specs[0]))
+        for spec, pairs in zip(specs, found, strict=True):
+            pairs.append(pair(lambda which: passes(compiled, batch, which), specs[0], spec, turn))
+    dense = statistics.median(dense for dense, _ in found[0])
+    return [
+        row("dense, compiled, over eager", 1.0, 1.0, dense, dense / statistics.median(eager)),
+        *(
+            row(
+                "compiled, over dense compiled",
+                *shares(net, s),
+                statistics.median(p for _, p in pairs),
+                median_ratio(pairs),
+            )
+            for s, pairs in zip(specs[1:], found[1:], strict=True)
+        ),
+    ]
 
 
 def epoch_row(net: SuperNet, specs: list[Spec], ratios: list[float]) -> dict[str, Any]:

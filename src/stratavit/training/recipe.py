@@ -21,6 +21,7 @@ Compensation = Literal["auto", "mean", "full"]
 Scaling = Literal["linear", "root"]
 RateUnit = Literal["absolute", "relative"]
 Kind = Literal["train", "finetune", "recover"]  # of a run: what its function and its command are called
+LISTED: tuple[Mode, ...] = ("piad", "weighted")  # modes of few sizes: prefixes of a list alone
 PAPER = "paper"  # stands for the paper's recipe where a file may be given
 Precision = Literal["auto", "no", "fp16", "bf16"]
 
@@ -89,6 +90,8 @@ class Recipe:
         measure: Of sensitivity, see `sensitivity.bypass_sensitivity`; ``auto`` is top-1 (P) except near chance.
         sampling: See `sampling.draw`; ``uniform`` (P).
         proxy_images: Images that importance and means are measured on (P: 1,024).
+        compile_sizes: Sizes whose passes are compiled (`torch.compile`), the full one among them: what is drawn is
+            rounded to the nearest of so many, evenly spaced in MACs. 0 compiles nothing and rounds nothing (S).
         precision: ``no``, ``fp16``, ``bf16``, or ``auto``, the setting of `accelerate launch` (S).
         seed: Of order, augmentation, draws and drop-path (S).
         workers: Image-loading processes per training process (S).
@@ -139,6 +142,7 @@ class Recipe:
     measure: Measure = "auto"
     sampling: Sampling = "uniform"
     proxy_images: Count = 1024
+    compile_sizes: Whole = 0
     precision: Precision = "auto"
     seed: Whole = 0
     workers: Whole = 4
@@ -159,6 +163,11 @@ class Recipe:
         check(
             self.mode != "piad" or self.list_epochs <= self.epochs,
             f"list_epochs ({self.list_epochs}) must not exceed epochs ({self.epochs}), or the list stays unfinished",
+        )
+        check(
+            not self.compile_sizes or self.mode == "plain" or (self.mode in LISTED and self.compile_sizes > 1),
+            f"compile_sizes must be 0, or at least 2 in a mode that draws from a list ({', '.join(LISTED)}), got "
+            f"{self.compile_sizes} in mode {self.mode}",
         )
         check(self.warmup_epochs < self.epochs, "warmup_epochs must be below epochs")
         check(

@@ -24,6 +24,7 @@ from stratavit.errors import StrataViTError
 from stratavit.evaluation.curve_points import Point, last_curve, with_before
 from stratavit.files.atomic import readable_errors
 from stratavit.training import distributed, order, run_files
+from stratavit.training.compiling import CompiledSizes
 from stratavit.training.imitation import Following, target_of
 from stratavit.training.optimizer import Losses, optimiser_and_schedule
 from stratavit.training.recipe import Recipe
@@ -71,7 +72,8 @@ class Trainer:
         self.teacher = None if teacher is None else teacher.to(accelerator.device, self.classes)
         self.network = followed(self.net, self.teacher) if isinstance(self.target, Following) else self.net
         optimiser, self.schedule = optimiser_and_schedule(self.net.model, recipe, places.step_images, places.steps)
-        self.model, self.optimiser = distributed.prepare(accelerator, self.network, optimiser)
+        trained = CompiledSizes(self.network) if recipe.compile_sizes else self.network
+        self.model, self.optimiser = distributed.prepare(accelerator, trained, optimiser)
         if recipe.tracker != "none":
             with self.tracking():
                 accelerator.init_trackers("stratavit")
