@@ -2,6 +2,7 @@
 
     python benchmarks/piad_cost.py [--batch 64] [--repeat 5]
     python benchmarks/piad_cost.py --device cuda --dtype bf16 --batch 256 --compile-sizes 8
+    python benchmarks/piad_cost.py --loader --device cuda --workers 16 [--images 2048]
 
 Forward + backward of a prefix against the full network's next to it, both in training mode with means for what is cut
 (the default method). The list cuts every site in the same ratio, none as a whole, and ends where the paper's does, at
@@ -15,6 +16,8 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,17 +25,22 @@ import timm
 import torch
 import torch.nn.functional as F
 from common import write_results
+from PIL import Image
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from stratavit import Recipe, SuperNet
 from stratavit.calibration import contraction
+from stratavit.data.image_folder import image_loader
 from stratavit.dropout_list.allocation import State, allocate, ordered_list
 from stratavit.dropout_list.strata import Strata
 from stratavit.spec import Spec
 from stratavit.tasks.sampling import prefixes_of, rounded
+from stratavit.training.augmentation import TrainingFolder, training_transform
 from stratavit.training.compiling import CompiledSizes
+from stratavit.training.device_augmentation import DeviceAugmentation
 from stratavit.training.optimizer import optimiser_and_schedule
+from stratavit.training.order import loader, make_order
 
 MODEL = "deit_tiny_patch16_224"
 SHARES = (*(1 - step / 15 for step in range(1, 11)), 2 / 12, 1.5 / 12)  # ten from 14/15 down to 4/12, and two below
@@ -48,8 +56,14 @@ def main() -> None:
     arguments.add_argument("--device", default="cpu")
     arguments.add_argument("--dtype", choices=("float32", "bf16"), default="float32", help="bf16: mixed precision")
     arguments.add_argument("--compile-sizes", type=int, default=0, help="add rows of so many compiled sizes")
+    arguments.add_argument("--loader", action="store_true", help="images per second with both kinds of augmentation")
+    arguments.add_argument("--workers", type=int, default=4)
+    arguments.add_argument("--images", type=int, default=2048, help="of --loader")
     args = arguments.parse_args()
     torch.manual_seed(0)
+    if args.loader:
+        loader_rows(args)
+        return
     device = torch.device(args.device)
     net = in_training(args.model, args.size).to(device)
     batch = (
@@ -78,6 +92,50 @@ def measure(net: SuperNet, batch: tuple[Tensor, Tensor], args: argparse.Namespac
         "it. A whole step: forward, backward, AdamW, averaged weights."
     )
     write_results("piad-cost" if args.device == "cpu" else f"piad-cost-{args.model.split('_patch')[0]}-gpu", rows, note)
+
+
+def loader_rows(args: argparse.Namespace) -> None:
+    """Images per second that reach the device, augmented: photographs' size (500 x 375), JPEG, random content."""
+    config = {"input_size": (3, args.size, args.size), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.875}
+    config["interpolation"] = "bicubic"
+    device, rows = torch.device(args.device), []
+    with TemporaryDirectory() as folder:
+        write_photographs(Path(folder) / "train" / "class", args.images)
+        for where, randaugment in (("workers", ""), ("device", ""), ("workers", "rand-m9-mstd0.5-inc1")):
+            keys = {"augment_on": where, "randaugment": randaugment, "batch_size": args.batch, "repeats": 1}
+            recipe = Recipe(**keys, workers=args.workers)
+            proxy = image_loader(folder, config, "train", None)
+            data = TrainingFolder(proxy.dataset, training_transform(config, recipe))
+            augment = DeviceAugmentation(config, recipe, device) if where == "device" else None
+            seconds = [pass_over(data, recipe, augment, device) for _ in range(args.repeat)]
+            count = args.images // args.batch * args.batch
+            found = {"augmentation": where, "RandAugment": randaugment or "none"}
+            rows.append({**found, "images per second": count / statistics.median(seconds)})
+    note = (
+        f"{args.images} images, {args.workers} workers, batches of {args.batch}, {hardware(device)}; median of passes."
+    )
+    write_results("piad-loader" if args.device == "cpu" else "piad-loader-gpu", rows, note)
+
+
+def write_photographs(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for number in range(count):
+        coarse = Image.fromarray(random.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        coarse.resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=90)
+
+
+def pass_over(data: TrainingFolder, recipe: Recipe, augment: Any, device: torch.device) -> float:
+    """Seconds of one epoch of a trainer's loader, its start left out."""
+    order = make_order(data, recipe, 1)
+    batches = iter(loader(data, order, 0, 0, 0, recipe.workers, device.type == "cuda"))
+    start = 0.0
+    for number, batch in enumerate(batches):
+        images = (batch if augment is None else augment(batch))[0].to(device, non_blocking=True)
+        if number == 0:
+            start = clock(device)
+    assert len(images)
+    return (clock(device) - start) * order.steps / max(order.steps - 1, 1)
 
 
 def hardware(device: torch.device) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -59,11 +59,12 @@ class Trainer:
         accelerator: Any,
         stop: distributed.StopRequest,
         teacher: Teacher | None = None,
+        augment: Callable[[Any], Any] | None = None,
     ) -> None:
         self.task, self.net = task, task.net
         self.data, self.order, self.recipe, self.out = data, places, recipe, out
         self.evaluation, self.accelerator, self.stop = evaluation, accelerator, stop
-        self.rank = accelerator.process_index
+        self.rank, self.augment = accelerator.process_index, augment
         self.step = self.begun = self.ended = 0
         self.losses, self.journal, self.origin = Losses(), Journal(out / run_files.LOG_FILE), dict[str, Any]()
         self.before: Sequence[Point] = ()
@@ -154,8 +155,8 @@ class Trainer:
             self.look()
 
     def prepare(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """A batch on the device, mixed."""
-        images, labels = unpack(batch, "train")
+        """A batch on the device, augmented there if it was not before, and mixed."""
+        images, labels = unpack(batch if self.augment is None else self.augment(batch), "train")
         check_images(self.net.model, images, "train")
         if not self.target.labelled:
             labels = torch.zeros(len(images), dtype=torch.long)
