@@ -1,7 +1,8 @@
 """What a training step of PIAD costs: time against MACs along a dropout list, DeiT-Tiny at 224 pixels.
 
     python benchmarks/piad_cost.py [--batch 64] [--repeat 5]
-    python benchmarks/piad_cost.py --device cuda --dtype bf16 --batch 256 --model deit_base_patch16_224
+    python benchmarks/piad_cost.py --device cuda --dtype bf16 --batch 256 --compile-sizes 8
+    python benchmarks/piad_cost.py --loader --device cuda --workers 16 [--images 2048]
 
 Forward + backward of a prefix against the full network's next to it, both in training mode with means for what is cut
 (the default method). The list cuts every site in the same ratio, none as a whole, and ends where the paper's does, at
@@ -15,6 +16,8 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,15 +25,22 @@ import timm
 import torch
 import torch.nn.functional as F
 from common import write_results
+from PIL import Image
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 
 from stratavit import Recipe, SuperNet
 from stratavit.calibration import contraction
+from stratavit.data.image_folder import image_loader
 from stratavit.dropout_list.allocation import State, allocate, ordered_list
 from stratavit.dropout_list.strata import Strata
 from stratavit.spec import Spec
+from stratavit.tasks.sampling import prefixes_of, rounded
+from stratavit.training.augmentation import TrainingFolder, training_transform
+from stratavit.training.compiling import CompiledSizes
+from stratavit.training.device_augmentation import DeviceAugmentation
 from stratavit.training.optimizer import optimiser_and_schedule
+from stratavit.training.order import loader, make_order
 
 MODEL = "deit_tiny_patch16_224"
 SHARES = (*(1 - step / 15 for step in range(1, 11)), 2 / 12, 1.5 / 12)  # ten from 14/15 down to 4/12, and two below
@@ -45,8 +55,15 @@ def main() -> None:
     arguments.add_argument("--size", type=int, default=224, help="pixels of a side")
     arguments.add_argument("--device", default="cpu")
     arguments.add_argument("--dtype", choices=("float32", "bf16"), default="float32", help="bf16: mixed precision")
+    arguments.add_argument("--compile-sizes", type=int, default=0, help="add rows of so many compiled sizes")
+    arguments.add_argument("--loader", action="store_true", help="images per second with both kinds of augmentation")
+    arguments.add_argument("--workers", type=int, default=4)
+    arguments.add_argument("--images", type=int, default=2048, help="of --loader")
     args = arguments.parse_args()
     torch.manual_seed(0)
+    if args.loader:
+        loader_rows(args)
+        return
     device = torch.device(args.device)
     net = in_training(args.model, args.size).to(device)
     batch = (
@@ -64,6 +81,8 @@ def measure(net: SuperNet, batch: tuple[Tensor, Tensor], args: argparse.Namespac
     worst = max(row["time / linear MACs"] for spec, row in zip(specs, rows, strict=True) if asked_for(net, spec))
     rows.append(epoch_row(net, specs, [row["time"] for row in rows]))
     rows += step_rows(net, batch, args.repeat)
+    if args.compile_sizes:
+        rows += compiled_rows(net, batch, args.compile_sizes, args.repeat)
     note = (
         f"{args.model}, {args.size} pixels, {hardware(batch[0].device)}, {args.dtype}. "
         f"Batches of {args.batch}; medians of {args.repeat} pairs, each run next to its dense partner; `time` is the "
@@ -73,6 +92,50 @@ def measure(net: SuperNet, batch: tuple[Tensor, Tensor], args: argparse.Namespac
         "it. A whole step: forward, backward, AdamW, averaged weights."
     )
     write_results("piad-cost" if args.device == "cpu" else f"piad-cost-{args.model.split('_patch')[0]}-gpu", rows, note)
+
+
+def loader_rows(args: argparse.Namespace) -> None:
+    """Images per second that reach the device, augmented: photographs' size (500 x 375), JPEG, random content."""
+    config = {"input_size": (3, args.size, args.size), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.875}
+    config["interpolation"] = "bicubic"
+    device, rows = torch.device(args.device), []
+    with TemporaryDirectory() as folder:
+        write_photographs(Path(folder) / "train" / "class", args.images)
+        for where, randaugment in (("workers", ""), ("device", ""), ("workers", "rand-m9-mstd0.5-inc1")):
+            keys = {"augment_on": where, "randaugment": randaugment, "batch_size": args.batch, "repeats": 1}
+            recipe = Recipe(**keys, workers=args.workers)
+            proxy = image_loader(folder, config, "train", None)
+            data = TrainingFolder(proxy.dataset, training_transform(config, recipe))
+            augment = DeviceAugmentation(config, recipe, device) if where == "device" else None
+            seconds = [pass_over(data, recipe, augment, device) for _ in range(args.repeat)]
+            count = args.images // args.batch * args.batch
+            found = {"augmentation": where, "RandAugment": randaugment or "none"}
+            rows.append({**found, "images per second": count / statistics.median(seconds)})
+    note = (
+        f"{args.images} images, {args.workers} workers, batches of {args.batch}, {hardware(device)}; median of passes."
+    )
+    write_results("piad-loader" if args.device == "cpu" else "piad-loader-gpu", rows, note)
+
+
+def write_photographs(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for number in range(count):
+        coarse = Image.fromarray(random.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        coarse.resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=90)
+
+
+def pass_over(data: TrainingFolder, recipe: Recipe, augment: Any, device: torch.device) -> float:
+    """Seconds of one epoch of a trainer's loader, its start left out."""
+    order = make_order(data, recipe, 1)
+    batches = iter(loader(data, order, 0, 0, 0, recipe.workers, device.type == "cuda"))
+    start = 0.0
+    for number, batch in enumerate(batches):
+        images = (batch if augment is None else augment(batch))[0].to(device, non_blocking=True)
+        if number == 0:
+            start = clock(device)
+    assert len(images)
+    return (clock(device) - start) * order.steps / max(order.steps - 1, 1)
 
 
 def hardware(device: torch.device) -> str:
@@ -146,7 +209,7 @@ def median_ratio(pairs: list[tuple[float, float]]) -> float:
     return statistics.median(prefix / dense for dense, prefix in pairs)
 
 
-def passes(net: SuperNet, batch: tuple[Tensor, Tensor], spec: Spec) -> float:
+def passes(net: nn.Module, batch: tuple[Tensor, Tensor], spec: Spec) -> float:
     """Seconds of forward + backward; gradients are zeroed outside the timing."""
     net.zero_grad(set_to_none=True)
     start = clock(batch[0].device)
@@ -159,6 +222,37 @@ def clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def compiled_rows(net: SuperNet, batch: tuple[Tensor, Tensor], count: int, repeat: int) -> list[dict[str, Any]]:
+    """Forward + backward of the sizes that a recipe with `compile_sizes` runs, against the compiled dense network."""
+    assert net.strata is not None
+    prefixes = prefixes_of(net.strata, net.cost, whole_groups=False)
+    dropped = float(prefixes[0].macs - prefixes[-1].macs)
+    specs = list(dict.fromkeys(one.spec for one in rounded(prefixes, count, dropped, complete=True)))
+    compiled = CompiledSizes(net)
+    for spec in specs:
+        for _ in range(3):  # compiles, and warms up
+            passes(compiled, batch, spec)
+    found: list[list[tuple[float, float]]] = [[] for _ in specs]
+    eager: list[float] = []
+    for turn in range(repeat):
+        eager.append(passes(net, batch, specs[0]))
+        for spec, pairs in zip(specs, found, strict=True):
+            pairs.append(pair(lambda which: passes(compiled, batch, which), specs[0], spec, turn))
+    dense = statistics.median(dense for dense, _ in found[0])
+    return [
+        row("dense, compiled, over eager", 1.0, 1.0, dense, dense / statistics.median(eager)),
+        *(
+            row(
+                "compiled, over dense compiled",
+                *shares(net, s),
+                statistics.median(p for _, p in pairs),
+                median_ratio(pairs),
+            )
+            for s, pairs in zip(specs[1:], found[1:], strict=True)
+        ),
+    ]
 
 
 def epoch_row(net: SuperNet, specs: list[Spec], ratios: list[float]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 from helpers import make_net
 
 from stratavit.spec import Spec
-from stratavit.tasks.sampling import draw, prefixes_of
+from stratavit.tasks.sampling import draw, prefixes_of, rounded
 from stratavit.training.task import SampledNetwork
 from stratavit.utils.random_streams import stream
 
@@ -51,3 +51,29 @@ def test_prefixes_of_a_list():
         macs = [one.macs for one in prefixes]
         assert macs == sorted((net.macs(one.spec) for one in prefixes), reverse=True)
         assert dict(prefixes[0].spec) == {site.name: site.width for site in net.sites}
+
+
+def test_sizes_to_compile_are_few_and_stay_while_the_list_grows():
+    """The full one is always among them, none moves, and each prefix is rounded to the nearest."""
+    prefixes = [SampledNetwork(Spec({}), macs, index) for index, macs in enumerate(range(1000, 190, -10))]
+    before = set()
+    for length in range(1, len(prefixes) + 1):
+        found = rounded(prefixes[:length], 5, 800.0, length == len(prefixes))
+        sizes = {one.position for one in found}
+        assert len(found) == length
+        assert 0 in sizes
+        assert before <= sizes
+        before = sizes
+    assert sorted(before) == [0, 20, 40, 60, 80]
+    assert all(abs(one.macs - other.macs) <= 100 for one, other in zip(prefixes, found, strict=True))
+
+
+@pytest.mark.parametrize(("complete", "sizes"), [(False, {0, 20}), (True, {0, 20, 30})])
+def test_a_finished_list_that_ends_early_has_its_last_prefix_among_the_sizes(complete, sizes):
+    prefixes = [SampledNetwork(Spec({}), 1000 - 10 * index, index) for index in range(31)]
+    assert {one.position for one in rounded(prefixes, 5, 800.0, complete)} == sizes
+
+
+def test_equal_sizes_run_once():
+    same = [PREFIXES[0]] * 3
+    assert draw("sandwich", same, stream(0)) == PREFIXES[:1]

@@ -57,6 +57,8 @@ def test_a_file_and_overrides(tmp_path):
         ("epochs = 10", r"list_epochs \(50\) .* epochs \(10\)"),
         ("warmup_epochs = 300", "warmup_epochs"),
         ("batch_size = 3", "batch_size .* even"),
+        ("compile_sizes = 1", "compile_sizes .* at least 2 .* piad"),
+        ('compile_sizes = 4\nmode = "channel"', "compile_sizes .* mode channel"),
         ("tracker = 1", "tracker .* 1"),
         ("epochs = ", "TOML"),
         ('base = "theirs"', "base .* 'paper' .* 'theirs'"),

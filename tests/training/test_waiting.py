@@ -13,6 +13,7 @@ from training_runs import TINY, fresh, run
 import stratavit
 from stratavit.training import optimizer
 from stratavit.training.augmentation import Target
+from stratavit.training.device_augmentation import DeviceAugmentation
 from stratavit.training.imitation import Changes
 from stratavit.training.recipe import Recipe
 from stratavit.training.trainer import Trainer
@@ -25,6 +26,7 @@ CASES = {
     "full": dataclasses.replace(TINY, compensation="full", list_source="given", sampling="budget"),
     "labels alone": dataclasses.replace(TINY, mixup=0.0, cutmix=0.0, distil=0.5, sampling="sandwich"),
 }
+CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "_unique2", "is_nonzero")
 
 
@@ -121,19 +123,22 @@ def on_fake_cuda(net):
 
 
 def test_on_cuda_copies_are_queued(monkeypatch):
-    """On tensors without data, which refuse whatever reads one: images changed, mixed, and run at a size."""
+    """On tensors without data, which refuse whatever reads one: images changed, mixed, augmented, run at a size."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)  # needs CUDA
     net = fresh(stratified=True).train()
     spec, net.final_mean = net.spec(macs=0.5), None
-    changes = Changes({"mean": (0.5,) * 3, "std": (0.5,) * 3}, Recipe())
+    changes = Changes(CONFIG, Recipe())
     target = Target(Recipe(), CLASSES)
     with FakeTensorMode(allow_non_fake_inputs=True), BlockingCopies() as copies:
         images = torch.empty(4, 3, 32, 32, device="cuda")
         labels = torch.empty(4, dtype=torch.long, device="cuda")
+        augment = DeviceAugmentation(CONFIG, Recipe(augment_on="device", randaugment=""), images.device)
+        copies.found.clear()
         changes(images)
         assert copies.found == [(1, 3, 1, 1)] * 3  # constants, once
         copies.found.clear()
         mixed, soft = target.mix(changes(images), labels)
+        augment((torch.empty(4, 3, 40, 40, dtype=torch.uint8), labels))
         loss = target.loss(on_fake_cuda(net)(mixed, spec), target.taught(soft, mixed.new_empty(4, CLASSES), 0.5))
     assert loss.device.type == "cuda"
     assert copies.found == []

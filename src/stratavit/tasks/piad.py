@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
+from stratavit.errors import StrataViTError
 from stratavit.tasks.piad_task import PiadTask, measure_before
 from stratavit.training.launch import Config, batches, recipe_for, train
 from stratavit.training.order import length_of
@@ -48,7 +49,8 @@ def train_piad(
 
     Args:
         net: A super-network, best contracted (`SuperNet.contract`).
-        train_data: Of known length, returns ``(image [C, H, W], label)``, augmented by itself if at all.
+        train_data: Of known length, returns ``(image [C, H, W], label)``, augmented by itself if at all; with
+            ``augment_on = "device"`` whole pixels (uint8) of one size, at least the model's.
         val_data: To evaluate the ladder of budgets on: a data set of ``(image, label)``, or a loader of such batches.
             Networks without a head are measured by the nearest neighbours among the proxy images (`features.knn`).
         config: A `Recipe`; or some of its keys, or a recipe's file, the other keys as in the interrupted run, or
@@ -76,6 +78,8 @@ def train_piad(
         KeyboardInterrupt: Stopped on request; the state is saved.
     """
     recipe = recipe_for(config, out, resume, "train", fixed={}, images=length_of(train_data))
+    if proxy is None and recipe.augment_on == "device":
+        raise StrataViTError("train: with augment_on 'device' give proxy, images to measure on in the model's own form")
     if proxy is None:
         size = length_of(train_data)
         count = min(recipe.proxy_images, size)

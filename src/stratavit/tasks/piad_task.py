@@ -21,7 +21,8 @@ from stratavit.errors import StrataViTError
 from stratavit.evaluation import curve_points
 from stratavit.reports import curve, plots
 from stratavit.tasks import progressive_list
-from stratavit.tasks.sampling import draw, prefixes_of, random_widths, without_layers
+from stratavit.tasks.fixed_places import FixedPlaces
+from stratavit.tasks.sampling import draw, prefixes_of, random_widths, rounded, without_layers
 from stratavit.training import distributed
 from stratavit.training.recipe import Recipe
 from stratavit.training.run_files import LOG_FILE, Journal, publish
@@ -48,7 +49,8 @@ class PiadTask(TrainingTask):
         listed: The sites, and the places that merge tokens if the recipe goes by the list over both axes.
         given: The list that the network came with, if the recipe goes by it; else empty.
         entries: The dropout list so far.
-        prefixes: Its prefixes.
+        places: Where compiled graphs find means and moments.
+        prefixes: Its prefixes; with `Recipe.compile_sizes` each is rounded to one of these sizes.
     """
 
     net: SuperNet
@@ -61,6 +63,7 @@ class PiadTask(TrainingTask):
         self.listed: tuple[SiteOrPlace, ...] = (*net.sites, *net.cost.places) if recipe.axes == "both" else net.sites
         self.given = _given_list(net, recipe)
         super().__init__(net, net.macs(), recipe, steps, accelerator)
+        self.places = FixedPlaces()
         self.set_list([])
 
     @property
@@ -77,6 +80,17 @@ class PiadTask(TrainingTask):
         rows = distributed.broadcast(Strata(self.listed, entries).to_json())
         self.entries = [Entry(*row) for row in rows]
         self.prefixes = prefixes_of(self.strata, self.net.cost, whole_groups=self.net.method == "paper")
+        if self.recipe.compile_sizes:
+            dropped = self.recipe.reduction * self.net.macs()
+            self.prefixes = rounded(self.prefixes, self.recipe.compile_sizes, dropped, self.complete)
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is nothing that the list could still cut."""
+        if self.recipe.axes == "both":
+            return len(self.entries) == len(self.given)
+        smallest = self.strata.smallest()
+        return all(smallest[site.name] <= site.least for site in self.net.sites)
 
     def begin_stage(self, stage: int) -> None:
         """Measures means and importance on the raw weights as they are, and lets the list grow."""
@@ -127,6 +141,8 @@ class PiadTask(TrainingTask):
                 scalars = distributed.broadcast((moments.ridge, moments.energy))
                 module.moments = Moments(distributed.broadcast_tensor(moments.factor), *scalars)
             contraction.set_mean(module, distributed.broadcast_tensor(mean.to(module.out.weight)))
+        if self.recipe.compile_sizes and net is self.net:
+            self.places.put(net.elastic)
 
     def settle(self) -> SuperNet:
         """Gives the evaluated network its list and its own means; ``plain`` and ``channel`` make their list here."""
@@ -157,6 +173,7 @@ class PiadTask(TrainingTask):
                 contraction.set_mean(module, kept.elastic[name].channel_mean)
                 module.moments = kept.elastic[name].moments
         self._give_lists(net)
+        self.places.release(net.elastic)
         net.eval()
         net.provenance.pop("stratify", None)
         net.provenance["train"] = facts
@@ -191,6 +208,8 @@ class PiadTask(TrainingTask):
             contraction.set_mean(module, state["means"][name])
             moments = state["moments"][name]
             module.moments = None if moments is None else Moments(**moments).to(module.out.weight.device)
+        if self.recipe.compile_sizes:
+            self.places.put(self.net.elastic)
         self.restore_lists(state)
 
     def lists(self) -> dict[str, Any]:

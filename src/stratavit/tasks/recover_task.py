@@ -24,7 +24,7 @@ from stratavit.evaluation.curve_points import parse_share
 from stratavit.evaluation.output_agreement import OutputTally
 from stratavit.models.cost import linear_macs
 from stratavit.spec import Spec
-from stratavit.tasks.sampling import draw, prefixes_of
+from stratavit.tasks.sampling import draw, prefixes_of, rounded
 from stratavit.training import distributed
 from stratavit.training.imitation import Following, Imitation
 from stratavit.training.recipe import Recipe
@@ -118,6 +118,7 @@ class RecoverTask(TrainingTask):
         recipe, steps, accelerator: See `TrainingTask`.
 
     Attributes:
+        run_as: Each size of the lists -> itself, or the nearest of a few if passes are compiled (`compile_sizes`).
         curve: Mean divergence at every look; the first is before training.
         best: Weights at the lowest of these.
     """
@@ -136,6 +137,9 @@ class RecoverTask(TrainingTask):
         accelerator: Any,
     ) -> None:
         self.lists, self.data_config, self.held, self.clock = lists, data_config, held, clock
+        count = recipe.compile_sizes
+        run_as = [rounded(one, count, one[0].macs - one[-1].macs, complete=True) if count else one for one in lists]
+        self.run_as = {one: other for pair in zip(lists, run_as, strict=True) for one, other in zip(*pair, strict=True)}
         full = net.macs() if is_super_network(net) else lists[0][0].macs
         super().__init__(net, full, recipe, steps, accelerator)
         if getattr(net, "final_mean", None) is not None:  # not a buffer: a copy to the device in every pass otherwise
@@ -157,7 +161,8 @@ class RecoverTask(TrainingTask):
         A sandwich is without the largest of these, which is nearly the source: two passes.
         """
         drawn = draw(self.recipe.sampling, generator.choice(self.lists), generator)
-        return drawn[1:] or drawn if self.recipe.sampling == "sandwich" else drawn
+        drawn = drawn[1:] or drawn if self.recipe.sampling == "sandwich" else drawn
+        return list(dict.fromkeys(self.run_as[one] for one in drawn))
 
     @property
     def finished(self) -> bool:  # type: ignore[override]

@@ -20,6 +20,27 @@ def prefixes_of(strata: Strata, cost: CostModel, whole_groups: bool) -> list[Sam
     return [SampledNetwork(spec, cost.macs(spec), position) for spec, position in zip(specs, positions, strict=True)]
 
 
+def rounded(prefixes: Sequence[SampledNetwork], count: int, dropped: float, complete: bool) -> list[SampledNetwork]:
+    """Each prefix replaced by the nearest of at most `count` of them, so that few graphs need to be compiled.
+
+    These drop from as much as the first prefix to `dropped` MACs, in even steps: each is the first that drops so much.
+    A list that grows appends some and moves none.
+
+    Args:
+        prefixes: Largest first.
+        count: Sizes of the finished list, at least 2.
+        dropped: MACs that the last prefix of the finished list drops.
+        complete: The list is finished; if it ends before `dropped`, its last prefix is among the sizes, too.
+    """
+    first, last = prefixes[0].macs, prefixes[-1]
+    steps = [dropped * number / max(count - 1, 1) for number in range(count)]
+    reached = [[one for one in prefixes if first - one.macs >= step - 0.5] for step in steps]  # half of a MAC
+    sizes = [some[0] for some in reached if some]
+    if complete and not all(reached):
+        sizes.append(last)
+    return [min(sizes, key=lambda size: abs(size.macs - one.macs)) for one in prefixes]
+
+
 def draw(sampling: Sampling, prefixes: Sequence[SampledNetwork], generator: random.Random) -> list[SampledNetwork]:
     """Draws what one batch runs of the prefixes, largest first.
 
@@ -31,7 +52,7 @@ def draw(sampling: Sampling, prefixes: Sequence[SampledNetwork], generator: rand
         return [min(prefixes, key=lambda prefix: abs(prefix.macs - wanted))]
     index = generator.randrange(len(prefixes))
     drawn = {index} if sampling == "uniform" else {0, index, len(prefixes) - 1}
-    return [prefixes[number] for number in sorted(drawn)]
+    return list(dict.fromkeys(prefixes[number] for number in sorted(drawn)))  # some are equal if they are `rounded`
 
 
 def random_widths(sites: Sequence[Site], generator: random.Random) -> Spec:

@@ -19,6 +19,7 @@ from stratavit.calibration.objectives import relative_errors
 from stratavit.data.image_folder import ImageFolder
 from stratavit.errors import StrataViTError
 from stratavit.models.families import family_of
+from stratavit.training.decoding import decoding_transform
 from stratavit.training.recipe import Recipe
 from stratavit.training.transfer import memberships
 
@@ -26,7 +27,9 @@ TRIES = 100
 
 
 def training_transform(data_config: Mapping[str, Any], recipe: Recipe) -> Any:
-    """timm's training transform: random crop and flip, RandAugment, random erasing."""
+    """timm's training transform: random crop and flip, RandAugment, random erasing; or what the device leaves of it."""
+    if recipe.augment_on == "device":
+        return decoding_transform(data_config)
     keys = ("input_size", "interpolation", "mean", "std")
     transform = create_transform(
         **{key: data_config[key] for key in keys if key in data_config},

@@ -21,6 +21,28 @@ RATIO = 4 / 3  # most that a crop is wider than high, or higher than wide
 GREY = (0.299, 0.587, 0.114)
 
 
+def random_crops(images: Tensor, crop: float, flip: float, size: tuple[int, ...], mode: str = "bilinear") -> Tensor:
+    """A random part of every image ``[B, C, h, w]`` at a size, ``[B, C, H, W]``, mirrored at random.
+
+    Args:
+        images: On any device; what is random comes from the CPU's generator.
+        crop: Smallest share of an image that is kept.
+        flip: Probability of a mirror image.
+        size: H and W.
+        mode: Of interpolation.
+    """
+    count = len(images)
+    area, stretch = torch.empty(count).uniform_(crop, 1), torch.empty(count).uniform_(-1, 1)
+    sides = torch.stack([area.sqrt() * RATIO ** (stretch / 2), area.sqrt() * RATIO ** (-stretch / 2)]).clamp(max=1)
+    places = (1 - sides) * torch.empty(2, count).uniform_(-1, 1)  # of the middle, from -1 to 1
+    mirror = 1 - 2 * (torch.rand(count) < flip).float()
+    none = torch.zeros(count)
+    rows = [torch.stack([sides[0] * mirror, none, places[0]]), torch.stack([none, sides[1], places[1]])]
+    turned = to_device(torch.stack(rows).permute(2, 0, 1), images.device)  # [B, 2, 3]
+    grid = F.affine_grid(turned, [*images.shape[:2], *size], False)
+    return F.grid_sample(images, grid, mode, padding_mode="reflection", align_corners=False)
+
+
 class Changes:
     """Random crops, flips and colours of a batch, every image its own; on the device that the images are on.
 
@@ -41,16 +63,7 @@ class Changes:
 
     def cropped(self, images: Tensor) -> Tensor:
         """A random part of every image at the size of the whole, mirrored at random."""
-        count = len(images)
-        area, stretch = torch.empty(count).uniform_(self.crop, 1), torch.empty(count).uniform_(-1, 1)
-        sides = torch.stack([area.sqrt() * RATIO ** (stretch / 2), area.sqrt() * RATIO ** (-stretch / 2)]).clamp(max=1)
-        places = (1 - sides) * torch.empty(2, count).uniform_(-1, 1)  # of the middle, from -1 to 1
-        mirror = 1 - 2 * (torch.rand(count) < self.flip).float()
-        none = torch.zeros(count)
-        rows = [torch.stack([sides[0] * mirror, none, places[0]]), torch.stack([none, sides[1], places[1]])]
-        turned = to_device(torch.stack(rows).permute(2, 0, 1), images.device)  # [B, 2, 3]
-        grid = F.affine_grid(turned, list(images.shape), False)
-        return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+        return random_crops(images, self.crop, self.flip, tuple(images.shape[2:]))
 
     def coloured(self, images: Tensor) -> Tensor:
         """Brightness, contrast and saturation of every image changed at random."""

@@ -20,13 +20,14 @@ from stratavit.files.atomic import none_empty
 from stratavit.files.lock import Lock
 from stratavit.training import distributed, order
 from stratavit.training.augmentation import drop_path
+from stratavit.training.device_augmentation import DeviceAugmentation
 from stratavit.training.optimizer import learning
 from stratavit.training.recipe import Kind, Recipe
 from stratavit.training.run_files import checkpoint_errors, read_state, resume_hint
 from stratavit.training.task import TrainingTask
 from stratavit.training.teacher import Teacher
 from stratavit.training.trainer import Trainer
-from stratavit.training.unused_keys import report_unused
+from stratavit.training.unused_keys import RECOVERED, report_unused
 from stratavit.training.verdict import report_verdict
 from stratavit.utils.model import classes_of
 
@@ -110,7 +111,9 @@ def train(
         task = make_task(places.steps * recipe.epochs, accelerator)
         if accelerator.is_main_process:
             report_unused(recipe, task.kind, classes, accelerator.num_processes)
-        trainer = Trainer(task, data, places, recipe, folder, evaluation, accelerator, stop, taught)
+        on_device = recipe.augment_on == "device" and task.kind != RECOVERED  # which does so in any case
+        augment = DeviceAugmentation(data_config, recipe, accelerator.device) if on_device else None
+        trainer = Trainer(task, data, places, recipe, folder, evaluation, accelerator, stop, taught, augment)
         trainer.origin, trainer.before = dict(origin or {}), before
         stack.callback(distributed.release, accelerator, trainer.model)
         if state is not None:

@@ -20,7 +20,9 @@ ListSource = Literal["auto", "progressive", "given"]
 Compensation = Literal["auto", "mean", "full"]
 Scaling = Literal["linear", "root"]
 RateUnit = Literal["absolute", "relative"]
+AugmentOn = Literal["workers", "device"]
 Kind = Literal["train", "finetune", "recover"]  # of a run: what its function and its command are called
+LISTED: tuple[Mode, ...] = ("piad", "weighted")  # modes of few sizes: prefixes of a list alone
 PAPER = "paper"  # stands for the paper's recipe where a file may be given
 Precision = Literal["auto", "no", "fp16", "bf16"]
 
@@ -89,8 +91,12 @@ class Recipe:
         measure: Of sensitivity, see `sensitivity.bypass_sensitivity`; ``auto`` is top-1 (P) except near chance.
         sampling: See `sampling.draw`; ``uniform`` (P).
         proxy_images: Images that importance and means are measured on (P: 1,024).
+        compile_sizes: Sizes whose passes are compiled (`torch.compile`), the full one among them: what is drawn is
+            rounded to the nearest of so many, evenly spaced in MACs. 0 compiles nothing and rounds nothing (S).
         precision: ``no``, ``fp16``, ``bf16``, or ``auto``, the setting of `accelerate launch` (S).
         seed: Of order, augmentation, draws and drop-path (S).
+        augment_on: Where images are cropped, flipped and erased: ``workers``, or ``device``, a batch at once, for which
+            workers only decode (S).
         workers: Image-loading processes per training process (S).
         eval_every: Epochs between evaluations of the ladder of budgets; the last epoch is always evaluated (S).
         save_every: Epochs between saved states (S).
@@ -139,8 +145,10 @@ class Recipe:
     measure: Measure = "auto"
     sampling: Sampling = "uniform"
     proxy_images: Count = 1024
+    compile_sizes: Whole = 0
     precision: Precision = "auto"
     seed: Whole = 0
+    augment_on: AugmentOn = "workers"
     workers: Whole = 4
     eval_every: Count = 10
     save_every: Count = 1
@@ -159,6 +167,15 @@ class Recipe:
         check(
             self.mode != "piad" or self.list_epochs <= self.epochs,
             f"list_epochs ({self.list_epochs}) must not exceed epochs ({self.epochs}), or the list stays unfinished",
+        )
+        check(
+            not self.compile_sizes or self.mode == "plain" or (self.mode in LISTED and self.compile_sizes > 1),
+            f"compile_sizes must be 0, or at least 2 in a mode that draws from a list ({', '.join(LISTED)}), got "
+            f"{self.compile_sizes} in mode {self.mode}",
+        )
+        check(
+            self.augment_on == "workers" or not self.randaugment,
+            "randaugment cannot be done on the device; make it empty, or set augment_on to 'workers'",
         )
         check(self.warmup_epochs < self.epochs, "warmup_epochs must be below epochs")
         check(
@@ -285,7 +302,7 @@ LIST_KEYS = (
 )
 NOT_OF_RECOVERY = (
     *(key for key in LIST_KEYS if key not in ("reduction", "sampling")),
-    *("distil", "drop_path", "smoothing", "randaugment", "erasing", "eval_every"),
+    *("distil", "drop_path", "smoothing", "randaugment", "erasing", "eval_every", "augment_on"),
 )
 _WITHOUT_EFFECT = ("workers", "eval_every", "save_every", "save_steps", "log_steps", "tracker")
 

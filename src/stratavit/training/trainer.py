@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +24,7 @@ from stratavit.errors import StrataViTError
 from stratavit.evaluation.curve_points import Point, last_curve, with_before
 from stratavit.files.atomic import readable_errors
 from stratavit.training import distributed, order, run_files
+from stratavit.training.compiling import CompiledSizes
 from stratavit.training.imitation import Following, target_of
 from stratavit.training.optimizer import Losses, optimiser_and_schedule
 from stratavit.training.recipe import Recipe
@@ -58,11 +59,12 @@ class Trainer:
         accelerator: Any,
         stop: distributed.StopRequest,
         teacher: Teacher | None = None,
+        augment: Callable[[Any], Any] | None = None,
     ) -> None:
         self.task, self.net = task, task.net
         self.data, self.order, self.recipe, self.out = data, places, recipe, out
         self.evaluation, self.accelerator, self.stop = evaluation, accelerator, stop
-        self.rank = accelerator.process_index
+        self.rank, self.augment = accelerator.process_index, augment
         self.step = self.begun = self.ended = 0
         self.losses, self.journal, self.origin = Losses(), Journal(out / run_files.LOG_FILE), dict[str, Any]()
         self.before: Sequence[Point] = ()
@@ -71,7 +73,8 @@ class Trainer:
         self.teacher = None if teacher is None else teacher.to(accelerator.device, self.classes)
         self.network = followed(self.net, self.teacher) if isinstance(self.target, Following) else self.net
         optimiser, self.schedule = optimiser_and_schedule(self.net.model, recipe, places.step_images, places.steps)
-        self.model, self.optimiser = distributed.prepare(accelerator, self.network, optimiser)
+        trained = CompiledSizes(self.network) if recipe.compile_sizes else self.network
+        self.model, self.optimiser = distributed.prepare(accelerator, trained, optimiser)
         if recipe.tracker != "none":
             with self.tracking():
                 accelerator.init_trackers("stratavit")
@@ -152,8 +155,8 @@ class Trainer:
             self.look()
 
     def prepare(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """A batch on the device, mixed."""
-        images, labels = unpack(batch, "train")
+        """A batch on the device, augmented there if it was not before, and mixed."""
+        images, labels = unpack(batch if self.augment is None else self.augment(batch), "train")
         check_images(self.net.model, images, "train")
         if not self.target.labelled:
             labels = torch.zeros(len(images), dtype=torch.long)
