@@ -24,5 +24,6 @@ NEIGHBOURS = 20  # of an image, as DINO and DINOv2 are evaluated
 Objective = Literal["auto", "label", "cross_entropy", "prediction", "sampled", "feature"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 Precision = Literal["float32", "float16", "bfloat16"]
+Units = Literal["default", "gpu"]  # that a dropout list cuts in, see `elastic.site.with_units`
 Runtime = Literal["eager", "compiled", "onnx"]
 SumsPlace = Literal["auto", "device", "host"]  # where sums of covariances are kept while images run

@@ -21,13 +21,14 @@ from stratavit.calibration.dense_outputs import DenseOutputs, outputs_of
 from stratavit.calibration.objectives import Measure, Objective
 from stratavit.calibration.sums_place import SumsPlace
 from stratavit.calibration.wpac import Criterion
+from stratavit.choices import Units
 from stratavit.data.pixels import Seen
 from stratavit.dropout_list import build, floors, joint, strata
 from stratavit.dropout_list.walk import Walk
 from stratavit.elastic import network, token_places
 from stratavit.elastic.base import Compensation, ElasticSite, known_compensation
 from stratavit.elastic.memory import Memory, memory_of, report_kept_moments, specialise
-from stratavit.elastic.site import HEAD_DIM_UNIT, MLP_UNITS, with_units
+from stratavit.elastic.site import HEAD_DIM_UNIT, MLP_UNITS, UnitSizes, units_named, with_units
 from stratavit.elastic.tokens import token_counts
 from stratavit.evaluation.latency import Setting
 from stratavit.interop.libraries import as_source, as_timm
@@ -36,7 +37,7 @@ from stratavit.models.cost import CostModel
 from stratavit.models.final_mean import FinalMean
 from stratavit.models.freezing import frozen_names
 from stratavit.spec import Spec
-from stratavit.utils.model import in_float32
+from stratavit.utils.model import in_float32, model_device
 from stratavit.utils.wrappers import unwrapped
 
 
@@ -81,7 +82,8 @@ class SuperNet(nn.Module):
         self.model, self.sites, self.uncut = made.model, made.sites, made.uncut
         self.description, self.data_config = made.description, made.data_config
         self._cost, self._form, self._shift = made.cost, made.form, made.shift
-        self.embedding, self.units = self.model.embedding, (HEAD_DIM_UNIT, MLP_UNITS)
+        self.embedding = self.model.embedding
+        self.units: UnitSizes = (HEAD_DIM_UNIT, MLP_UNITS)
         self.origin: dict[str, Any] | None = getattr(self.model, "origin", None)
         self._dense_outputs: DenseOutputs | None = None  # for the images of `contract`; `stratify` uses them
         self._seen: Seen | None = None  # the images of `contract`, if it kept moments of folds
@@ -119,19 +121,23 @@ class SuperNet(nn.Module):
         for site in self.elastic.values():
             site.compensation = known_compensation(compensation)
 
-    def set_units(self, head_dim_unit: int = HEAD_DIM_UNIT, mlp_units: int = MLP_UNITS) -> None:
+    def set_units(
+        self, head_dim_unit: int = HEAD_DIM_UNIT, mlp_units: int = MLP_UNITS, *, units: Units | None = None
+    ) -> None:
         """Sets the units that a dropout list cuts sites in; a list made in others is dropped.
 
         Args:
             head_dim_unit: Coordinates of the head width that are dropped together (paper: 8).
             mlp_units: Groups that the MLP hidden width is cut into (paper: 32).
+            units: In place of both: ``default``, or ``gpu``, see `stratify`.
 
         Raises:
-            StrataViTError: A number is not a whole number of at least 1.
+            StrataViTError: A number is not a whole number of at least 1, or an unknown name.
         """
-        sites = with_units(self.sites, head_dim_unit, mlp_units)
-        if (head_dim_unit, mlp_units) != self.units:
-            self.units, self.sites = (head_dim_unit, mlp_units), sites
+        sizes = (head_dim_unit, mlp_units) if units is None else units_named(units)
+        sites = with_units(self.sites, sizes)
+        if sizes != self.units:
+            self.units, self.sites = sizes, sites
             self._cost = replace(self.cost, sites=self.sites)
             self.strata = self.joint_strata = self.final_mean = None
 
@@ -235,6 +241,7 @@ class SuperNet(nn.Module):
         axes: Sequence[str] = ("width",),
         ignore: Sequence[str] | None = None,
         min_width: floors.MinWidth | None = None,
+        units: Units | None = None,
     ) -> Self:
         """Makes the one-shot dropout list, down to the smallest size, in place; no training.
 
@@ -250,6 +257,8 @@ class SuperNet(nn.Module):
             axes: ``("width", "tokens")`` makes a second list (`joint_strata`) that also merges tokens.
             ignore: Patterns (``blocks.0.*``) of sites that no list cuts, nor one that grows in training.
             min_width: Least width of a site, or by pattern: channels (int) or a share. Both None: as set before.
+            units: ``default`` (see `set_units`); ``gpu``: head widths in multiples of 32, hidden ones of 64 or 128.
+                None: as set before, but ``gpu`` for default units if latency is the price and weights are on a GPU.
 
         Returns:
             self.
@@ -258,7 +267,8 @@ class SuperNet(nn.Module):
             StrataViTError: Bad images, labels or options.
         """
         method = self.method if method is None else known_method(method)
-        own = floors.with_floors(self.cost, ignore, min_width)
+        sizes = build.units_for(self.units, units, price, model_device(self.model))
+        own = floors.with_floors(replace(self.cost, sites=with_units(self.sites, sizes)), ignore, min_width)
         tokens = joint.token_search(axes, method, self.model, own.places)
         cost = priced(own, self.elastic, price, setting)
         options: Any = {"objective": objective, "measure": measure, "plan": plan, "seed": seed, "tokens": tokens}
@@ -267,7 +277,7 @@ class SuperNet(nn.Module):
             made = build.make_list(self.model, cost, loader, method, **options)
         if method != self.method:
             self.method = method
-        self.sites, self._cost, self._dense_outputs = own.sites, own, None
+        self.units, self.sites, self._cost, self._dense_outputs = sizes, own.sites, own, None
         self.strata, self.joint_strata, self.final_mean, facts = made
         self.provenance["stratify"] = {"method": method, "price": price, "prices": cost.prices, **facts}
         return self

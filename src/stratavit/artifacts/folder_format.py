@@ -111,7 +111,9 @@ def read_saved(path: str | Path, kind: str, device: torch.device | str) -> tuple
     content["data_config"] = _read_data_config(content, folder, model)
     units = content.setdefault("units", [HEAD_DIM_UNIT, MLP_UNITS])
     sound = isinstance(units, list) and [type(n) for n in units] == [int, int] and min(units) >= 1
-    _expect(sound, folder, f"units should be two whole numbers above 0, got {described(units)}")
+    _expect(
+        sound or units == "gpu", folder, f"units should be two whole numbers above 0, or gpu, got {described(units)}"
+    )
     return model, content
 
 

@@ -36,7 +36,7 @@ def write(path: str | Path, net: Any, overwrite: bool, second: bool) -> None:
         "model": net.description,
         "origin": net.origin,
         "data_config": net.data_config,
-        "units": list(net.units),
+        "units": net.units if net.units == "gpu" else list(net.units),
         "frozen": frozen_names(net.model),
         "strata": None if net.strata is None else net.strata.to_json(),
         "provenance": net.provenance,
@@ -63,7 +63,10 @@ def restore(net: Any, path: str | Path, content: Mapping[str, Any], second: bool
         net.compensation = content.get("compensation", net.compensation)
     except StrataViTError as error:
         raise ArtifactError(f"{Path(path) / folder_format.JSON_FILE}: {error}") from error
-    net.set_units(*content["units"])
+    if content["units"] == "gpu":
+        net.set_units(units="gpu")
+    else:
+        net.set_units(*content["units"])
     net.provenance = dict(content.get("provenance", {}))
     tensors, source = folder_format.read_moments(path, content, second=second)
     final_mean = moments.from_tensors(net.elastic, net.sites, int(net.model.num_features), tensors, source)

@@ -16,6 +16,7 @@ from stratavit.choices import (
     Precision,
     Runtime,
     SumsPlace,
+    Units,
 )
 from stratavit.cli import options
 from stratavit.cli.options import positive
@@ -55,6 +56,11 @@ def convert_options(command: ArgumentParser) -> None:
     add("--memory", choices=get_args(SumsPlace), default="auto", help=text)
     text = "cost by which a unit's importance is divided (default: %(default)s)"
     add("--price", choices=("macs", "latency"), default="macs", help=text)
+    text = (
+        "gpu: cut head widths in multiples of 32, hidden widths in multiples of 64 or 128; default: of 8, and in 32 "
+        "groups (default: gpu with --price latency on a GPU)"
+    )
+    add("--units", choices=get_args(Units), help=text)
     text = "both: make a second list that merges similar tokens, too (default: %(default)s)"
     add("--axes", choices=("width", "both"), default="width", help=text)
     options.add_floors(command)

@@ -25,6 +25,7 @@ def convert(args: Namespace) -> Outcome:
         memory=args.memory,
         axes=args.axes,
         price=args.price,
+        units=args.units,
         ignore=args.ignore,
         min_width=args.min_width and dict(args.min_width),
         setting=Setting(args.latency_batch, threads=args.threads),

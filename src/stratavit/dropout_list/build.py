@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from stratavit.calibration.contraction import Method, set_mean
@@ -21,6 +22,7 @@ from stratavit.dropout_list.strata import Strata, removal_order
 from stratavit.dropout_list.walk import Walk, walk
 from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.network import sites_in
+from stratavit.elastic.site import UnitSizes, units_named
 from stratavit.models.cost import CostModel
 from stratavit.models.final_mean import FinalMean
 from stratavit.utils.model import temporarily
@@ -49,6 +51,24 @@ def list_work(
         return width, 0.0
     joint = _SEARCH * min(tokens.images, fold) + _CONFIRM * min(tokens.confirming, fold)
     return width, joint * len(tokens.shares)
+
+
+def units_for(current: UnitSizes, name: str | None, price: str, device: torch.device) -> UnitSizes:
+    """The units of a list.
+
+    Args:
+        current: As set before.
+        name: ``default`` or ``gpu``; None is `current`, but ``gpu`` in place of the default units where a list weighs
+            latency on a GPU.
+        price: ``macs`` or ``latency``.
+        device: Of the weights.
+
+    Raises:
+        StrataViTError: An unknown name.
+    """
+    if name is not None:
+        return units_named(name)
+    return "gpu" if price == "latency" and device.type == "cuda" and current == units_named("default") else current
 
 
 class Lists(NamedTuple):

@@ -35,7 +35,7 @@ class ShortBlock(nn.Module):
         feeds: Its MLP is.
     """
 
-    __constants__: tuple[str, ...] = ("attends", "feeds")
+    __constants__: ClassVar[tuple[str, ...]] = ("attends", "feeds")
     stock: ClassVar[type[nn.Module]]
 
     def __init__(self, block: Any) -> None:
@@ -85,16 +85,18 @@ class ShortVit(ShortBlock):
     def __init__(self, block: Any) -> None:
         super().__init__(block)
         self.has_factors = is_scaled(block)
+        self.ls1: Any = block.ls1
+        self.ls2: Any = block.ls2
 
     def scaled(self, x: Tensor, branch: int) -> Tensor:
         """See `ShortBlock`."""
-        scaled: Tensor = self.ls1(x) if branch == 1 else self.ls2(x)  # type: ignore[operator]
+        scaled: Tensor = self.ls1(x) if branch == 1 else self.ls2(x)
         return scaled
 
     def factored(self, bias: Tensor, branch: int) -> Tensor:
         """See `ShortBlock`."""
         if self.has_factors:
-            factors: Tensor = self.ls1.gamma if branch == 1 else self.ls2.gamma  # type: ignore[assignment,union-attr]
+            factors: Tensor = self.ls1.gamma if branch == 1 else self.ls2.gamma
             return bias * factors
         return bias
 

@@ -6,16 +6,20 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
+from stratavit.choices import Units
 from stratavit.errors import StrataViTError, described
 from stratavit.spec import Spec
 
 HEAD_DIM_UNIT = 8  # coordinates of the head width that are dropped together (paper, implementation details)
 MLP_UNITS = 32  # groups that the MLP hidden width is cut into (paper, implementation details)
+GPU_HEAD_DIM_UNIT = 32  # attention kernels run any head width up to a multiple of this at that multiple's speed
+GPU_MLP_UNIT, GPU_WIDE_MLP_UNIT, GPU_WIDE = 64, 128, 2048  # tiles of matrix products; the larger from this width on
 ROTARY_STEPS = 2, 4, 6, 8  # widths of v along which rotation pairs leave; measured (benchmarks/rotary.py)
 
 Kind = Literal["attention", "mlp"]
+UnitSizes = tuple[int, int] | Literal["gpu"]  # coordinates of a head width and groups of a hidden width, or see below
 
 
 @dataclass(frozen=True)
@@ -99,12 +103,42 @@ def mlp_steps(hidden: int, units: int = MLP_UNITS) -> tuple[int, ...]:
     return tuple(sorted({hidden * i // units for i in range(units + 1)}))
 
 
-def with_units(sites: Sequence[Site], head_dim_unit: int, mlp_units: int) -> tuple[Site, ...]:
-    """The same sites, cut in other units: groups of `head_dim_unit` coordinates, `mlp_units` groups of hidden ones.
+def gpu_steps(site: Site) -> tuple[int, ...]:
+    """Unit ends at which a GPU gains: head widths in multiples of 32, hidden widths in multiples of 64 or 128.
+
+    A head of at most 32 coordinates is cut in units of 16, which its linear maps gain from.
+    """
+    if site.kind == "attention":
+        unit = GPU_HEAD_DIM_UNIT if site.width > GPU_HEAD_DIM_UNIT else GPU_HEAD_DIM_UNIT // 2
+    else:
+        unit = GPU_WIDE_MLP_UNIT if site.width >= GPU_WIDE else GPU_MLP_UNIT
+    return attention_steps(site.width, unit)
+
+
+def units_named(name: str) -> UnitSizes:
+    """The units of a name in `choices.Units`.
+
+    Raises:
+        StrataViTError: It is not one of these.
+    """
+    if name not in get_args(Units):
+        raise StrataViTError(f"units: expected {' or '.join(get_args(Units))}, got {described(name)}")
+    return "gpu" if name == "gpu" else (HEAD_DIM_UNIT, MLP_UNITS)
+
+
+def with_units(sites: Sequence[Site], units: UnitSizes) -> tuple[Site, ...]:
+    """The same sites, cut in other units: groups of coordinates of a head, and a number of groups of hidden ones.
+
+    Args:
+        sites: The sites.
+        units: The two numbers, or ``gpu``, see `gpu_steps`; q and k of rotary attention then stay whole.
 
     Raises:
         StrataViTError: A number is not a whole number of at least 1.
     """
+    if units == "gpu":
+        return tuple(replace(site, steps=gpu_steps(site)) for site in sites)
+    head_dim_unit, mlp_units = units
     for name, value in (("head_dim_unit", head_dim_unit), ("mlp_units", mlp_units)):
         if type(value) is not int or value < 1:
             raise StrataViTError(f"{name}: expected a whole number of at least 1, got {value!r}")

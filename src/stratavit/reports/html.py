@@ -99,7 +99,11 @@ def _data(net: SuperNet, points: Sequence[Point], title: str | None, run: str) -
         "points": [_shown(point, sizes.get(point.axes, [])) for point in points],
         "latency": None,
         "facts": {
-            "method": {"method": net.method, "compensation": net.compensation, "units": list(net.units)},
+            "method": {
+                "method": net.method,
+                "compensation": net.compensation,
+                "units": net.units if net.units == "gpu" else list(net.units),
+            },
             "model": {key: value for key, value in net.description.items() if key != "sites"},
             "input": net.data_config,
             **{f"provenance: {key}": value for key, value in net.provenance.items()},

@@ -20,7 +20,7 @@ from stratavit.calibration.contraction import Method, resolve_method
 from stratavit.calibration.objectives import OBJECTIVES, Objective
 from stratavit.calibration.sums_place import known_place
 from stratavit.calibration.wpac import Criterion
-from stratavit.choices import ListAxes, SumsPlace
+from stratavit.choices import ListAxes, SumsPlace, Units
 from stratavit.data.class_names import all_named, class_names_of, full_names, set_class_names
 from stratavit.data.image_files import class_folders
 from stratavit.data.image_folder import ImageLoader, image_loader
@@ -30,6 +30,7 @@ from stratavit.data.unlabelled import Images, UnlabelledLoader, check_there, ope
 from stratavit.dropout_list.build import list_work
 from stratavit.dropout_list.floors import MinWidth, with_floors
 from stratavit.dropout_list.joint import token_search
+from stratavit.elastic.site import units_named
 from stratavit.errors import StrataViTError, described
 from stratavit.evaluation.dense_check import DenseCheck, check_dense
 from stratavit.evaluation.latency import Setting
@@ -53,6 +54,7 @@ class Options:
     objective: Objective = "auto"
     memory: SumsPlace = "auto"
     axes: ListAxes = "width"
+    units: Units | None = None
     price: Price = "macs"
     ignore: Sequence[str] | None = None
     min_width: MinWidth | None = None
@@ -74,6 +76,8 @@ class Options:
         for name, known in (("objective", OBJECTIVES), ("axes", get_args(ListAxes)), ("price", get_args(Price))):
             if getattr(self, name) not in known:
                 raise StrataViTError(f"{name}: expected {', '.join(known)}, got {described(getattr(self, name))}")
+        if self.units is not None:
+            units_named(self.units)
         for name in ("limit", "batch_size"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise StrataViTError(f"{name}: expected a whole number of at least 1, got {getattr(self, name)!r}")
@@ -122,6 +126,7 @@ def convert(
     memory: SumsPlace = "auto",
     axes: ListAxes = "width",
     price: Price = "macs",
+    units: Units | None = None,
     ignore: Sequence[str] | None = None,
     min_width: MinWidth | None = None,
     setting: Setting | None = None,
@@ -151,7 +156,7 @@ def convert(
             prepared tensors as `SuperNet.contract` reads, whose images are held in memory.
         method, criterion, objective, seed, memory: See `SuperNet.contract`.
         axes: ``both`` makes a second list that merges similar tokens, too.
-        price, ignore, min_width, setting: See `SuperNet.stratify`.
+        price, units, ignore, min_width, setting: See `SuperNet.stratify`.
         limit: At most this many images, evenly spread; of a loader the first.
         class_map: Text file with one class folder name per line in the order of the head.
         weights, num_classes: See `dense_model`; for a name.
@@ -174,6 +179,7 @@ def convert(
         memory=memory,
         axes=axes,
         price=price,
+        units=units,
         ignore=ignore,
         min_width=min_width,
         setting=setting,
@@ -244,7 +250,7 @@ def converted(model: nn.Module | str | Path, images: Images, options: Options, n
     tokens = token_search(asked["axes"], method, net.model, places)  # refused before any work
     loader, reader = _loader(net, images, options)
     check = _looked_at(net, images, reader, labelled=loader is reader)
-    asked |= kept | {key: getattr(options, key) for key in ("objective", "seed", "price", "setting")}
+    asked |= kept | {key: getattr(options, key) for key in ("objective", "seed", "price", "setting", "units")}
     count = len(reader.chosen) if reader is not None else sum(len(batch) for batch, _ in loader)
     started = time.perf_counter()
     with overall("convert", count + sum(list_work(method, tokens=tokens, images=count))) as begin:
