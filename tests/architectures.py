@@ -82,7 +82,7 @@ STAGED: dict[str, dict[str, Any]] = {  # the same with all sizes of their own, f
         "depths": [2, 1, 1, 1],
     },
     "davit_tiny": {"embed_dims": [16, 32, 32, 32], "num_heads": [1, 2, 2, 2], "depths": [1, 1, 1, 1]},
-    "hiera_tiny_224": {"img_size": 32, "embed_dim": 16, "stages": [1, 1, 1, 1], "num_heads": 1},
+    "hiera_tiny_224": {"img_size": 32, "embed_dim": 16, "stages": [1, 1, 2, 1], "num_heads": 1},
     "sam2_hiera_tiny": {"embed_dim": 16, "stages": [1, 1, 3, 1], "num_heads": 1, "global_att_blocks": [3]},
 }
 WHOLE: dict[str, dict[str, Any]] = {  # the same of families of which timm builds no smaller models
@@ -117,6 +117,7 @@ KINDS = (  # a model of every family, and of every kind of attention, MLP and po
     "vit_small_patch14_reg4_dinov2.maps",
     "swin_tiny_patch4_window7_224.maps",
     "davit_tiny",
+    "sam2_hiera_tiny",
 )
 ALL = (*NAMES, *STAGED, *TRANSFORMERS, "Dinov2Model, SwiGLU", TORCHVISION)
 

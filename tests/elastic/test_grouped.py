@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from helpers import enliven, relative_error
-from timm.models import davit, nest, volo
+from timm.models import davit, hiera, hieradet_sam2, nest, volo
 from torch import nn
 
 from stratavit.elastic.base import AttentionTransform
@@ -20,6 +20,9 @@ CASES = {  # timm's module, tokens of two images, tokens that each sees
     "davit": (davit.WindowAttention(DIM, (3, 3), HEADS), (8, 9, DIM), 9),
     "volo": (volo.Attention(DIM, HEADS, qkv_bias=True), (2, 3, 4, DIM), 12),
     "nest": (nest.Attention(DIM, HEADS, qkv_bias=True), (2, 4, 9, DIM), 9),
+    "hiera": (hiera.MaskUnitAttention(DIM, DIM, HEADS, 1, 4, True), (2, 12, DIM), 4),
+    "hiera, global": (hiera.MaskUnitAttention(DIM, DIM, HEADS, 1, 4, False), (2, 12, DIM), 12),
+    "sam 2": (hieradet_sam2.MultiScaleAttention(DIM, DIM, HEADS), (2, 3, 4, DIM), 12),
     "nest, no bias": (nest.Attention(DIM, HEADS), (2, 4, 9, DIM), 9),
 }
 

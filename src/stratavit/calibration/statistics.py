@@ -67,6 +67,11 @@ class SiteStatistics:
     images: int = 0
 
 
+def one_head(x: Tensor) -> Tensor:
+    """Post-activations ``[B, ..., m]``, or their gradient, in the form of attention's features: ``[B, N, 1, 1, m]``."""
+    return x.flatten(1, -2)[:, :, None, None]
+
+
 class SiteObserver:
     """Adds up the features of one site, and their gradients.
 
@@ -107,15 +112,16 @@ class SiteObserver:
         self._pairs = found if self._pairs is None else self._pairs + found
 
     def inputs_of_out(self, features: Tensor) -> None:
-        """Head outputs ``[B, N, H*w]`` or post-activations ``[B, N, m]``."""
+        """Head outputs ``[B, N, H*w]`` or post-activations ``[B, N, m]``, of maps ``[B, H, W, m]``."""
         x = features.detach()
         if self._covariance is not None:
             self._held = [x]
             return
+        x = x.flatten(1, -2)
         sums = x.unflatten(-1, (self.heads, -1)).sum(dim=(0, 1), dtype=torch.float32)  # [H, w]
         self._mean.add(x.shape[0] * x.shape[1], sums)
         if not self.attention:
-            self._await_gradient(features, lambda x, g: self._taylor_terms(x[:, :, None, None], g[:, :, None, None]))
+            self._await_gradient(features, lambda *both: self._taylor_terms(*map(one_head, both)))
 
     def outputs(self, outputs: Tensor) -> None:
         """What the module adds, ``[B, N, C]``: the norm of its gradient weighs the token."""

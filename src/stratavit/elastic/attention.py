@@ -42,7 +42,8 @@ class HeadsSite(ElasticSite):
     proj_drop: nn.Dropout
 
     def __init__(self, stock: Any) -> None:
-        super().__init__(stock, stock.num_heads, stock.proj.in_features // stock.num_heads)
+        heads = stock.heads if hasattr(stock, "heads") else stock.num_heads
+        super().__init__(stock, heads, stock.proj.in_features // heads)
 
     @classmethod
     def refusal(cls, stock: Any) -> tuple[str, str] | None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stratavit.elastic.attention import ElasticBiased
+from stratavit.elastic.layers import reshapes, unit_of
 
 
 class ElasticWindow(ElasticBiased):
@@ -22,13 +23,19 @@ class ElasticWindow(ElasticBiased):
             if not hasattr(self, name):
                 self.add_module(name, nn.Dropout(0.0))
 
+    @classmethod
+    def refusal(cls, stock: Any) -> tuple[str, str] | None:
+        """As of all attention; it returns as many and as wide tokens as it reads."""
+        reason = "where a stage begins, attention pools queries or widens tokens, and stays uncut"
+        return super().refusal(stock) or (("qkv", reason) if reshapes(stock) else None)
+
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Tokens ``[B*windows, N, C]`` to the same."""
         return self._run(x, None)
 
 
 class ElasticTokenMap(ElasticWindow):
-    """VOLO's `Attention`: tokens are a map, and all of them see each other."""
+    """`Attention` of VOLO and of SAM 2's Hiera: tokens are a map, and all of them see each other."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Tokens ``[B, H, W, C]`` to the same."""
@@ -55,3 +62,15 @@ class ElasticBlocks(ElasticWindow):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Tokens ``[B, blocks, N, C]`` to the same."""
         return self._run(x.flatten(0, 1), None).unflatten(0, x.shape[:2])
+
+
+class ElasticMaskUnits(ElasticWindow):
+    """Hiera's `MaskUnitAttention`: tokens see all others, or those of their unit, which lie at equal distances."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Tokens ``[B, unit * units, C]`` to the same."""
+        unit = unit_of(self)
+        if not unit:
+            return self._run(x, None)
+        windows = x.unflatten(1, (unit, -1)).transpose(1, 2).flatten(0, 1)  # [B*units, unit, C]
+        return self._run(windows, None).unflatten(0, (len(x), -1)).transpose(1, 2).flatten(1, 2)

@@ -11,6 +11,8 @@ from timm.layers import Attention, AttentionRope, GluMlp, Mlp, SwiGLU
 from timm.models.beit import Attention as BeitAttention
 from timm.models.davit import WindowAttention as DaVitAttention
 from timm.models.eva import EvaAttention
+from timm.models.hiera import MaskUnitAttention
+from timm.models.hieradet_sam2 import MultiScaleAttention as HieraDetAttention
 from timm.models.nest import Attention as NestAttention
 from timm.models.swin_transformer import WindowAttention
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
@@ -31,9 +33,14 @@ KEPT_BUFFERS = ("relative_coords_table", "relative_position_index", "relative_co
 STOCK = (
     *(Attention, AttentionRope, EvaAttention, BeitAttention, RelPosAttention, MapAttention),
     *(WindowAttention, WindowAttentionV2, WindowMultiHeadAttention),
-    *(NestAttention, DaVitAttention, VoloAttention),
+    *(NestAttention, DaVitAttention, VoloAttention, MaskUnitAttention, HieraDetAttention),
 )
 ATTENTION: tuple[Any, ...] = (*STOCK, SplitAttention)
+
+
+def heads_in(attn: Any) -> int:
+    """Heads of an attention module of timm."""
+    return int(attn.heads if hasattr(attn, "heads") else attn.num_heads)
 
 
 def describe_layer(name: str, module: Any) -> dict[str, Any]:
@@ -50,8 +57,8 @@ def describe_layer(name: str, module: Any) -> dict[str, Any]:
         return {**numbers, **kept, "biases": [getattr(module, key).bias is not None for key in ("q", "k", "v", "proj")]}
     if isinstance(module, STOCK):
         return {
-            "num_heads": module.num_heads,
-            "head_dim": module.proj.in_features // module.num_heads,
+            "num_heads": heads_in(module),
+            "head_dim": module.proj.in_features // heads_in(module),
             "qkv_bias": module.qkv is not None and module.qkv.bias is not None,
             "proj_bias": module.proj.bias is not None,
         }
@@ -98,8 +105,10 @@ def _split(numbers: Mapping[str, Any], dim: int, like: Any, device: Any) -> Any:
     q, k, v, proj = (bool(bias) for bias in numbers["biases"])
     prefix, half = getattr(like, "num_prefix_tokens", 0), bool(getattr(like, "rotate_half", False))
     widths = numbers["num_heads"], numbers["qk_dim"], numbers["v_dim"]
-    kept, apart = bool(numbers.get("kept")), in_blocks(like)
-    made = SplitAttention(dim, *widths, numbers["scale"], (q, k, v, proj), prefix, half, device, None, kept, apart)
+    kept, apart, unit = bool(numbers.get("kept")), in_blocks(like), unit_of(like)
+    made = SplitAttention(
+        dim, *widths, numbers["scale"], (q, k, v, proj), prefix, half, device, None, kept, apart, unit
+    )
     return _with_kept(made, like)
 
 
@@ -108,8 +117,21 @@ def in_blocks(attn: Any) -> bool:
     return isinstance(attn, NestAttention) or getattr(attn, "apart", False)
 
 
+def unit_of(attn: Any) -> int:
+    """Tokens of a mask unit (Hiera) that see each other; 0 if all do."""
+    return int(attn.window_size) if getattr(attn, "use_mask_unit_attn", False) else int(getattr(attn, "unit", 0))
+
+
+def reshapes(attn: Any) -> bool:
+    """Whether timm's module returns fewer or wider tokens than it reads, where a stage begins (Hiera)."""
+    pools = getattr(attn, "q_pool", None) is not None or getattr(attn, "q_stride", 1) != 1
+    return pools or (hasattr(attn, "dim_out") and attn.dim_out != attn.dim)
+
+
 def tokens_in_view(attn: Any, x: Tensor) -> int:
     """Tokens that each of those that an attention reads attends to; x ``[B, ..., C]``."""
+    if unit_of(attn):
+        return unit_of(attn)
     return x.shape[-2] if in_blocks(attn) else x.shape[1:-1].numel()  # of a map [B, H, W, C] all
 
 

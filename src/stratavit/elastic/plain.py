@@ -65,6 +65,7 @@ class SplitAttention(nn.Module):
         rotate_half: Rotation pairs are coordinates i and i + a / 2, else 2 i and 2 i + 1.
         kept: q and k have some of the rotation pairs of the model only: a buffer `kept`, ``[a]``, says which columns.
         apart: Of two axes of tokens, ``[B, blocks, N, C]``, the first holds blocks that do not see each other.
+        unit: Tokens of a mask unit (Hiera), if only these see each other; ``[B, unit * units, C]``, else 0.
     """
 
     kept: Optional[Tensor]
@@ -86,11 +87,13 @@ class SplitAttention(nn.Module):
         dtype: torch.dtype | None = None,
         kept: bool = False,
         apart: bool = False,
+        unit: int = 0,
     ) -> None:
         super().__init__()
         self.register_buffer("kept", torch.zeros(qk_dim, dtype=torch.long, device=device) if kept else None)
         self.num_heads, self.qk_dim, self.v_dim, self.scale = num_heads, qk_dim, v_dim, scale
-        self.num_prefix_tokens, self.rotate_half, self.apart = num_prefix_tokens, rotate_half, apart
+        self.num_prefix_tokens, self.rotate_half = num_prefix_tokens, rotate_half
+        self.apart, self.unit = apart or unit > 0, unit
         self.q = nn.Linear(dim, num_heads * qk_dim, biases[0], device, dtype)
         self.k = nn.Linear(dim, num_heads * qk_dim, biases[1], device, dtype)
         self.v = nn.Linear(dim, num_heads * v_dim, biases[2], device, dtype)
@@ -131,6 +134,8 @@ class SplitAttention(nn.Module):
             is_causal: See `torch.nn.functional.scaled_dot_product_attention`.
         """
         shape, sides = x.shape, x.shape[1:-1]
+        if self.unit > 0:
+            x = x.unflatten(1, (self.unit, -1)).transpose(1, 2)  # [B, units, N, C]
         x = x.flatten(0, -3) if self.apart else x.flatten(1, -2)
         q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, a]
         k = self.k(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -160,7 +165,10 @@ class SplitAttention(nn.Module):
         if attn_mask is not None:
             bias = attn_mask if bias is None else bias + attn_mask
         drop = self.attn_drop.p if self.training else 0.0
-        return self.proj_drop(self.proj(attend(q, k, v, bias, mask, scale, drop, is_causal))).reshape(shape)
+        out = self.proj_drop(self.proj(attend(q, k, v, bias, mask, scale, drop, is_causal)))
+        if self.unit > 0:
+            out = out.unflatten(0, (shape[0], -1)).transpose(1, 2)
+        return out.reshape(shape)
 
 
 def cosines(q: Tensor, k: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, float]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stratavit.elastic.layers import ATTENTION, describe_layer, tokens_in_view
+from stratavit.elastic.layers import ATTENTION, describe_layer, reshapes, tokens_in_view
 from stratavit.elastic.site import Site
 from stratavit.elastic.token_places import TokenPlace, tokens_along
 from stratavit.utils.model import eval_mode, model_device, model_dtype
@@ -228,7 +228,7 @@ def macs_by_module(
             getattr(module, "q_bias", None) is not None and not module.qkv_bias_separate
         ):  # qkv is not called as a module
             found[name + ".qkv"] += _tokens(inputs) * module.qkv.weight.numel()
-        if attention:
+        if attention and not reshapes(module):  # those stay uncut, and their products are never counted
             numbers = describe_layer("", module)
             widths = numbers.get("qk_dim", 0) + numbers.get("v_dim", 0) or 2 * numbers["head_dim"]
             found[name] += _tokens(inputs) * tokens_in_view(module, inputs[0]) * numbers["num_heads"] * widths

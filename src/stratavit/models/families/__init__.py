@@ -12,6 +12,8 @@ from timm.layers import Attention, AttentionRope, GluMlp, Mlp, SwiGLU
 from timm.models.beit import Attention as BeitAttention
 from timm.models.davit import WindowAttention as DaVitAttention
 from timm.models.eva import EvaAttention
+from timm.models.hiera import MaskUnitAttention
+from timm.models.hieradet_sam2 import MultiScaleAttention as HieraDetAttention
 from timm.models.nest import Attention as NestAttention
 from timm.models.swin_transformer import WindowAttention
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
@@ -31,7 +33,7 @@ from stratavit.elastic.attention import (
     ElasticWindows,
 )
 from stratavit.elastic.base import ElasticSite
-from stratavit.elastic.grouped import ElasticBlocks, ElasticTokenMap, ElasticWindow
+from stratavit.elastic.grouped import ElasticBlocks, ElasticMaskUnits, ElasticTokenMap, ElasticWindow
 from stratavit.elastic.mlp import ElasticGlu, ElasticMlp, ElasticSwiGlu
 from stratavit.elastic.site import Site
 from stratavit.errors import UnsupportedModelError
@@ -66,9 +68,22 @@ KINDS: dict[type[nn.Module], type[Any]] = {
     NestAttention: ElasticBlocks,
     DaVitAttention: ElasticWindow,
     VoloAttention: ElasticTokenMap,
+    HieraDetAttention: ElasticTokenMap,
+    MaskUnitAttention: ElasticMaskUnits,
     Mlp: ElasticMlp,
     GluMlp: ElasticGlu,
     SwiGLU: ElasticSwiGlu,
+}
+_BETWEEN_CHANNELS = "a softmax between channels does not allow them to be rotated"
+WHY_NOT = {  # class of timm -> why it is not among `KINDS`
+    "TalkingHeadAttn": "its heads mix their scores before and after the softmax",
+    "XCA": _BETWEEN_CHANNELS,
+    "ChannelAttention": _BETWEEN_CHANNELS,
+    "ChannelAttentionV2": _BETWEEN_CHANNELS,
+    "OutlookAttention": "a token's weights are computed from it alone, without q and k",
+    "GlobalSubSampleAttn": "k and v are those of other tokens than q",
+    "WindowAttentionGlobal": "queries of the whole image come from outside",
+    "MultiScaleAttention": "q, k and v are pooled by convolutions and normalised",
 }
 
 
@@ -133,7 +148,8 @@ def elastic_sites(model: nn.Module) -> tuple[dict[str, ElasticSite], dict[str, s
                 kind = ElasticRotary if cuts_pairs(module) else kind
             if kind is None:
                 kinds = "attention" if leaf == "attn" else "MLPs"
-                uncut[name] = f"{name}: {type(module).__name__} is not among the kinds of {kinds} that can be cut"
+                why = f" ({WHY_NOT[type(module).__name__]})" if type(module).__name__ in WHY_NOT else ""
+                uncut[name] = f"{name}: {type(module).__name__} is not among the kinds of {kinds} that can be cut{why}"
             elif (refused := kind.refusal(module)) is not None:
                 uncut[name] = f"{name}.{refused[0]}: {refused[1]}"
             else:

@@ -15,6 +15,8 @@ from timm.models.hieradet_sam2 import HieraDet
 from timm.models.mvitv2 import MultiScaleVit
 from torch import Tensor, nn
 
+from stratavit.elastic.layers import heads_in
+from stratavit.elastic.plain import Constant
 from stratavit.models.families.base import Stages, head_stages, heads_of, pooling_of, refuse, with_bias
 from stratavit.models.families.pyramids import Pyramid, Steps
 
@@ -95,8 +97,7 @@ class HieraFamily(Pyramid):
 
     def arguments(self, model: Any) -> dict[str, Any]:
         """Sizes; all else is the architecture's own."""
-        heads = {"num_heads": model.blocks[0].attn.heads}
-        return {"img_size": list(self.fixed_size(model) or ()), **_hiera_sizes(model), **heads}
+        return {"img_size": list(self.fixed_size(model) or ()), **_hiera_sizes(model)}
 
 
 class HieraDetFamily(HieraFamily):
@@ -122,11 +123,17 @@ class HieraDetFamily(HieraFamily):
     def arguments(self, model: Any) -> dict[str, Any]:
         """Sizes; all else is the architecture's own."""
         whole = [number for number, block in enumerate(model.blocks) if not block.is_windowed]
-        return {**_hiera_sizes(model), "num_heads": model.blocks[0].attn.num_heads, "global_att_blocks": whole}
+        return {**_hiera_sizes(model), "global_att_blocks": whole}
 
 
 def _hiera_sizes(model: Any) -> dict[str, Any]:
+    heads = [  # every stage has twice those of the one before
+        heads_in(block.attn) >> sum(end < number for end in model.stage_ends)
+        for number, block in enumerate(model.blocks)
+        if not isinstance(block.attn, Constant)
+    ]
     return {
+        **({"num_heads": heads[0]} if heads else {}),
         "in_chans": model.in_chans,
         "num_classes": model.num_classes,
         "global_pool": model.head.pool_type,
