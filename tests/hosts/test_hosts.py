@@ -138,7 +138,7 @@ def test_a_small_part_alone_is_saved_and_loaded(name, tmp_path):
     assert all(map(torch.equal, host_outputs(back, batch), host_outputs(small, batch)))
 
 
-@pytest.mark.parametrize("name", ["LLaVA", "Qwen2-VL", "Qwen2.5-VL"])
+@pytest.mark.parametrize("name", ["LLaVA", "Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL"])
 def test_generation_goes_on(name):
     host, net, _ = converted(name)
     one = HOSTS[name].batch(1)
