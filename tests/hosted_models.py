@@ -73,8 +73,8 @@ def dpt() -> nn.Module:
     return hf.DPTForDepthEstimation(hf.DPTConfig(backbone_config=backbone, **sizes))
 
 
-def upernet() -> nn.Module:
-    backbone = hf.SwinConfig(**SWIN, out_features=["stage1", "stage2"])
+def upernet(backbone: Any = None) -> nn.Module:
+    backbone = backbone or hf.SwinConfig(**SWIN, out_features=["stage1", "stage2"])
     sizes = {"hidden_size": 16, "use_auxiliary_head": False, "pool_scales": [1, 2], "num_labels": 5}
     return hf.UperNetForSemanticSegmentation(hf.UperNetConfig(backbone_config=backbone, **sizes))
 
@@ -180,6 +180,7 @@ HOSTS = {
     "Depth Anything": Hosted(depth_anything, "backbone", pixels),
     "DPT": Hosted(dpt, "backbone", pixels),
     "UperNet": Hosted(upernet, "backbone", pixels),
+    "UperNet, DINOv3": Hosted(lambda: upernet(hf.DINOv3ViTConfig(**VIT, **STAGES)), "backbone", pixels),
     "Mask2Former": Hosted(mask2former, "pixel_level_module.encoder", larger_pixels),
     "CLIP": Hosted(clip, "vision_model", with_text),
     "SigLIP": Hosted(siglip, "vision_model", with_text),
