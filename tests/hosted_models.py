@@ -73,8 +73,8 @@ def dpt() -> nn.Module:
     return hf.DPTForDepthEstimation(hf.DPTConfig(backbone_config=backbone, **sizes))
 
 
-def upernet() -> nn.Module:
-    backbone = hf.SwinConfig(**SWIN, out_features=["stage1", "stage2"])
+def upernet(backbone: Any = None) -> nn.Module:
+    backbone = backbone or hf.SwinConfig(**SWIN, out_features=["stage1", "stage2"])
     sizes = {"hidden_size": 16, "use_auxiliary_head": False, "pool_scales": [1, 2], "num_labels": 5}
     return hf.UperNetForSemanticSegmentation(hf.UperNetConfig(backbone_config=backbone, **sizes))
 
@@ -140,6 +140,14 @@ def qwen2_5_vl() -> nn.Module:
     return hf.Qwen2_5_VLForConditionalGeneration(config)
 
 
+def qwen3_vl() -> nn.Module:
+    vision = {**QWEN, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32}
+    vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+    ids = {"image_token_id": 49, "vision_start_token_id": 48, "vision_end_token_id": 47, "video_token_id": 46}
+    config = hf.Qwen3VLConfig(vision_config=vision, text_config={**qwen_text(), "head_dim": 16}, **ids)
+    return hf.Qwen3VLForConditionalGeneration(config)
+
+
 def packed(count: int) -> dict[str, Tensor]:
     """Images of 4 x 8 patches, all in one sequence; every four patches are one place in the text."""
     words = torch.randint(3, 40, (count, 6))
@@ -172,6 +180,7 @@ HOSTS = {
     "Depth Anything": Hosted(depth_anything, "backbone", pixels),
     "DPT": Hosted(dpt, "backbone", pixels),
     "UperNet": Hosted(upernet, "backbone", pixels),
+    "UperNet, DINOv3": Hosted(lambda: upernet(hf.DINOv3ViTConfig(**VIT, **STAGES)), "backbone", pixels),
     "Mask2Former": Hosted(mask2former, "pixel_level_module.encoder", larger_pixels),
     "CLIP": Hosted(clip, "vision_model", with_text),
     "SigLIP": Hosted(siglip, "vision_model", with_text),
@@ -179,6 +188,7 @@ HOSTS = {
     "LLaVA": Hosted(llava, "vision_tower", lambda count: with_text(count, 16)),
     "Qwen2-VL": Hosted(qwen2_vl, "visual", packed),
     "Qwen2.5-VL": Hosted(qwen2_5_vl, "visual", packed),
+    "Qwen3-VL": Hosted(qwen3_vl, "visual", packed),
     "timm": Hosted(Segmenter, "backbone", lambda count: {"images": torch.randn(count, 3, 32, 32)}),
 }
 

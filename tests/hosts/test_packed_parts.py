@@ -15,7 +15,7 @@ from stratavit.interop.part_sites import elastic_sites_in
 from stratavit.interop.transformers.small_modules import small_module
 
 PLAN = Walk(states=((0.7, 1), (0.4, 1)), images=12)
-QWEN = ["Qwen2-VL", "Qwen2.5-VL"]
+QWEN = ["Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL"]
 
 
 @pytest.mark.parametrize("name", QWEN)

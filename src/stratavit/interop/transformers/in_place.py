@@ -40,4 +40,5 @@ HOSTS: dict[str, tuple[str, str, str]] = {  # class of a host -> the same of its
     "LlavaForConditionalGeneration": ("q, k, v", "yes", "layers that the model does not read stay uncut"),
     "Qwen2VLForConditionalGeneration": ("q, k by pairs, v", "yes", _ONE_SIZE),
     "Qwen2_5_VLForConditionalGeneration": ("q, k by pairs, v", "yes", _ONE_SIZE),
+    "Qwen3VLForConditionalGeneration": ("q, k by pairs, v", "yes", _ONE_SIZE),
 }

@@ -53,7 +53,10 @@ def names_of(module: nn.Module) -> Names | None:
     for last in ("o_proj", "out_proj"):
         if attention and last in layers and hasattr(module, "head_dim"):
             return Names(("q_proj", "k_proj", "v_proj"), last)
+    mlps: tuple[tuple[tuple[str, ...], str], ...]
     mlps = ((("gate_proj", "up_proj"), "down_proj"), (("up_proj",), "down_proj"), (("fc1",), "fc2"))
+    if type(module).__name__.endswith("MLP"):  # not the mergers of Qwen3-VL, which join four tokens
+        mlps = (*mlps, (("linear_fc1",), "linear_fc2"))
     return next((Names(first, last) for first, last in mlps if {*first, last} <= layers), None)
 
 
