@@ -220,10 +220,12 @@ def by_family(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def worst(part: str, models: Sequence[dict[str, Any]]) -> str:
-    """A failure if there is one, else the largest figure."""
-    row = max(models, key=lambda row: math.inf if isinstance(row[part], str) else row[part])
+    """The failures if there are any, the first with its reason, else the largest figure."""
+    failed = [row for row in models if isinstance(row[part], str)]
+    row = failed[0] if failed else max(models, key=lambda row: row[part])
     named = len(models) > 1 and not (part in COUNTS and row[part] == 0)
-    return shown(part, row[part]) + (f" ({row['model']})" if named else "")
+    where = ", ".join(row["model"] for row in failed) or row["model"]
+    return shown(part, row[part]) + (f" ({where})" if named else "")
 
 
 def shown(part: str, value: Any) -> Any:
