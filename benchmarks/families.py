@@ -1,10 +1,11 @@
-"""Does every family of models keep the contract? Small random models of the tests, one row for each family.
+"""Does every family of models keep the contract? Small random models of the tests, a row for each family.
 
     python benchmarks/families.py [--only FAMILY] [--resume]
 
-The models are those of tests/architectures.py, all of them, so that a new one is in the next table. Each is contracted
-and given a list on noise, then checked: the function that contraction keeps, the extracted model against the elastic
-network at 2/3 and 1/2 of the MACs, costs, files, and the ONNX file. What fails is written where its figure would be.
+The models are all of tests/architectures.py and the classes of tests/hosted_models.py: a new one is in the next table.
+Each is contracted and given a list on noise, then checked: the function that contraction keeps, the extracted model
+against the elastic network at 2/3 and 1/2 of the MACs, costs, files, and the ONNX file. What fails is written where its
+figure would be.
 Each model is a line of the journal, from which ``--resume`` goes on. With ``--only`` tables are printed, not written.
 """
 
@@ -15,30 +16,35 @@ import math
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import onnxruntime  # noqa: F401  before the processes part
-import onnxscript  # noqa: F401
+import onnxruntime
 import torch
 from common import Journal, apart, write_results
+from hosts import FirstOutput
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import architectures
+import hosted_models
 from helpers import PLAN, relative_error
 
 import stratavit
 from stratavit import BudgetError, Spec, SuperNet
+from stratavit.hosts.converting import host_outputs
 from stratavit.interop.timm_equivalent import tensor_of
 from stratavit.models.cost import linear_macs
 from stratavit.models.families import family_of
+from stratavit.models.families.hosted import HostedPart
 
-SHARES = {"2/3": 2 / 3, "1/2": 1 / 2}  # of the MACs
+SHARES = (2 / 3, 1 / 2)  # of the MACs
 CALIBRATION, IMAGES = 12, 3  # images of noise
 BOUNDS = {"contraction": 2e-5, "extracted": 1e-5, "costs": 0.0, "files": 0.0, "ONNX": 1e-4}
+PREFIX = "in place: "
+IN_PLACE = tuple(f"{PREFIX}{name}" for name in hosted_models.CLASSES)
 COUNTS = ("costs", "files")  # figures that must be zero
 NOTE = (
     f"Small models of random weights (tests/architectures.py), contracted on {CALIBRATION} images of noise and "
@@ -47,22 +53,10 @@ NOTE = (
     "and 1/2 of the MACs, or the smallest of the list where that is larger, against the super-network at these widths. "
     "costs: largest difference of MACs (with and without attention's products) or parameters from those counted on the "
     "small model. files: the small model and the super-network, saved and loaded: the same bits, else the largest "
-    "difference. ONNX: the small model at 1/2, run by ONNX Runtime. smallest: of the list. kept: models all of whose "
+    "difference; of models that are cut in place only the small model has one. ONNX: the small model at 1/2, run by "
+    "ONNX Runtime. smallest: the smallest share of MACs on the list. kept: models all of whose "
     f"figures are within {', '.join(f'{bound:g} ({name})' for name, bound in BOUNDS.items())}."
 )
-
-
-class Case(NamedTuple):
-    """A converted model at some sizes, and what to compare it on."""
-
-    source: nn.Module
-    net: SuperNet
-    sizes: tuple[Spec, ...]
-    images: Tensor  # [B, 3, H, W]
-
-    def small(self, spec: Spec) -> Any:
-        """The extracted model."""
-        return self.net.extract(spec=spec, verbose=False).eval()
 
 
 def main() -> None:
@@ -77,6 +71,7 @@ def main() -> None:
         parser.error(f"--only: expected one of {', '.join(sorted(set(families.values())))}; got {args.only!r}")
     if not args.resume:
         args.journal.unlink(missing_ok=True)
+    exported_error(nn.Linear(2, 2), {"input": torch.ones(1, 2)})  # what exporters import, before the processes part
     journal, rows = Journal(args.journal, "model"), []
     for name, family in families.items():
         if args.only in (None, family):
@@ -93,13 +88,15 @@ def main() -> None:
 
 def names() -> tuple[str, ...]:
     """All models that the tests put under the contract."""
-    return (*architectures.ALL, *architectures.WHOLE)
+    return (*architectures.ALL, *architectures.WHOLE, *IN_PLACE)
 
 
 def family_title(name: str) -> str:
     """Title of a model's family; models of other libraries are families of their own, as their files differ."""
     if name == architectures.TORCHVISION:
         return "torchvision"
+    if name in IN_PLACE:
+        return "transformers, in place"
     if name.partition(",")[0] in architectures.TRANSFORMERS:
         return "transformers"
     return family_of(architectures.make(name)).title
@@ -119,18 +116,20 @@ def checked(name: str) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     try:
-        case, smallest = converted(name)
+        case = (CaseInPlace if name in IN_PLACE else Case)(name.removeprefix(PREFIX))
     except Exception as error:
         return {"smallest": "", **dict.fromkeys(BOUNDS, f"not converted: {reason(error)}")}
-    parts = (contraction_error, extraction_error, cost_difference, file_difference, onnx_error)
-    return {"smallest": smallest, **dict(zip(BOUNDS, (figure(part, case) for part in parts), strict=True))}
+    net = case.net
+    lowest = net.macs(net.strata.spec(len(net.strata))) / net.macs()
+    parts = (case.contraction, case.extraction, case.costs, case.files, case.onnx)
+    return {"smallest": f"{lowest:.1%}", **dict(zip(BOUNDS, map(figure, parts), strict=True))}
 
 
-def figure(part: Callable[[Case], float], case: Case) -> float | str:
+def figure(part: Callable[[], float]) -> float | str:
     """What a check finds; if it fails, the reason."""
     try:
         with torch.no_grad():
-            found = part(case)
+            found = part()
     except Exception as error:  # reported in the table, whatever it is
         return reason(error)
     return found if math.isfinite(found) else f"{found}"
@@ -141,18 +140,113 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
-def converted(name: str) -> tuple[Case, str]:
-    """A model's super-network with a list, its sizes, and its smallest share of the MACs."""
-    side, source = architectures.side(name), architectures.make(name)
-    images = torch.randn(CALIBRATION, 3, side, side)
-    loader = [(half, torch.arange(len(half))) for half in images.split(CALIBRATION // 2)]
-    net = SuperNet(source).contract(loader).stratify(loader, plan=PLAN).eval()
-    sizes = tuple(size(net, share) for share in SHARES.values())
-    lowest = net.macs(net.strata.spec(len(net.strata))) / net.macs()
-    return Case(source, net, sizes, torch.randn(IMAGES, 3, side, side)), f"{lowest:.1%}"
+class Case:
+    """A model with its super-network; each method is a part of the contract, and returns its worst figure.
+
+    Args:
+        name: In tests/architectures.py.
+    """
+
+    def __init__(self, name: str) -> None:
+        side, self.source = architectures.side(name), architectures.make(name)
+        images = torch.randn(CALIBRATION, 3, side, side)
+        loader = [(half, torch.arange(len(half))) for half in images.split(CALIBRATION // 2)]
+        self.net = SuperNet(self.source).contract(loader).stratify(loader, plan=PLAN).eval()
+        self.sizes = [size(self.net, share) for share in SHARES]
+        self.images = torch.randn(IMAGES, 3, side, side)
+
+    def small(self, spec: Spec) -> Any:
+        """The extracted model."""
+        return self.net.extract(spec=spec, verbose=False).eval()
+
+    def output(self, model: nn.Module, *spec: Spec) -> Tensor:
+        """Of a model of any library."""
+        return tensor_of(model(self.images, *spec))
+
+    def contraction(self) -> float:
+        """Error of the super-network at full width against the source."""
+        return relative_error(self.output(self.net), self.output(self.source))
+
+    def extraction(self) -> float:
+        """Error of small models against the super-network."""
+        return max(relative_error(self.output(self.small(one)), self.output(self.net, one)) for one in self.sizes)
+
+    def costs(self) -> float:
+        """Difference of MACs or parameters from those that are counted."""
+        differences = []
+        for spec in self.sizes:
+            small = stratavit.as_timm(self.small(spec))
+            for attention in (False, True):
+                counted = linear_macs(small, self.net.data_config["input_size"], attention=attention)
+                differences.append(abs(self.net.macs(spec, attention=attention) - counted))
+            differences.append(abs(self.net.params(spec) - parameters(small)))
+        return float(max(differences))
+
+    def files(self) -> float:
+        """Difference after small model and super-network were saved and loaded."""
+        small = self.small(self.sizes[-1])
+        with tempfile.TemporaryDirectory() as folder:
+            stratavit.save(small, f"{folder}/small")
+            self.net.save(f"{folder}/net")
+            back, net = stratavit.load(f"{folder}/small").eval(), SuperNet.load(f"{folder}/net").eval()
+            pairs = [(self.output(back), self.output(small))]
+            pairs += [(self.output(net, one), self.output(self.net, one)) for one in self.sizes]
+        return max(float((found - expected).abs().max()) for found, expected in pairs)
+
+    def onnx(self) -> float:
+        """Error of the exported small model."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = f"{folder}/small.onnx"
+            parity = stratavit.export(self.small(self.sizes[-1]), file, images=self.images, tolerance=math.inf)
+        return parity.difference / parity.largest
 
 
-def size(net: SuperNet, share: float) -> Spec:
+class CaseInPlace(Case):
+    """A model of transformers that is cut in place, by `convert_part`. It has no file of its super-network.
+
+    Args:
+        name: Among the classes of tests/hosted_models.py.
+    """
+
+    def __init__(self, name: str) -> None:
+        hosted = hosted_models.CLASSES[name]
+        self.source = hosted_models.make(hosted)
+        batches = hosted_models.batches_for(hosted, 3, CALIBRATION // 2)
+        self.net = stratavit.convert_part(self.source, "", batches[1:], plan=PLAN)
+        self.sizes = [size(self.net, share) for share in SHARES]
+        self.batch = {key: value[:IMAGES] for key, value in batches[0].items()}
+
+    def output(self, model: nn.Module, *spec: Spec) -> Tensor:
+        """What the model returns first; of a super-network, at a spec."""
+        if model is self.net:
+            with self.net.at(*spec or ({},)) as elastic:
+                return self.output(elastic.part)
+        return host_outputs(model, self.batch, lambda host, batch: host(**batch))[0]
+
+    def costs(self) -> float:
+        """Difference of MACs or parameters from those that are counted."""
+        part, image, differences = self.net.model, self.net.sample[:1], []
+        how = (part.images, part.unsqueezed, part.arguments, part.by_image, part.outputs)
+        for spec in self.sizes:
+            small = self.small(spec)
+            counted = linear_macs(HostedPart("small", small, *how), tuple(image.shape[1:]), image=image)
+            differences += [abs(self.net.macs(spec) - counted), abs(self.net.params(spec) - parameters(small))]
+        return float(max(differences))
+
+    def files(self) -> float:
+        """Difference after the small model was saved and loaded."""
+        small = self.small(self.sizes[-1])
+        with tempfile.TemporaryDirectory() as folder:
+            small.save_pretrained(folder)
+            back = stratavit.load_transformers(folder)
+        return float((self.output(back) - self.output(small)).abs().max())
+
+    def onnx(self) -> float:
+        """Error of the small model, exported by torch alone."""
+        return exported_error(self.small(self.sizes[-1]), self.batch)
+
+
+def size(net: Any, share: float) -> Spec:
     """Widths at a share of the MACs; the smallest of the list where the share is out of reach."""
     try:
         return net.spec(macs=share)
@@ -160,52 +254,20 @@ def size(net: SuperNet, share: float) -> Spec:
         return net.spec(position=len(net.strata))
 
 
-def output(model: nn.Module, case: Case, *spec: Spec) -> Tensor:
-    """Of a model of any library."""
-    return tensor_of(model(case.images, *spec))
-
-
-def contraction_error(case: Case) -> float:
-    """Of the super-network at full width against the source."""
-    return relative_error(output(case.net, case), output(case.source, case))
-
-
-def extraction_error(case: Case) -> float:
-    """Of small models against the super-network, the largest."""
-    return max(relative_error(output(case.small(one), case), output(case.net, case, one)) for one in case.sizes)
-
-
-def cost_difference(case: Case) -> float:
-    """Largest difference of MACs or parameters, as said and as counted."""
-    differences = []
-    for spec in case.sizes:
-        small = stratavit.as_timm(case.small(spec))
-        for attention in (False, True):
-            counted = linear_macs(small, case.net.data_config["input_size"], attention=attention)
-            differences.append(abs(case.net.macs(spec, attention=attention) - counted))
-        differences.append(abs(case.net.params(spec) - sum(one.numel() for one in small.parameters())))
-    return float(max(differences))
-
-
-def file_difference(case: Case) -> float:
-    """Largest difference after small model and super-network were saved and loaded."""
-    spec, found = case.sizes[-1], []
-    small = case.small(spec)
-    with tempfile.TemporaryDirectory() as folder:
-        stratavit.save(small, f"{folder}/small")
-        case.net.save(f"{folder}/net")
-        back, net = stratavit.load(f"{folder}/small").eval(), SuperNet.load(f"{folder}/net").eval()
-        found.append(output(back, case) - output(small, case))
-        found += [output(net, case, one) - output(case.net, case, one) for one in case.sizes]
-    return max(float(one.abs().max()) for one in found)
-
-
-def onnx_error(case: Case) -> float:
-    """Of the exported small model, run by ONNX Runtime."""
+def exported_error(model: nn.Module, batch: Mapping[str, Tensor]) -> float:
+    """Error of a model's first output as an ONNX file that torch writes."""
+    function, inputs = FirstOutput(model, list(batch)).eval(), tuple(batch.values())
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/small.onnx"
-        parity = stratavit.export(case.small(case.sizes[-1]), file, images=case.images, tolerance=math.inf)
-    return parity.difference / parity.largest
+        torch.onnx.export(function, inputs, file, dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(file)
+    given = dict(zip([one.name for one in session.get_inputs()], (x.numpy() for x in inputs), strict=True))
+    return relative_error(torch.from_numpy(session.run(None, given)[0]), function(*inputs).detach())
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of them."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def by_family(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
