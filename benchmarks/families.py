@@ -1,8 +1,9 @@
 """Does every family of models keep the contract? Small random models of the tests, a row for each family.
 
-    python benchmarks/families.py [--only FAMILY] [--resume]
+    python benchmarks/families.py [--in-place] [--only FAMILY] [--resume]
 
-The models are all of tests/architectures.py and the classes of tests/hosted_models.py: a new one is in the next table.
+The models are all of tests/architectures.py, or with `--in-place` the classes of transformers in tests/hosted_models.py
+that `convert_part` cuts: a new one is in the next table.
 Each is contracted and given a list on noise, then checked: the function that contraction keeps, the extracted model
 against the elastic network at 2/3 and 1/2 of the MACs, costs, files, and the ONNX file. What fails is written where its
 figure would be.
@@ -62,11 +63,12 @@ NOTE = (
 def main() -> None:
     """Checks models, and prints or writes both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--in-place", action="store_true", help="classes of transformers that convert_part cuts")
     parser.add_argument("--only", metavar="FAMILY", help="as the table has it, such as 'Swin-V2'")
     parser.add_argument("--resume", action="store_true", help="go on from the journal")
     parser.add_argument("--journal", type=Path, default=Path(__file__).parent / "work" / "families.jsonl")
     args = parser.parse_args()
-    families = {name: family_title(name) for name in names()}
+    families = {name: family_title(name) for name in (IN_PLACE if args.in_place else names())}
     if args.only not in (None, *families.values()):
         parser.error(f"--only: expected one of {', '.join(sorted(set(families.values())))}; got {args.only!r}")
     if not args.resume:
@@ -80,15 +82,16 @@ def main() -> None:
             rows.append(journal.rows[name,])
     rows.sort(key=lambda row: list(families.values()).index(row["family"]))
     if args.only is None:
-        write_results("families-models", [{key: shown(key, value) for key, value in row.items()} for row in rows], NOTE)
-        write_results("families", by_family(rows), NOTE)
+        table = "families-in-place" if args.in_place else "families"
+        write_results(f"{table}-models", [{key: shown(key, row[key]) for key in row} for row in rows], NOTE)
+        write_results(table, by_family(rows), NOTE)
     else:
         print(*rows, *by_family(rows), sep="\n")
 
 
 def names() -> tuple[str, ...]:
-    """All models that the tests put under the contract."""
-    return (*architectures.ALL, *architectures.WHOLE, *IN_PLACE)
+    """The models that become timm's and are put under the contract by the tests."""
+    return (*architectures.ALL, *architectures.WHOLE)
 
 
 def family_title(name: str) -> str:
@@ -96,7 +99,7 @@ def family_title(name: str) -> str:
     if name == architectures.TORCHVISION:
         return "torchvision"
     if name in IN_PLACE:
-        return "transformers, in place"
+        return name.removeprefix(PREFIX).partition(",")[0]
     if name.partition(",")[0] in architectures.TRANSFORMERS:
         return "transformers"
     return family_of(architectures.make(name)).title
