@@ -129,6 +129,11 @@ def make(name: str, **more: Any) -> nn.Module:
         return enliven(_made(name, more)).eval()
 
 
+def side(name: str) -> int:
+    """Of the images that a model of `make` takes, in pixels."""
+    return int(WHOLE.get(name, {}).get("img_size", 32))
+
+
 def _made(name: str, more: dict[str, Any]) -> nn.Module:
     if name == TORCHVISION:
         return _torchvision()
@@ -136,8 +141,8 @@ def _made(name: str, more: dict[str, Any]) -> nn.Module:
         return _transformers(name)
     if name.endswith(".qk_norm"):
         return VisionTransformer(**VIT, num_classes=CLASSES, qk_norm=True)
-    if name in STAGED:
-        return timm.create_model(name, **{"num_classes": CLASSES} | STAGED[name] | more)
+    if name in STAGED or name in WHOLE:
+        return timm.create_model(name, **{"num_classes": CLASSES} | (STAGED | WHOLE)[name] | more)
     sizes = SWIN if name.startswith("swin") else VIT
     timms = name.removesuffix(".maps").removesuffix(".naflex")
     return timm.create_model(timms, **{"num_classes": CLASSES} | sizes | NAMES[name] | more)

@@ -16,6 +16,36 @@ def imagenet(monkeypatch):
     return importlib.import_module("imagenet")
 
 
+@pytest.fixture
+def families(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("families")
+
+
+def test_a_family_is_as_good_as_its_worst_model(families):
+    good = {"family": "A", "model": "a", "smallest": "10.0%", **dict.fromkeys(families.BOUNDS, 0.0)}
+    inexact = good | {"model": "b", "smallest": "9.0%", "costs": 3.0, "extracted": 1e-7}
+    refused = [good | {"model": name, "ONNX": "StrataViTError: no"} for name in ("c", "d")]
+    (row,) = families.by_family([good, inexact, *refused])
+    assert row["models"] == 4
+    assert row["kept"] == "1 of 4"
+    assert row["smallest"] == "10.0%"
+    assert row["files"] == "equal"
+    assert row["costs"] == "3.0e+00 (b)"
+    assert row["extracted"] == "1.0e-07 (b)"
+    assert row["ONNX"] == "StrataViTError: no (c, d)"
+
+
+def test_a_model_that_is_not_converted_has_its_reason_in_every_column(families):
+    row = families.checked("no model")
+    assert {row[part] for part in families.BOUNDS} == {"not converted: KeyError: 'no model'"}
+
+
+def test_a_figure_that_is_no_number_is_a_failure(families):
+    assert not families.fits("ONNX", families.figure(lambda: float("nan")))
+    assert families.figure(lambda: 1 / 0) == "ZeroDivisionError: division by zero"
+
+
 def test_a_journal_goes_on_where_it_stopped(imagenet, tmp_path):
     path = tmp_path / "new" / "rows.jsonl"
     first = imagenet.Journal(path, "model", "size")

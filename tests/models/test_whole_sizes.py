@@ -2,9 +2,8 @@
 
 import architectures
 import pytest
-import timm
 import torch
-from helpers import CLASSES, enliven, relative_error
+from helpers import relative_error
 
 import stratavit
 from stratavit import SuperNet
@@ -14,8 +13,7 @@ from stratavit.models.cost import linear_macs
 @pytest.mark.parametrize("name", architectures.WHOLE)
 def test_function_costs_and_files(name, tmp_path):
     torch.manual_seed(0)
-    model = enliven(timm.create_model(name, num_classes=CLASSES, **architectures.WHOLE[name])).eval()
-    side = architectures.WHOLE[name]["img_size"]
+    model, side = architectures.make(name), architectures.side(name)
     images = torch.randn(2, 3, side, side)
     net = SuperNet(model).contract([(torch.randn(6, 3, side, side), torch.arange(6))]).eval()
     size = net.data_config["input_size"]
