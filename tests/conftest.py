@@ -42,6 +42,7 @@ FAST = (  # of `make test-fast`: what must always hold, on small random models; 
     "elastic/test_compensation.py",
     "models/test_cost.py",
     "elastic/test_elastic.py",
+    "elastic/test_grouped.py",
     "elastic/test_merging.py",
     "models/test_extract.py::test_asked_got_and_range_are_printed",
     "models/test_extract.py::test_extracted_equals_elastic",
