@@ -19,6 +19,7 @@ from stratavit.hosts.calls import Calls
 from stratavit.hosts.costs import part_cost
 from stratavit.hosts.sizes import forget_sizes, state_sizes
 from stratavit.interop.part_sites import elastic_sites_in, sizes_of, small_of
+from stratavit.models import small_model
 from stratavit.models.cost import CostModel
 from stratavit.models.families.hosted import HostedPart
 from stratavit.models.final_mean import Shift
@@ -84,6 +85,10 @@ class PartNet(SuperNet):
     def cost(self) -> CostModel:
         """What the sizes of the part cost, without the rest of the host."""
         return self._cost
+
+    def params(self, spec: Mapping[str, int] | None = None) -> int:
+        """Parameters of the small part, see `SuperNet.params`."""
+        return small_model.params_at(self, self.resolve(spec), folded=False)
 
     def extract(
         self, *, spec: Mapping[str, int] | None = None, verbose: bool = True, **asked: Unpack[BudgetArgs]

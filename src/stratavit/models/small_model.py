@@ -27,12 +27,17 @@ def final_shift(net: Any, widths: Mapping[str, int]) -> Tensor | None:
     return shift
 
 
-def params_at(net: Any, widths: Mapping[str, int]) -> int:
-    """Parameters of the small model of a `SuperNet` at widths of every site."""
+def params_at(net: Any, widths: Mapping[str, int], folded: bool = True) -> int:
+    """Parameters of the small model of a `SuperNet` at widths of every site.
+
+    Args:
+        net, widths: See `small_at`.
+        folded: Constants become part of other biases, see `short_blocks.fold_constants`; not in a part of a host.
+    """
     biased = net.compensation != "none"
     calibrated = all(module.channel_mean.numel() for module in net.elastic.values())
     count: int = net.cost.params(widths, biased, corrected=biased and calibrated)
-    return count - _folded_params(net, widths, biased, biased and calibrated)
+    return count - _folded_params(net, widths, biased, biased and calibrated) if folded else count
 
 
 def _folded_params(net: Any, widths: Mapping[str, int], biased: bool, corrected: bool) -> int:
