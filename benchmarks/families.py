@@ -138,9 +138,11 @@ def figure(part: Callable[[], float]) -> float | str:
     return found if math.isfinite(found) else f"{found}"
 
 
-def reason(error: Exception) -> str:
-    """Kind and first line of an error."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+def reason(error: BaseException) -> str:
+    """Kind and first line of the error that is behind an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 class Case:
