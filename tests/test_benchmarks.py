@@ -22,6 +22,22 @@ def families(monkeypatch):
     return importlib.import_module("families")
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("gpu")
+
+
+@pytest.mark.parametrize("part", ["contract", "memory", "training", "latency", "conversion"])
+def test_the_benchmark_of_gpus_runs_on_a_cpu(gpu, part):
+    assert part in gpu.PARTS
+    sizes = {"images": 16, "batch_size": 4, "repeat": 1, "runtimes": ["eager"], "dtype": "float32"}
+    args = argparse.Namespace(device="cpu", models=["DeiT-Ti"], quick=True, **sizes)
+    rows = list(gpu.PARTS[part](args))
+    assert bool(rows) == (part != "memory")  # which no CPU counts
+    assert all(value > 0 for row in rows for value in row.values() if isinstance(value, float))
+
+
 def test_a_family_is_as_good_as_its_worst_model(families):
     good = {"family": "A", "model": "a", "smallest": "10.0%", **dict.fromkeys(families.BOUNDS, 0.0)}
     inexact = good | {"model": "b", "smallest": "9.0%", "costs": 3.0, "extracted": 1e-7}
