@@ -240,7 +240,7 @@ def test_transformers_loads_any_small_model_by_timm(name, tmp_path):
         output = found(IMAGES)
         assert torch.equal(output.logits if labels else output.pooler_output, small(IMAGES))
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
-    assert tuple(processor.data_config["input_size"]) == (3, 32, 32)
+    assert tuple(processor.data_config["input_size"]) == tuple(small.data_config["input_size"])
 
 
 @pytest.mark.parametrize("name", ["ViTForImageClassification", "DeiTForImageClassification", "Dinov2Model"])

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import TINY, fresh, run
 
 import stratavit
+from stratavit.elastic import base
 from stratavit.training import optimizer
 from stratavit.training.augmentation import Target
 from stratavit.training.device_augmentation import DeviceAugmentation
@@ -55,6 +56,7 @@ def waits(monkeypatch):
         steps.append(self.step)
 
     monkeypatch.setattr(optimizer, "on_cuda", lambda model: True)
+    monkeypatch.setattr(base, "can_be_kept", lambda weight: False)  # products are kept, and compared, on a CPU alone
     monkeypatch.setattr(Trainer, "update", watched)
     yield found, steps
     AcceleratorState._reset_state(reset_partial_state=True)
