@@ -37,7 +37,7 @@ def main() -> None:
     arguments.add_argument("--work", type=Path, default=WORK, help="folder where converted models are kept")
     args = arguments.parse_args()
     nets = {units: converted("deit_tiny", args.work, **options).to(args.device) for units, options in LISTS.items()}
-    specs = {units: {n: net.spec(macs=n / 12) for n in TWELFTHS} for units, net in nets.items()}
+    specs = {units: {n: net.spec(macs=n / 12, axes="width") for n in TWELFTHS} for units, net in nets.items()}
     if args.part == "accuracy":
         batches = real_batches(nets["default"], "val")
         images = sum(len(images) for images, _ in batches)
