@@ -138,7 +138,7 @@ class Search:
 
     def at(self, share: float) -> dict[str, int]:
         """The best spec of a share of the MACs, inside the one that was found before."""
-        budget, caps = share * self.cost.macs(), self.counts
+        budget, caps = math.floor(share * self.cost.macs() + 1e-6), self.counts  # whole: no rounding can pass it
         few = self.measurement(self.distance, budget)
         many = few if self.confirm is None else self.measurement(self.confirm, budget)
         best = self.counts
