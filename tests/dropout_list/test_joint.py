@@ -164,3 +164,23 @@ def test_the_search_finds_the_best_counts(net):
     assert found["blocks.0.tokens"] == 16
     assert found["blocks.1.tokens"] == 8
     assert net.macs(Spec(found)) <= 0.8 * net.macs()
+
+
+def test_tokens_are_merged_where_widths_may_not_fall():
+    """Floors keep widths from a size that fewer tokens still reach."""
+    net = copy.deepcopy(make_net("plain")).stratify(make_batches(), plan=PLAN, min_width=0.5)
+    search = Search(net.cost, net.cost.places[1:], net.strata, lambda spec: 0.0)
+    assert net.macs(net.strata.smallest()) > 0.6 * net.macs()
+    assert search.reaches(0.6)
+    assert not search.reaches(0.5)
+    assert net.macs(search.at(0.6)) <= 0.6 * net.macs()
+
+
+def test_the_search_begins_with_counts_that_fit(net):
+    """Where no width suffices for all tokens, the fewest merges that do, at the places that cost least."""
+    places = [place_of(f"blocks.{n}", 16, 1) for n in range(2)]
+    search = Search(net.cost, places, net.strata, lambda spec: -spec["blocks.0.tokens"])
+    search.spec = lambda counts, budget: None if sum(counts) > budget else dict(zip("ab", counts, strict=True))
+    assert search.fewest() == (8, 8)
+    assert search.fitting(32, len) == (16, 16)
+    assert search.fitting(24, lambda counts: -counts[0]) == (16, 8)

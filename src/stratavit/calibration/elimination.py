@@ -14,7 +14,7 @@ from torch import Tensor
 from stratavit.elastic.compensation import cholesky
 
 BLOCK = 64  # channels between two updates of all others
-CANDIDATES = 2  # times the block: channels among which its members are chosen one by one
+CANDIDATES = 4  # times the block: channels among which its members are chosen one by one
 TINY = torch.finfo(torch.float64).tiny
 
 

@@ -115,8 +115,36 @@ class Search:
         self.caps = {site.name: site.width for site in cost.sites}
 
     def reaches(self, share: float) -> bool:
-        """Whether widths alone go down to a share of the MACs."""
-        return self.cost.macs({site.name: site.last_unit for site in self.cost.sites}) <= share * self.cost.macs()
+        """Whether the narrowest widths and the fewest tokens go down to a share of the MACs."""
+        tokens = {place.name: count for place, count in zip(self.places, self.fewest(), strict=True)}
+        narrowest = {site.name: site.last_unit for site in self.cost.sites}
+        return self.cost.macs({**narrowest, **tokens}) <= _whole_macs(share, self.cost)
+
+    def fewest(self) -> tuple[int, ...]:
+        """Numbers of tokens if every place merges as many at once as it can."""
+        found: list[int] = []
+        before = self.places[0].width
+        for place in self.places:
+            before = next(step for step in place.steps if step >= least(before))
+            found.append(before)
+        return tuple(found)
+
+    def fitting(self, budget: float, distance: Callable[[tuple[int, ...]], float]) -> tuple[int, ...]:
+        """Where the search begins: the counts before, or where no width suffices for those, fewer tokens.
+
+        From each place on, as few are merged as fit the budget; the best of these by `distance`.
+        """
+        if self.spec(self.counts, budget) is not None:
+            return self.counts
+        found, fewest = [], self.fewest()
+        for first in range(len(self.places)):
+            for count in reversed(self.places[0].steps):
+                asked = [max(count, low) if i >= first else self.counts[i] for i, low in enumerate(fewest)]
+                new = self.capped(asked, self.counts)
+                if new is not None and self.spec(new, budget) is not None:
+                    found.append(new)
+                    break
+        return min(found, key=distance)
 
     def spec(self, counts: Sequence[int], budget: float) -> dict[str, int] | None:
         """Tokens, with as much width as the budget allows inside the size before; None if it allows none.
@@ -138,10 +166,10 @@ class Search:
 
     def at(self, share: float) -> dict[str, int]:
         """The best spec of a share of the MACs, inside the one that was found before."""
-        budget, caps = math.floor(share * self.cost.macs() + 1e-6), self.counts  # whole: no rounding can pass it
+        budget, caps = _whole_macs(share, self.cost), self.counts
         few = self.measurement(self.distance, budget)
         many = few if self.confirm is None else self.measurement(self.confirm, budget)
-        best = self.counts
+        best = self.fitting(budget, few)
         for stride in STRIDES:
             moving = True
             while moving:
@@ -150,7 +178,7 @@ class Search:
                     if few(new) < DOUBT * few(best) and many(new) < many(best):
                         best, moving = new, True
         found = self.spec(best, budget)
-        assert found is not None, "widths alone reach every share that is asked for"
+        assert found is not None, "only shares that can be reached are asked for"
         self.counts, self.caps = best, {site.name: found[site.name] for site in self.cost.sites}
         return found
 
@@ -187,6 +215,11 @@ class Search:
             before = now
             found.append(now)
         return tuple(found)
+
+
+def _whole_macs(share: float, cost: CostModel) -> int:
+    """A share of the dense MACs as a whole number, which no rounding can pass."""
+    return math.floor(share * cost.macs() + 1e-6)
 
 
 def joint_list(
