@@ -1,6 +1,7 @@
 """The list over both axes: it nests, can be merged at every position, and serves the budgets that count tokens."""
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -14,6 +15,11 @@ from stratavit.dropout_list.strata import Entry
 from stratavit.elastic.site import Site
 from stratavit.elastic.token_places import check_tokens, place_of
 from stratavit.spec import Spec
+
+
+def reading(net):
+    """The cost of a network whose outputs read the patches behind the last block."""
+    return replace(net.cost, places=(net.cost.places[0], place_of("blocks.1", 16, 1)))
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +134,7 @@ def test_modules_behind_a_merge_keep_more_than_the_width_list_says(net):
     place, budget = place_of("blocks.1", 16, 1), 0.6 * net.macs()
     listed, found = (
         {
-            tokens: Search(net.cost, [place], net.strata, len, cheapness=power).spec((tokens,), budget)
+            tokens: Search(reading(net), [place], net.strata, len, cheapness=power).spec((tokens,), budget)
             for tokens in (8, 16)
         }
         for power in (0, 1)
@@ -160,7 +166,7 @@ def test_the_search_finds_the_best_counts(net):
         width = sum(spec[site.name] / site.width for site in net.sites)
         return 100 - 3 * spec["blocks.0.tokens"] - width
 
-    found = Search(net.cost, places, net.strata, distance).at(0.8)
+    found = Search(reading(net), places, net.strata, distance).at(0.8)
     assert found["blocks.0.tokens"] == 16
     assert found["blocks.1.tokens"] == 8
     assert net.macs(Spec(found)) <= 0.8 * net.macs()
@@ -169,7 +175,7 @@ def test_the_search_finds_the_best_counts(net):
 def test_tokens_are_merged_where_widths_may_not_fall():
     """Floors keep widths from a size that fewer tokens still reach."""
     net = copy.deepcopy(make_net("plain")).stratify(make_batches(), plan=PLAN, min_width=0.5)
-    search = Search(net.cost, net.cost.places[1:], net.strata, lambda spec: 0.0)
+    search = Search(reading(net), reading(net).places[1:], net.strata, lambda spec: 0.0)
     assert net.macs(net.strata.smallest()) > 0.6 * net.macs()
     assert search.reaches(0.6)
     assert not search.reaches(0.5)

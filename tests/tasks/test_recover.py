@@ -141,6 +141,16 @@ def test_a_model_that_merges_tokens_recovers():
     assert error(model) < 0.8 * error(small(spec))
 
 
+def test_a_model_that_drops_unread_patches_recovers():
+    spec = SPEC | {"blocks.0.tokens": 8, "blocks.1.tokens": 0}
+    ours = trace(small(spec), make_images(2))
+    assert [len(tokens[0]) for tokens in (ours.blocks[-1], ours.tokens)] == [1, 1]
+    assert (
+        block_error(trace(small({"blocks.1.tokens": 0}), make_images(2)), trace(source().model, make_images(2))) < 1e-9
+    )
+    assert error(run(small(spec), steps=60)) < 0.8 * error(small(spec))
+
+
 def test_the_teachers_tokens_are_averaged_by_the_students_map():
     merging = trace(small(SPEC | {"blocks.0.tokens": 8}), make_images(2))
     state, tokens = merging.blocks[0], torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(0))

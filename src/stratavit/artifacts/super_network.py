@@ -90,7 +90,7 @@ def _count_tokens_of(net: Any, patches: Any, source: str) -> None:
         raise ArtifactError(f"{source}: patches should be their number in an image, got {described(patches)}")
     for block in merging_blocks(net.model).values():
         block.full = patches
-    places = tuple(place_of(place.block, patches, place.prefix) for place in net.cost.places)
+    places = tuple(place_of(place.block, patches, place.prefix, place.unread) for place in net.cost.places)
     net._cost = replace(net.cost, places=places)
 
 

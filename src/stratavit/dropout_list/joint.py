@@ -3,7 +3,7 @@
 At each of a few sizes, numbers of tokens and widths are chosen together, by the distance to the dense model measured on
 calibration images: tokens are merged as long as that costs less accuracy than removing the same MACs by width. Widths
 follow the width list, but a channel of a block with few tokens costs few MACs, so that it stays longer. Between two of
-these sizes, units of tokens and of width leave in turns.
+these sizes, units of tokens and of width leave in turns. Patches that nobody reads behind the last block leave first.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def token_search(
 def chosen_places(places: Sequence[TokenPlace], count: int) -> list[TokenPlace]:
     """Blocks spread over the depth, the second one first: measured, few places are better than every block."""
     number = max(1, round(count * len(places) / 12))
-    stride = max(1, len(places) // number) if number > 1 else len(places)
+    stride = max(1, len(places) // number)
     return list(places[1 if len(places) > 1 else 0 :: stride][:number])
 
 
@@ -113,17 +113,18 @@ class Search:
         self.distance, self.confirm = distance, confirm
         self.counts = tuple(place.width for place in places)
         self.caps = {site.name: site.width for site in cost.sites}
+        self.unread = {place.name: 0 for place in cost.places if place.unread and not place.floor}
 
     def reaches(self, share: float) -> bool:
         """Whether the narrowest widths and the fewest tokens go down to a share of the MACs."""
         tokens = {place.name: count for place, count in zip(self.places, self.fewest(), strict=True)}
         narrowest = {site.name: site.last_unit for site in self.cost.sites}
-        return self.cost.macs({**narrowest, **tokens}) <= _whole_macs(share, self.cost)
+        return self.cost.macs({**narrowest, **tokens, **self.unread}) <= _whole_macs(share, self.cost)
 
     def fewest(self) -> tuple[int, ...]:
         """Numbers of tokens if every place merges as many at once as it can."""
         found: list[int] = []
-        before = self.places[0].width
+        before = self.places[0].width if self.places else 0
         for place in self.places:
             before = next(step for step in place.steps if step >= least(before))
             found.append(before)
@@ -152,7 +153,7 @@ class Search:
         The width list says how much of its width each module keeps. Where tokens were merged, its channels cost fewer
         MACs, and it keeps more: its keep ratio is divided by a power of that share.
         """
-        tokens = {place.name: count for place, count in zip(self.places, counts, strict=True)}
+        tokens = {place.name: count for place, count in zip(self.places, counts, strict=True)} | self.unread
         here = self.cost.at_tokens(tokens)
         fits = range(len(self.widths) + 1)
         index = bisect_left(fits, True, key=lambda p: here.macs(self.widths.spec(p)) <= budget)
@@ -207,7 +208,7 @@ class Search:
     def capped(self, counts: Sequence[int], caps: Sequence[int]) -> tuple[int, ...] | None:
         """Counts brought inside the caps, falling along the depth; None if a place cannot merge so many at once."""
         found: list[int] = []
-        before = self.places[0].width
+        before = self.places[0].width if self.places else 0
         for count, cap, place in zip(counts, caps, self.places, strict=True):
             now = min(count, cap, before)
             if now < max(least(before), place.steps[0]):
@@ -246,7 +247,7 @@ def joint_list(
     Raises:
         StrataViTError: Bad images, or a cut network whose output is not finite.
     """
-    free = [place for place in cost.places if not place.floor]
+    free = [place for place in cost.places if not (place.floor or place.unread)]
     places, known = chosen_places(free, tokens.places), DenseOutputs() if known is None else known
     with eval_mode(model), frozen(model), crossed(model, 0):
         feed = Feed(loader, model)
@@ -270,7 +271,8 @@ def joint_list(
         "states": [[state.share, dict(state.widths)] for state in states],
     }
     last = {entry.site: float(number) for number, entry in enumerate(widths) if entry.width == 0}
-    return reachable_merges(ordered_list(sites, states, last, places), cost.places), facts
+    unread = [Entry(name, 0, 0) for name in search.unread]  # costs nothing, so it goes first
+    return reachable_merges([*unread, *ordered_list(sites, states, last, places)], cost.places), facts
 
 
 def reachable_merges(entries: Sequence[Entry], places: Sequence[TokenPlace]) -> list[Entry]:

@@ -9,6 +9,8 @@ Source of the idea: token merging (Bolya et al., ICLR 2023, arXiv 2210.09461): b
 the size added to the attention scores. Other here: few places, in the midst of the block, compared by what attention
 reads, one destination in three, no scatter.
 
+Where the model's outputs read prefix tokens alone (a class token), the last block may drop all patches before its MLP.
+
 Shape legend: B images, N patches, n tokens that stand for them, P prefix tokens (class, registers), C token width.
 """
 
@@ -141,7 +143,8 @@ class MergingBlock(nn.Module):
         block: timm's `vision_transformer.Block` or `eva.EvaBlock`; its parts are taken over.
         prefix: Tokens in front that are never merged (class, registers).
         last: Whether it is the model's last block, which puts all patches back.
-        keep: Patch tokens that it passes on where there are `full` patches; None merges none.
+        keep: Patch tokens that it passes on where there are `full` patches; None merges none. 0, of a last block, drops
+            all patches: its output is ``[B, P, C]``.
         full: Patches of an image of the size that `keep` is meant for; other sizes keep the same share.
     """
 
@@ -178,7 +181,7 @@ class MergingBlock(nn.Module):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor | Merged:
-        """Tokens ``[B, P+N, C]``, or those that a block before has merged, to the same."""
+        """Tokens ``[B, P+N, C]``, or those that a block before has merged, to the same, or to ``[B, P, C]``."""
         state = x if isinstance(x, Merged) else None
         tokens = x.tokens if isinstance(x, Merged) else x
         extra: dict[str, Any] = {"is_causal": True} if is_causal else {}
@@ -193,7 +196,9 @@ class MergingBlock(nn.Module):
         keep = self.kept()
         normed = tokens if keep is None and _constant(self.attn) else self.norm1(tokens)
         tokens = self.added(tokens, self.attn, 1, normed, extra)
-        if keep is not None:
+        if keep == 0:
+            tokens, state = tokens[:, : self.prefix], None
+        elif keep is not None:
             before = unmerged(tokens, self.prefix) if state is None else state._replace(tokens=tokens)
             patches = before.home.shape[1]
             count = keep if self.full is None else round(patches * keep / self.full)

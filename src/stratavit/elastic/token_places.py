@@ -1,7 +1,8 @@
 """Places where a model may merge tokens, and how many tokens every block has under a spec. Numbers alone.
 
 A place is a block; its name in a spec is that of the block with ``.tokens``. Its width is the number of patch tokens
-that it passes on at the model's input size (class and register tokens come on top and are never merged).
+that it passes on at the model's input size (class and register tokens come on top and are never merged). Behind the
+last block of a model that pools the class token nobody reads the patches: it may pass on none.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class TokenPlace:
         steps: Numbers of tokens at which units end, ascending, up to `width`.
         prefix: Tokens in front of the patches, which are never merged.
         floor: `width` if no dropout list may merge here; else 0.
+        unread: Nothing reads the patches that it passes on, so that 0 is a width, too.
     """
 
     name: str
@@ -37,14 +39,16 @@ class TokenPlace:
     steps: tuple[int, ...] = ()
     prefix: int = 0
     floor: int = 0
+    unread: bool = False
 
 
 SiteOrPlace = Site | TokenPlace  # what an entry of a dropout list may shrink
 
 
-def place_of(block: str, patches: int, prefix: int) -> TokenPlace:
+def place_of(block: str, patches: int, prefix: int, unread: bool = False) -> TokenPlace:
     """The place of a block, for images of so many patches behind a prefix."""
-    return TokenPlace(block + TOKENS, block, patches, tuple(range(patches % UNIT or UNIT, patches + 1, UNIT)), prefix)
+    steps = (0, patches) if unread else tuple(range(patches % UNIT or UNIT, patches + 1, UNIT))
+    return TokenPlace(block + TOKENS, block, patches, steps, prefix, unread=unread)
 
 
 def tokens_along(places: Sequence[TokenPlace], widths: Mapping[str, int], patches: int) -> dict[str, tuple[int, int]]:
@@ -60,10 +64,17 @@ def tokens_along(places: Sequence[TokenPlace], widths: Mapping[str, int], patche
     """
     found, now = {}, patches
     for place in places:
-        count, before = round(patches * widths.get(place.name, place.width) / place.width), now
-        now = max(count, least(now)) if count < now else now
+        asked, before = widths.get(place.name, place.width), now
+        count = round(patches * asked / place.width)
+        if count < now:
+            now = 0 if _drops(place, asked) else max(count, least(now))
         found[place.block] = before, now
     return found
+
+
+def _drops(place: TokenPlace, count: int) -> bool:
+    """Whether a place passes on no patch, rather than merged ones."""
+    return place.unread and count == 0
 
 
 def check_tokens(places: Sequence[TokenPlace], widths: Mapping[str, int]) -> None:
@@ -77,7 +88,7 @@ def check_tokens(places: Sequence[TokenPlace], widths: Mapping[str, int]) -> Non
         asked = widths.get(place.name, place.width)
         if asked > place.width:
             raise StrataViTError(f"spec: {place.name} can keep at most {place.width} tokens, got {asked}")
-        if asked < least(count):
+        if asked < least(count) and not _drops(place, asked):
             raise StrataViTError(
                 f"spec: {place.name} gets {count} tokens and can merge them into {least(count)} or more, got {asked}; "
                 "merge some in an earlier block"

@@ -24,7 +24,7 @@ from stratavit.elastic.short_blocks import shorten
 from stratavit.elastic.token_places import TokenPlace, check_tokens
 from stratavit.elastic.tokens import merge_at
 from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, described, one_line
-from stratavit.models.families import blocks_of, family_of, fixed_size, kind_of, merging
+from stratavit.models.families import blocks_of, family_of, fixed_size, kind_of, merging, reads_patches
 from stratavit.spec import TOKENS
 from stratavit.utils.classifier import with_plain_head
 from stratavit.utils.model import computed_buffers, model_device, model_dtype, patches_of
@@ -163,7 +163,8 @@ def merge_tokens(model: nn.Module, tokens: Mapping[str, Any]) -> None:
     prefix, blocks, full, keep = merging(model), blocks_of(model), tokens["patches"], tokens["keep"]
     if isinstance(prefix, str):
         raise ArtifactError(f"the model description merges tokens, but {prefix}")
-    places = [TokenPlace(name + TOKENS, name, full, ()) for name in blocks]
+    unread = not reads_patches(model)
+    places = [TokenPlace(name + TOKENS, name, full, unread=unread and name == blocks[-1]) for name in blocks]
     if not keep or not keep.keys() <= {*blocks} or not all(type(n) is int for n in (full, *keep.values())):
         raise ArtifactError(f"the model description merges tokens at {described(keep)} of {described(full)}")
     check_tokens(places, {name + TOKENS: count for name, count in keep.items()})

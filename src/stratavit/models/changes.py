@@ -7,15 +7,17 @@ model is the stock one, so what the changed arguments build must have the same t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from stratavit.elastic.token_places import TokenPlace, place_of
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.files.state_dicts import check_fit
 from stratavit.models import architecture
 from stratavit.models.cost import CostModel, cost_model
-from stratavit.models.families import family_of
+from stratavit.models.families import family_of, reads_patches
 from stratavit.models.families.base import pooling_of
 from stratavit.models.final_mean import Shift
 from stratavit.models.output_checks import Subject, check_same_outputs
@@ -48,13 +50,24 @@ def follow(net: Any) -> tuple[dict[str, Any], dict[str, Any], CostModel, tuple[A
     """
     model = net.model
     with_plain_head(model, in_place=True)
+    if net.joint_strata is not None and any(place.unread for place in net._cost.places) and reads_patches(model):
+        raise ArtifactError(
+            "the model's outputs now read patches, which the list over both axes drops in the last block; set "
+            "net.joint_strata to None, or undo the change"
+        )
     family_of(model).check(model)
     description = {**net.description, "args": {**net.description["args"], **family_of(model).arguments(model)}}
     _check_tensors(model, architecture.build(description, "meta", computed=False))
     size: Any = architecture.own_size(model, net.data_config["input_size"])
-    cost = cost_model(model, net.sites, size, net.uncut, net._cost.places)
+    cost = cost_model(model, net.sites, size, net.uncut, _read_again(model, net._cost.places))
     _check_rebuilt(net, description, size)
     return description, {**net.data_config, "input_size": size}, cost, form_of(model)
+
+
+def _read_again(model: nn.Module, places: tuple[TokenPlace, ...]) -> tuple[TokenPlace, ...]:
+    """The places, after a change of what outputs read."""
+    last = [place_of(place.block, place.width, place.prefix, not reads_patches(model)) for place in places[-1:]]
+    return *places[:-1], *(replace(new, floor=old.floor) for new, old in zip(last, places[-1:], strict=True))
 
 
 def _check_tensors(model: nn.Module, built: nn.Module) -> None:

@@ -15,7 +15,7 @@ from stratavit.errors import UnsupportedModelError
 from stratavit.models import architecture
 from stratavit.models.changes import form_of
 from stratavit.models.cost import CostModel, cost_model
-from stratavit.models.families import blocks_of, elastic_sites, find_sites, last_norm, merging, stages
+from stratavit.models.families import blocks_of, elastic_sites, find_sites, last_norm, merging, reads_patches, stages
 from stratavit.models.final_mean import Shift
 from stratavit.models.output_checks import Subject, check_same_outputs
 from stratavit.models.source_checks import check, drop_own_routines, whole_copy
@@ -88,4 +88,5 @@ def make_merging(model: Any, tokens: int) -> tuple[TokenPlace, ...]:
     for name in names:
         block = ElasticMergingBlock(model.get_submodule(name), prefix, last=name == names[-1], full=patches)
         model.set_submodule(name, block)
-    return tuple(place_of(name, patches, prefix) for name in names)
+    unread = not reads_patches(model)
+    return tuple(place_of(name, patches, prefix, unread and name == names[-1]) for name in names)

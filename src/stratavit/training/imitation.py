@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor
 
-from stratavit.calibration.objectives import distance, relative_errors
+from stratavit.calibration.objectives import distance
 from stratavit.training.augmentation import Features, Target
 from stratavit.training.recipe import Recipe
-from stratavit.training.tracing import Trace, block_error
+from stratavit.training.tracing import Trace, block_error, token_error
 from stratavit.training.transfer import to_device
 
 JITTER = 0.4  # brightness, contrast and saturation are changed by at most this share
@@ -143,7 +143,7 @@ class Following:
         if self.blocks:
             loss = loss + self.blocks * block_error(ours, theirs)
         if self.tokens:
-            loss = loss + self.tokens * relative_errors(ours.tokens, theirs.tokens).mean()
+            loss = loss + self.tokens * token_error(ours.tokens, theirs.tokens)
         return loss
 
 

@@ -183,6 +183,11 @@ def merging(model: nn.Module) -> int | str:
     return family_of(model).merging(model)
 
 
+def reads_patches(model: nn.Module) -> bool:
+    """Whether a model's outputs depend on what its last block makes of the patches, or on prefix tokens alone."""
+    return family_of(model).reads_patches(model)
+
+
 def blocks_of(model: nn.Module) -> list[str]:
     """Names of the residual blocks, in order of execution."""
     return [name for name, _ in family_of(model).blocks(model)]

@@ -98,6 +98,11 @@ class Family:
         """Class and register tokens in front of the patches, where blocks can merge tokens; else why they cannot."""
         return f"merging tokens of a {type(model).__name__} is not supported"
 
+    def reads_patches(self, model: Any) -> bool:
+        """Whether outputs depend on what the last block makes of the patches, or on prefix tokens alone."""
+        pooled = getattr(model, "attn_pool", None) is not None or not getattr(model, "num_prefix_tokens", 0)
+        return pooled or pooling_of(model) != "token"
+
     def fixed_size(self, model: Any) -> tuple[int, int] | None:
         """Height and width of images, if the model takes no others and its patch embedding does not say so."""
         return None
