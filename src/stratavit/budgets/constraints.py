@@ -97,8 +97,8 @@ def _list_for(net: Any, amounts: Mapping[str, Any], axes: str) -> Strata:
         raise BudgetError(f"axes: expected {', '.join(get_args(Axes))}, got {axes!r}")
     if axes == "both" and net.joint_strata is None:
         raise BudgetError(
-            "axes: there is no list over both axes; make one by stratify(axes=('width', 'tokens')) or by "
-            "convert --axes both"
+            "axes: there is no list over both axes; make one by `stratavit convert --axes both`, or in Python by "
+            "`stratify` with ('width', 'tokens')"
         )
     widths_alone = axes == "width" or (axes == "auto" and amounts.keys() & {"params", "memory_mb", "position"})
     found: Strata = net.strata if widths_alone or net.joint_strata is None else net.joint_strata
