@@ -11,9 +11,10 @@ Pure functions on tensors; no images are needed at this point. Shape legend: C o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -141,6 +142,36 @@ def project(weight: Tensor, factor: Tensor, keep: int, known: Tensor | None = No
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
+class System(NamedTuple):
+    """``X A = B``, which is solved for X: the map of the kept channels that predicts what all channels did.
+
+    Attributes:
+        factor: A, lower triangular, ``[k, k]``.
+        projected: B, the first columns of the product of map and factor, ``[C, k]``.
+    """
+
+    factor: Tensor
+    projected: Tensor
+
+
+def system_of(weight: Tensor, moments: Moments, keep: int, projected: Tensor | None = None) -> System:
+    """What is to be solved for a cut, see `compensate` for the arguments."""
+    projected = project(weight, moments.factor, keep) if projected is None else projected
+    # whole rows: the solver copies anything else, column by column
+    return System(moments.factor[:keep, :keep], projected[:, :keep].contiguous())
+
+
+def solve(system: System) -> Tensor:
+    """The solution of a system, ``[C, k]``."""
+    return torch.linalg.solve_triangular(system.factor.contiguous(), system.projected, upper=False, left=False)
+
+
+def solve_together(systems: Sequence[System]) -> Tensor:
+    """The solutions of S systems of one shape from one call, ``[S, C, k]``."""
+    factors, projected = (torch.stack(parts) for parts in zip(*systems, strict=True))
+    return torch.linalg.solve_triangular(factors, projected, upper=False, left=False)
+
+
 def compensate(
     weight: Tensor, mean: Tensor, moments: Moments, keep: int, gain: float = GAIN, projected: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -159,12 +190,17 @@ def compensate(
     Returns:
         The map ``[C, keep]`` and what is added to the bias ``[C]``, so that the mean output stays.
     """
-    projected = (project(weight, moments.factor, keep) if projected is None else projected)[:, :keep]
-    # whole rows: the solver copies anything else, column by column
-    known = moments.factor[:keep, :keep].contiguous(), projected.contiguous()
-    kept = torch.linalg.solve_triangular(*known, upper=False, left=False)
+    system = system_of(weight, moments, keep, projected)
+    return completed(weight, mean, moments, system, solve(system), gain)
+
+
+def completed(
+    weight: Tensor, mean: Tensor, moments: Moments, system: System, kept: Tensor, gain: float = GAIN
+) -> tuple[Tensor, Tensor]:
+    """`compensate` from the solution `kept` ``[C, k]`` of its system, which may be changed in place."""
+    keep = kept.shape[1]
     if gain:  # in tensors, not numbers: nothing waits for a GPU, and a compiler sees through
-        energy = known[1].detach().square().sum() - moments.ridge * kept.detach().square().sum()
+        energy = system.projected.detach().square().sum() - moments.ridge * kept.detach().square().sum()
         wide = torch.float32 if energy.device.type == "mps" else torch.float64  # it has no other
         lost = (moments.energy / energy.to(wide)).clamp(max=LARGEST_RATIO)
         lost = torch.where((energy > 0) & (lost > 1), lost, 1.0)
