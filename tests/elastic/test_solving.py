@@ -12,6 +12,7 @@ from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.dropout_list import marginal_effects
 from stratavit.elastic import base, solving
 from stratavit.elastic.compensation import System, solve, solve_together
+from stratavit.utils.devices import queues_work
 
 IMAGES = make_images(2, seed=9)
 ODD = {"blocks.0.attn": 8, "blocks.0.mlp": 30, "blocks.1.attn": 8, "blocks.1.mlp": 20}
@@ -22,14 +23,14 @@ FULL = {"blocks.0.attn": 16, "blocks.0.mlp": 30, "blocks.1.attn": 8, "blocks.1.m
 def stacks(monkeypatch):
     """Numbers of systems of each call, which are stacked wherever they are."""
     made = []
-    monkeypatch.setattr(solving, "in_one_call", lambda device: True)
+    monkeypatch.setattr(solving, "queues_work", lambda device: True)
     monkeypatch.setattr(solving, "solve_together", lambda systems: made.append(len(systems)) or solve_together(systems))
     return made
 
 
 def test_one_function_decides_by_the_device():
-    assert not solving.in_one_call(torch.device("cpu"))
-    assert solving.in_one_call(torch.device("cuda", 0))
+    assert not queues_work(torch.device("cpu"))
+    assert queues_work(torch.device("cuda", 0))
     net = make_net("plain")
     assert solving.solved_alike({module: [8] for module in net.elastic.values()}) == {}
 
@@ -91,7 +92,7 @@ def test_effects_and_list_are_the_same_from_stacked_systems(family, stacks, monk
     assert max(stacks) > 1
     list_together = steps_of_list(net)
     stacks.clear()
-    monkeypatch.setattr(solving, "in_one_call", lambda device: False)
+    monkeypatch.setattr(solving, "queues_work", lambda device: False)
     alone = effects(net, ODD)
     list_alone = steps_of_list(net)
     assert stacks == []

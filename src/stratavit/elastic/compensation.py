@@ -93,32 +93,54 @@ def _block_rows(n: int) -> Iterable[tuple[int, int]]:
     return pairwise(n * part // PACKED_ROWS for part in range(PACKED_ROWS + 1))
 
 
+class Attempt(NamedTuple):
+    """A Cholesky factor whose existence nobody has looked at, so that nothing has waited for a device.
+
+    Attributes:
+        factor: Lower factor of ``S + r I``, ``[n, n]`` float64; of no use where it failed.
+        added: r, a float64 on the device.
+        failed: Not 0 where there is no factor, on the device.
+    """
+
+    factor: Tensor
+    added: Tensor
+    failed: Tensor
+
+
+def attempt(covariance: Tensor, added: Tensor | None = None, ridge: float = RIDGE) -> Attempt:
+    """One attempt of `cholesky`, with r: `ridge` times the mean eigenvalue of S ``[n, n]`` if it is not given."""
+    matrix = covariance.double()
+    if added is None:
+        added = (ridge * matrix.trace() / len(matrix)).clamp_min(torch.finfo(torch.float32).tiny)
+    diagonal, before = matrix.diagonal(), matrix.diagonal().clone()
+    diagonal.add_(added)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    diagonal.copy_(before)  # a copy of the matrix would be the largest part of what contraction holds
+    return Attempt(factor, added, failed)
+
+
 def cholesky(covariance: Tensor, ridge: float = RIDGE) -> tuple[Tensor, float]:
     """Lower factor ``[n, n]`` float64 of ``S + r I``, and r: `ridge` times the mean eigenvalue of S ``[n, n]``.
 
     Rounding can leave S with eigenvalues a little below 0, and constant channels with none above: r then grows tenfold
     until the factor exists.
     """
-    n = len(covariance)
-    added = max(ridge * float(covariance.trace()) / n, torch.finfo(torch.float32).tiny)
-    matrix = covariance.double()
-    diagonal, before = matrix.diagonal(), matrix.diagonal().clone()
-    while True:
-        diagonal.add_(added)
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        diagonal.copy_(before)  # a copy of the matrix would be the largest part of what contraction holds
-        if not failed:
-            return factor, added
-        assert added < float("inf"), "the covariance is not finite"
-        added *= 10
+    found = attempt(covariance, ridge=ridge)
+    while found.failed:
+        assert found.added < float("inf"), "the covariance is not finite"
+        found = attempt(covariance, found.added * 10)
+    return found.factor, float(found.added)
+
+
+def rows_of(factor: Tensor) -> Tensor:
+    """A factor ``[n, n]`` in float32, row by row as it is read from a file: the layout decides how products round."""
+    return factor.to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def factorise(covariance: Tensor, energy: float, ridge: float = RIDGE) -> Moments:
     """Moments of channels with a covariance ``[n, n]``; `energy` is the variance of what their map makes of them."""
     factor, added = cholesky(covariance, ridge)
-    # row by row, as it is read from a file: the layout decides how products are rounded
-    factor = factor.to(torch.float32, memory_format=torch.contiguous_format)
-    return Moments(factor, added, max(energy, 0.0))  # rounding can leave a little below
+    return Moments(rows_of(factor), added, max(energy, 0.0))  # rounding can leave a little below
 
 
 def project(weight: Tensor, factor: Tensor, keep: int, known: Tensor | None = None) -> Tensor:

@@ -9,13 +9,9 @@ from torch import Tensor
 
 from stratavit.elastic.base import ElasticSite, Solved
 from stratavit.elastic.compensation import System, solve_together
+from stratavit.utils.devices import queues_work
 
 STACKED_BYTES = 2**29  # of systems that are solved in one call: a stack is a copy
-
-
-def in_one_call(device: torch.device) -> bool:
-    """Whether systems of one shape are stacked: not on a CPU, where a call more costs less than the copy."""
-    return device.type != "cpu"
 
 
 @torch.no_grad()
@@ -27,7 +23,8 @@ def solved_alike(asked: Mapping[ElasticSite, Sequence[int]]) -> dict[ElasticSite
     found: dict[ElasticSite, list[Solved]] = {}
     places: list[tuple[ElasticSite, int, System]] = []
     for module, widths in asked.items():
-        solving = module.to_solve(widths) if in_one_call(module.out.weight.device) else []
+        # on a CPU a call more costs less than the copy of a stack
+        solving = module.to_solve(widths) if queues_work(module.out.weight.device) else []
         if solving:
             systems = module.systems(solving)
             places += [(module, index, system) for index, system in enumerate(systems)]
