@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import stratavit
 from stratavit.calibration import contraction
+from stratavit.calibration.moments import moments_of
 from stratavit.calibration.statistics import collect
 from stratavit.tasks.drawn_size import DrawnSize
 from stratavit.tasks.piad_task import PiadTask
@@ -339,7 +340,7 @@ def test_means_are_those_of_the_weights_that_were_saved(finished):
     again = copy.deepcopy(loaded)
     statistics = collect(again.model, make_batches(), "auto", "none", "means", contraction.TOKEN_WEIGHT)
     for name, module in again.elastic.items():
-        mean = contraction.moments_of(module, statistics[name])[0].to(module.channel_mean)
+        mean = moments_of(module, statistics[name])[0].to(module.channel_mean)
         torch.testing.assert_close(mean, module.channel_mean, atol=1e-5, rtol=1e-4)
 
 

@@ -34,7 +34,8 @@ from training_runs import (
 
 import stratavit
 from stratavit import StrataViTError, SuperNet
-from stratavit.calibration import contraction, statistics
+from stratavit.calibration import statistics
+from stratavit.calibration.moments import moments_of
 from stratavit.dropout_list.strata import Strata
 from stratavit.evaluation.curve_points import with_before
 from stratavit.reports.curve import curve
@@ -188,7 +189,7 @@ def test_means_and_moments_belong_to_the_weights_that_are_kept(finished, case):
     assert net.final_mean is None
     for name, module in net.elastic.items():
         if full:
-            mean, moments = contraction.moments_of(module, found[name])
+            mean, moments = moments_of(module, found[name])
             assert relative_error(module.moments.factor, moments.factor) < 1e-5
             assert relative_error(module.channel_mean, mean.to(module.channel_mean)) < 1e-5
         else:

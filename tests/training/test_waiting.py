@@ -9,6 +9,7 @@ from helpers import CLASSES, make_images
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import TINY, fresh, run
+from waits import Waits
 
 import stratavit
 from stratavit.elastic import base
@@ -28,20 +29,6 @@ CASES = {
     "labels alone": dataclasses.replace(TINY, mixup=0.0, cutmix=0.0, distil=0.5, sampling="sandwich"),
 }
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
-WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "_unique2", "is_nonzero")
-
-
-class Waits(TorchDispatchMode):
-    """Names of the operations that would wait for a device."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket.__name__ in WAITS:
-            self.found.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture

@@ -205,20 +205,26 @@ class RunningCovariance:
             folds = (0, 1)
         first = torch.zeros_like(wide(self._shift))
         second = first.new_zeros(len(first), len(first))
-        for weighted, share in ((False, 1 - self.share), (True, self.share)):
-            if share > 0:
-                parts = self._parts(folds, weighted) or self._parts(folds, False)
-                factor = share / torch.stack([sums.totals[0] for sums, _ in parts]).sum()
-                for sums, products in parts:
-                    first += factor * sums.totals[1]
-                    products.add_to(second, factor)
+        for factor, parts in self._factors(folds):
+            for sums, products in parts:
+                first += factor * sums.totals[1]
+                products.add_to(second, factor)
         products.mirror(second)
         return wide(self._shift) + first, second.addr_(first, first, alpha=-1)
 
-    def _parts(self, folds: tuple[int, ...], weighted: bool) -> list[tuple[Sums, GramSum]]:
-        """The sums of folds; none if nothing in them weighs anything."""
-        found = [self._sums[fold, weighted] for fold in folds if (fold, weighted) in self._sums]
-        return found if any(sums.totals[0] > 0 for sums, _ in found) else []
+    def _factors(self, folds: tuple[int, ...]) -> list[tuple[Tensor, list[tuple[Sums, GramSum]]]]:
+        """The sums of folds, plain and weighted, each with its factor: a number on the device, where nobody looks."""
+        plain, weighted = (
+            [self._sums[fold, kind] for fold in folds if (fold, kind) in self._sums] for kind in (False, True)
+        )
+        tokens, *weight = (
+            torch.stack([sums.totals[0] for sums, _ in parts]).sum() for parts in (plain, weighted) if parts
+        )
+        if not weight:
+            return [(1 / tokens, plain)]
+        weighs = weight[0] > 0
+        factor = torch.where(weighs, (1 - self.share) / tokens, 1 / tokens)
+        return [(factor, plain), (torch.where(weighs, self.share / weight[0], 0.0), weighted)]
 
     def is_finite(self) -> Tensor:
         """Whether all sums are, one boolean on the device."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from stratavit.calibration.accumulators import GramSum, wide
+from stratavit.calibration.accumulators import wide
 from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.calibration.elimination import elimination_order
+from stratavit.calibration.moments import Draft, draft, keep_drafts, map_products, moved_mean
 from stratavit.calibration.objectives import Objective
 from stratavit.calibration.output_aware import output_axes
-from stratavit.calibration.statistics import SiteObserver, SiteStatistics, observe
+from stratavit.calibration.statistics import SiteObserver, observe
 from stratavit.calibration.sums_place import SumsPlace, known_place, on_host
 from stratavit.calibration.wpac import (
     CRITERIA,
@@ -24,13 +25,11 @@ from stratavit.calibration.wpac import (
     scatter_needed,
 )
 from stratavit.elastic.base import AttentionTransform, ElasticSite
-from stratavit.elastic.compensation import Moments, factorise
 from stratavit.elastic.network import site_of, sites_in
 from stratavit.elastic.rotary import ElasticRotary, order_of_pairs
 from stratavit.errors import StrataViTError, described
 from stratavit.models.families import layer_scale
 from stratavit.utils.freed_memory import give_back
-from stratavit.utils.model import full_products
 from stratavit.utils.progress import track
 
 Method = Literal["default", "paper"]
@@ -158,46 +157,42 @@ def _sort_alike(
         choose = attention_transform if modules[0].attention else mlp_order
         coordinates = [choose(observers[0].result(), criterion, modules[0].norms(), generator)]
     give_back()  # what is left of the table
-    for module, observer, new in zip(modules, observers, coordinates, strict=True):
-        _sort_site(module, observer, new)
+    sites = zip(modules, observers, coordinates, strict=True)
+    keep_drafts(modules, [_sort_site(module, observer, new) for module, observer, new in sites])
 
 
-def _sort_site(module: ElasticSite, observer: SiteObserver, new: AttentionTransform | Tensor) -> None:
-    """Folds an attention module's transform, or the order ``[m]`` of an MLP's channels, into the weights."""
+def _sort_site(module: ElasticSite, observer: SiteObserver, new: AttentionTransform | Tensor) -> list[Draft]:
+    """Folds an attention module's transform, or the order ``[m]`` of an MLP's channels, into the weights.
+
+    Returns:
+        Its moments of all images, without fold 0 and without fold 1; none where no covariance was asked for.
+    """
     module.forget()
-    found = observer.result()  # once more: cheap to make, and too large to be kept while coordinates are chosen
-    products = _map_products(module) if found.covariance is not None else None
+    products = map_products(module) if observer.has_covariance else None
     if isinstance(new, AttentionTransform):
         module.fold(new)
         new = new.v
-        if isinstance(module, ElasticRotary) and found.pairs is not None:
-            module.pairs = order_of_pairs(found.pairs).to(module.pairs.device)
+        if isinstance(module, ElasticRotary) and observer.pair_sums is not None:
+            module.pairs = order_of_pairs(observer.pair_sums).to(module.pairs.device)
     else:
         module.permute(new)
-    mean, covariance = found.channel_mean, found.covariance
-    new = new.to(mean.device)
-    set_mean(module, _moved_mean(new, mean))
-    if covariance is None or products is None:
-        return
-    energy, covariance = float(products.inner(covariance)), _moved_covariance(new, covariance)
-    del found  # one covariance at a time
-    home = torch.device("cpu") if observer.host else module.out.weight.device
-    module.moments = _moments(module, covariance, energy).to(home)
-    crossed = []
-    for its_mean, covariance in observer.crossed():
-        energy, covariance = float(products.inner(covariance)), _moved_covariance(new, covariance)
-        its_mean, moments = _moved_mean(new, its_mean).to(module.out.weight), _moments(module, covariance, energy)
-        crossed.append((its_mean, moments.to(home).packed()))
-    module.crossed = tuple(crossed)
+    if products is None:
+        mean = observer.result().channel_mean
+        set_mean(module, moved_mean(new.to(mean.device), mean))
+        return []
+    drafts = [draft(module, observer, new, folds, products) for folds in ((0, 1), (1,), (0,))]
+    set_mean(module, drafts[0].mean)
+    return drafts
 
 
-def _map_products(module: ElasticSite) -> GramSum:
-    """``W^T W`` of the map out of the channels, whose product with a covariance is the output's variance."""
-    weight = module.whole_out().detach()
-    products = GramSum(weight.shape[1], weight.new_zeros(GramSum.size(weight.shape[1])))
-    with full_products():
-        products.add(weight)
-    return products
+class _Covariances:
+    """Covariances of the channels that sites read, made one after the other each time they are gone through."""
+
+    def __init__(self, observers: Sequence[SiteObserver]) -> None:
+        self._observers = observers
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (observer.covariance() for observer in self._observers)
 
 
 def _output_coordinates(
@@ -209,7 +204,7 @@ def _output_coordinates(
         if scale is not None:
             own *= wide(scale.detach())[:, None, None]
     if not modules[0].attention:
-        return list(elimination_order(weight.flatten(2), (observer.covariance() for observer in observers)))
+        return list(elimination_order(weight.flatten(2), _Covariances(observers)))
     blocks = [_own_blocks(observer.covariance(), weight.shape[2]).clone() for observer in observers]  # [H, d, d]
     values = output_axes(weight.transpose(1, 2), torch.stack(blocks))
     scatters = [found.sum(dim=0) for found in map(SiteObserver.scatter, observers) if found is not None]
@@ -220,34 +215,6 @@ def _output_coordinates(
 def _own_blocks(covariance: Tensor, heads: int) -> Tensor:
     """The covariance of each head's own channels ``[H, d, d]``, of that of all, ``[H*d, H*d]``."""
     return covariance.unflatten(0, (heads, -1)).unflatten(2, (heads, -1)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-
-
-def _moved_mean(new: Tensor, mean: Tensor) -> Tensor:
-    """Mean ``[H, d]`` or ``[1, m]`` after heads were turned by `new` ``[H, d, d]``, or channels ordered by ``[m]``."""
-    return mean[:, new] if new.dim() == 1 else (new.to(mean) @ mean.unsqueeze(-1)).squeeze(-1)
-
-
-def _moved_covariance(new: Tensor, covariance: Tensor) -> Tensor:
-    """Covariance ``[H*d, H*d]`` or ``[m, m]`` after the same."""
-    if new.dim() == 1:
-        return covariance[new[:, None], new]
-    shape, turn = new.shape[:2], new.to(covariance)
-    blocks = covariance.unflatten(0, shape).unflatten(2, shape)  # [H, d, H, d]
-    return torch.einsum("hij,hjgk,glk->higl", turn, blocks, turn).flatten(2).flatten(0, 1)
-
-
-def moments_of(module: ElasticSite, found: SiteStatistics) -> tuple[Tensor, Moments]:
-    """Mean ``[H, d]`` and moments of a site's channels in their coordinates, from statistics with a covariance."""
-    assert found.covariance is not None
-    energy = float(_map_products(module).inner(found.covariance))
-    return found.channel_mean, _moments(module, found.covariance, energy).to(module.out.weight.device)
-
-
-def _moments(module: ElasticSite, covariance: Tensor, energy: float) -> Moments:
-    """Moments, coordinate-major, of channels whose covariance ``[H*d, H*d]`` is head-major."""
-    shape = (module.heads, -1)
-    blocks = covariance.unflatten(0, shape).unflatten(2, shape).permute(1, 0, 3, 2)  # [d, H, d, H]
-    return factorise(blocks.flatten(2).flatten(0, 1), energy)
 
 
 def set_mean(module: ElasticSite, mean: Tensor) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from stratavit.elastic.compensation import cholesky
+from stratavit.elastic.compensation import attempt, cholesky
+from stratavit.utils.devices import queues_work
 
 BLOCK = 64  # channels between two updates of all others
 CANDIDATES = 4  # times the block: channels among which its members are chosen one by one
@@ -31,16 +32,15 @@ def elimination_order(
 
     Args:
         weight: ``fc2`` of each site, ``[S, C, m]``, scaled by LayerScale if there is one.
-        covariance: Of the post-activations, ``[m, m]`` of each site; of a generator only one is there at a time.
+        covariance: Of the post-activations, ``[m, m]`` of each site, one at a time; gone through once more if one of
+            them has no factor.
         block: Channels that leave between two updates.
         candidates: Number of candidates, in blocks.
     """
     sites, outputs, left = weight.shape
     table = weight.new_empty(sites, left, outputs + left, dtype=torch.float64)  # [S, m, C + m]: W^T next to P
     table[:, :, :outputs] = weight.mT
-    found = iter(covariance)
-    for own in table:
-        own[:, outputs:] = torch.cholesky_inverse(cholesky(next(found))[0])
+    _invert(table[:, :, outputs:], covariance)
     channels = torch.arange(left, device=table.device).repeat(sites, 1)  # [S, m]: in the order of the table's rows
     leaving: list[Tensor] = []
     while left:
@@ -50,6 +50,28 @@ def elimination_order(
         left -= gone.shape[1]
         _remove(current, channels, outputs, gone, root)
     return torch.cat(leaving, dim=1).flip(1)
+
+
+def _invert(inverse: Tensor, covariance: Iterable[Tensor]) -> None:
+    """Fills ``[S, m, m]`` with the inverses of covariances, regularised; a device that queues work is read once."""
+    if not queues_work(inverse.device):
+        for own, matrix in zip(inverse, covariance, strict=True):
+            own.copy_(torch.cholesky_inverse(cholesky(matrix)[0]))
+        return
+    failed = []
+    for own, matrix in zip(inverse, covariance, strict=True):
+        found = attempt(matrix)
+        own.copy_(_inverse_of(found.factor))
+        failed.append(found.failed)
+    numbers = torch.stack(failed).tolist()
+    for own, matrix, number in zip(inverse, covariance, numbers, strict=True) if any(numbers) else ():
+        if number:
+            own.copy_(_inverse_of(cholesky(matrix)[0]))
+
+
+def _inverse_of(factor: Tensor) -> Tensor:
+    """The inverse of ``L L^T`` ``[m, m]``; `torch.cholesky_inverse` reads from the device whether L is singular."""
+    return torch.cholesky_solve(torch.eye(len(factor), dtype=factor.dtype, device=factor.device), factor)
 
 
 def _choose(table: Tensor, outputs: int, steps: int, count: int) -> tuple[Tensor, Tensor]:

@@ -85,6 +85,7 @@ class SiteObserver:
     Attributes:
         sizes: Images of fold 0 and of fold 1 in the batch that runs, in this order; windows of an image lie one after
             the other.
+        pair_sums: `SiteStatistics.pairs` so far.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class SiteObserver:
         self._covariance = None if token_weight is None else RunningCovariance(token_weight, host)
         self._taylor, self._mean = Sums(), Sums()
         self._held: list[Tensor] = []
-        self._pairs: Tensor | None = None
+        self.pair_sums: Tensor | None = None
 
     def features(self, features: Tensor) -> None:
         """qkv ``[B, N, 3, H, w]``, or v alone: waits for the gradient."""
@@ -109,7 +110,7 @@ class SiteObserver:
     def pairs(self, products: Callable[[], Tensor]) -> None:
         """Products of rotation pairs, ``[P, P]``: added up."""
         found = wide(products())
-        self._pairs = found if self._pairs is None else self._pairs + found
+        self.pair_sums = found if self.pair_sums is None else self.pair_sums + found
 
     def inputs_of_out(self, features: Tensor) -> None:
         """Head outputs ``[B, N, H*w]`` or post-activations ``[B, N, m]``, of maps ``[B, H, W, m]``."""
@@ -168,36 +169,42 @@ class SiteObserver:
         """`SiteStatistics.scatter`."""
         return None if self._scatter is None else self._scatter.scatter.unflatten(0, (-1, self.heads))
 
+    @property
+    def has_covariance(self) -> bool:
+        """Whether covariances were asked for."""
+        return self._covariance is not None
+
     def covariance(self) -> Tensor:
         """`SiteStatistics.covariance`, where one was asked for."""
-        return self._moments((0, 1))[1]
+        return self.moments((0, 1))[1]
 
     def result(self) -> SiteStatistics:
         """The moments over everything seen, but for those of the folds."""
         scatter = self.scatter()
         if self._covariance is None:
             (taylor, hessian), (mean,) = self._taylor.means, self._mean.means
-            return SiteStatistics(taylor, hessian, mean, scatter, pairs=self._pairs)
-        mean, covariance = self._moments((0, 1))
+            return SiteStatistics(taylor, hessian, mean, scatter, pairs=self.pair_sums)
+        mean, covariance = self.moments((0, 1))
         empty = mean.new_empty(0)
-        return SiteStatistics(empty, empty, mean, scatter, covariance, pairs=self._pairs)
+        return SiteStatistics(empty, empty, mean, scatter, covariance, pairs=self.pair_sums)
 
     def crossed(self) -> Iterator[tuple[Tensor, Tensor]]:
         """`SiteStatistics.crossed`, one after the other; nothing where there are no covariances."""
         if self._covariance is not None:
-            yield from map(self._moments, ((1,), (0,)))
+            yield from map(self.moments, ((1,), (0,)))
 
-    def _moments(self, folds: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def moments(self, folds: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Mean and covariance over the images of folds, where they were asked for."""
         assert self._covariance is not None
         mean, covariance = self._covariance.result(folds)
         return mean.unflatten(0, (self.heads, -1)), covariance
 
-    def is_finite(self) -> bool:
-        """Whether all sums are."""
+    def is_finite(self) -> Tensor:
+        """Whether all sums are, one boolean on the device."""
         sums = [self._taylor, self._mean, *(() if self._scatter is None else (self._scatter.sums,))]
         parts = [total.isfinite().all() for one in sums for total in one.totals]
         parts += [] if self._covariance is None else [self._covariance.is_finite()]
-        return bool(torch.stack([part.to(parts[0].device) for part in parts]).all())
+        return torch.stack([part.to(parts[0].device) for part in parts]).all()
 
 
 def collect(
@@ -274,8 +281,10 @@ def observe(
         images_seen = _run(model, track(loader, description), score, observers.values(), dense_outputs)
     if images_seen == 0:
         raise StrataViTError("calibration: the loader gave no images; check the data folder or the loader")
-    for name, observer in observers.items():
-        if not observer.is_finite():
+    finite = [observer.is_finite() for observer in observers.values()]
+    together = torch.stack([one.to(finite[0].device) for one in finite]).tolist() if finite else []
+    for name, is_finite in zip(observers, together, strict=True):
+        if not is_finite:
             raise StrataViTError(f"calibration: {name} produced NaN or infinite values; check weights and images")
     return observers, images_seen
 

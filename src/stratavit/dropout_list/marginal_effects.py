@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from stratavit.calibration.accumulators import wide
 from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.calibration.objectives import distance
-from stratavit.elastic.base import ElasticSite, Probe
+from stratavit.elastic.base import ElasticSite, Probe, Solved
 from stratavit.elastic.delta import Weights
 from stratavit.elastic.network import run_at, site_of, sites_in
 from stratavit.elastic.site import Site
+from stratavit.elastic.solving import solved_alike
 from stratavit.models.cost import CostModel
 from stratavit.models.families import stages
 from stratavit.utils.model import classes_of, model_device, model_dtype, temporarily
@@ -98,17 +99,23 @@ class Reference:
             Site name -> effect.
         """
         ladder = {site.name: neighbours(site, widths[site.name], cost) for site in self.sites}
-        probes = {name: make_probes(m, [widths[name]], max(ladder[name]))[0] for name, m in self.elastic.items()}
+        solved = solved_alike({module: [widths[name]] for name, module in self.elastic.items()})
+        probes = {
+            name: make_probes(module, [widths[name]], max(ladder[name]), solved.pop(module, None))[0]
+            for name, module in self.elastic.items()
+        }
         in_place = temporarily("probe", {module: probes[name] for name, module in self.elastic.items()})
         with in_place, run_at(self.elastic, widths), torch.enable_grad():
             for batch, dense in zip(self._batches, self._logits, strict=True):
                 distance(self._stages.tail(self._tokens(batch)), dense, self.classes).backward()
         names: list[str] = []
         falls: list[Tensor] = []  # one at each step, on the device
+        others = {name: [width for width in steps if width != widths[name]] for name, steps in ladder.items()}
+        solved = solved_alike({self.elastic[name]: other for name, other in others.items()})
         for site in self.sites:
-            module, here, steps = self.elastic[site.name], widths[site.name], ladder[site.name]
-            other = [width for width in steps if width != here]
-            for width, probe in zip(other, make_probes(module, other, max(steps)), strict=True):
+            module, here, other = self.elastic[site.name], widths[site.name], others[site.name]
+            made = make_probes(module, other, max(ladder[site.name]), solved.pop(module, None))
+            for width, probe in zip(other, made, strict=True):
                 price = cost.price(site, width) - cost.price(site, here)
                 names.append(site.name)
                 falls.append(-_first_order(probes[site.name], probe) / price)
@@ -135,10 +142,15 @@ def neighbours(site: Site, width: int, cost: CostModel) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def make_probes(module: ElasticSite, widths: Sequence[int], padded: int) -> list[Probe]:
-    """Weights at widths written out at the width `padded`: zeros for the channels between; leaves for gradients."""
+def make_probes(
+    module: ElasticSite, widths: Sequence[int], padded: int, solved: Sequence[Solved] | None = None
+) -> list[Probe]:
+    """Weights at widths written out at the width `padded`: zeros for the channels between; leaves for gradients.
+
+    `solved`: see `ElasticSite.outs_at`.
+    """
     probes = []
-    for width, (out_weight, bias) in zip(widths, module.outs_at(widths), strict=True):
+    for width, (out_weight, bias) in zip(widths, module.outs_at(widths, solved), strict=True):
         out_bias = torch.zeros_like(out_weight[:, 0]) if bias is None else bias
         by_head = out_weight.unflatten(1, (module.heads, width))
         out_weight = F.pad(by_head, (0, padded - width)).flatten(1)  # [C, H*p]

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stratavit.elastic.compensation import GAIN, Moments, PackedMoments, compensate, project
+from stratavit.elastic.compensation import GAIN, Moments, PackedMoments, System, completed, project, solve, system_of
 from stratavit.elastic.corrected import Corrected, stale
 from stratavit.elastic.delta import Delta, Weights, added
 from stratavit.elastic.projected import Projected, can_be_kept, extended
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from stratavit.elastic.site import Site
 
 Compensation = Literal["none", "mean", "full"]
+Solved = tuple[System, Tensor]  # and its solution, [C, k]
 
 
 def known_compensation(name: Compensation) -> Compensation:
@@ -241,12 +242,18 @@ class ElasticSite(nn.Module):
         share = self._share(width)
         return weight + (share * kept).to(weight.dtype), added(bias, share, shift)
 
-    def outs_at(self, widths: Sequence[int]) -> list[tuple[Tensor, Tensor | None]]:
-        """Weight and bias of `out` at widths, see `weights_at`; those that are compensated share a product."""
+    def outs_at(
+        self, widths: Sequence[int], solved: Sequence[Solved] | None = None
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """Weight and bias of `out` at widths, see `weights_at`; those that are compensated share a product.
+
+        `solved`: of `systems` at `to_solve` of these widths, where that was done for several modules at a time.
+        """
         cut = [width for width in widths if width < self.full_width]
         found: dict[int, tuple[Tensor, Tensor | None]] = {self.full_width: (self.whole_out(), self.out.bias)}
-        if self.compensation == "full" and self.moments is not None and cut:
-            found |= zip(cut, self.compensated_outs(cut), strict=True)
+        solving = self.to_solve(widths)
+        if solving:
+            found |= zip(solving, self.compensated_outs(solving, solved), strict=True)
         for width in cut:
             if width in found:
                 continue
@@ -272,12 +279,17 @@ class ElasticSite(nn.Module):
                 raise stale(width)
         return self.weights_at(width) if known is None else Weights(*self.in_weight_at(width), *known)
 
-    def fixed_out(self, width: int) -> tuple[Tensor, Tensor] | None:
+    def to_solve(self, widths: Sequence[int]) -> list[int]:
+        """Those of widths at which second moments compensate what is cut."""
+        full = self.compensation == "full" and self.moments is not None
+        return [width for width in widths if full and 0 < width < self.full_width]
+
+    def fixed_out(self, width: int, solved: Sequence[Solved] | None = None) -> tuple[Tensor, Tensor] | None:
         """Compensated weight and bias of `out`, apart from any gradient; None where there is nothing to compute."""
-        if self.compensation != "full" or self.moments is None or not 0 < width < self.full_width:
+        if not self.to_solve([width]):
             return None
         with torch.no_grad():
-            return self.compensated_outs([width])[0]
+            return self.compensated_outs([width], solved)[0]
 
     def specialise(self, width: int) -> None:
         """Keeps `fixed_out` at a width for as long as the weights stay as they are."""
@@ -308,24 +320,41 @@ class ElasticSite(nn.Module):
         pairs = [tensor for one in self.corrected.values() for tensor in one.pair]
         return {t.untyped_storage().data_ptr() for t in (*self.parameters(), *self.buffers(), *pairs)}
 
-    def compensated_outs(self, widths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Weight ``[C, H*w]`` and bias ``[C]`` of `out` at widths, with what the dropped channels did, and `delta`."""
+    def compensated_outs(
+        self, widths: Sequence[int], solved: Sequence[Solved] | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Weight ``[C, H*w]`` and bias ``[C]`` of `out` at widths, with what the dropped channels did, and `delta`.
+
+        `solved`: of `systems` at these widths, if that was done already.
+        """
+        found = []
+        pairs = ((system, solve(system)) for system in self.systems(widths)) if solved is None else solved
+        with torch.autocast(self.out.weight.device.type, enabled=False):
+            weight, mean = self._map_and_mean()
+            for width, (system, kept) in zip(widths, pairs, strict=True):
+                assert self.moments is not None
+                kept, shift = completed(weight, mean, self.moments, system, kept, self.gain)
+                kept = kept.unflatten(1, (width, self.heads)).transpose(1, 2).flatten(1)  # [C, w*H] -> [C, H*w]
+                own = shift if self.out.bias is None else self.out.bias.float() + shift
+                weights, bias = self._changed(width, kept.to(self.out.weight.dtype), own.to(self.out.weight.dtype))
+                assert bias is not None
+                found.append((weights, bias))
+        return found
+
+    def systems(self, widths: Sequence[int]) -> list[System]:
+        """What is to be solved for `compensated_outs`; all widths share a product."""
         assert self.moments is not None
         out = self.out.weight
         if self.moments.factor.device != out.device:  # pragma: no cover: needs a second device
             self.moments = self.moments.to(out.device)
-        found = []
         with torch.autocast(out.device.type, enabled=False):
-            weight, mean = self.out_by_coordinate().float(), self.channel_mean.T.flatten().float()  # [C, d*H], [d*H]
+            weight, _ = self._map_and_mean()
             projected = self._project(weight, self.moments.factor, max(widths) * self.heads)
-            for width in widths:
-                kept, shift = compensate(weight, mean, self.moments, width * self.heads, self.gain, projected)
-                kept = kept.unflatten(1, (width, self.heads)).transpose(1, 2).flatten(1)  # [C, w*H] -> [C, H*w]
-                own = shift if self.out.bias is None else self.out.bias.float() + shift
-                weights, bias = self._changed(width, kept.to(out.dtype), own.to(out.dtype))
-                assert bias is not None
-                found.append((weights, bias))
-        return found
+            return [system_of(weight, self.moments, width * self.heads, projected) for width in widths]
+
+    def _map_and_mean(self) -> tuple[Tensor, Tensor]:
+        """Weight of `out` and mean of what it reads, coordinate-major in float32, ``[C, d*H]`` and ``[d*H]``."""
+        return self.out_by_coordinate().float(), self.channel_mean.T.flatten().float()
 
     def _project(self, weight: Tensor, factor: Tensor, keep: int) -> Tensor:
         """`project` of the weight of `out` by coordinate, ``[C, d*H]``; kept where it can be."""

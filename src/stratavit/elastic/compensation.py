@@ -11,9 +11,10 @@ Pure functions on tensors; no images are needed at this point. Shape legend: C o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,32 +93,54 @@ def _block_rows(n: int) -> Iterable[tuple[int, int]]:
     return pairwise(n * part // PACKED_ROWS for part in range(PACKED_ROWS + 1))
 
 
+class Attempt(NamedTuple):
+    """A Cholesky factor whose existence nobody has looked at, so that nothing has waited for a device.
+
+    Attributes:
+        factor: Lower factor of ``S + r I``, ``[n, n]`` float64; of no use where it failed.
+        added: r, a float64 on the device.
+        failed: Not 0 where there is no factor, on the device.
+    """
+
+    factor: Tensor
+    added: Tensor
+    failed: Tensor
+
+
+def attempt(covariance: Tensor, added: Tensor | None = None, ridge: float = RIDGE) -> Attempt:
+    """One attempt of `cholesky`, with r: `ridge` times the mean eigenvalue of S ``[n, n]`` if it is not given."""
+    matrix = covariance.double()
+    if added is None:
+        added = (ridge * matrix.trace() / len(matrix)).clamp_min(torch.finfo(torch.float32).tiny)
+    diagonal, before = matrix.diagonal(), matrix.diagonal().clone()
+    diagonal.add_(added)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    diagonal.copy_(before)  # a copy of the matrix would be the largest part of what contraction holds
+    return Attempt(factor, added, failed)
+
+
 def cholesky(covariance: Tensor, ridge: float = RIDGE) -> tuple[Tensor, float]:
     """Lower factor ``[n, n]`` float64 of ``S + r I``, and r: `ridge` times the mean eigenvalue of S ``[n, n]``.
 
     Rounding can leave S with eigenvalues a little below 0, and constant channels with none above: r then grows tenfold
     until the factor exists.
     """
-    n = len(covariance)
-    added = max(ridge * float(covariance.trace()) / n, torch.finfo(torch.float32).tiny)
-    matrix = covariance.double()
-    diagonal, before = matrix.diagonal(), matrix.diagonal().clone()
-    while True:
-        diagonal.add_(added)
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        diagonal.copy_(before)  # a copy of the matrix would be the largest part of what contraction holds
-        if not failed:
-            return factor, added
-        assert added < float("inf"), "the covariance is not finite"
-        added *= 10
+    found = attempt(covariance, ridge=ridge)
+    while found.failed:
+        assert found.added < float("inf"), "the covariance is not finite"
+        found = attempt(covariance, found.added * 10)
+    return found.factor, float(found.added)
+
+
+def rows_of(factor: Tensor) -> Tensor:
+    """A factor ``[n, n]`` in float32, row by row as it is read from a file: the layout decides how products round."""
+    return factor.to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def factorise(covariance: Tensor, energy: float, ridge: float = RIDGE) -> Moments:
     """Moments of channels with a covariance ``[n, n]``; `energy` is the variance of what their map makes of them."""
     factor, added = cholesky(covariance, ridge)
-    # row by row, as it is read from a file: the layout decides how products are rounded
-    factor = factor.to(torch.float32, memory_format=torch.contiguous_format)
-    return Moments(factor, added, max(energy, 0.0))  # rounding can leave a little below
+    return Moments(rows_of(factor), added, max(energy, 0.0))  # rounding can leave a little below
 
 
 def project(weight: Tensor, factor: Tensor, keep: int, known: Tensor | None = None) -> Tensor:
@@ -141,6 +164,36 @@ def project(weight: Tensor, factor: Tensor, keep: int, known: Tensor | None = No
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
+class System(NamedTuple):
+    """``X A = B``, which is solved for X: the map of the kept channels that predicts what all channels did.
+
+    Attributes:
+        factor: A, lower triangular, ``[k, k]``.
+        projected: B, the first columns of the product of map and factor, ``[C, k]``.
+    """
+
+    factor: Tensor
+    projected: Tensor
+
+
+def system_of(weight: Tensor, moments: Moments, keep: int, projected: Tensor | None = None) -> System:
+    """What is to be solved for a cut, see `compensate` for the arguments."""
+    projected = project(weight, moments.factor, keep) if projected is None else projected
+    # whole rows: the solver copies anything else, column by column
+    return System(moments.factor[:keep, :keep], projected[:, :keep].contiguous())
+
+
+def solve(system: System) -> Tensor:
+    """The solution of a system, ``[C, k]``."""
+    return torch.linalg.solve_triangular(system.factor.contiguous(), system.projected, upper=False, left=False)
+
+
+def solve_together(systems: Sequence[System]) -> Tensor:
+    """The solutions of S systems of one shape from one call, ``[S, C, k]``."""
+    factors, projected = (torch.stack(parts) for parts in zip(*systems, strict=True))
+    return torch.linalg.solve_triangular(factors, projected, upper=False, left=False)
+
+
 def compensate(
     weight: Tensor, mean: Tensor, moments: Moments, keep: int, gain: float = GAIN, projected: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -159,12 +212,17 @@ def compensate(
     Returns:
         The map ``[C, keep]`` and what is added to the bias ``[C]``, so that the mean output stays.
     """
-    projected = (project(weight, moments.factor, keep) if projected is None else projected)[:, :keep]
-    # whole rows: the solver copies anything else, column by column
-    known = moments.factor[:keep, :keep].contiguous(), projected.contiguous()
-    kept = torch.linalg.solve_triangular(*known, upper=False, left=False)
+    system = system_of(weight, moments, keep, projected)
+    return completed(weight, mean, moments, system, solve(system), gain)
+
+
+def completed(
+    weight: Tensor, mean: Tensor, moments: Moments, system: System, kept: Tensor, gain: float = GAIN
+) -> tuple[Tensor, Tensor]:
+    """`compensate` from the solution `kept` ``[C, k]`` of its system, which may be changed in place."""
+    keep = kept.shape[1]
     if gain:  # in tensors, not numbers: nothing waits for a GPU, and a compiler sees through
-        energy = known[1].detach().square().sum() - moments.ridge * kept.detach().square().sum()
+        energy = system.projected.detach().square().sum() - moments.ridge * kept.detach().square().sum()
         wide = torch.float32 if energy.device.type == "mps" else torch.float64  # it has no other
         lost = (moments.energy / energy.to(wide)).clamp(max=LARGEST_RATIO)
         lost = torch.where((energy > 0) & (lost > 1), lost, 1.0)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.running import Run, running
+from stratavit.elastic.solving import fixed_outs
 from stratavit.errors import StrataViTError
 
 
@@ -48,7 +49,6 @@ def run_at(
     With `fixed`, no weight changes inside and none gets a gradient, so that compensated weights are computed once.
     """
     chosen = {module: module.full_width if widths is None else widths[name] for name, module in elastic.items()}
-    pairs = {module: module.fixed_out(width) for module, width in chosen.items()} if fixed else {}
-    known = {module: pair for module, pair in pairs.items() if pair is not None}
+    known = fixed_outs(chosen) if fixed else {}
     with running(Run(chosen, known, shifts or {}, tokens or {})):
         yield

@@ -11,6 +11,7 @@ from stratavit.artifacts.folder_format import JSON_FILE, MOMENTS_FILE, WEIGHTS_F
 from stratavit.artifacts.timm_config import FILE as TIMM_FILE
 from stratavit.calibration import contraction
 from stratavit.calibration.contraction import TOKEN_WEIGHT
+from stratavit.calibration.moments import moments_of
 from stratavit.calibration.objectives import Objective
 from stratavit.calibration.statistics import collect
 from stratavit.choices import ListAxes
@@ -137,7 +138,7 @@ class PiadTask(TrainingTask):
         for name, module in net.elastic.items():
             mean = statistics[name].channel_mean
             if full:
-                mean, moments = contraction.moments_of(module, statistics[name])
+                mean, moments = moments_of(module, statistics[name])
                 scalars = distributed.broadcast((moments.ridge, moments.energy))
                 module.moments = Moments(distributed.broadcast_tensor(moments.factor), *scalars)
             contraction.set_mean(module, distributed.broadcast_tensor(mean.to(module.out.weight)))

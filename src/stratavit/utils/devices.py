@@ -21,3 +21,8 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise StrataViTError(f"device {name!r} is not available here; use --device cpu or leave it out") from error
     return device
+
+
+def queues_work(device: torch.device) -> bool:
+    """Whether a device queues calls, so that a call costs time of its own, and reading a number waits: not a CPU."""
+    return device.type != "cpu"
