@@ -47,8 +47,8 @@ SiteOrPlace = Site | TokenPlace  # what an entry of a dropout list may shrink
 
 def place_of(block: str, patches: int, prefix: int, unread: bool = False) -> TokenPlace:
     """The place of a block, for images of so many patches behind a prefix."""
-    steps = (0, patches) if unread else tuple(range(patches % UNIT or UNIT, patches + 1, UNIT))
-    return TokenPlace(block + TOKENS, block, patches, steps, prefix, unread=unread)
+    steps = tuple(range(patches % UNIT or UNIT, patches + 1, UNIT))
+    return TokenPlace(block + TOKENS, block, patches, (0, *steps) if unread else steps, prefix, unread=unread)
 
 
 def tokens_along(places: Sequence[TokenPlace], widths: Mapping[str, int], patches: int) -> dict[str, tuple[int, int]]:
