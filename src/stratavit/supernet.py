@@ -49,6 +49,8 @@ class SuperNet(nn.Module):
             open_clip (its image tower) that has an equivalent there; it is copied, never changed.
         data_config: Input size, mean, std, interpolation and crop as in timm, in place of the model's own.
         embedding: The head's output is a feature, as of a CLIP image tower; that of a model without a head always is.
+        whole_heads: Plain attention loses whole heads, each as wide as ever, instead of coordinates of all heads; the
+            width of such a site is a number of heads. Some GPUs gain more from these, accuracy falls faster.
 
     Attributes:
         model: The timm model, its attention and MLP modules elastic; its state dict is the stock one.
@@ -74,11 +76,14 @@ class SuperNet(nn.Module):
         data_config: Mapping[str, Any] | None = None,
         embedding: bool | None = None,
         *,
+        whole_heads: bool = False,
         _description: Mapping[str, Any] | None = None,  # of a model just built from it, so nothing else is in it
     ) -> None:
         super().__init__()
         source = as_timm(given := unwrapped(model))  # which has compared what it made
-        made = elastic_model.elastic_model(source, data_config, embedding, _description, compare=source is given)
+        made = elastic_model.elastic_model(
+            source, data_config, embedding, _description, compare=source is given, whole_heads=whole_heads
+        )
         self.model, self.sites, self.uncut = made.model, made.sites, made.uncut
         self.description, self.data_config = made.description, made.data_config
         self._cost, self._form, self._shift = made.cost, made.form, made.shift

@@ -82,5 +82,6 @@ def load(path: str | Path, device: torch.device | str = "cpu", timm_form: bool =
 def site_widths(model: nn.Module) -> dict[str, int]:
     """The width kept at every site of a sub-network, and the tokens where it merges some, read from its layers."""
     found = architecture.describe(model)
-    widths = {name: site.get("head_dim", site.get("hidden_features", 0)) for name, site in found["sites"].items()}
+    width = "num_heads" if found.get("whole_heads") else "head_dim"
+    widths = {name: site.get(width, site.get("hidden_features", 0)) for name, site in found["sites"].items()}
     return widths | {name + TOKENS: count for name, count in found.get("tokens", {}).get("keep", {}).items()}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stratavit.calibration.accumulators import wide
 from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.calibration.elimination import elimination_order
+from stratavit.calibration.head_order import head_order
 from stratavit.calibration.moments import Draft, draft, keep_drafts, map_products, moved_mean
 from stratavit.calibration.objectives import Objective
 from stratavit.calibration.output_aware import output_axes
@@ -90,6 +91,8 @@ def sort_channels(
         raise StrataViTError(
             "contract: recovery has changed the sizes of this network; begin with SuperNet(net.extract(spec={}))"
         )
+    if criterion != "output" and any(module.whole_heads for module in sites_in(model).values()):
+        raise StrataViTError("method: the paper's cuts inside heads; for whole heads leave the method at its default")
     share = token_weight if criterion == "output" else None
     dense_outputs = None if share is None else DenseOutputs()
     asked = (objective, scatter_needed(criterion), "contract", share, seed, dense_outputs)
@@ -203,6 +206,8 @@ def _output_coordinates(
     for own, scale in zip(weight, scales, strict=True):
         if scale is not None:
             own *= wide(scale.detach())[:, None, None]
+    if modules[0].whole_heads:
+        return [head_order(own, found) for own, found in zip(weight, _Covariances(observers), strict=True)]
     if not modules[0].attention:
         return list(elimination_order(weight.flatten(2), _Covariances(observers)))
     blocks = [_own_blocks(observer.covariance(), weight.shape[2]).clone() for observer in observers]  # [H, d, d]

@@ -102,7 +102,9 @@ def moved_mean(new: Tensor, mean: Tensor) -> Tensor:
 def moved_covariance(new: Tensor, covariance: Tensor) -> Tensor:
     """Covariance ``[H*d, H*d]`` or ``[m, m]`` after the same."""
     if new.dim() == 1:
-        return covariance[new[:, None], new]
+        starts = torch.arange(0, len(covariance), len(new), device=new.device)
+        order = (starts[:, None] + new).flatten()  # of every channel of a head alike, where heads are ordered
+        return covariance[order[:, None], order]
     shape, turn = new.shape[:2], new.to(covariance)
     blocks = covariance.unflatten(0, shape).unflatten(2, shape)  # [H, d, H, d]
     return torch.einsum("hij,hjgk,glk->higl", turn, blocks, turn).flatten(2).flatten(0, 1)

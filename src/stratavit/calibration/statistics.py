@@ -67,9 +67,9 @@ class SiteStatistics:
     images: int = 0
 
 
-def one_head(x: Tensor) -> Tensor:
-    """Post-activations ``[B, ..., m]``, or their gradient, in the form of attention's features: ``[B, N, 1, 1, m]``."""
-    return x.flatten(1, -2)[:, :, None, None]
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """What `out` reads ``[B, ..., H*w]``, or its gradient, in the form of attention's features: ``[B, N, 1, H, w]``."""
+    return x.flatten(1, -2).unflatten(-1, (1, heads, -1))
 
 
 class SiteObserver:
@@ -122,7 +122,7 @@ class SiteObserver:
         sums = x.unflatten(-1, (self.heads, -1)).sum(dim=(0, 1), dtype=torch.float32)  # [H, w]
         self._mean.add(x.shape[0] * x.shape[1], sums)
         if not self.attention:
-            self._await_gradient(features, lambda *both: self._taylor_terms(*map(one_head, both)))
+            self._await_gradient(features, lambda *both: self._taylor_terms(*(by_head(x, self.heads) for x in both)))
 
     def outputs(self, outputs: Tensor) -> None:
         """What the module adds, ``[B, N, C]``: the norm of its gradient weighs the token."""

@@ -67,6 +67,8 @@ def convert_options(command: ArgumentParser) -> None:
     options.add_latency_batch(command)
     add("--threads", type=positive, default=0, help="CPU threads for timings (default: torch's setting)")
     add("--seed", type=int, default=0, help="seed of random choices (default: %(default)s)")
+    text = "plain attention loses whole heads, not coordinates of all heads; for GPUs that gain more from these"
+    add("--whole-heads", action="store_true", help=text)
     text = "the head outputs an embedding (CLIP image towers), not classes"
     add("--embedding", action="store_true", help=text)
 

@@ -35,6 +35,7 @@ def convert(args: Namespace) -> Outcome:
         weights=args.weights,
         num_classes=args.num_classes,
         embedding=args.embedding,
+        whole_heads=args.whole_heads,
         batch_size=args.batch_size,
         workers=max(args.workers, 0),
         device=args.device,

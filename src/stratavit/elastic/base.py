@@ -94,6 +94,7 @@ class ElasticSite(nn.Module):
         tied: Attention of which q and k are cut along with v.
         split: Its small layer is a `plain.SplitAttention`, and timm's own module is a full one that nothing has cut.
         tensor_names: Names of `Weights` in the small layer, see `tensors`.
+        whole_heads: Attention whose coordinates are whole heads; then `heads` is d, `full_width` is H.
         heads, full_width: H, and d or m.
         bypassed: The module adds nothing at all; set while its sensitivity is measured.
         compensation: ``full`` replaces dropped channels by what the kept ones predict, ``mean`` by their mean,
@@ -114,6 +115,7 @@ class ElasticSite(nn.Module):
     attention = False
     tied = False
     split = False
+    whole_heads = False
     tensor_names: tuple[str, str, str, str]
     heads: int
     full_width: int

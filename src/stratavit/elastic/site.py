@@ -41,6 +41,7 @@ class Site:
         qk_biases: Number of the two that have a bias, if they are cut by pairs.
         fixed_params: Parameters that the module has at every width above 0.
         floor: Channels that every network of a dropout list keeps; 0 is none.
+        whole_heads: Attention whose width is a number of heads; `heads` is then the head_dim, which stays.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Site:
     rotary: bool = False
     qk_biases: int = 0
     floor: int = 0
+    whole_heads: bool = False
 
     @property
     def least(self) -> int:
@@ -108,6 +110,8 @@ def gpu_steps(site: Site) -> tuple[int, ...]:
 
     A head of at most 32 coordinates is cut in units of 16, which its linear maps gain from.
     """
+    if site.whole_heads:
+        return site.steps
     if site.kind == "attention":
         unit = GPU_HEAD_DIM_UNIT if site.width > GPU_HEAD_DIM_UNIT else GPU_HEAD_DIM_UNIT // 2
     else:
@@ -143,10 +147,11 @@ def with_units(sites: Sequence[Site], units: UnitSizes) -> tuple[Site, ...]:
         if type(value) is not int or value < 1:
             raise StrataViTError(f"{name}: expected a whole number of at least 1, got {value!r}")
     steps = {"attention": lambda w: attention_steps(w, head_dim_unit), "mlp": lambda w: mlp_steps(w, mlp_units)}
-    return tuple(
-        replace(site, steps=rotary_steps(site.width, head_dim_unit) if site.rotary else steps[site.kind](site.width))
-        for site in sites
-    )
+    cut = []
+    for site in sites:
+        own = rotary_steps(site.width, head_dim_unit) if site.rotary else steps[site.kind](site.width)
+        cut.append(site if site.whole_heads else replace(site, steps=own))
+    return tuple(cut)
 
 
 def full_spec(sites: Sequence[Site], spec: Mapping[str, int] | None) -> Spec:

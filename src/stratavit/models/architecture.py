@@ -32,7 +32,16 @@ from stratavit.utils.model import computed_buffers, model_device, model_dtype, p
 DATA_KEYS = {"input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode"}
 _TRANSIENT = (nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices, nn.Identity)  # of training only
 _ASIDE = {
-    *("training", "fused_attn", "grad_checkpointing", "data_config", "provenance", "init_values", "embedding"),
+    *(
+        "training",
+        "fused_attn",
+        "grad_checkpointing",
+        "data_config",
+        "provenance",
+        "init_values",
+        "embedding",
+        "whole_heads",
+    ),
     "source_architecture",
     *("attends", "feeds", "has_factors"),  # of a short block, which models pickled by older releases do not have
     "target_shift_size",  # of windows: read when these are set again, and then only whether it is 0
@@ -78,8 +87,7 @@ def described_and_built(model: nn.Module) -> tuple[dict[str, Any], nn.Module]:
         "args": {**getattr(model, "source_args", {}), **family.arguments(model)},  # heads may all be cut away
         "sites": {},
     }
-    if getattr(model, "embedding", False):
-        description["embedding"] = True
+    description |= {name: True for name in ("embedding", "whole_heads") if getattr(model, name, False)}
     blocks = list(family.blocks(model))
     if "norm_layer" in description["args"]:
         description["norm_eps"] = float(getattr(blocks[0][1].norm1, "eps", 1e-6))
@@ -141,7 +149,7 @@ def _built(description: Mapping[str, Any], device: torch.device | str, computed:
     model: Any = timm.create_model(name, device=device, **args)
     if torch.device(device).type == "meta" and computed and family_of(model).has_buffers:
         return _built(description, "cpu", computed)
-    model.embedding = bool(description.get("embedding", False))
+    model.embedding, model.whole_heads = (bool(description.get(name)) for name in ("embedding", "whole_heads"))
     for site, numbers in description["sites"].items():
         like: Any = model.get_submodule(site)
         out = like.proj if hasattr(like, "proj") else like.fc2

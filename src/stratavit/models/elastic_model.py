@@ -41,6 +41,7 @@ def elastic_model(
     embedding: bool | None,
     description: Mapping[str, Any] | None = None,
     compare: bool = True,
+    whole_heads: bool = False,
 ) -> Elastic:
     """A copy of a timm model whose attention and MLP modules are elastic; methods set on instances are dropped.
 
@@ -48,6 +49,7 @@ def elastic_model(
         source, data_config, embedding: See `SuperNet`, also for errors.
         description: Of a model that was just built from it, so that nothing else is in it.
         compare: Run one image to see that the copy has the outputs of the model.
+        whole_heads: See `SuperNet`; a description says so, too.
     """
     check(source)
     plain = with_plain_head(source)
@@ -56,21 +58,26 @@ def elastic_model(
             "this small model already merges tokens; make a super-network of the dense model, or extract this size by "
             "axes='width'"
         )
-    sites, rebuilt = find_sites(plain), None
+    whole_heads = whole_heads or bool((description or {}).get("whole_heads"))
+    if whole_heads and getattr(plain, "origin", None) is not None:
+        raise UnsupportedModelError("whole_heads: models of transformers have equally many heads; convert timm's model")
+    sites, rebuilt = find_sites(plain, whole_heads), None
     if description is None:
         description, rebuilt = architecture.described_and_built(plain)
     data_config = architecture.merged_data_config(plain, data_config)
     model: Any = whole_copy(plain)
     drop_own_routines(model)
     model.embedding = bool(getattr(source, "embedding", False) if embedding is None else embedding)
-    modules, uncut = elastic_sites(model)
+    model.whole_heads = whole_heads
+    modules, uncut = elastic_sites(model, whole_heads)
     for name, module in modules.items():
         model.set_submodule(name, module)
     if rebuilt is not None and compare:
         rebuilt = architecture.filled(rebuilt, plain)
         ours = Subject(rebuilt, rebuilt), Subject(model, stages(model).outputs)
         check_same_outputs("cut", UnsupportedModelError, Subject(source, source), ours, data_config["input_size"])
-    description = {**description, **({"embedding": True} if model.embedding else {})}
+    facts = {"embedding": model.embedding, "whole_heads": whole_heads}
+    description = {**description, **{name: True for name, holds in facts.items() if holds}}
     cost, shift, norm = cost_model(model, sites, data_config["input_size"], uncut), Shift(), last_norm(model)
     if getattr(plain, "origin", None) is None:  # transformers' classes have no block that merges tokens
         cost = replace(cost, places=make_merging(model, next(iter(cost.tokens.values()))))

@@ -79,6 +79,7 @@ def small_at(net: Any, widths: Mapping[str, int], dtype: str | None = None) -> n
         "dense_spec": dict(net.resolve(None)),
     }
     small.origin, small.embedding, small.data_config = net.origin, net.embedding, dict(net.data_config)
+    small.whole_heads = getattr(net.model, "whole_heads", False)
     small.source_args = dict(net.description["args"])
     if net.frozen_for_serving:  # see `SuperNet.specialise`
         set_frozen(small, net.frozen)

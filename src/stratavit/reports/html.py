@@ -79,7 +79,7 @@ def _data(net: SuperNet, points: Sequence[Point], title: str | None, run: str) -
     axes, lists = list_shown(net, points), lists_in(net)
     strata, sizes = lists[axes], {name: _sizes(net, one) for name, one in lists.items()}
     merging = {entry.site for entry in strata.entries}
-    rows = [[site.name, site.kind, list(site.steps), site.heads] for site in net.sites]
+    rows = [[site.name, site.kind, list(site.steps), 0 if site.whole_heads else site.heads] for site in net.sites]
     rows += [[place.name, "tokens", sorted({0, *place.steps}), 0] for place in net.cost.places if place.name in merging]
     number = {row[0]: i for i, row in enumerate(rows)}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}

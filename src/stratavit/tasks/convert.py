@@ -65,6 +65,7 @@ class Options:
     weights: str | Path | None = None
     num_classes: int | None = None
     embedding: bool | None = None
+    whole_heads: bool = False
     batch_size: int = 64
     workers: int = 0
     device: torch.device | str | None = None
@@ -136,6 +137,7 @@ def convert(
     weights: str | Path | None = None,
     num_classes: int | None = None,
     embedding: bool | None = None,
+    whole_heads: bool = False,
     batch_size: int = 64,
     workers: int = 0,
     device: torch.device | str | None = None,
@@ -160,7 +162,7 @@ def convert(
         limit: At most this many images, evenly spread; of a loader the first.
         class_map: Text file with one class folder name per line in the order of the head.
         weights, num_classes: See `dense_model`; for a name.
-        embedding: The head's output is a feature, see `SuperNet`.
+        embedding, whole_heads: See `SuperNet`.
         batch_size, workers: Images of a batch, and processes that read files.
         device: Where to; None is the device of `model`, and for a name the best available.
         verbose: Show progress, and print what was read, got and is reachable to standard error.
@@ -189,6 +191,7 @@ def convert(
         weights=weights,
         num_classes=num_classes,
         embedding=embedding,
+        whole_heads=whole_heads,
         batch_size=batch_size,
         workers=workers,
         device=device,
@@ -239,7 +242,7 @@ def converted(model: nn.Module | str | Path, images: Images, options: Options, n
     name = name or (str(model) if named else type(model).__name__)
     source = _source_model(model, options)
     origin = _source(name, options, source) if named else None
-    net = SuperNet(source, embedding=options.embedding or None)
+    net = SuperNet(source, embedding=options.embedding or None, whole_heads=options.whole_heads)
     del source  # so that a device holds the weights once
     if not named and options.device is not None:
         net.to(pick_device(str(options.device)))

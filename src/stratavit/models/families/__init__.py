@@ -36,6 +36,7 @@ from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.grouped import ElasticBlocks, ElasticMaskUnits, ElasticTokenMap, ElasticWindow
 from stratavit.elastic.mlp import ElasticGlu, ElasticMlp, ElasticSwiGlu
 from stratavit.elastic.site import Site
+from stratavit.elastic.whole_heads import ElasticWholeHeads
 from stratavit.errors import UnsupportedModelError
 from stratavit.models.families.base import Family, Stages
 from stratavit.models.families.class_attention import CaitFamily, Volo, XcitFamily
@@ -125,14 +126,18 @@ def kind_of(module: nn.Module) -> type[ElasticSite] | None:
     return kind
 
 
-def elastic_sites(model: nn.Module) -> tuple[dict[str, ElasticSite], dict[str, str]]:
+def elastic_sites(model: nn.Module, whole_heads: bool = False) -> tuple[dict[str, ElasticSite], dict[str, str]]:
     """An elastic module for every site of a model, sharing its weights, in order of execution.
+
+    Args:
+        model: The model.
+        whole_heads: Plain attention loses whole heads, not coordinates of all of them.
 
     Returns:
         Site name -> elastic module; name -> reason for every attention and MLP module that stays uncut.
 
     Raises:
-        UnsupportedModelError: The model is of no known family, or nothing of it can be cut.
+        UnsupportedModelError: The model is of no known family, nothing of it can be cut, or no whole heads.
     """
     from stratavit.elastic.rotary import ElasticRotary, cuts_pairs  # here, so that the chain of imports stays short
 
@@ -146,6 +151,8 @@ def elastic_sites(model: nn.Module) -> tuple[dict[str, ElasticSite], dict[str, s
             kind: Any = kind_of(module)
             if kind is ElasticSplit and leaf == "attn" and getattr(model, "rope", None) is not None:
                 kind = ElasticRotary if cuts_pairs(module) else kind
+            if kind is ElasticAttention and whole_heads:
+                kind = ElasticWholeHeads
             if kind is None:
                 kinds = "attention" if leaf == "attn" else "MLPs"
                 why = f" ({WHY_NOT[type(module).__name__]})" if type(module).__name__ in WHY_NOT else ""
@@ -156,16 +163,18 @@ def elastic_sites(model: nn.Module) -> tuple[dict[str, ElasticSite], dict[str, s
                 found[name] = kind(module)
     if not found:
         raise UnsupportedModelError(f"cannot cut this model: {next(iter(uncut.values()))}")
+    if whole_heads and not any(site.whole_heads for site in found.values()):
+        raise UnsupportedModelError("whole_heads: this model has no attention module that is timm's plain Attention")
     return found, uncut
 
 
-def find_sites(model: nn.Module) -> tuple[Site, ...]:
+def find_sites(model: nn.Module, whole_heads: bool = False) -> tuple[Site, ...]:
     """The attention and MLP modules of a model that can be cut, in order of execution.
 
     Raises:
         UnsupportedModelError: See `elastic_sites`.
     """
-    return tuple(module.site(name) for name, module in elastic_sites(model)[0].items())
+    return tuple(module.site(name) for name, module in elastic_sites(model, whole_heads)[0].items())
 
 
 def stages(model: nn.Module) -> Stages:

@@ -74,7 +74,8 @@ function frame(pen, width, row, unit) {
 function describeUnit(row, unit) {
   const [name, kind, steps, heads] = data.sites[row];
   const when = leaves[row][unit];
-  const what = { attention: `coordinates of each of ${heads} heads`, mlp: "hidden channels", tokens: "patch tokens" }[kind];
+  const inside = heads ? `coordinates of each of ${heads} heads` : "heads";
+  const what = { attention: inside, mlp: "hidden channels", tokens: "patch tokens" }[kind];
   return [
     `${name}, unit ${unit + 1} of ${leaves[row].length}`,
     `${what}: ${steps[unit]} to ${steps[unit + 1] - 1}`,
