@@ -55,14 +55,16 @@ def real_batches(model: nn.Module, split: str, limit: int | None = None, batch_s
     return list(image_loader(folder, config, split, 1000, folder / "class_map.txt", batch_size, limit=limit))
 
 
-def converted(name: str, work: Path, **options: Any) -> stratavit.SuperNet:
+def converted(name: str, work: Path, whole_heads: bool = False, **options: Any) -> stratavit.SuperNet:
     """A real model's super-network, from 1,000 training images; kept in a folder of `work`."""
     words = [word for value in options.values() for word in ([value] if isinstance(value, str) else value)]
+    words += ["whole_heads"] * whole_heads
     folder = work / "-".join([name, *words])
     if not folder.exists():
         model = real_model(name)
         images = real_batches(model, "train", 1000)
-        stratavit.SuperNet(model).contract(images).stratify(images, **options).save(folder)
+        net = stratavit.SuperNet(model, whole_heads=whole_heads).contract(images)
+        net.stratify(images, **options).save(folder)
     return stratavit.SuperNet.load(folder)
 
 

@@ -1,5 +1,7 @@
 """Accuracy against measured latency of lists in default units and in units that suit a GPU. DeiT-Tiny, no training.
 
+`gpu` are head widths in multiples of 32, `whole heads` the same hidden widths and fewer heads.
+
     python benchmarks/units.py accuracy [--work WORK]
     python benchmarks/units.py latency [--device cuda] [--dtype bfloat16] [--batch-size 256] [--work WORK]
 
@@ -21,7 +23,11 @@ import stratavit
 from stratavit import Setting
 from stratavit.evaluation.benchmark import bench
 
-LISTS: dict[str, dict[str, Any]] = {"default": {}, "gpu": {"units": "gpu"}}  # units -> options of `stratify`
+LISTS: dict[str, dict[str, Any]] = {  # units -> options of `common.converted`
+    "default": {},
+    "gpu": {"units": "gpu"},
+    "whole heads": {"units": "gpu", "whole_heads": True},
+}
 TWELFTHS = (10, 9, 8, 7, 6, 5, 4)
 Row = dict[str, Any]
 Specs = Mapping[int, stratavit.Spec]
@@ -55,14 +61,14 @@ def main() -> None:
 def accuracies(
     nets: Mapping[str, stratavit.SuperNet], specs: Mapping[str, Specs], batches: Batches, device: str
 ) -> list[Row]:
-    """Top-1 of every list at every share, and how much the GPU's units differ on the same images."""
+    """Top-1 of every list at every share, and how much units differ from the default on the same images."""
     batches = [(images.to(device), labels.to(device)) for images, labels in batches]
     rows = []
     for twelfths in TWELFTHS:
         right = {units: 100 * correct(net, specs[units][twelfths], batches) for units, net in nets.items()}
-        apart = right["gpu"] - right["default"]
-        error = float(apart.std()) / len(apart) ** 0.5
         for units, net in nets.items():
+            apart = right[units] - right["default"]
+            error = float(apart.std()) / len(apart) ** 0.5
             row = described(net, units, twelfths, specs[units][twelfths])
             row["top-1"] = round(float(right[units].mean()), 2)
             row["difference"] = "" if units == "default" else f"{float(apart.mean()):+.2f} +- {error:.2f}"
@@ -96,7 +102,7 @@ def described(net: stratavit.SuperNet, units: str, twelfths: int, spec: stratavi
         "units": units,
         "MACs asked": f"{twelfths}/12",
         "MACs share": round(net.macs(spec) / net.macs(), 4),
-        "head widths": listed(width for name, width in spec.items() if name.endswith(".attn")),
+        "head widths or heads": listed(width for name, width in spec.items() if name.endswith(".attn")),
         "hidden widths": listed(width for name, width in spec.items() if name.endswith(".mlp")),
     }
 
