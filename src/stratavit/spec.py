@@ -18,6 +18,8 @@ TOKENS = ".tokens"  # end of the names of places where blocks merge tokens
 class Spec(Mapping[str, int]):
     """Site name -> kept width: head_dim of an attention module, hidden_features of an MLP, patch tokens of a block.
 
+    Where attention loses whole heads (`SuperNet`), its width is a number of heads.
+
     Sites that are not named stay at full width. A `Spec` is immutable and hashable; a plain dict is accepted wherever
     a `Spec` is. Whether names and widths fit a model is checked where they meet one (`SuperNet.resolve`).
 
