@@ -201,6 +201,7 @@ def counts(rows: list[dict[str, Any]], versions: list[str]) -> list[dict[str, An
     for module, found in groups.items():
         converts = {version: [row for row in found if row["version"] == version] for version in versions}
         reasons = {row["reason"].partition(": ")[2] for row in converts["now"] if not row["converts"]}
+        reasons = {reason.partition(": expected a timm model")[0] for reason in reasons}
         table.append(
             {"module": module, "names": len(converts["now"])}
             | {f"convert, {version}": sum(row["converts"] for row in found) for version, found in converts.items()}

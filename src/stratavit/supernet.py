@@ -15,6 +15,7 @@ from typing_extensions import Self, Unpack
 from stratavit.artifacts import folder_format, super_network
 from stratavit.budgets.amounts import Budget
 from stratavit.budgets.constraints import BudgetArgs, find_spec, find_sub_network
+from stratavit.budgets.merging_places import measured_number
 from stratavit.budgets.prices import priced
 from stratavit.calibration.contraction import TOKEN_WEIGHT, Method, known_method, resolve_method, sort_channels
 from stratavit.calibration.dense_outputs import DenseOutputs, outputs_of
@@ -247,6 +248,7 @@ class SuperNet(nn.Module):
         ignore: Sequence[str] | None = None,
         min_width: floors.MinWidth | None = None,
         units: Units | None = None,
+        merging_places: int | None = None,
     ) -> Self:
         """Makes the one-shot dropout list, down to the smallest size, in place; no training.
 
@@ -264,6 +266,8 @@ class SuperNet(nn.Module):
             min_width: Least width of a site, or by pattern: channels (int) or a share. Both None: as set before.
             units: ``default`` (see `set_units`); ``gpu``: head widths in multiples of 32, hidden ones of 64 or 128.
                 None: as set before, but ``gpu`` for default units if latency is the price and weights are on a GPU.
+            merging_places: Number of blocks that merge tokens. None: five of twelve, in proportion; if latency is the
+                price, as many of these as measured time allows (`budgets.merging_places`).
 
         Returns:
             self.
@@ -274,7 +278,10 @@ class SuperNet(nn.Module):
         method = self.method if method is None else known_method(method)
         sizes = build.units_for(self.units, units, price, model_device(self.model))
         own = floors.with_floors(replace(self.cost, sites=with_units(self.sites, sizes)), ignore, min_width)
-        tokens = joint.token_search(axes, method, self.model, own.places)
+        tokens = joint.token_search(axes, method, self.model, own.places, merging_places)
+        if tokens is not None and tokens.places is None and price == "latency":
+            number = measured_number(self.model, own, setting or Setting(), self.data_config["input_size"])
+            tokens = replace(tokens, places=number)
         cost = priced(own, self.elastic, price, setting)
         options: Any = {"objective": objective, "measure": measure, "plan": plan, "seed": seed, "tokens": tokens}
         options |= {"known": outputs_of(self.model, self._dense_outputs), "seen": self._seen}

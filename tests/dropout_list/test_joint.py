@@ -153,9 +153,28 @@ def test_a_move_must_be_better_on_the_larger_set_too(net):
 
 def test_places_are_spread_over_the_depth():
     blocks = lambda depth: [place_of(f"blocks.{n}", 64, 1) for n in range(depth)]  # noqa: E731
-    assert [place.block for place in chosen_places(blocks(12), 5)] == [f"blocks.{n}" for n in (1, 3, 5, 7, 9)]
-    assert len(chosen_places(blocks(24), 5)) == 10
-    assert len(chosen_places(blocks(2), 5)) == 1
+    for depth in (11, 12):  # with the last block or without it
+        assert [place.block for place in chosen_places(blocks(depth))] == [f"blocks.{n}" for n in (1, 3, 5, 7, 9)]
+    assert len(chosen_places(blocks(24))) == 10
+    assert len(chosen_places(blocks(2))) == 1
+    assert chosen_places([]) == []
+    for number in range(1, 13):
+        found = [int(place.block.split(".")[1]) for place in chosen_places(blocks(12), number)]
+        assert len({*found}) == number
+        assert {b - a for a, b in pairwise(found)} <= {11 // number, 11 // number + 1}
+
+
+def test_the_number_of_places_may_be_said(net):
+    made = copy.deepcopy(make_net("plain")).stratify(
+        make_batches(), plan=PLAN, axes=("width", "tokens"), merging_places=1
+    )
+    assert made.provenance["stratify"]["both_axes"]["tokens"]["places"] == 1
+    assert made.joint_strata.entries == net.joint_strata.entries
+    for wrong in (0, 2, -1, 1.0, True, "1"):
+        with pytest.raises(StrataViTError, match="merging_places"):
+            make_net("plain").stratify(make_batches(), plan=PLAN, axes=("width", "tokens"), merging_places=wrong)
+    with pytest.raises(StrataViTError, match="merging_places"):
+        make_net("plain").stratify(make_batches(), plan=PLAN, merging_places=1)
 
 
 def test_the_search_finds_the_best_counts(net):

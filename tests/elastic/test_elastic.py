@@ -18,8 +18,10 @@ from helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.layers import Mlp
 
 from stratavit import SuperNet
+from stratavit.elastic.mlp import ElasticMlp
 
 IMAGES = make_images(2, seed=9)
 MASKED = ["mean", "paper"]  # what switching channels off in the stock model can show
@@ -138,3 +140,8 @@ def test_an_uncalibrated_network_has_the_stock_state_dict_and_keeps_the_plain_bi
         bias, expected = module.out_bias_at(0), out_layers(source)[name].bias
         assert (bias is None) == (expected is None)
         assert bias is None or torch.equal(bias, expected)
+
+
+def test_an_mlp_that_widens_tokens_is_left_whole():
+    assert ElasticMlp.refusal(Mlp(8, 16, 8)) is None
+    assert ElasticMlp.refusal(Mlp(8, 16, 12))[0] == "fc2"

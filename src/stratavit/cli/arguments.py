@@ -63,6 +63,8 @@ def convert_options(command: ArgumentParser) -> None:
     add("--units", choices=get_args(Units), help=text)
     text = "both: make a second list that merges similar tokens, too (default: %(default)s)"
     add("--axes", choices=("width", "both"), default="width", help=text)
+    text = "blocks that merge tokens (default: five of twelve; with --price latency as many as measured time allows)"
+    add("--merging-places", type=positive, metavar="N", help=text)
     options.add_floors(command)
     options.add_latency_batch(command)
     add("--threads", type=positive, default=0, help="CPU threads for timings (default: torch's setting)")

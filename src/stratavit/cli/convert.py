@@ -24,6 +24,7 @@ def convert(args: Namespace) -> Outcome:
         objective=args.objective,
         memory=args.memory,
         axes=args.axes,
+        merging_places=args.merging_places,
         price=args.price,
         units=args.units,
         ignore=args.ignore,

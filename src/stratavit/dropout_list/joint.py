@@ -46,27 +46,29 @@ class TokenSearch:
         shares: Of the dense model's MACs, largest first: sizes at which tokens are weighed against width.
         images: Of each measurement.
         confirming: Images on which a move must be better, too, before it is made.
-        places: Number of blocks that merge tokens, of a model of twelve blocks; others in proportion.
+        places: Number of blocks that merge tokens; None: see `default_number`.
         cheapness: Power of the price of a channel that its keep ratio follows: 0 is the width list as it is.
     """
 
     shares: tuple[float, ...] = (5 / 6, 2 / 3, 1 / 2, 1 / 3, 1 / 4)
     images: int = 60
     confirming: int = 300
-    places: int = 5
+    places: int | None = None
     cheapness: float = 0.4
 
 
 def token_search(
-    axes: Sequence[str], method: str, model: nn.Module, places: Sequence[TokenPlace]
+    axes: Sequence[str], method: str, model: nn.Module, places: Sequence[TokenPlace], number: int | None = None
 ) -> TokenSearch | None:
-    """How the list over the named axes is measured; None for widths alone.
+    """How the list over the named axes is measured, with so many places that merge; None for widths alone.
 
     Raises:
-        StrataViTError: Unknown axes, or a model or method that cannot merge tokens.
+        StrataViTError: Unknown axes, a model or method that cannot merge tokens, or a number that cannot be.
     """
     named = sorted(map(str, axes)) if isinstance(axes, list | tuple) else None
     if named == ["width"]:
+        if number is not None:
+            raise StrataViTError("merging_places: no list merges tokens; add 'tokens' to axes, or leave it out")
         return None
     if named != ["tokens", "width"]:
         raise StrataViTError(f"axes: expected ('width',) or ('width', 'tokens'), got {described(axes)}")
@@ -78,14 +80,22 @@ def token_search(
         raise StrataViTError(f"axes: this model cannot merge tokens: {why}; leave 'tokens' out")
     if all(place.floor for place in places):
         raise StrataViTError("axes: every place that merges tokens is ignored; leave 'tokens' out, or ignore fewer")
-    return TokenSearch()
+    free = sum(not (place.floor or place.unread) for place in places)
+    if number is not None and (type(number) is not int or not 1 <= number <= free):
+        raise StrataViTError(f"merging_places: expected a number of blocks from 1 to {free}, got {described(number)}")
+    return TokenSearch(places=number)
 
 
-def chosen_places(places: Sequence[TokenPlace], count: int) -> list[TokenPlace]:
-    """Blocks spread over the depth, the second one first: measured, few places are better than every block."""
-    number = max(1, round(count * len(places) / 12))
-    stride = max(1, len(places) // number)
-    return list(places[1 if len(places) > 1 else 0 :: stride][:number])
+def default_number(places: Sequence[TokenPlace]) -> int:
+    """Five of twelve places, others in proportion: measured, few are better than every block."""
+    return max(1, round(5 * len(places) / 12))
+
+
+def chosen_places(places: Sequence[TokenPlace], number: int | None = None) -> list[TokenPlace]:
+    """So many blocks spread over the depth, the second one first if not all are taken."""
+    number = min(len(places), default_number(places) if number is None else number)
+    first = int(number < len(places))
+    return [places[first + index * (len(places) - first) // number] for index in range(number)]
 
 
 class Search:

@@ -37,6 +37,9 @@ class ElasticMlp(ElasticSite):
         for part, layer in stock.named_children():
             if part.startswith("fc") and not isinstance(layer, nn.Linear):
                 return part, f"expected a Linear layer, found {type(layer).__name__}"
+        first = next(layer for layer in stock.children() if isinstance(layer, nn.Linear))
+        if first.in_features != stock.fc2.out_features:
+            return "fc2", "where a stage ends, the MLP widens tokens, and stays uncut"
         return None
 
     @property

@@ -54,6 +54,7 @@ class Options:
     objective: Objective = "auto"
     memory: SumsPlace = "auto"
     axes: ListAxes = "width"
+    merging_places: int | None = None
     units: Units | None = None
     price: Price = "macs"
     ignore: Sequence[str] | None = None
@@ -126,6 +127,7 @@ def convert(
     objective: Objective = "auto",
     memory: SumsPlace = "auto",
     axes: ListAxes = "width",
+    merging_places: int | None = None,
     price: Price = "macs",
     units: Units | None = None,
     ignore: Sequence[str] | None = None,
@@ -158,7 +160,7 @@ def convert(
             prepared tensors as `SuperNet.contract` reads, whose images are held in memory.
         method, criterion, objective, seed, memory: See `SuperNet.contract`.
         axes: ``both`` makes a second list that merges similar tokens, too.
-        price, units, ignore, min_width, setting: See `SuperNet.stratify`.
+        merging_places, price, units, ignore, min_width, setting: See `SuperNet.stratify`.
         limit: At most this many images, evenly spread; of a loader the first.
         class_map: Text file with one class folder name per line in the order of the head.
         weights, num_classes: See `dense_model`; for a name.
@@ -180,6 +182,7 @@ def convert(
         objective=objective,
         memory=memory,
         axes=axes,
+        merging_places=merging_places,
         price=price,
         units=units,
         ignore=ignore,
@@ -250,7 +253,8 @@ def converted(model: nn.Module | str | Path, images: Images, options: Options, n
     asked: Any = {"axes": ("width", "tokens") if options.axes == "both" else ("width",)}
     kept: Any = {"ignore": options.ignore, "min_width": options.min_width}
     places = with_floors(net.cost, **kept).places
-    tokens = token_search(asked["axes"], method, net.model, places)  # refused before any work
+    asked["merging_places"] = options.merging_places
+    tokens = token_search(asked["axes"], method, net.model, places, options.merging_places)  # refused before any work
     loader, reader = _loader(net, images, options)
     check = _looked_at(net, images, reader, labelled=loader is reader)
     asked |= kept | {key: getattr(options, key) for key in ("objective", "seed", "price", "setting", "units")}
