@@ -57,12 +57,14 @@ def main() -> None:
     arguments.add_argument("--calibration-batch", type=int, default=CALIBRATION, help="8 for a DINOv2-g on 24 GB")
     arguments.add_argument("--batch-size", type=int, default=BATCH, help="of training and latency")
     arguments.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the same")
-    arguments.add_argument("--runtimes", nargs="+", default=["eager", "compiled"])
+    arguments.add_argument("--runtimes", nargs="+", help="of latency (default: all of torch that are there)")
     arguments.add_argument("--repeat", type=int, default=3)
     arguments.add_argument("--quick", action="store_true", help="a toy in place of every model")
     args = arguments.parse_args()
     if args.quick:
         args.images, args.batch_size, args.repeat, args.runtimes = 16, 8, 1, ["eager"]
+    recorded = ["cudagraphs"] if torch.device(args.device).type == "cuda" else []
+    args.runtimes = args.runtimes or ["eager", "compiled", *recorded]
     torch.manual_seed(0)
     for part in args.parts:
         rows = [row for name in chosen(PARTS[part][0], args) for row in safe(PARTS[part][1], name, args)]
@@ -196,10 +198,11 @@ def latency_rows(name: str, args: argparse.Namespace) -> Iterator[Row]:
         models = {"dense": net.extract(spec={}, verbose=False)}
         for n in TWELFTHS:
             models[f"{n}/12"] = net.extract(spec=even(net, n / 12), verbose=False)
-        for one in bench(models, net.data_config["input_size"], settings):
-            if one.model != "dense":
-                what = f"latency, {one.model} of the MACs, units {units}, {one.runtime}"
-                yield row(what, name, one.median_ms / 1000, one.speedup / one.ideal)
+        for setting in settings:  # each by itself: rows stay if the next one cannot be run
+            for one in bench(models, net.data_config["input_size"], [setting]):
+                if one.model != "dense":
+                    what = f"latency, {one.model} of the MACs, units {units}, {one.runtime}"
+                    yield row(what, name, one.median_ms / 1000, one.speedup / one.ideal)
 
 
 def conversion_rows(name: str, args: argparse.Namespace) -> Iterator[Row]:

@@ -1,7 +1,7 @@
 """What a training step of PIAD costs: time against MACs along a dropout list, DeiT-Tiny at 224 pixels.
 
     python benchmarks/piad_cost.py [--batch 64] [--repeat 5]
-    python benchmarks/piad_cost.py --device cuda --dtype bf16 --batch 256 --compile-sizes 8
+    python benchmarks/piad_cost.py --device cuda --dtype bf16 --batch 256 --compile-sizes 8 --cuda-graphs
     python benchmarks/piad_cost.py --loader --device cuda --workers 16 [--images 2048]
 
 Forward + backward of a prefix against the full network's next to it, both in training mode with means for what is cut
@@ -56,6 +56,7 @@ def main() -> None:
     arguments.add_argument("--device", default="cpu")
     arguments.add_argument("--dtype", choices=("float32", "bf16"), default="float32", help="bf16: mixed precision")
     arguments.add_argument("--compile-sizes", type=int, default=0, help="add rows of so many compiled sizes")
+    arguments.add_argument("--cuda-graphs", action="store_true", help="the same once more, recorded as CUDA graphs")
     arguments.add_argument("--loader", action="store_true", help="images per second with both kinds of augmentation")
     arguments.add_argument("--workers", type=int, default=4)
     arguments.add_argument("--images", type=int, default=2048, help="of --loader")
@@ -83,6 +84,8 @@ def measure(net: SuperNet, batch: tuple[Tensor, Tensor], args: argparse.Namespac
     rows += step_rows(net, batch, args.repeat)
     if args.compile_sizes:
         rows += compiled_rows(net, batch, args.compile_sizes, args.repeat)
+        if args.cuda_graphs:
+            rows += compiled_rows(net, batch, args.compile_sizes, args.repeat, "reduce-overhead")
     note = (
         f"{args.model}, {args.size} pixels, {hardware(batch[0].device)}, {args.dtype}. "
         f"Batches of {args.batch}; medians of {args.repeat} pairs, each run next to its dense partner; `time` is the "
@@ -224,13 +227,15 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def compiled_rows(net: SuperNet, batch: tuple[Tensor, Tensor], count: int, repeat: int) -> list[dict[str, Any]]:
+def compiled_rows(
+    net: SuperNet, batch: tuple[Tensor, Tensor], count: int, repeat: int, mode: str | None = None
+) -> list[dict[str, Any]]:
     """Forward + backward of the sizes that a recipe with `compile_sizes` runs, against the compiled dense network."""
     assert net.strata is not None
     prefixes = prefixes_of(net.strata, net.cost, whole_groups=False)
     dropped = float(prefixes[0].macs - prefixes[-1].macs)
     specs = list(dict.fromkeys(one.spec for one in rounded(prefixes, count, dropped, complete=True)))
-    compiled = CompiledSizes(net)
+    compiled, how = CompiledSizes(net, mode), "compiled" if mode is None else f"compiled ({mode})"
     for spec in specs:
         for _ in range(3):  # compiles, and warms up
             passes(compiled, batch, spec)
@@ -242,10 +247,10 @@ def compiled_rows(net: SuperNet, batch: tuple[Tensor, Tensor], count: int, repea
             pairs.append(pair(lambda which: passes(compiled, batch, which), specs[0], spec, turn))
     dense = statistics.median(dense for dense, _ in found[0])
     return [
-        row("dense, compiled, over eager", 1.0, 1.0, dense, dense / statistics.median(eager)),
+        row(f"dense, {how}, over eager", 1.0, 1.0, dense, dense / statistics.median(eager)),
         *(
             row(
-                "compiled, over dense compiled",
+                f"{how}, over dense {how}",
                 *shares(net, s),
                 statistics.median(p for _, p in pairs),
                 median_ratio(pairs),

@@ -25,5 +25,5 @@ Objective = Literal["auto", "label", "cross_entropy", "prediction", "sampled", "
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 Precision = Literal["float32", "float16", "bfloat16"]
 Units = Literal["default", "gpu"]  # that a dropout list cuts in, see `elastic.site.with_units`
-Runtime = Literal["eager", "compiled", "onnx"]
+Runtime = Literal["eager", "compiled", "cudagraphs", "onnx"]
 SumsPlace = Literal["auto", "device", "host"]  # where sums of covariances are kept while images run

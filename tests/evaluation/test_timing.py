@@ -11,7 +11,7 @@ import torch
 from helpers import make_model
 from torch import nn
 
-from stratavit import Setting, StrataViTError, Timing, time_model
+from stratavit import Setting, StrataViTError, Timing, bench, time_model
 from stratavit.evaluation import latency, turns
 from stratavit.evaluation.turns import Ratio
 
@@ -80,7 +80,7 @@ def test_another_type_leaves_the_model_alone():
     [
         ({"batch_size": 0}, "batch_size: .*1, got 0"),
         ({"threads": -1}, "threads: .*0, got -1"),
-        ({"runtime": "tensorrt"}, "runtime: .*eager, compiled, onnx, got 'tensorrt'"),
+        ({"runtime": "tensorrt"}, "runtime: .*eager, compiled, cudagraphs, onnx, got 'tensorrt'"),
         ({"dtype": "int8"}, "dtype: .*float32, float16, bfloat16, got 'int8'"),
         ({"runtime": "onnx", "dtype": "float16"}, "dtype: .*float32 only"),
         ({"seconds": 0.0}, r"seconds: .*got 0\.0"),
@@ -137,3 +137,23 @@ def test_models_take_turns_until_their_ratio_is_known(monkeypatch, shaky, rounds
 def test_a_busy_machine_is_noticed():
     assert turns.noise_note(turns.unrest([[1.0] * 9 + [1.01]])) == ""
     assert "busy" in turns.noise_note(turns.unrest([[1.0, 1.0, 1.8, 2.0]]))
+
+
+def test_cuda_graphs_are_recorded_on_cuda_and_refused_elsewhere(monkeypatch):
+    """torch itself would quietly compile without them."""
+    model, setting = make_model("plain"), Setting(runtime="cudagraphs")
+    refused = "cudagraphs needs the model on a CUDA device, it is on cpu"
+    with pytest.raises(StrataViTError, match=refused):
+        time_model(model, SIZE, setting)
+    timed = []
+    monkeypatch.setattr(latency, "runner", lambda *args: timed.append(args))
+    with pytest.raises(StrataViTError, match=refused):  # before anything else is timed
+        bench({"one": model}, SIZE, [Setting(), setting])
+    assert timed == []
+    monkeypatch.undo()
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: asked.append(options) or model)
+    monkeypatch.setattr(Setting, "check_device", lambda setting, model: None)
+    for runtime in ("compiled", "cudagraphs"):
+        latency.runner(model, SIZE, Setting(runtime=runtime))
+    assert [one["mode"] for one in asked] == [None, "reduce-overhead"]

@@ -59,6 +59,15 @@ def test_a_compiled_pass_learns_as_an_eager_one(followed, compensation, shares):
     assert len(compiled.graphs) == len(specs)
 
 
+def test_a_mode_is_that_of_torch_compile(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda body, **options: asked.append(options["mode"]) or body)
+    net = fresh(stratified=True)
+    for mode in (None, "reduce-overhead"):
+        CompiledSizes(net, mode)(make_batches()[0][0], net.spec(macs=0.5))
+    assert asked == [None, "reduce-overhead"]
+
+
 def test_a_compiled_run_stopped_and_resumed(tmp_path):
     """Means and moments are measured again several times; the graphs of two sizes see the new ones."""
 

@@ -207,7 +207,7 @@ def bench_options(command: ArgumentParser) -> None:
     text = "for a super-network: shares of the dense MACs (default: 10/12 to 4/12)"
     add("--shares", type=options.shares, default=ladder, metavar="LIST", help=text)
     add("--batches", type=_counts, default=(1, 64), metavar="LIST", help="batch sizes (default: 1,64)")
-    text = "any of eager, compiled, onnx (default: eager, and onnx if installed)"
+    text = "any of eager, compiled, cudagraphs, onnx (default: eager, and onnx if installed)"
     add("--runtimes", type=lambda text: text.split(","), metavar="LIST", help=text)
     text = "minimum seconds per model and setting (default: %(default)s)"
     add("--seconds", type=float, default=2.0, help=text)

@@ -330,9 +330,9 @@ class ElasticSite(nn.Module):
         `solved`: of `systems` at these widths, if that was done already.
         """
         found = []
-        pairs = ((system, solve(system)) for system in self.systems(widths)) if solved is None else solved
         with torch.autocast(self.out.weight.device.type, enabled=False):
-            weight, mean = self._map_and_mean()
+            weight, mean = self.out_by_coordinate().float(), self.channel_mean.T.flatten().float()  # [C, d*H], [d*H]
+            pairs = ((one, solve(one)) for one in self.systems(widths, weight)) if solved is None else solved
             for width, (system, kept) in zip(widths, pairs, strict=True):
                 assert self.moments is not None
                 kept, shift = completed(weight, mean, self.moments, system, kept, self.gain)
@@ -343,20 +343,19 @@ class ElasticSite(nn.Module):
                 found.append((weights, bias))
         return found
 
-    def systems(self, widths: Sequence[int]) -> list[System]:
-        """What is to be solved for `compensated_outs`; all widths share a product."""
+    def systems(self, widths: Sequence[int], weight: Tensor | None = None) -> list[System]:
+        """What is to be solved for `compensated_outs`; all widths share a product.
+
+        `weight`: of `out` by coordinate in float32, where that is there already.
+        """
         assert self.moments is not None
         out = self.out.weight
         if self.moments.factor.device != out.device:  # pragma: no cover: needs a second device
             self.moments = self.moments.to(out.device)
         with torch.autocast(out.device.type, enabled=False):
-            weight, _ = self._map_and_mean()
+            weight = self.out_by_coordinate().float() if weight is None else weight
             projected = self._project(weight, self.moments.factor, max(widths) * self.heads)
             return [system_of(weight, self.moments, width * self.heads, projected) for width in widths]
-
-    def _map_and_mean(self) -> tuple[Tensor, Tensor]:
-        """Weight of `out` and mean of what it reads, coordinate-major in float32, ``[C, d*H]`` and ``[d*H]``."""
-        return self.out_by_coordinate().float(), self.channel_mean.T.flatten().float()
 
     def _project(self, weight: Tensor, factor: Tensor, keep: int) -> Tensor:
         """`project` of the weight of `out` by coordinate, ``[C, d*H]``; kept where it can be."""

@@ -70,6 +70,9 @@ def bench(models: Mapping[str, nn.Module], image_size: Sequence[int], settings: 
         raise StrataViTError("bench: give at least one model and one setting")
     if any(is_super_network(model) for model in models.values()):
         raise StrataViTError("bench: a super-network has many sizes; extract those to time")
+    for setting in settings:
+        for model in models.values():
+            setting.check_device(model)
     size = (image_size[0], image_size[1], image_size[2])
     macs = {name: [linear_macs(model, size, attention=x) for x in (False, True)] for name, model in models.items()}
     rows: list[Row] = []

@@ -22,6 +22,7 @@ from stratavit.errors import StrataViTError
 from stratavit.utils.model import eval_mode, model_device, model_dtype
 
 AT_LEAST_RUNS = 5
+WARM_UP = 2  # passes: the first compiles, the second records a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Setting:
 
     Attributes:
         batch_size: Images per pass.
-        runtime: ``eager``; ``compiled`` by `torch.compile`; ``onnx``, by ONNX Runtime on the CPU, in float32.
+        runtime: ``eager``; ``compiled`` by `torch.compile`; ``cudagraphs``, compiled and recorded as CUDA
+            graphs, on CUDA only; ``onnx``, by ONNX Runtime on the CPU, in float32.
         dtype: Of weights and images; None is the model's own.
         threads: CPU threads; 0 is what torch is set to.
         seconds: Shortest time that is spent on one measurement, after warming up.
@@ -54,6 +56,12 @@ class Setting:
             raise StrataViTError(f"dtype: ONNX Runtime is timed in float32 only, got {self.dtype!r}")
         if not isinstance(self.seconds, float | int) or not 0 < self.seconds < float("inf"):
             raise StrataViTError(f"seconds: expected a number above 0, got {self.seconds!r}")
+
+    def check_device(self, model: nn.Module) -> None:
+        """A `StrataViTError` if a model is not where this runtime can record it: torch would run something else."""
+        device = model_device(model).type
+        if self.runtime == "cudagraphs" and device != "cuda":
+            raise StrataViTError(f"runtime: cudagraphs needs the model on a CUDA device, it is on {device}")
 
     def dtype_of(self, model: nn.Module) -> torch.dtype:
         """The type that a model is run in."""
@@ -143,6 +151,7 @@ def runner(model: nn.Module, image_size: Sequence[int], setting: Setting, sessio
     from stratavit.interop.onnx_file import INPUT, without_their_warnings
 
     images = noise(setting.batch_size, image_size)
+    setting.check_device(model)
     dtype, timed = setting.dtype_of(model), model
     try:
         with without_their_warnings():
@@ -151,17 +160,23 @@ def runner(model: nn.Module, image_size: Sequence[int], setting: Setting, sessio
                 run = partial(session.run, None, {INPUT: images.numpy()})
             else:
                 timed = model if dtype is model_dtype(model) else copy.deepcopy(model).to(dtype)
-                called = torch.compile(timed, dynamic=False) if setting.runtime == "compiled" else timed
-                run = partial(called, images.to(model_device(model), dtype))
+                run = partial(_called(timed, setting.runtime), images.to(model_device(model), dtype))
             with eval_mode(timed), torch.inference_mode():
-                run()
-                run()
+                for _ in range(WARM_UP):
+                    run()
     except StrataViTError:
         raise
     except Exception as error:  # what an exporter, a compiler or a missing kernel raises is of any kind
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise StrataViTError(f"the model cannot be run {setting.runtime} in {dtype} here: {reason}") from error
     return TimedCall(run, timed)
+
+
+def _called(model: nn.Module, runtime: Runtime) -> Callable[[torch.Tensor], Any]:
+    """The model as a runtime of torch calls it."""
+    if runtime == "eager":
+        return model
+    return torch.compile(model, dynamic=False, mode="reduce-overhead" if runtime == "cudagraphs" else None)
 
 
 def pass_times(one: TimedCall, setting: Setting, at_least: int) -> list[float]:

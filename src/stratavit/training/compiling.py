@@ -21,14 +21,15 @@ class CompiledSizes(nn.Module):
 
     Args:
         network: A `SuperNet`, `finetune.Plain`, or either made to return a trace (`tracing.Followed`).
+        mode: Of `torch.compile`; ``reduce-overhead`` records CUDA graphs.
 
     Attributes:
         graphs: Spec -> compiled pass.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, mode: str | None = None) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.mode = network, mode
         self.graphs: dict[Spec, Callable[..., Any]] = {}
 
     def forward(self, images: Tensor, spec: Mapping[str, int]) -> Any:
@@ -42,7 +43,7 @@ class CompiledSizes(nn.Module):
         key = Spec(spec)
         if key not in self.graphs:
             body = _own(_traced if followed else _run, f"size_{len(self.graphs)}")
-            self.graphs[key] = torch.compile(body, backend=BACKEND, dynamic=False)
+            self.graphs[key] = torch.compile(body, backend=BACKEND, dynamic=False, mode=self.mode)
         try:
             with net.at(spec) as model:
                 return self.graphs[key](model, images)
