@@ -13,11 +13,19 @@ from stratavit.errors import ArtifactError, StrataViTError, one_line, shown
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HEADS = ("head.", "head_dist.", "heads.", "classifier.", "fc.")
 SAME = "is this checkpoint of the same architecture?"
+ALIGNMENT = 64  # bytes, of every tensor that torch allocates
 Shape = tuple[int, ...]
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
     """Loads a state dict strictly.
+
+    Args:
+        model: Is changed.
+        tensors: Its state dict.
+        source: What error messages call it.
+        assign: The model gets these tensors, else copies. Tensors of a file start wherever the one before them ends,
+            and kernels round differently there: only what starts as torch's own tensors do is not copied.
 
     Raises:
         ArtifactError: A tensor is missing, unknown, of the wrong shape or type, or not finite; the first one is named.
@@ -32,8 +40,14 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str, a
             )
         if not tensor.isfinite().all():
             raise ArtifactError(f"{source}: {name} holds NaN or infinite values; give a sound checkpoint")
-    model.load_state_dict(dict(tensors), strict=True, assign=assign)
+    loaded = {name: aligned(tensor) for name, tensor in tensors.items()} if assign else dict(tensors)
+    model.load_state_dict(loaded, strict=True, assign=assign)
     model.requires_grad_(True)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, copied unless it starts at an address as torch allocates them."""
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
 def check_dense(name: str, tensor: Tensor, source: str) -> None:
