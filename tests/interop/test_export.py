@@ -7,14 +7,17 @@ from functools import partial
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from helpers import CLASSES, make_images, make_net
 from image_folders import write_images
+from torch.overrides import TorchFunctionMode
 
 import stratavit
 from stratavit import ArtifactError, StrataViTError
 from stratavit.cli.parser import main
 from stratavit.interop.export import FLOOR, SUFFIXES, TOLERANCE, _difference
 from stratavit.interop.exported_model import exported_model
+from stratavit.interop.onnx_file import FourAxes
 
 SPEC = {"blocks.0.attn": 8, "blocks.0.mlp": 0, "blocks.1.attn": 0, "blocks.1.mlp": 20}
 
@@ -185,3 +188,31 @@ def test_shapes_of_a_published_model(tmp_path):
     spec = {site.name: site.steps[len(site.steps) // 2] for site in net.sites} | {"blocks.1.attn": 0}
     parity = stratavit.export(net.extract(spec=spec), tmp_path / "m.pt2", "torch")
     assert parity.difference < 1e-4
+
+
+class Axes(TorchFunctionMode):
+    """Notes how many axes the queries of attention have."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            self.seen.append(args[0].ndim)
+        return func(*args, **(kwargs or {}))
+
+
+def test_attention_of_more_axes_is_the_same_on_four():
+    """What the files of Twins and Hiera hold, whose attention has an axis of windows."""
+    q, k, v = torch.randn(3, 2, 3, 2, 5, 4).unbind()  # [B, windows, H, N, a]
+    seen = torch.rand(2, 3, 2, 5, 5) < 0.5
+    for mask in (None, torch.randn(5, 5), torch.randn(3, 1, 5, 5), seen | torch.eye(5, dtype=torch.bool)):
+        expected = F.scaled_dot_product_attention(q, k, v, mask, scale=0.3)
+        with Axes() as axes, FourAxes():
+            found = F.scaled_dot_product_attention(q, k, v, mask, scale=0.3)
+        assert torch.allclose(found, expected, atol=1e-6)
+        assert axes.seen == [4]
+    with Axes() as axes:
+        F.scaled_dot_product_attention(q, k, v)
+    assert axes.seen == [5]

@@ -23,6 +23,7 @@ from stratavit.utils.model import classes_of
 LABELS = torch.arange(12) % 7
 BATCHES = [(make_images(12)[:7], LABELS[:7]), (make_images(12)[7:], LABELS[7:])]
 IMAGES = make_images(3, seed=9)
+GROUPED = ("twins_svt_small", "hiera_tiny_224")  # timm's attention has an axis of windows, also where it is not cut
 every_model = pytest.mark.parametrize("name", architectures.ALL)
 every_kind = pytest.mark.parametrize("name", architectures.KINDS)
 
@@ -144,11 +145,14 @@ def test_what_recovery_of_all_sizes_learns_is_a_part_of_every_size_but_the_full_
     assert torch.equal(output(SuperNet.load(tmp_path / "net", moments=False), spec), output(net, spec))
 
 
-@pytest.mark.parametrize("name", [*architectures.KINDS, *architectures.TRANSFORMERS[:1], architectures.TORCHVISION])
+@pytest.mark.parametrize(
+    "name", [*architectures.KINDS, *GROUPED, *architectures.TRANSFORMERS[:1], architectures.TORCHVISION]
+)
 def test_exported_to_onnx_matches(name, tmp_path):
     net = converted(name)
-    small = net.extract(spec=specs(net)[3])
-    assert stratavit.export(small, tmp_path / "small.onnx", images=IMAGES).difference < 1e-4
+    for number, spec in enumerate(specs(net)[0:4:3] if name in GROUPED else specs(net)[3:4]):
+        small = net.extract(spec=spec)
+        assert stratavit.export(small, tmp_path / f"{number}.onnx", images=IMAGES).difference < 1e-4
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "swin_tiny_patch4_window7_224"])
@@ -204,10 +208,10 @@ def test_other_types_go_through_files(name, dtype, tmp_path):
     small = net.extract(spec={net.sites[0].name: net.sites[0].width // 2})
     net.save(tmp_path / "net")
     stratavit.save(small, tmp_path / "small")
-    images, exact = IMAGES.to(dtype), dtype.itemsize == 2  # float64 sums depend on alignment
+    images = IMAGES.to(dtype)
     with torch.no_grad():
         for back, model in ((SuperNet.load(tmp_path / "net").eval(), net), (stratavit.load(tmp_path / "small"), small)):
-            assert relative_error(back(images), model(images)) <= (0 if exact else 1e-12)
+            assert torch.equal(back(images), model(images))
 
 
 OPTIONS = {

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from stratavit.data.class_names import class_names_of
 from stratavit.errors import StrataViTError
@@ -42,6 +44,30 @@ def quiet_log() -> Iterator[None]:
     finally:
         logging.disable(before)
         logging.root.handlers[:] = handlers  # `logging.warning` adds one
+
+
+class FourAxes(TorchFunctionMode):
+    """Within it, attention of more axes than batch, heads, tokens, width runs on four, which ONNX writers know.
+
+    Windows or groups of tokens (Twins, Hiera) become part of the batch. Modules and their flags stay as they are.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls a function of torch; of attention, with fewer axes."""
+        if func is F.scaled_dot_product_attention and args and args[0].ndim > 4:
+            return attend_on_four_axes(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def attend_on_four_axes(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any
+) -> Tensor:
+    """`scaled_dot_product_attention` of q, k and v ``[*front, H, N, a]``, each with the same axes in front."""
+    if attn_mask is not None and attn_mask.ndim > 2:
+        attn_mask = attn_mask.expand(*q.shape[:-1], k.shape[-2]).flatten(0, -4)
+    front = q.shape[:-3]
+    q, k, v = q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4)  # [front, H, N, a]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask, *rest, **more).unflatten(0, front)
 
 
 def metadata_of(model: nn.Module) -> dict[str, Any]:
@@ -79,7 +105,12 @@ def write_onnx(model: nn.Module, example: Tensor, path: Path, opset: int | None 
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise StrataViTError("export to ONNX needs more packages: pip install 'stratavit[export]'") from error
-    with without_their_warnings(), quiet_log(), redirect_stdout(io.StringIO()):  # some releases print what they did
+    with (
+        without_their_warnings(),
+        quiet_log(),
+        FourAxes(),
+        redirect_stdout(io.StringIO()),
+    ):  # some releases print what they did
         torch.onnx.export(
             model,
             (example,),
