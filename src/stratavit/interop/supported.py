@@ -53,6 +53,11 @@ EXAMPLES = {  # what it stands for -> a timm model of it
     "Hybrids (a ResNet as the stem)": "vit_small_r26_s32_224",
     "Parallel blocks": "vit_base_patch16_xp_224",
 }
+REAL = {  # what it stands for -> models whose published weights it was tested with
+    "ViT, AugReg, MAE": "ViT-Tiny (AugReg)",
+    "DeiT": "DeiT-Tiny",
+    "DINOv2, also with registers": "DINOv2 ViT-S/14",
+}
 
 
 class Support(NamedTuple):
@@ -110,7 +115,8 @@ def rows(pattern: str | None = None) -> list[dict[str, Any]]:
     """What each row stands for, and its support, as plain data.
 
     Args:
-        pattern: Names in timm, such as ``vit_*dinov3``; the examples, transformers and torchvision if None.
+        pattern: Names in timm, such as ``vit_*dinov3``; the examples, transformers and torchvision if None, with the
+            weights that they were tested with: published ones of some model, else small models of random weights.
 
     Raises:
         StrataViTError: Nothing matches.
@@ -130,13 +136,14 @@ def rows(pattern: str | None = None) -> list[dict[str, Any]]:
         for title, known in (("in place", in_place.IN_PLACE), ("in place, the part of", in_place.HOSTS)):
             for name, degrees in known.items():
                 found.append((f"{title} transformers {name}", Support(name, "transformers, in place", *degrees)))
-    return [{"models": title, **one._asdict()} for title, one in found]
+    weights = {} if pattern is not None else {title: REAL.get(title, "random") for title, _ in found}
+    return [{"models": title, **one._asdict(), "weights": weights.get(title, "")} for title, one in found]
 
 
 def markdown(table: list[dict[str, Any]]) -> str:
     """The table of docs/models.md."""
-    lines = ["| models | example | attention | MLP | why not more |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {row['models']} | `{row['name']}` | {row['attention']} | {row['mlp']} | {row['reason']} |" for row in table
-    ]
+    columns = ("models", "name", "attention", "mlp", "weights", "reason")
+    lines = ["| models | example | attention | MLP | tested with | why not more |", "|---|---|---|---|---|---|"]
+    for row in table:
+        lines.append("| " + " | ".join(f"`{row[key]}`" if key == "name" else row[key] for key in columns) + " |")
     return "\n".join(lines)

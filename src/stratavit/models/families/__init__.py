@@ -106,8 +106,10 @@ def family_of(model: nn.Module) -> Family:
         reason = "merge the adapters first: model.merge_and_unload()"
     elif origin.startswith("open_clip.") and hasattr(model, "visual"):
         reason = "pass its image tower, model.visual"
+    elif origin == "timm.models._features":  # what `features_only=True` makes
+        reason = 'it returns several maps: cut it where it is, stratavit.convert_part(model, "", loader)'
     elif inside:
-        reason = f"it holds a timm model: pass that, model.{inside[0]}"
+        reason = f"it holds a timm model: pass that, model.{inside[0]}, or cut it in place by convert_part"
     elif kind in classes:
         reason = f"{origin}.{kind} is not timm's class of that name; load the weights into timm's, or transformers'"
     else:
