@@ -59,7 +59,7 @@ def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            gain = name.endswith("gamma") or ("norm" in name and name.endswith("weight"))
+            gain = name.endswith("gamma") or (name.endswith("weight") and ("norm" in name or "ln_" in name))
             parameter.copy_(1 + 0.1 * noise if gain else 0.18 * noise)
     return model
 

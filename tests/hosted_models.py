@@ -176,6 +176,26 @@ class Segmenter(nn.Module):
         return self.head(torch.cat(self.backbone(images), dim=1))
 
 
+def open_clip_model(**vision: Any) -> nn.Module:
+    """Both towers of open_clip; by default its own `VisionTransformer` reads the images."""
+    import open_clip
+
+    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+    own = {"patch_size": 8, "width": 64, "head_width": 32, "layers": 3}
+    return open_clip.CLIP(embed_dim=24, vision_cfg={"image_size": 32, **(vision or own)}, text_cfg=text)
+
+
+def open_clip_trunk() -> nn.Module:
+    """The same with a model of timm as its image tower."""
+    timms = {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear"}
+    return open_clip_model(image_size=160, **timms)
+
+
+def captioned(count: int, side: int) -> dict[str, Tensor]:
+    """Images and words, as open_clip names them."""
+    return {"image": torch.randn(count, 3, side, side), "text": torch.randint(3, 60, (count, 8))}
+
+
 HOSTS = {
     "Depth Anything": Hosted(depth_anything, "backbone", pixels),
     "DPT": Hosted(dpt, "backbone", pixels),
@@ -190,6 +210,11 @@ HOSTS = {
     "Qwen2.5-VL": Hosted(qwen2_5_vl, "visual", packed),
     "Qwen3-VL": Hosted(qwen3_vl, "visual", packed),
     "timm": Hosted(Segmenter, "backbone", lambda count: {"images": torch.randn(count, 3, 32, 32)}),
+}
+
+OPEN_CLIP = {  # the first tower becomes timm's by `SuperNet`, the second is cut in place
+    "open_clip": Hosted(open_clip_model, "visual", lambda count: captioned(count, 32)),
+    "open_clip, timm": Hosted(open_clip_trunk, "visual", lambda count: captioned(count, 160)),
 }
 
 

@@ -3,10 +3,13 @@
 import pytest
 import torch
 from helpers import enliven, make_images, relative_error
+from hosted_models import OPEN_CLIP, batches_for, make
 from torch import nn
 
 import stratavit
 from stratavit import SuperNet, UnsupportedModelError
+from stratavit.dropout_list.walk import Walk
+from stratavit.hosts.converting import host_outputs, uncut_error
 from stratavit.models.freezing import frozen_names
 
 open_clip = pytest.importorskip("open_clip")
@@ -109,3 +112,37 @@ def test_frozen_weights_of_a_tower(make):
     assert 0 < len(frozen_names(net.model)) < len(list(net.model.parameters()))
     again = SuperNet(net.extract(spec={}, verbose=False))
     assert frozen_names(again.model) == frozen_names(net.model)
+
+
+def test_the_way_back_from_files(tmp_path):
+    """The small tower has a folder of its own; the `state_dict` of the full model holds its weights, too."""
+    host, batch = make(OPEN_CLIP["open_clip"]), batches_for(OPEN_CLIP["open_clip"])[0]
+    net = SuperNet(host.visual).contract([batch["image"]]).eval()
+    dense = host_outputs(host, batch)
+    host.visual = net.extract(spec={}, verbose=False)
+    assert relative_error(host_outputs(host, batch)[0], dense[0]) < 1e-5
+    host.visual = net.extract(spec={name: width // 2 for name, width in net.resolve(None).items()}, verbose=False)
+    expected = host_outputs(host, batch)
+    assert torch.equal(expected[1], dense[1]), "the text tower"
+    stratavit.save(host.visual, tmp_path / "tower")
+    torch.save(host.state_dict(), tmp_path / "host.pt")
+    fresh = OPEN_CLIP["open_clip"].make().eval()
+    fresh.visual = stratavit.load(tmp_path / "tower")
+    fresh.load_state_dict(torch.load(tmp_path / "host.pt"))
+    assert all(map(torch.equal, host_outputs(fresh, batch), expected))
+
+
+def test_a_tower_of_timm_is_also_cut_in_place():
+    """Calibrated by the forward pass of the full model, whose output follows the smaller tower."""
+    hosted = OPEN_CLIP["open_clip, timm"]
+    host, batches = make(hosted), batches_for(hosted, images=4)
+    net = stratavit.convert_part(host, "visual", batches, plan=Walk(states=((0.7, 1),), images=8))
+    dense = host_outputs(host, batches[0])
+    assert uncut_error(net, batches[0]) < 1e-5
+    net.place(macs=0.8, verbose=False)
+    expected = host_outputs(host, batches[0])
+    assert relative_error(expected[0], dense[0]) > 1e-4
+    assert torch.equal(expected[1], dense[1])
+    fresh = stratavit.resize_parts(hosted.make().eval(), stratavit.part_sizes(host))
+    fresh.load_state_dict(host.state_dict())
+    assert all(map(torch.equal, host_outputs(fresh, batches[0]), expected))
