@@ -110,6 +110,36 @@ def siglip2_vision() -> nn.Module:
     return hf.Siglip2VisionModel(siglip2().config.vision_config)
 
 
+def sam() -> nn.Module:
+    """Windows of 3 x 3 patches on a map of 4 x 4, which are padded; the second block sees the whole map."""
+    vision = {**VIT, "mlp_dim": 64, "output_channels": 16, "window_size": 3}
+    vision |= {"global_attn_indexes": [1], "num_pos_feats": 8}
+    prompts = {"hidden_size": 16, "image_size": 32, "patch_size": 8, "mask_input_channels": 4}
+    decoder = {"hidden_size": 16, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
+    return hf.SamModel(hf.SamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder))
+
+
+def sam2_vision() -> nn.Module:
+    """The image encoder of SAM 2: queries are pooled where a stage begins."""
+    backbone = hf.Sam2HieraDetConfig(
+        hidden_size=16,
+        image_size=[32, 32],
+        window_positional_embedding_background_size=[4, 4],
+        blocks_per_stage=[1, 2, 2, 1],
+        embed_dim_per_stage=[16, 32, 64, 128],
+        num_attention_heads_per_stage=[1, 2, 2, 2],
+        window_size_per_stage=[4, 2, 2, 2],
+        global_attention_blocks=[4],
+    )
+    sizes = {"backbone_channel_list": [128, 64, 32, 16], "backbone_feature_sizes": [[8, 8], [4, 4], [2, 2]]}
+    return hf.Sam2VisionModel(hf.Sam2VisionConfig(backbone_config=backbone, **sizes, fpn_hidden_size=16))
+
+
+def pointed(count: int) -> dict[str, Tensor]:
+    """A point on every image, in the middle."""
+    return {**pixels(count), "input_points": torch.full((count, 1, 1, 2), 16.0)}
+
+
 def llava() -> nn.Module:
     return hf.LlavaForConditionalGeneration(
         hf.LlavaConfig(vision_config=hf.CLIPVisionConfig(**VIT), text_config=hf.LlamaConfig(**TEXT), image_token_id=49)
@@ -205,6 +235,7 @@ HOSTS = {
     "CLIP": Hosted(clip, "vision_model", with_text),
     "SigLIP": Hosted(siglip, "vision_model", with_text),
     "SigLIP 2": Hosted(siglip2, "vision_model", naflex_with_text),
+    "SAM": Hosted(sam, "vision_encoder", pointed),
     "LLaVA": Hosted(llava, "vision_tower", lambda count: with_text(count, 16)),
     "Qwen2-VL": Hosted(qwen2_vl, "visual", packed),
     "Qwen2.5-VL": Hosted(qwen2_5_vl, "visual", packed),
@@ -247,6 +278,21 @@ CLASSES: dict[str, Hosted] = {  # models of transformers that are converted as a
     "DINOv3ViTModel": Hosted(of_class("DINOv3ViTModel", VIT, num_register_tokens=2), "", pixels),
     "DINOv3ViTBackbone": Hosted(of_class("DINOv3ViTBackbone", VIT, use_gated_mlp=True, **STAGES), "", pixels),
     "MLCDVisionModel": Hosted(of_class("MLCDVisionModel", VIT), "", pixels),
+    "SamVisionModel": Hosted(lambda: hf.SamVisionModel(sam().config.vision_config), "", pixels),
+    "Sam2VisionModel": Hosted(sam2_vision, "", pixels),
+    "VitDetModel": Hosted(
+        of_class(
+            "VitDetModel",
+            {key: value for key, value in VIT.items() if key != "intermediate_size"},
+            pretrain_image_size=32,
+            mlp_ratio=2,
+            window_size=2,
+            window_block_indices=[0, 2],
+            use_relative_position_embeddings=True,
+        ),
+        "",
+        pixels,
+    ),
     "IJepaModel": Hosted(of_class("IJepaModel", VIT), "", pixels),
     "Aimv2VisionModel": Hosted(of_class("Aimv2VisionModel", VIT), "", pixels),
 }

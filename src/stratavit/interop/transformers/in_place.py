@@ -5,6 +5,8 @@ tests/hosts hold it against the modules themselves; other classes with the same 
 
 from __future__ import annotations
 
+_BY_Q = "q and k stay uncut (relative positions, which are multiplied by q, are the same for all heads)"
+_STAGES = "where a stage begins, attention pools queries or widens tokens, and stays uncut"
 _ONE_SIZE = "calibration images of one size"
 _NAMES = "has other maps than q_proj, k_proj, v_proj and o_proj, or fc1 and fc2"
 
@@ -21,6 +23,13 @@ IN_PLACE: dict[str, tuple[str, str, str]] = {  # class -> attention, MLP, why no
     "ViTMAEModel": ("q, k, v", "yes", "batches must hold `noise`, which says what is masked"),
     "BeitModel": CUT,
     "BeitForImageClassification": CUT,
+    "SamVisionModel": ("v", "yes", _BY_Q),
+    "Sam2VisionModel": (
+        "q, k, v",
+        "yes",
+        "where a stage begins, attention pools queries or widens tokens, and stays uncut",
+    ),
+    "VitDetModel": ("v", "yes", _BY_Q),
     "IJepaModel": CUT,
     "Aimv2VisionModel": CUT,
     "DINOv3ViTModel": PAIRS,
@@ -37,6 +46,7 @@ HOSTS: dict[str, tuple[str, str, str]] = {  # class of a host -> the same of its
     "CLIPModel": CUT,
     "SiglipModel": CUT,
     "Siglip2Model": ("q, k, v", "yes", "its patch inputs of any shape, padded (NaFlex) or not"),
+    "SamModel": ("v", "yes", f"its `vision_encoder`; {_BY_Q}"),
     "LlavaForConditionalGeneration": ("q, k, v", "yes", "layers that the model does not read stay uncut"),
     "Qwen2VLForConditionalGeneration": ("q, k by pairs, v", "yes", _ONE_SIZE),
     "Qwen2_5_VLForConditionalGeneration": ("q, k by pairs, v", "yes", _ONE_SIZE),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stratavit.elastic.attention import Part
 from stratavit.elastic.delta import Weights
 from stratavit.elastic.site import rotary_width
+from stratavit.interop.transformers.map_sites import TheirMap, is_map, parts_of_one
 from stratavit.interop.transformers.rotary_sites import TheirRotary, cuts_pairs, picked_positions
 from stratavit.interop.transformers.sites import (
     PACKED,
@@ -28,6 +29,8 @@ from stratavit.interop.transformers.sites import (
 
 def elastic_kind(module: nn.Module) -> type[TheirAttention | TheirMlp] | None:
     """The elastic class of a module of transformers; None if there is none."""
+    if is_map(module):
+        return TheirMap
     if not cuts_pairs(module):
         return kind_of_theirs(module)
     return TheirPacked if type(module).__name__ in PACKED else TheirRotary
@@ -45,9 +48,7 @@ class TheirPacked(TheirRotary):
 
     def parts(self) -> tuple[Part, Part, Part]:
         """See `HeadsSite.parts`."""
-        biases: Any = (None,) * 3 if self.stock.qkv.bias is None else self.stock.qkv.bias.chunk(3)
-        q, k, v = zip(self.stock.qkv.weight.chunk(3), biases, strict=True)
-        return q, k, v
+        return parts_of_one(self.stock.qkv)
 
     def tensors(self, weights: Weights) -> dict[str, Tensor | None]:
         """Tensors of the small module, and the columns of sines and cosines that it keeps."""

@@ -29,6 +29,7 @@ ROTARY = (
     "freqs_cis",
 )  # arguments of a forward pass that turns q and k
 PACKED = ("VisionAttention", "Qwen2_5_VLVisionAttention", "Qwen3VLVisionAttention")  # see `packed_sites`
+MAPS = ("SamVisionAttention", "SamVisionSdpaAttention", "Sam2MultiScaleAttention", "VitDetAttention")  # see `map_sites`
 _SCALES = ("scaling", "scale")
 
 
@@ -47,7 +48,7 @@ class Names(NamedTuple):
 def names_of(module: nn.Module) -> Names | None:
     """The layers of an attention or MLP module of transformers; None if it is neither, or of an unknown form."""
     layers = {name for name, child in module.named_children() if isinstance(child, nn.Linear)}
-    if type(module).__name__ in PACKED and {"qkv", "proj"} <= layers:
+    if type(module).__name__ in (*PACKED, *MAPS) and {"qkv", "proj"} <= layers:
         return Names(("qkv",), "proj")
     attention = {"q_proj", "k_proj", "v_proj"} <= layers
     for last in ("o_proj", "out_proj"):
@@ -57,6 +58,8 @@ def names_of(module: nn.Module) -> Names | None:
     mlps = ((("gate_proj", "up_proj"), "down_proj"), (("up_proj",), "down_proj"), (("fc1",), "fc2"))
     if type(module).__name__.endswith("MLP"):  # not the mergers of Qwen3-VL, which join four tokens
         mlps = (*mlps, (("linear_fc1",), "linear_fc2"))
+    if type(module).__name__ in ("SamMLPBlock", "Sam2FeedForward"):
+        mlps = ((("lin1",), "lin2"), (("proj_in",), "proj_out"))
     return next((Names(first, last) for first, last in mlps if {*first, last} <= layers), None)
 
 

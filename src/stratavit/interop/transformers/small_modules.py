@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.plain import Constant
 from stratavit.errors import ArtifactError, described
+from stratavit.interop.transformers.map_sites import heads_of, is_map, returns_more, turns_with_q
 from stratavit.interop.transformers.models import Absent, ConstantAttention
 from stratavit.interop.transformers.rotary_sites import cuts_pairs, pick_positions
 from stratavit.interop.transformers.sites import Names, is_rotary, names_of
@@ -36,7 +37,7 @@ class PaddedHeads(nn.Linear):
 
 
 class PaddedValues(nn.Linear):
-    """A map into q, k and v of every head, of which v is padded with zeros to the width of q and k.
+    """A layer for q, k and v of every head, of which v is padded with zeros to the width of q and k.
 
     Args:
         heads: H.
@@ -47,9 +48,9 @@ class PaddedValues(nn.Linear):
     head_dim: int
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C]`` to ``[N, 3*H*d]``."""
+        """``[..., C]`` to ``[..., 3*H*d]``."""
         scores, v = super().forward(x).tensor_split([2 * self.heads * self.head_dim], dim=-1)
-        v = v.unflatten(-1, (self.heads, -1))  # [N, H, w]
+        v = v.unflatten(-1, (self.heads, -1))  # [..., H, w]
         return torch.cat([scores, nn.functional.pad(v, (0, self.head_dim - v.shape[-1])).flatten(-2)], dim=-1)
 
 
@@ -57,7 +58,7 @@ class ConstantPacked(Constant):
     """A `Constant` in the place of an attention module that returns tokens alone."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """Tokens ``[N, C]`` to the same constant for each."""
+        """Tokens ``[..., C]`` to the same constant for each."""
         return super().forward(hidden_states)
 
 
@@ -90,17 +91,21 @@ def resized(stock: Any, width: int, bias: bool, qk: int | None = None) -> nn.Mod
         raise ArtifactError(f"expected an attention or MLP module of transformers, found a {type(stock).__name__}")
     attention = names.attention
     last = getattr(stock, names.last)
-    full = stock.head_dim if attention else last.in_features
+    full = last.in_features
+    if attention:
+        full = full // heads_of(stock) if is_map(stock) else stock.head_dim
     if type(width) is not int or not 0 <= width <= full:
         raise ArtifactError(f"expected a width from 0 to {full}, got {described(width)}")
     if width == 0:
-        packed = names.first == ("qkv",)
-        kind = ConstantPacked if packed else ConstantAttention if attention else Constant
+        alone = not returns_more(stock) if is_map(stock) else names.first == ("qkv",)
+        kind = ConstantPacked if alone else ConstantAttention if attention else Constant
         gone = kind(last.out_features * bias)
         gone.add_module(names.first[0], Absent(last.out_features))
         return gone.to(last.weight.dtype)
     if not attention:
         return _mlp(stock, names, width, bias)
+    if is_map(stock):
+        return _map(stock, width, bias)
     if is_rotary(stock):
         return _rotary(stock, names, width, bias, full if qk is None else _checked(qk, width, stock))
     return _attention(stock, names.last, width, bias)
@@ -152,6 +157,24 @@ def _attention(stock: Any, last: str, width: int, bias: bool) -> Any:
     for scale in ("scaling", "scale"):
         if hasattr(small, scale):
             setattr(small, scale, width**-0.5)
+    return small
+
+
+def _map(stock: Any, width: int, bias: bool) -> Any:
+    """Attention over a map: all three of q, k and v are narrower, or v, padded to the width of the others."""
+    heads = heads_of(stock)
+    full = stock.proj.in_features // heads
+    scores = full if turns_with_q(stock) else width
+    layers = {
+        "qkv": _linear(stock.qkv, outputs=heads * (2 * scores + width)),
+        "proj": _linear(stock.proj, inputs=heads * width, bias=bias),
+    }
+    if width < scores:
+        layers["qkv"].__class__, layers["proj"].__class__ = PaddedValues, FirstOfHeads
+        layers["qkv"].heads = layers["proj"].heads = heads
+        layers["qkv"].head_dim = scores
+    small = _copy_with(stock, layers)
+    small.scale = scores**-0.5
     return small
 
 
