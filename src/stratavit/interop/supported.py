@@ -53,6 +53,10 @@ EXAMPLES = {  # what it stands for -> a timm model of it
     "Hybrids (a ResNet as the stem)": "vit_small_r26_s32_224",
     "Parallel blocks": "vit_base_patch16_xp_224",
 }
+OPEN_CLIP = (  # what towers of it must be like
+    "with pooling by the class token or the mean, and one output",
+    "with at most one linear layer behind the trunk",
+)
 REAL = {  # what it stands for -> models whose published weights it was tested with
     "ViT, AugReg, MAE": "ViT-Tiny (AugReg)",
     "DeiT": "DeiT-Tiny",
@@ -133,6 +137,10 @@ def rows(pattern: str | None = None) -> list[dict[str, Any]]:
             found.append((f"transformers {name}", one))
         one = support_of("vit_base_patch16_224")._replace(name="vit_b_16", family="torchvision")
         found.append(("torchvision vit_b_16 and its siblings", one))
+        one = support_of("vit_base_patch16_clip_224")._replace(name="VisionTransformer", family="open_clip")
+        found.append(("open_clip's own tower, `model.visual`", one._replace(reason=OPEN_CLIP[0])))
+        trunk = Support("TimmModel", "open_clip", "as its trunk", "as its trunk", OPEN_CLIP[1])
+        found.append(("open_clip with a trunk of timm, `model.visual`", trunk))
         for title, known in (("in place", in_place.IN_PLACE), ("in place, the part of", in_place.HOSTS)):
             for name, degrees in known.items():
                 found.append((f"{title} transformers {name}", Support(name, "transformers, in place", *degrees)))
