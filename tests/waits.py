@@ -1,5 +1,6 @@
 """Notices what a program reads from a device: operations whose result decides a number or a shape on the host."""
 
+import dataclasses
 from contextlib import contextmanager
 
 import torch
@@ -36,3 +37,34 @@ def _noted(method, found):
         return method(tensor, *args, **kwargs)
 
     return noted
+
+
+class BlockingCopies(TorchDispatchMode):
+    """Shapes of what is copied from one device to another, the program waiting."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function.overloadpacket.__name__ == "_to_copy" and not kwargs.get("non_blocking"):
+            device = torch.device(kwargs.get("device") or args[0].device)
+            if device.type != args[0].device.type:
+                self.found.append(tuple(args[0].shape))
+        return function(*args, **kwargs)
+
+
+def on_fake_cuda(net):
+    """Moves a network to a CUDA device that need not be there."""
+    for module in net.modules():
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                module._parameters[name] = torch.nn.Parameter(torch.empty(tensor.shape, device="cuda"))
+        for name, tensor in module._buffers.items():
+            if tensor is not None:
+                module._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+    for site in net.elastic.values():
+        factor = torch.empty(site.moments.factor.shape, device="cuda")
+        site.moments = dataclasses.replace(site.moments, factor=factor)
+    return net

@@ -1,14 +1,17 @@
 """Moments of sorted sites: read from the device once for all, and as exact as if each had been looked at."""
 
+import copy
+
 import pytest
 import torch
-from helpers import FAMILIES, enliven, make_batches, make_model
+from helpers import FAMILIES, enliven, make_batches, make_model, make_net
 from linear_maps import DEGENERATE, problem
 from timm.models.vision_transformer import VisionTransformer
-from waits import reads
+from torch._subclasses.fake_tensor import FakeTensorMode
+from waits import BlockingCopies, on_fake_cuda, reads
 
 from stratavit import SuperNet
-from stratavit.calibration import contraction, elimination
+from stratavit.calibration import contraction, elimination, moments
 from stratavit.calibration.elimination import elimination_order
 from stratavit.calibration.statistics import SiteObserver, observe
 from stratavit.elastic.compensation import RIDGE, cholesky, rows_of
@@ -37,12 +40,12 @@ def test_of_sites_sorted_together_only_what_has_no_factor_is_regularised_more(mo
     plain = SuperNet(make_model("plain")).contract(BATCHES)
     own, bad = SiteObserver.moments, []
 
-    def moments(observer, folds):
+    def spoiled(observer, folds):
         mean, covariance = own(observer, folds)
         bad[:] = bad or [observer]  # the first one that is asked
         return mean, bent(covariance) if observer is bad[0] and folds == (1,) else covariance
 
-    monkeypatch.setattr(SiteObserver, "moments", moments)
+    monkeypatch.setattr(SiteObserver, "moments", spoiled)
     net, more = SuperNet(make_model("plain")).contract(BATCHES), []
     for name, module in net.elastic.items():
         for i, (found, expected) in enumerate(zip(all_moments(module), all_moments(plain.elastic[name]), strict=True)):
@@ -95,3 +98,22 @@ def test_a_factor_in_float32_has_whole_rows():
     factor, _ = cholesky(problem(1)[1])
     assert rows_of(factor).is_contiguous()
     assert rows_of(factor).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn", "blocks.0.mlp"])
+def test_on_cuda_moments_are_made_without_waiting(name):
+    """On tensors without data, which refuse whatever reads one."""
+    net = copy.deepcopy(make_net("plain")).requires_grad_(False)
+    with FakeTensorMode(allow_non_fake_inputs=True), BlockingCopies() as copies:
+        module = on_fake_cuda(net).elastic[name]
+        n, shape = module.out.in_features, (module.heads, module.full_width, module.full_width)
+        observer = SiteObserver(module, "none", 0.5)
+        for fold in (0, 1):
+            observer._covariance.update(torch.empty(9, n, device="cuda"), torch.empty(9, device="cuda"), fold)
+        new = torch.empty(shape, device="cuda") if module.attention else torch.arange(n, device="cuda")
+        products = moments.map_products(module)
+        drafts = [moments.draft(module, observer, new, folds, products) for folds in ((0, 1), (1,), (0,))]
+        assert observer.is_finite().device.type == "cuda"
+    assert [tuple(one.numbers.shape) for one in drafts] == [(3,)] * 3
+    assert drafts[0].moments.factor.device.type == drafts[1].moments.flat.device.type == "cuda"
+    assert copies.found == []

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from helpers import PLAN, make_batches, make_images, make_net
-from waits import reads
+from torch._subclasses.fake_tensor import FakeTensorMode
+from waits import BlockingCopies, on_fake_cuda, reads
 
 from stratavit import SuperNet
 from stratavit.calibration.dense_outputs import DenseOutputs
@@ -113,3 +114,19 @@ def test_a_step_of_the_list_reads_once_from_the_device(stacks, monkeypatch):
         assert found == ["cpu"]  # the mean of what the head reads, for the list
         float(IMAGES.sum())
         assert len(found) == 2
+
+
+def test_on_cuda_systems_are_stacked_and_nothing_waits():
+    """On tensors without data, which refuse whatever reads one."""
+    net = copy.deepcopy(make_net("plain")).requires_grad_(False)
+    spec = net.resolve(ODD)
+    with FakeTensorMode(allow_non_fake_inputs=True), BlockingCopies() as copies:
+        asked = {module: [spec[name], 4] for name, module in on_fake_cuda(net).elastic.items()}
+        solved = solving.solved_alike(asked)
+        assert solved.keys() == asked.keys()
+        for module, widths in asked.items():
+            for weight, bias in module.outs_at(widths, solved[module]):
+                assert weight.device.type == bias.device.type == "cuda"
+        with net.at(ODD, fixed=True) as model:
+            assert model(torch.empty(2, 3, 32, 32, device="cuda")).shape == (2, 7)
+    assert copies.found == []

@@ -7,9 +7,8 @@ import torch
 from accelerate.state import AcceleratorState
 from helpers import CLASSES, make_images
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import TINY, fresh, run
-from waits import Waits
+from waits import BlockingCopies, Waits, on_fake_cuda
 
 import stratavit
 from stratavit.elastic import base
@@ -78,37 +77,6 @@ def test_memberships_are_one_hot():
     index = torch.randint(0, 5, (3, 7))
     assert torch.equal(memberships(index, 5), torch.nn.functional.one_hot(index, 5).float())
     assert to_device(index, index.device) is index
-
-
-class BlockingCopies(TorchDispatchMode):
-    """Shapes of what is copied from one device to another, the program waiting."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function.overloadpacket.__name__ == "_to_copy" and not kwargs.get("non_blocking"):
-            device = torch.device(kwargs.get("device") or args[0].device)
-            if device.type != args[0].device.type:
-                self.found.append(tuple(args[0].shape))
-        return function(*args, **kwargs)
-
-
-def on_fake_cuda(net):
-    """Moves a network to a CUDA device that need not be there."""
-    for module in net.modules():
-        for name, tensor in module._parameters.items():
-            if tensor is not None:
-                module._parameters[name] = torch.nn.Parameter(torch.empty(tensor.shape, device="cuda"))
-        for name, tensor in module._buffers.items():
-            if tensor is not None:
-                module._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
-    for site in net.elastic.values():
-        factor = torch.empty(site.moments.factor.shape, device="cuda")
-        site.moments = dataclasses.replace(site.moments, factor=factor)
-    return net
 
 
 def test_on_cuda_copies_are_queued(monkeypatch):

@@ -1,7 +1,8 @@
 """Attention that runs any head_dim: q, k and v cut alike, or v alone where q and k stay uncut.
 
 Normalisation of q and k (qk-norm), rotary positions and cosine attention do not allow q and k to be turned; the width
-of such a site is that of v, and small models get a `plain.SplitAttention`. With rotary positions see `rotary`.
+of such a site is that of v, and small models get a `plain.SplitAttention`. With rotary positions see `rotary`, with
+relative ones `relative_attention`.
 
 Shape legend: B images (or windows), N tokens, C token width, H heads, d full head_dim, w kept width.
 """
@@ -9,7 +10,6 @@ Shape legend: B images (or windows), N tokens, C token width, H heads, d full he
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from stratavit.elastic.base import AttentionTransform, ElasticSite, fold_heads
 from stratavit.elastic.delta import Weights
-from stratavit.elastic.plain import attend, cosines, decomposed_bias, rotated
+from stratavit.elastic.plain import attend, cosines, rotated
 from stratavit.elastic.position_bias import position_bias
 from stratavit.elastic.site import Site, attention_steps
 
@@ -180,14 +180,6 @@ class ElasticAttention(HeadsSite):
         return self._run(x, attn_mask, is_causal=is_causal)
 
 
-class ElasticWindows(ElasticAttention):
-    """Swin's `WindowAttention`: relative positions and the masks of shifted windows are added to the scores."""
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """All windows of all images ``[B*windows, N, C]`` to the same; `mask` ``[windows, N, N]``."""
-        return self._run(x, position_bias(self), mask)
-
-
 class ElasticBiased(ElasticAttention):
     """Attention with one layer for q, k and v, and a module `rel_pos` that returns what is added to the scores."""
 
@@ -211,32 +203,6 @@ class ElasticBiased(ElasticAttention):
         for name, weight, bias, (_, own) in zip("qkv", weights.in_weight.chunk(3), biases, self.parts(), strict=True):
             found |= {f"{name}.weight": weight, f"{name}.bias": None if own is None else bias}
         return found
-
-
-class ElasticRelPos(ElasticBiased):
-    """`RelPosAttention` of ViTs with relative positions, of every block or shared by all."""
-
-    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; `shared_rel_pos` ``[1, H, N, N]``."""
-        return self._run(x, position_bias(self, shared_rel_pos))
-
-
-class ElasticBeit(ElasticBiased):
-    """BEiT's `Attention`: k has no bias, relative positions come from a table."""
-
-    def in_weight(self, width: int) -> tuple[Tensor, Tensor | None]:
-        """q, k and v at a head_dim, q scaled as in `ElasticAttention`."""
-        scale = (width / self.full_width) ** 0.5
-        (q, q_bias), (k, _), (v, v_bias) = self.parts()
-        assert q_bias is not None, "a BEiT without biases is refused"
-        assert v_bias is not None
-        q, k, v, q_bias, v_bias = (prefix_of_heads(x, self.heads, width) for x in (q, k, v, q_bias, v_bias))
-        bias = q_bias * scale
-        return torch.cat([q * scale, k, v]), torch.cat([bias, torch.zeros_like(bias), v_bias])
-
-    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; the arguments of timm's `beit.Attention`."""
-        return self._run(x, position_bias(self, shared_rel_pos_bias))
 
 
 class ElasticSplit(HeadsSite):
@@ -302,30 +268,3 @@ class ElasticSplit(HeadsSite):
     ) -> Tensor:
         """Tokens ``[B, N, C]`` to tokens ``[B, N, C]``; the arguments of timm's modules, see `plain.SplitAttention`."""
         return self._run(x, position_bias(self, attn_mask), mask, is_causal, rope)
-
-
-class ElasticCosine(ElasticSplit):
-    """`WindowAttention` of both Swin-V2 of timm: cosine attention, relative positions from a small MLP."""
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """All windows of all images ``[B*windows, N, C]`` to the same; `mask` ``[windows, N, N]``."""
-        return super().forward(x, mask=mask)
-
-
-class ElasticMap(ElasticSplit):
-    """SAM's attention: tokens are a map, and relative positions are multiplied by q."""
-
-    reason = "relative positions, which are multiplied by q, are the same for all heads"
-
-    @classmethod
-    def refusal(cls, stock: Any) -> tuple[str, str] | None:
-        """As of all attention; rotary positions are not supported."""
-        rotary = "rope", "rotary positions of maps are not supported"
-        return super().refusal(stock) or (None if stock.rope is None else rotary)
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """All windows of all images ``[B*windows, H, W, C]`` to the same."""
-        own: Any = self
-        sides = x.shape[1:3]
-        bias = partial(decomposed_bias, rows=own.rel_pos_h, columns=own.rel_pos_w, height=sides[0], width=sides[1])
-        return self._run(x.flatten(1, 2), bias if own.use_rel_pos else None).unflatten(1, sides)

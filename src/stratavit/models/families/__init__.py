@@ -23,18 +23,17 @@ from timm.models.vision_transformer_sam import Attention as MapAttention
 from timm.models.volo import Attention as VoloAttention
 from torch import Tensor, nn
 
-from stratavit.elastic.attention import (
-    ElasticAttention,
+from stratavit.elastic.attention import ElasticAttention, ElasticSplit
+from stratavit.elastic.base import ElasticSite
+from stratavit.elastic.grouped import ElasticBlocks, ElasticMaskUnits, ElasticTokenMap, ElasticWindow
+from stratavit.elastic.mlp import ElasticGlu, ElasticMlp, ElasticSwiGlu
+from stratavit.elastic.relative_attention import (
     ElasticBeit,
     ElasticCosine,
     ElasticMap,
     ElasticRelPos,
-    ElasticSplit,
     ElasticWindows,
 )
-from stratavit.elastic.base import ElasticSite
-from stratavit.elastic.grouped import ElasticBlocks, ElasticMaskUnits, ElasticTokenMap, ElasticWindow
-from stratavit.elastic.mlp import ElasticGlu, ElasticMlp, ElasticSwiGlu
 from stratavit.elastic.site import Site
 from stratavit.elastic.whole_heads import ElasticWholeHeads
 from stratavit.errors import UnsupportedModelError
