@@ -27,7 +27,8 @@ from stratavit.data.pixels import Seen
 from stratavit.dropout_list import build, floors, joint, strata
 from stratavit.dropout_list.walk import Walk
 from stratavit.elastic import network, token_places
-from stratavit.elastic.base import Compensation, ElasticSite, known_compensation
+from stratavit.elastic.base import ElasticSite
+from stratavit.elastic.exchanged import Compensation, known_compensation
 from stratavit.elastic.memory import Memory, memory_of, report_kept_moments, specialise
 from stratavit.elastic.site import HEAD_DIM_UNIT, MLP_UNITS, UnitSizes, units_named, with_units
 from stratavit.elastic.tokens import token_counts

@@ -9,7 +9,7 @@ from helpers import enliven, relative_error
 from timm.models import davit, hiera, hieradet_sam2, nest, volo
 from torch import nn
 
-from stratavit.elastic.base import AttentionTransform
+from stratavit.elastic.exchanged import AttentionTransform
 from stratavit.elastic.layers import tokens_in_view
 from stratavit.elastic.running import Run, running
 from stratavit.models.extraction import small_site

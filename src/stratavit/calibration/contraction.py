@@ -25,7 +25,8 @@ from stratavit.calibration.wpac import (
     principal_axes,
     scatter_needed,
 )
-from stratavit.elastic.base import AttentionTransform, ElasticSite
+from stratavit.elastic.base import ElasticSite
+from stratavit.elastic.exchanged import AttentionTransform
 from stratavit.elastic.network import site_of, sites_in
 from stratavit.elastic.rotary import ElasticRotary, order_of_pairs
 from stratavit.errors import StrataViTError, described

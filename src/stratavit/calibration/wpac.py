@@ -16,7 +16,7 @@ from torch import Tensor
 from stratavit.calibration.statistics import Scatter, SiteStatistics
 from stratavit.choices import CRITERIA as CRITERIA
 from stratavit.choices import Criterion as Criterion
-from stratavit.elastic.base import AttentionTransform
+from stratavit.elastic.exchanged import AttentionTransform
 
 
 def scatter_needed(criterion: Criterion) -> Scatter:

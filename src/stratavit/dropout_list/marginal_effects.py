@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from stratavit.calibration.accumulators import wide
 from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.calibration.objectives import distance
-from stratavit.elastic.base import ElasticSite, Probe, Solved
+from stratavit.elastic.base import ElasticSite, Solved
 from stratavit.elastic.delta import Weights
+from stratavit.elastic.exchanged import Probe
 from stratavit.elastic.network import run_at, site_of, sites_in
 from stratavit.elastic.site import Site
 from stratavit.elastic.solving import solved_alike

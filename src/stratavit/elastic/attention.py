@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stratavit.elastic.base import AttentionTransform, ElasticSite, fold_heads
+from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.delta import Weights
+from stratavit.elastic.exchanged import AttentionTransform, fold_heads
 from stratavit.elastic.plain import attend, cosines, rotated
 from stratavit.elastic.position_bias import position_bias
 from stratavit.elastic.site import Site, attention_steps
