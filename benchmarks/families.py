@@ -55,7 +55,8 @@ NOTE = (
     "costs: largest difference of MACs (with and without attention's products) or parameters from those counted on the "
     "small model. files: the small model and the super-network, saved and loaded: the same bits, else the largest "
     "difference; of models that are cut in place only the small model has one. ONNX: the small model at 1/2, run by "
-    "ONNX Runtime. smallest: the smallest share of MACs on the list. kept: models all of whose "
+    "ONNX Runtime; of models that are cut in place written by torch.onnx.export alone, with dynamo=False where its "
+    "usual exporter fails. smallest: the smallest share of MACs on the list. kept: models all of whose "
     f"figures are within {', '.join(f'{bound:g} ({name})' for name, bound in BOUNDS.items())}."
 )
 
@@ -260,13 +261,16 @@ def size(net: Any, share: float) -> Spec:
 
 
 def exported_error(model: nn.Module, batch: Mapping[str, Tensor]) -> float:
-    """Error of a model's first output as an ONNX file that torch writes."""
+    """Error of a model's first output as an ONNX file that torch writes, if need be by its older exporter."""
     function, inputs = FirstOutput(model, list(batch)).eval(), tuple(batch.values())
     with tempfile.TemporaryDirectory() as folder:
-        file = f"{folder}/small.onnx"
-        torch.onnx.export(function, inputs, file, dynamo=True, verbose=False)
+        file, how = f"{folder}/small.onnx", {"verbose": False, "input_names": list(batch)}
+        try:
+            torch.onnx.export(function, inputs, file, dynamo=True, **how)
+        except Exception:  # it meets functions that it does not know
+            torch.onnx.export(function, inputs, file, dynamo=False, **how)
         session = onnxruntime.InferenceSession(file)
-    given = dict(zip([one.name for one in session.get_inputs()], (x.numpy() for x in inputs), strict=True))
+    given = {one.name: batch[one.name].numpy() for one in session.get_inputs()}  # some become constants
     return relative_error(torch.from_numpy(session.run(None, given)[0]), function(*inputs).detach())
 
 

@@ -125,12 +125,12 @@ def test_the_way_back_from_save_pretrained(name, tmp_path):
     assert type(back) is type(host)
     assert all(torch.equal(one, state.pop(name)) for name, one in back.state_dict().items())
     assert not state
-    assert distance(host_outputs(back, batch), expected) < 1e-6, "kernels differ with the place of weights in memory"
+    assert all(map(torch.equal, host_outputs(back, batch), expected))
     with pytest.raises(RuntimeError):  # transformers alone does not know the sizes
         type(host).from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["Dinov2Backbone", "DINOv3ViTModel", "Siglip2VisionModel"])
+@pytest.mark.parametrize("name", ["Dinov2Backbone", "DINOv3ViTModel", "Siglip2VisionModel", "ViTMAEModel"])
 def test_a_small_part_alone_is_saved_and_loaded(name, tmp_path):
     model, net, batch = converted(name)
     small = net.extract(spec=cut_spec(net))

@@ -50,6 +50,12 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
+def align_weights(model: nn.Module) -> None:
+    """Copies the weights and buffers of a model that do not start as torch's own tensors do, see `load_weights`."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = aligned(tensor.data)
+
+
 def check_dense(name: str, tensor: Tensor, source: str) -> None:
     """Checks that all numbers of a tensor are there, so that work on it costs no more than the file is large.
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from stratavit.errors import ArtifactError, described, one_line, shown
 from stratavit.files.folders import read_json, read_shapes
+from stratavit.files.state_dicts import align_weights
 from stratavit.interop.transformers.layouts import LAYOUTS
 from stratavit.interop.transformers.models import KEY, from_timm, library, resize, to_timm
 from stratavit.models.architecture import resolve_data_config
@@ -71,6 +72,7 @@ def load_transformers(path: str | Path) -> Any:
     if found["missing_keys"]:
         raise ArtifactError(f"{path}: the weights lack {shown(min(found['missing_keys']))}; save the model again")
     model.__class__ = kind
+    align_weights(model)
     return model.eval()
 
 
