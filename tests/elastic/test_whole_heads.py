@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import stratavit
 from stratavit import StrataViTError, SuperNet, UnsupportedModelError
+from stratavit.artifacts.sub_network import site_widths
 from stratavit.calibration.elimination import elimination_order
 from stratavit.calibration.head_order import head_order
 from stratavit.dropout_list.sensitivity import measure_importance
@@ -108,6 +109,29 @@ def test_tokens_and_training_go_with_it():
     change_weights(net)
     with torch.no_grad():
         assert relative_error(net.extract(spec=spec, verbose=False)(images), net(images, spec)) < 1e-5
+
+
+def test_a_small_model_is_cut_by_coordinates_again(net, tmp_path):
+    """It says that its heads were whole; the new super-network, and its files, that they are not."""
+    again = SuperNet(net.extract(spec=SPECS[1], verbose=False)).contract(make_batches()).eval()
+    assert [site.width for site in again.sites if site.kind == "attention"] == [8, 8]
+    assert "whole_heads" not in again.description
+    again.save(tmp_path / "again")
+    spec, images = {"blocks.1.attn": 5}, make_images(2)
+    with torch.no_grad():
+        assert torch.equal(SuperNet.load(tmp_path / "again")(images, spec), again(images, spec))
+    small = again.extract(spec=spec, verbose=False)
+    assert site_widths(small)["blocks.1.attn"] == 5
+
+
+@pytest.mark.parametrize("name", ["naflexvit_base_patch16_gap", "naflexvit_base_patch16_siglip"])
+def test_heads_that_do_not_divide_the_width(name):
+    """timm builds models of equal heads that divide it, and attention pooling with heads of its own."""
+    images, model = make_images(2), architectures.make(name, num_heads=4)
+    net = SuperNet(model, whole_heads=True).contract([images for images, _ in make_batches()]).eval()
+    for spec in ({"blocks.0.attn": 3}, {"blocks.0.attn": 3, "blocks.1.attn": 3}, {"blocks.0.attn": 2}):
+        with torch.no_grad():
+            assert relative_error(net.extract(spec=spec, verbose=False)(images), net(images, spec)) < 1e-5
 
 
 def test_importance_of_heads_is_that_of_their_channels(net):

@@ -77,7 +77,8 @@ def elastic_model(
         ours = Subject(rebuilt, rebuilt), Subject(model, stages(model).outputs)
         check_same_outputs("cut", UnsupportedModelError, Subject(source, source), ours, data_config["input_size"])
     facts = {"embedding": model.embedding, "whole_heads": whole_heads}
-    description = {**description, **{name: True for name, holds in facts.items() if holds}}
+    kept = {key: value for key, value in description.items() if key not in facts}  # of a small model they may differ
+    description = {**kept, **{name: True for name, holds in facts.items() if holds}}
     cost, shift, norm = cost_model(model, sites, data_config["input_size"], uncut), Shift(), last_norm(model)
     if getattr(plain, "origin", None) is None:  # transformers' classes have no block that merges tokens
         cost = replace(cost, places=make_merging(model, next(iter(cost.tokens.values()))))

@@ -149,6 +149,12 @@ def heads_of(blocks: Iterable[Any]) -> int | None:
     return next((block.attn.num_heads for block in blocks if hasattr(block.attn, "num_heads")), None)
 
 
+def heads_that_divide(dim: int, attention: Iterable[Any]) -> int | None:
+    """The largest number of heads that is left and that timm allows, whatever it is in single blocks; or None."""
+    heads = {module.num_heads for module in attention if hasattr(module, "num_heads")}
+    return max((count for count in heads if dim % count == 0), default=None)
+
+
 def head_stages(model: Any, stem: Any, blocks: Any, features: Callable[[Tensor], Tensor] | None = None) -> Stages:
     """Stages of a model whose output is ``forward_head(features(tokens))``; without `features` its `norm`."""
     last: Callable[[Tensor], Tensor] = model.norm if features is None else features

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from stratavit.elastic.merging import stock_class
-from stratavit.models.families.base import Family, Stages, head_stages, heads_of, refuse
+from stratavit.models.families.base import Family, Stages, head_stages, heads_that_divide, refuse
 
 
 class NaFlex(Family):
@@ -53,13 +53,15 @@ class NaFlex(Family):
 
     def arguments(self, model: Any) -> dict[str, Any]:
         """Sizes and tokens; all else is the architecture's own."""
-        heads, embeds = heads_of(model.blocks), model.embeds
+        embeds, pool = model.embeds, model.attn_pool
+        heads = heads_that_divide(model.embed_dim, (block.attn for block in model.blocks))
         grid, side = embeds.pos_embed_grid_size, embeds.default_img_size
         own = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
         name = getattr(model, "source_architecture", None) or own or self.fallback
         return {
             **({} if name.startswith("naflexvit") else {"use_naflex": True}),  # a plain ViT or an EVA in this form
             **({"num_heads": heads} if heads else {}),
+            **({} if pool is None else {"attn_pool_num_heads": pool.num_heads}),  # never cut
             **({"img_size": list(side)} if side else {} if grid is None else {"pos_embed_grid_size": grid}),
             "patch_size": embeds.patch_size,
             "in_chans": model.in_chans,

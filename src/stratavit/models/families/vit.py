@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stratavit.elastic.layers import ATTENTION, describe_layer
 from stratavit.elastic.merging import stock_class
 from stratavit.elastic.plain import Constant
-from stratavit.models.families.base import Family, Stages, head_stages, refuse, sizes
+from stratavit.models.families.base import Family, Stages, head_stages, heads_that_divide, refuse, sizes
 
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 _NORMS = ("layernorm", "layernormfp32", "rmsnorm", "rmsnormfp32")
@@ -86,17 +86,11 @@ def _attention_arguments(model: VisionTransformer) -> dict[str, Any]:
     biases = first.get("biases", [first.get("qkv_bias", True)] * 3 + [first.get("proj_bias", True)])
     pool = model.attn_pool  # built with the same number of heads, and never cut
     return {
-        "num_heads": _dividing(model.embed_dim, measured) if pool is None else pool.num_heads,
+        "num_heads": heads_that_divide(model.embed_dim, modules) or 1 if pool is None else pool.num_heads,
         "qkv_bias": biases[0],
         "qk_norm": any(not isinstance(getattr(attn, "q_norm", nn.Identity()), nn.Identity) for attn in modules),
         "proj_bias": biases[3],
     }
-
-
-def _dividing(dim: int, measured: list[dict[str, Any]]) -> int:
-    """The largest number of heads that is left and that timm allows, whatever it is in single blocks."""
-    heads = {numbers["num_heads"] for numbers in measured}
-    return max((count for count in heads if dim % count == 0), default=1)
 
 
 def _mlp_arguments(model: VisionTransformer) -> dict[str, Any]:
