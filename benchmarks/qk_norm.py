@@ -8,7 +8,7 @@ estimated from these, and v and MLPs keep as much more as the MACs allow. KL div
 after the cut.
 
 Which coordinates: those of the best map of this rank for the scores in the least squares sense; or the largest terms of
-the scores as they are. Statistics: exact (as if they cost nothing), of what is kept alone, times a constant factor,
+the scores as they are; or whole heads leave, which the norms allow. Statistics: exact (as if they cost nothing), of what is kept alone, times a constant factor,
 weights fitted to tokens, or weights from second moments, as if q and k were normally distributed.
 """
 
@@ -208,9 +208,13 @@ def measured(net: SuperNet, dense: Tensor, images: Tensor, labels: Tensor) -> It
                 cut.width, cut.statistic, cut.by_axes = rule(widths[names[module]]), statistic, by_axes
             with watched(cuts):
                 logits = net(images, widths)
-            kl = F.kl_div(logits.log_softmax(-1), dense, log_target=True, reduction="batchmean")
-            top1 = 100 * float((logits.argmax(-1) == labels).float().mean())
-            yield name, f"{twelfth}/12", float(kl), top1
+            yield name, f"{twelfth}/12", *compared(logits, dense, labels)
+
+
+def compared(logits: Tensor, dense: Tensor, labels: Tensor) -> tuple[float, float]:
+    """KL to the dense model and top-1."""
+    kl = F.kl_div(logits.log_softmax(-1), dense, log_target=True, reduction="batchmean")
+    return float(kl), 100 * float((logits.argmax(-1) == labels).float().mean())
 
 
 def main() -> None:
@@ -236,6 +240,13 @@ def main() -> None:
                 top1.append(100 * float((dense.argmax(-1) == labels).float().mean()))
                 for arm, size, *numbers in measured(net, dense, images, labels):
                     found.setdefault(arm, {}).setdefault(size, []).append((numbers[0], numbers[1]))
+            net = SuperNet(copy.deepcopy(model), demo.DATA_CONFIG, whole_heads=True).contract(calibration)
+            net.stratify(calibration).eval()
+            with torch.no_grad():
+                for twelfth in TWELFTHS:
+                    logits = net(images, net.spec(macs=twelfth / 12))
+                    runs = found.setdefault("whole heads leave", {}).setdefault(f"{twelfth}/12", [])
+                    runs.append(compared(logits, dense, labels))
         for arm, sizes in found.items():
             means = {size: [sum(one) / len(one) for one in zip(*runs, strict=True)] for size, runs in sizes.items()}
             row = {"norm": norm, "dense": f"{sum(top1) / len(top1):.1f}", "q and k": arm}

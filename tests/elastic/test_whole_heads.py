@@ -67,6 +67,31 @@ def test_small_models_are_timms_with_fewer_heads(net, spec, compensation, tmp_pa
     assert again.provenance["spec"] == dict(net.resolve(spec))
 
 
+def test_qk_norm_allows_whole_heads(tmp_path):
+    """All heads share one norm of q and one of k, which coordinates do not allow to be cut."""
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=32, patch_size=8, num_classes=7, embed_dim=32, depth=2, num_heads=4, qk_norm=True
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model, images = model.eval(), make_images(4)
+    net = SuperNet(model, whole_heads=True).contract(make_batches()).stratify(make_batches(), plan=PLAN).eval()
+    with torch.no_grad():
+        assert relative_error(net(images), model(images)) < 1e-5
+    for spec in SPECS:
+        small = net.extract(spec=spec, verbose=False)
+        assert linear_macs(small, net.data_config["input_size"]) == net.macs(spec)
+        assert sum(p.numel() for p in small.parameters()) == net.params(spec)
+        stratavit.save(small, tmp_path / "small", overwrite=True)
+        with torch.no_grad():
+            assert relative_error(small(images), net(images, spec)) < 1e-5
+            assert torch.equal(stratavit.load(tmp_path / "small")(images), small(images))
+    net.save(tmp_path / "net")
+    with torch.no_grad():
+        assert torch.equal(SuperNet.load(tmp_path / "net")(images, SPECS[1]), net(images, SPECS[1]))
+
+
 def test_compensation_is_the_regression_on_the_heads_that_stay(net):
     """Less is lost than without, on the images of the calibration."""
     images, spec = torch.cat([images for images, _ in make_batches()]), {"blocks.0.attn": 2, "blocks.1.attn": 2}

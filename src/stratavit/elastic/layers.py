@@ -98,7 +98,7 @@ def _attention(numbers: Mapping[str, Any], dim: int, like: Any, device: Any) -> 
     bias["proj_bias"] = numbers["proj_bias"]
     attn = Attention(dim, heads, attn_head_dim=width, device=device, **bias)
     attn.fused_attn = getattr(like, "fused_attn", attn.fused_attn)
-    return attn
+    return _with_kept(attn, like)
 
 
 def _split(numbers: Mapping[str, Any], dim: int, like: Any, device: Any) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from stratavit.elastic.attention import ElasticAttention, Part
 from stratavit.elastic.delta import Weights
@@ -23,12 +23,15 @@ from stratavit.elastic.site import Site
 class ElasticWholeHeads(ElasticAttention):
     """timm's `Attention` with any number of heads; small models have timm's own class with fewer heads.
 
-    Nothing is turned: the function is kept by sorting heads, and q, k and v of those that stay are as they were.
+    Nothing is turned: the function is kept by sorting heads, and q, k and v of those that stay are as they were. So q
+    and k may be normalised (qk-norm), as all heads are by one norm.
     """
 
     attention = False  # sorted and measured as hidden channels are
     tied = False
     whole_heads = True
+    q_norm: nn.Module
+    k_norm: nn.Module
 
     def __init__(self, stock: Any) -> None:
         super().__init__(stock)
@@ -82,6 +85,7 @@ class ElasticWholeHeads(ElasticAttention):
         weights = self.weights_now()
         features = F.linear(x, weights.in_weight, weights.in_bias).unflatten(-1, (3, -1, self.heads))  # [B, N, 3, w, d]
         q, k, v = features.permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
         mixed = attend(q, k, v, attn_mask, None, None, self.attn_drop.p if self.training else 0.0, is_causal)
         by_channel = mixed.unflatten(-1, (-1, self.heads)).transpose(-1, -2).flatten(-2)  # [B, N, w*d] -> [B, N, d*w]
         return self.proj_drop(self.written(by_channel, weights))

@@ -14,7 +14,7 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from timm.layers import DropPath, PatchDropout, PatchDropoutWithIndices, get_norm_layer
+from timm.layers import Attention, DropPath, PatchDropout, PatchDropoutWithIndices, get_norm_layer
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
@@ -110,10 +110,12 @@ def described_and_built(model: nn.Module) -> tuple[dict[str, Any], nn.Module]:
     return description, built
 
 
-def _is_cut(module: nn.Module) -> bool:
+def _is_cut(module: Any) -> bool:
     """Whether cutting made a module what it is; those that stay uncut are as `timm.create_model` makes them."""
     if isinstance(module, Constant | SplitAttention):
         return True
+    if type(module) is Attention and module.proj.in_features != module.proj.out_features:
+        return True  # of whole heads, also with qk-norm
     kind = kind_of(module)
     return kind is not None and not kind.split and kind.refusal(module) is None
 

@@ -152,7 +152,7 @@ def elastic_sites(model: nn.Module, whole_heads: bool = False) -> tuple[dict[str
             kind: Any = kind_of(module)
             if kind is ElasticSplit and leaf == "attn" and getattr(model, "rope", None) is not None:
                 kind = ElasticRotary if cuts_pairs(module) else kind
-            if kind is ElasticAttention and whole_heads:
+            if whole_heads and type(module) is Attention:  # with qk-norm, too
                 kind = ElasticWholeHeads
             if kind is None:
                 kinds = "attention" if leaf == "attn" else "MLPs"

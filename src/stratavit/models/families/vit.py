@@ -86,11 +86,18 @@ def _attention_arguments(model: VisionTransformer) -> dict[str, Any]:
     biases = first.get("biases", [first.get("qkv_bias", True)] * 3 + [first.get("proj_bias", True)])
     pool = model.attn_pool  # built with the same number of heads, and never cut
     return {
-        "num_heads": heads_that_divide(model.embed_dim, modules) or 1 if pool is None else pool.num_heads,
+        "num_heads": _heads(model, measured) if pool is None else pool.num_heads,
         "qkv_bias": biases[0],
         "qk_norm": any(not isinstance(getattr(attn, "q_norm", nn.Identity()), nn.Identity) for attn in modules),
         "proj_bias": biases[3],
     }
+
+
+def _heads(model: VisionTransformer, measured: list[dict[str, Any]]) -> int:
+    """Heads of the model that whole heads were cut from, else of its blocks."""
+    if getattr(model, "whole_heads", False) and measured:
+        return int(model.embed_dim // measured[0]["head_dim"])
+    return heads_that_divide(model.embed_dim, (block.attn for block in model.blocks)) or 1
 
 
 def _mlp_arguments(model: VisionTransformer) -> dict[str, Any]:
