@@ -8,8 +8,9 @@ estimated from these, and v and MLPs keep as much more as the MACs allow. KL div
 after the cut.
 
 Which coordinates: those of the best map of this rank for the scores in the least squares sense; or the largest terms of
-the scores as they are; or whole heads leave, which the norms allow. Statistics: exact (as if they cost nothing), of what is kept alone, times a constant factor,
-weights fitted to tokens, or weights from second moments, as if q and k were normally distributed.
+the scores as they are; or whole heads leave, which the norms allow. Statistics: exact (as if they cost nothing), of
+what is kept alone, times a constant factor, weights fitted to tokens, or weights from second moments, as if q and k
+were normally distributed.
 """
 
 from __future__ import annotations
