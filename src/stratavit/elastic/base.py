@@ -16,7 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stratavit.elastic.compensation import GAIN, Moments, PackedMoments, System, completed, project, solve, system_of
+from stratavit.elastic.compensation import (
+    GAIN,
+    Moments,
+    PackedMoments,
+    System,
+    completed,
+    project,
+    solved_alone,
+    system_of,
+)
 from stratavit.elastic.corrected import Corrected, stale
 from stratavit.elastic.delta import Delta, Weights, added
 from stratavit.elastic.exchanged import AttentionTransform, Compensation, Observer, Probe
@@ -275,7 +284,7 @@ class ElasticSite(nn.Module):
         found = []
         with torch.autocast(self.out.weight.device.type, enabled=False):
             weight, mean = self.out_by_coordinate().float(), self.channel_mean.T.flatten().float()  # [C, d*H], [d*H]
-            pairs = ((one, solve(one)) for one in self.systems(widths, weight)) if solved is None else solved
+            pairs = map(solved_alone, self.systems(widths, weight)) if solved is None else solved
             for width, (system, kept) in zip(widths, pairs, strict=True):
                 assert self.moments is not None
                 kept, shift = completed(weight, mean, self.moments, system, kept, self.gain)

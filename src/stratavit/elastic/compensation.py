@@ -188,6 +188,15 @@ def solve(system: System) -> Tensor:
     return torch.linalg.solve_triangular(system.factor.contiguous(), system.projected, upper=False, left=False)
 
 
+def solved_alone(system: System) -> tuple[System, Tensor]:
+    """A system with its solution, ``[C, k]``.
+
+    The copy of the factor lives as long as both: its memory would be given back, and asked for again by what follows.
+    """
+    whole = System(system.factor.contiguous(), system.projected)
+    return whole, solve(whole)
+
+
 def solve_together(systems: Sequence[System]) -> Tensor:
     """The solutions of S systems of one shape from one call, ``[S, C, k]``."""
     factors, projected = (torch.stack(parts) for parts in zip(*systems, strict=True))
