@@ -313,7 +313,9 @@ class SuperNet(nn.Module):
         Returns:
             A spec that names every site.
         """
-        return token_places.resolve(self.sites, self._cost.places, spec)
+        asked = spec if isinstance(spec, Spec) else Spec(spec)
+        places = (self.cost if token_places.drops_patches(asked) else self._cost).places  # does pooling read them now?
+        return token_places.resolve(self.sites, places, asked)
 
     def macs(self, spec: Mapping[str, int] | None = None, attention: bool = False) -> int:
         """Multiply-accumulates (MACs) per image.

@@ -1,6 +1,7 @@
 """How many blocks merge tokens where time counts; times are given, never measured."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from helpers import PLAN, make_batches
 from timm.models.vision_transformer import VisionTransformer
 
-from stratavit import SuperNet
+from stratavit import StrataViTError, SuperNet
 from stratavit.budgets.merging_places import SHARE, even_merges, measured_number, nearly_fastest
+from stratavit.dropout_list.joint import token_search
 from stratavit.elastic.token_places import check_tokens
 from stratavit.evaluation import latency
 from stratavit.evaluation.latency import Setting
@@ -45,6 +47,15 @@ def test_places_are_as_many_as_time_allows(net, monkeypatch, each, expected):
         latency, "in_turns", lambda runs, *_: [SimpleNamespace(median_ms=1 + each * merging(run)) for run in runs]
     )
     assert measured_number(net.model, net.cost, Setting(), (3, 32, 32)) == expected
+
+
+def test_no_place_that_may_merge(net):
+    """Only the one that drops patches is left."""
+    cost = replace(net.cost, places=net.cost.places[-1:])
+    assert cost.places[0].unread
+    assert measured_number(net.model, cost, Setting(), (3, 32, 32)) == 1
+    with pytest.raises(StrataViTError, match="no block may merge"):
+        token_search(("width", "tokens"), "default", net.model, cost.places, 1)
 
 
 def test_the_list_that_follows_latency_asks_for_it(net, monkeypatch):

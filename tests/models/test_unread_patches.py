@@ -74,6 +74,24 @@ def test_a_change_of_pooling_is_refused_while_the_list_drops_them():
         net.macs(DROP)
 
 
+def test_a_pass_asks_what_is_read_now():
+    """Also where nothing asked for costs since the change."""
+    net, images = copy.deepcopy(make_net("plain")), make_images(2)
+    net.model.reset_classifier(5, global_pool="avg")
+    with pytest.raises(StrataViTError, match=r"blocks\.1\.tokens"):
+        net(images, DROP)
+    net.model.reset_classifier(5, global_pool="token")
+    with torch.no_grad():
+        assert relative_error(net(images, DROP), net(images)) < 1e-6
+
+
+def test_a_small_model_that_drops_them_is_told_so(tmp_path):
+    small = make_net("plain").extract(spec=DROP, verbose=False)
+    small.reset_classifier(5, global_pool="avg")
+    with pytest.raises(ArtifactError, match=r"drops; pool the class token again"):
+        stratavit.save(small, tmp_path / "small")
+
+
 def test_a_list_may_drop_them_and_merge_nothing():
     ignored = ["blocks.0.tokens"]
     net = copy.deepcopy(make_net("plain")).stratify(make_batches(), plan=PLAN, axes=("width", "tokens"), ignore=ignored)

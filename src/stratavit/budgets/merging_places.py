@@ -32,9 +32,11 @@ def measured_number(model: nn.Module, cost: CostModel, setting: Setting, image_s
         image_size: Channels, height, width.
 
     Returns:
-        A number of blocks, at least 1.
+        A number of blocks, at least 1, also where none may merge.
     """
     free = [place for place in cost.places if not (place.floor or place.unread)]
+    if not free:
+        return 1
     full = {site.name: site.width for site in cost.sites}
     specs = {number: even_merges(cost, number) for number in range(1, default_number(free) + 1)}
     found = {number: spec for number, spec in specs.items() if spec is not None}

@@ -81,6 +81,8 @@ def token_search(
     if all(place.floor for place in places):
         raise StrataViTError("axes: every place that merges tokens is ignored; leave 'tokens' out, or ignore fewer")
     free = sum(not (place.floor or place.unread) for place in places)
+    if number is not None and not free:
+        raise StrataViTError("merging_places: no block may merge tokens; leave it out, or ignore fewer")
     if number is not None and (type(number) is not int or not 1 <= number <= free):
         raise StrataViTError(f"merging_places: expected a number of blocks from 1 to {free}, got {described(number)}")
     return TokenSearch(places=number)

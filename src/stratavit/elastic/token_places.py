@@ -120,6 +120,11 @@ def resolve(sites: Sequence[Site], places: Sequence[TokenPlace], spec: Mapping[s
     return Spec({**full_spec(sites, Spec(rest)), **merging})
 
 
+def drops_patches(spec: Mapping[str, int]) -> bool:
+    """Whether a spec asks a place to pass on no patch."""
+    return any(count == 0 and name.endswith(TOKENS) for name, count in spec.items())
+
+
 def can_merge(places: Sequence[TokenPlace], widths: Mapping[str, int]) -> bool:
     """Whether every place can merge what a spec asks of it at once."""
     try:

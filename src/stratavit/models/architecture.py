@@ -177,6 +177,11 @@ def merge_tokens(model: nn.Module, tokens: Mapping[str, Any]) -> None:
     places = [TokenPlace(name + TOKENS, name, full, unread=unread and name == blocks[-1]) for name in blocks]
     if not keep or not keep.keys() <= {*blocks} or not all(type(n) is int for n in (full, *keep.values())):
         raise ArtifactError(f"the model description merges tokens at {described(keep)} of {described(full)}")
+    if keep.get(blocks[-1]) == 0 and not unread:
+        raise ArtifactError(
+            f"the model's outputs read the patches that its {blocks[-1]} drops; pool the class token again, or extract "
+            f"a size whose spec leaves {blocks[-1]}{TOKENS} out"
+        )
     check_tokens(places, {name + TOKENS: count for name, count in keep.items()})
     merge_at(model, blocks, keep, full, prefix)
 
