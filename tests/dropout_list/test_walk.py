@@ -246,3 +246,14 @@ def test_no_warning_where_images_are_those_of_contract(capsys, tmp_path):
     net = SuperNet(make_model("plain")).contract(make_batches(), method="paper")
     net.stratify([make_images(12, seed=5)])
     assert capsys.readouterr().err == ""
+
+
+def test_the_last_step_is_taken_back_where_it_made_things_worse(monkeypatch):
+    """Effects are of first order: a step may leave a module with so little that the network breaks."""
+    one, two = (Walk(states=((0.6, steps),), images=5) for steps in (1, 2))
+    monkeypatch.setattr(walk.Reference, "distance", lambda *_: 1.0)
+    stepped, after_one = walked("plain", two)[2], walked("plain", one)[2]
+    assert stepped != after_one
+    distances = iter([2.0, 1.0])  # after the step, and before it
+    monkeypatch.setattr(walk.Reference, "distance", lambda *_: next(distances))
+    assert walked("plain", two)[2] == after_one

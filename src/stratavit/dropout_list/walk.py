@@ -66,7 +66,7 @@ def walk(
     dense_outputs: DenseOutputs | None = None,
     seen: Seen | None = None,
 ) -> tuple[list[State], dict[str, float], FinalMean | None]:
-    """Measures keep ratios at one size after the other.
+    """Measures keep ratios at one size after the other; the last step at a size is taken back if it made that worse.
 
     Args:
         model, sites, cost: The sites are elastic modules, calibrated.
@@ -101,7 +101,11 @@ def walk(
                 seen = None
             reference = Reference(model, sites, batches, dense_outputs)
             with crossed(model, fold):
-                ratios = moved(ratios, reference.effects(cost, allocate(cost, ratios, share, caps)), plan.rate)
+                before = allocate(cost, ratios, share, caps)
+                new = moved(ratios, reference.effects(cost, before), plan.rate)
+                after = allocate(cost, new, share, caps)
+                worse = left == 0 and reference.distance(after) > reference.distance(before)
+                ratios = ratios if worse else new
                 if left == 0:
                     caps = allocate(cost, ratios, share, caps)
                     states.append(State(share, caps))
