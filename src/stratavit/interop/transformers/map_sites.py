@@ -76,25 +76,19 @@ class TheirMap(TheirAttention):
             constant = self.constant(hidden_states)
             return (constant, None) if returns_more(self.stock) else constant
         weights, tokens = self.weights_now(), hidden_states.flatten(1, 2)  # [B, N, C]
-        features = F.linear(tokens, weights.in_weight, weights.in_bias)
-        features = features.unflatten(-1, (3 if self.tied else 1, self.heads, -1))  # [B, N, 3 or 1, H, w]
-        if self.observer is not None:
-            self.observer.features(features)
+        own = self.cut_features(tokens, weights)
         if self.tied:
-            q, k, v = features.unbind(2)
-            if self.probe is not None and self.probe.gate is not None:
-                q = q * self.probe.gate
-            maps = [q.flatten(-2), k.flatten(-2), v.flatten(-2)]
+            maps = [x.flatten(-2) for x in own]
         else:
             maps = [F.linear(tokens, *part) for part in self.parts()[:2]]
-            maps.append(F.pad(features[:, :, 0], (0, self.full_width - features.shape[-1])).flatten(-2))
+            maps.append(F.pad(own[0], (0, self.full_width - own[0].shape[-1])).flatten(-2))
 
         def written(mixed: Tensor) -> Tensor:
             read = self._prefix(mixed.flatten(1, 2), weights)  # [B, N, H*w]
             return self.written(read, weights).unflatten(1, mixed.shape[1:3])
 
         layers = {"qkv": returning(torch.cat(maps, dim=-1)), "proj": written}
-        width = features.shape[-1] if self.tied else self.full_width
+        width = own[0].shape[-1] if self.tied else self.full_width
         double = run_with(self.stock, layers, scale=width**-0.5)
         return type(self.stock).forward(double, hidden_states, *args, **kwargs)
 

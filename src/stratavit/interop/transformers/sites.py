@@ -193,24 +193,29 @@ class TheirAttention(TheirSite, HeadsSite):
         if self.width == 0 or self.bypassed:
             return self.constant(hidden_states), None
         weights, width = self.weights_now(), self.full_width
-        features = F.linear(hidden_states, weights.in_weight, weights.in_bias)
-        features = features.unflatten(-1, (3 if self.tied else 1, self.heads, -1))  # [B, N, 3 or 1, H, w]
-        if self.observer is not None:
-            self.observer.features(features)
+        own = self.cut_features(hidden_states, weights)
         if self.tied:
-            q, k, v = features.unbind(2)
-            if self.probe is not None and self.probe.gate is not None:
-                q = q * self.probe.gate
-            width = v.shape[-1]
-            given = {"q_proj": q, "k_proj": k, "v_proj": v}
+            width = own[-1].shape[-1]
+            given = dict(zip(("q_proj", "k_proj", "v_proj"), own, strict=True))
         else:
-            given = {"v_proj": F.pad(features[:, :, 0], (0, width - features.shape[-1]))}  # [B, N, H, d]
+            given = {"v_proj": F.pad(own[0], (0, width - own[0].shape[-1]))}  # [B, N, H, d]
         layers: dict[str, Any] = {name: returning(x.flatten(-2)) for name, x in given.items()}
         layers[self.names.last] = lambda mixed: self.written(self._prefix(mixed, weights), weights)
         scales = {name: width**-0.5 for name in _SCALES if hasattr(self.stock, name)} if self.tied else {}
         double = run_with(self.stock, layers, head_dim=width, **scales)
         found: tuple[Tensor, Any] = type(self.stock).forward(double, hidden_states, *args, **kwargs)
         return found
+
+    def cut_features(self, tokens: Tensor, weights: Weights) -> tuple[Tensor, ...]:
+        """q, k and v of tokens ``[B, N, C]``, or v alone, each ``[B, N, H, w]``; the observer sees them."""
+        features = F.linear(tokens, weights.in_weight, weights.in_bias)
+        features = features.unflatten(-1, (3 if self.tied else 1, self.heads, -1))  # [B, N, 3 or 1, H, w]
+        if self.observer is not None:
+            self.observer.features(features)
+        q, *rest = features.unbind(2)
+        if self.tied and self.probe is not None and self.probe.gate is not None:
+            q = q * self.probe.gate
+        return q, *rest
 
     def _prefix(self, mixed: Tensor, weights: Weights) -> Tensor:
         """What `proj` reads, ``[B, N, H*w]``, of the heads' output, which is padded where q and k stay uncut."""
