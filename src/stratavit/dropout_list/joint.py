@@ -68,7 +68,9 @@ def token_search(
     named = sorted(map(str, axes)) if isinstance(axes, list | tuple) else None
     if named == ["width"]:
         if number is not None:
-            raise StrataViTError("merging_places: no list merges tokens; add 'tokens' to axes, or leave it out")
+            raise StrataViTError(
+                "merging_places: no list merges tokens; add 'tokens' to axes (--axes both), or leave it out"
+            )
         return None
     if named != ["tokens", "width"]:
         raise StrataViTError(f"axes: expected ('width',) or ('width', 'tokens'), got {described(axes)}")
