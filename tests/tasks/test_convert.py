@@ -6,7 +6,7 @@ import tarfile
 import pytest
 import torch
 from command_line import MODEL, make_folder, output, refusal, small_models
-from helpers import CLASSES, make_images, make_model, same_tensors
+from helpers import CLASSES, make_batches, make_images, make_model, same_tensors
 from PIL import Image
 
 import stratavit
@@ -220,3 +220,8 @@ def test_a_flat_folder_on_the_command_line(work, tmp_path, capsys):
 def test_few_images_make_all_steps(expected):
     """They are faster, not fewer: fewer steps gave worse small networks."""
     assert expected.provenance["stratify"]["walk"]["states"] == [list(state) for state in Walk().states]
+
+
+def test_whole_heads_and_the_papers_method_do_not_go_together():
+    with pytest.raises(StrataViTError, match="method"):
+        stratavit.convert(make_model("plain"), make_batches(), whole_heads=True, method="paper", verbose=False)

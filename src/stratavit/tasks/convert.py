@@ -73,7 +73,11 @@ class Options:
 
     def check(self) -> None:
         """Checks what can be checked before any work; a `StrataViTError` if a choice is unknown."""
-        resolve_method(self.method, self.criterion)
+        method, _ = resolve_method(self.method, self.criterion)
+        if self.whole_heads and method == "paper":
+            raise StrataViTError(
+                "method: the paper's cuts inside heads; for whole heads leave the method at its default"
+            )
         known_place(self.memory)
         for name, known in (("objective", OBJECTIVES), ("axes", get_args(ListAxes)), ("price", get_args(Price))):
             if getattr(self, name) not in known:
