@@ -20,6 +20,7 @@ from stratavit.utils.progress import track
 SHARE = 0.6  # of the dense MACs, to which the timed networks merge
 SLOWER = 1.05  # a number of places may take so many times the least time
 ROUNDS = 3
+FEW = (1, 2, 3)  # numbers that are timed besides the default
 
 
 def measured_number(model: nn.Module, cost: CostModel, setting: Setting, image_size: tuple[int, int, int]) -> int:
@@ -38,7 +39,8 @@ def measured_number(model: nn.Module, cost: CostModel, setting: Setting, image_s
     if not free:
         return 1
     full = {site.name: site.width for site in cost.sites}
-    specs = {number: even_merges(cost, number) for number in range(1, default_number(free) + 1)}
+    most = default_number(free)
+    specs = {number: even_merges(cost, number) for number in sorted({*FEW, most}) if number <= most}
     found = {number: spec for number, spec in specs.items() if spec is not None}
     models = [cut_model(model, cost.sites, {**full, **spec}, places=cost.places) for spec in found.values()]
     runs = [latency.runner(small, image_size, setting) for small in track(models, "time merging places")]
