@@ -60,6 +60,7 @@ def test_no_place_that_may_merge(net):
 
 def test_the_list_that_follows_latency_asks_for_it(net, monkeypatch):
     monkeypatch.setattr("stratavit.supernet.measured_number", lambda *_: 2)
+    monkeypatch.setattr("stratavit.supernet.priced", lambda cost, *_: cost)  # no layer is timed
     quick = Setting(seconds=1e-3)
     made = copy.deepcopy(net).contract(make_batches())
     made.stratify(make_batches(), plan=PLAN, axes=("width", "tokens"), price="latency", setting=quick)
