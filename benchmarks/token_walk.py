@@ -39,7 +39,7 @@ def main() -> None:
     net.strata, net.joint_strata = kept.strata, kept.joint_strata
     assert net.strata is not None
     tokens = TokenSearch()
-    places = chosen_places([place for place in net.cost.places if not place.unread], tokens.places)
+    places = chosen_places([place for place in net.cost.places if place.may_merge], tokens.places)
     with eval_mode(net.model), frozen(net.model), crossed(net.model, 0):
         reference = Reference(net.model, net.sites, Feed(images, net.model).take(tokens.images, 0), DenseOutputs())
 

@@ -225,3 +225,8 @@ def test_few_images_make_all_steps(expected):
 def test_whole_heads_and_the_papers_method_do_not_go_together():
     with pytest.raises(StrataViTError, match="method"):
         stratavit.convert(make_model("plain"), make_batches(), whole_heads=True, method="paper", verbose=False)
+
+
+def test_merging_places_without_a_list_that_merges_are_refused_before_the_model_is_made():
+    with pytest.raises(StrataViTError, match="merging_places"):
+        stratavit.convert("no_such_model", make_batches(), merging_places=2, verbose=False)

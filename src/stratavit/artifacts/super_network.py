@@ -10,7 +10,7 @@ from typing import Any
 from stratavit.artifacts import folder_format, moments
 from stratavit.dropout_list.floors import floors_of
 from stratavit.dropout_list.strata import Strata
-from stratavit.elastic.token_places import check_tokens, place_of
+from stratavit.elastic.token_places import check_tokens
 from stratavit.elastic.tokens import merging_blocks
 from stratavit.errors import ArtifactError, StrataViTError, described
 from stratavit.models import changes, source_checks
@@ -90,7 +90,7 @@ def _count_tokens_of(net: Any, patches: Any, source: str) -> None:
         raise ArtifactError(f"{source}: patches should be their number in an image, got {described(patches)}")
     for block in merging_blocks(net.model).values():
         block.full = patches
-    places = tuple(place_of(place.block, patches, place.prefix, place.unread) for place in net.cost.places)
+    places = tuple(replace(place, width=patches) for place in net.cost.places)
     net._cost = replace(net.cost, places=places)
 
 

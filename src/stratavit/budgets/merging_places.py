@@ -35,7 +35,7 @@ def measured_number(model: nn.Module, cost: CostModel, setting: Setting, image_s
     Returns:
         A number of blocks, at least 1, also where none may merge.
     """
-    free = [place for place in cost.places if not (place.floor or place.unread)]
+    free = [place for place in cost.places if place.may_merge]
     if not free:
         return 1
     full = {site.name: site.width for site in cost.sites}
@@ -54,12 +54,11 @@ def even_merges(cost: CostModel, number: int) -> dict[str, int] | None:
 
     None if one merge at a time cannot leave out as many.
     """
-    places = chosen_places([place for place in cost.places if not (place.floor or place.unread)], number)
+    places = chosen_places([place for place in cost.places if place.may_merge], number)
     for percent in range(99, 33, -1):
         spec, now = {}, places[0].width
         for place in places:
-            wanted = max(least(now), now * percent // 100)
-            now = next(step for step in place.steps if step >= wanted)
+            now = place.at_least(max(least(now), now * percent // 100))
             spec[place.name] = now
         if cost.macs(spec) <= SHARE * cost.macs():
             return spec

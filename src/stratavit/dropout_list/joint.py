@@ -67,10 +67,7 @@ def token_search(
     """
     named = sorted(map(str, axes)) if isinstance(axes, list | tuple) else None
     if named == ["width"]:
-        if number is not None:
-            raise StrataViTError(
-                "merging_places: no list merges tokens; add 'tokens' to axes (--axes both), or leave it out"
-            )
+        check_asked_for(number, merges=False)
         return None
     if named != ["tokens", "width"]:
         raise StrataViTError(f"axes: expected ('width',) or ('width', 'tokens'), got {described(axes)}")
@@ -82,12 +79,20 @@ def token_search(
         raise StrataViTError(f"axes: this model cannot merge tokens: {why}; leave 'tokens' out")
     if all(place.floor for place in places):
         raise StrataViTError("axes: every place that merges tokens is ignored; leave 'tokens' out, or ignore fewer")
-    free = sum(not (place.floor or place.unread) for place in places)
+    free = sum(place.may_merge for place in places)
     if number is not None and not free:
         raise StrataViTError("merging_places: no block may merge tokens; leave it out, or ignore fewer")
     if number is not None and (type(number) is not int or not 1 <= number <= free):
         raise StrataViTError(f"merging_places: expected a number of blocks from 1 to {free}, got {described(number)}")
     return TokenSearch(places=number)
+
+
+def check_asked_for(number: int | None, merges: bool) -> None:
+    """Refuses a number of merging places where no list merges tokens."""
+    if number is not None and not merges:
+        raise StrataViTError(
+            "merging_places: no list merges tokens; add 'tokens' to axes (--axes both), or leave it out"
+        )
 
 
 def default_number(places: Sequence[TokenPlace]) -> int:
@@ -140,7 +145,7 @@ class Search:
         found: list[int] = []
         before = self.places[0].width if self.places else 0
         for place in self.places:
-            before = next(step for step in place.steps if step >= least(before))
+            before = place.at_least(least(before))
             found.append(before)
         return tuple(found)
 
@@ -261,7 +266,7 @@ def joint_list(
     Raises:
         StrataViTError: Bad images, or a cut network whose output is not finite.
     """
-    free = [place for place in cost.places if not (place.floor or place.unread)]
+    free = [place for place in cost.places if place.may_merge]
     places, known = chosen_places(free, tokens.places), DenseOutputs() if known is None else known
     with eval_mode(model), frozen(model), crossed(model, 0):
         feed = Feed(loader, model)

@@ -146,6 +146,18 @@ class HeadsSite(ElasticSite):
         return self.proj_drop(self.written(mixed, weights))
 
 
+class CoordinatesFirst(HeadsSite):
+    """Attention whose `proj` reads coordinate after coordinate, each of all heads."""
+
+    def out_by_head(self) -> Tensor:
+        """Weight of `proj`, ``[C, d*H]`` to ``[C, H, d]``."""
+        return self.proj.weight.unflatten(1, (self.full_width, self.heads)).transpose(1, 2)
+
+    def whole_out(self) -> Tensor:
+        """The same, head after head: ``[C, H*d]``."""
+        return self.out_by_head().flatten(1)
+
+
 class ElasticAttention(HeadsSite):
     """timm's `Attention` at any head_dim; at full width the same operations in the same order."""
 

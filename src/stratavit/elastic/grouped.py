@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stratavit.elastic.attention import ElasticBiased
+from stratavit.elastic.attention import CoordinatesFirst, ElasticBiased
 from stratavit.elastic.layers import reshapes, unit_of
 
 
@@ -42,7 +42,7 @@ class ElasticTokenMap(ElasticWindow):
         return self._run(x.flatten(1, 2), None).unflatten(1, x.shape[1:3])
 
 
-class ElasticBlocks(ElasticWindow):
+class ElasticBlocks(CoordinatesFirst, ElasticWindow):
     """NesT's `Attention`: tokens see those of their block of the image.
 
     Attributes:
@@ -50,14 +50,6 @@ class ElasticBlocks(ElasticWindow):
     """
 
     apart = True
-
-    def out_by_head(self) -> Tensor:
-        """Of timm's module, `proj` reads coordinate after coordinate, each of all heads."""
-        return self.proj.weight.unflatten(1, (self.full_width, self.heads)).transpose(1, 2)
-
-    def whole_out(self) -> Tensor:
-        """The same, head after head."""
-        return self.out_by_head().flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Tokens ``[B, blocks, N, C]`` to the same."""

@@ -27,7 +27,6 @@ class TokenPlace:
         name: In a spec, ``blocks.5.tokens``.
         block: Name of the block.
         width: Patches of an image at the model's input size: all of them.
-        steps: Numbers of tokens at which units end, ascending, up to `width`.
         prefix: Tokens in front of the patches, which are never merged.
         floor: `width` if no dropout list may merge here; else 0.
         unread: Nothing reads the patches that it passes on, so that 0 is a width, too.
@@ -36,10 +35,24 @@ class TokenPlace:
     name: str
     block: str
     width: int
-    steps: tuple[int, ...] = ()
     prefix: int = 0
     floor: int = 0
     unread: bool = False
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Numbers of tokens at which units end, ascending, up to `width`."""
+        ends = range(self.width % UNIT or UNIT, self.width + 1, UNIT)
+        return (0, *ends) if self.unread else tuple(ends)
+
+    @property
+    def may_merge(self) -> bool:
+        """Whether a dropout list may merge tokens here."""
+        return not (self.floor or self.unread)
+
+    def at_least(self, count: int) -> int:
+        """The unit's end at a number of tokens, or the next one above it."""
+        return next(step for step in self.steps if step >= count)
 
 
 SiteOrPlace = Site | TokenPlace  # what an entry of a dropout list may shrink
@@ -47,8 +60,7 @@ SiteOrPlace = Site | TokenPlace  # what an entry of a dropout list may shrink
 
 def place_of(block: str, patches: int, prefix: int, unread: bool = False) -> TokenPlace:
     """The place of a block, for images of so many patches behind a prefix."""
-    steps = tuple(range(patches % UNIT or UNIT, patches + 1, UNIT))
-    return TokenPlace(block + TOKENS, block, patches, (0, *steps) if unread else steps, prefix, unread=unread)
+    return TokenPlace(block + TOKENS, block, patches, prefix, unread=unread)
 
 
 def tokens_along(places: Sequence[TokenPlace], widths: Mapping[str, int], patches: int) -> dict[str, tuple[int, int]]:

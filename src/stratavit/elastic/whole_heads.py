@@ -14,13 +14,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stratavit.elastic.attention import ElasticAttention, Part
+from stratavit.elastic.attention import CoordinatesFirst, ElasticAttention, Part
 from stratavit.elastic.delta import Weights
 from stratavit.elastic.plain import attend
 from stratavit.elastic.site import Site
 
 
-class ElasticWholeHeads(ElasticAttention):
+class ElasticWholeHeads(CoordinatesFirst, ElasticAttention):
     """timm's `Attention` with any number of heads; small models have timm's own class with fewer heads.
 
     Nothing is turned: the function is kept by sorting heads, and q, k and v of those that stay are as they were. So q
@@ -49,14 +49,6 @@ class ElasticWholeHeads(ElasticAttention):
     def cut_in(self, weight: Tensor, width: int) -> Tensor:
         """``[3*H*d, ...]`` to ``[3*w*d, ...]``."""
         return weight.unflatten(0, (3, self.full_width, self.heads))[:, :width].flatten(0, 2)
-
-    def out_by_head(self) -> Tensor:
-        """Weight of `proj` by channel of a head: ``[C, d, H]``."""
-        return self.proj.weight.unflatten(1, (self.full_width, self.heads)).transpose(1, 2)
-
-    def whole_out(self) -> Tensor:
-        """The same, ``[C, d*H]``."""
-        return self.out_by_head().flatten(1)
 
     def permute(self, order: Tensor) -> None:
         """Sorts the heads in place."""

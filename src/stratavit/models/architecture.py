@@ -21,7 +21,7 @@ from torch import nn
 from stratavit.elastic.layers import build_layer, describe_layer
 from stratavit.elastic.plain import Constant, SplitAttention
 from stratavit.elastic.short_blocks import shorten
-from stratavit.elastic.token_places import TokenPlace, check_tokens
+from stratavit.elastic.token_places import check_tokens, place_of
 from stratavit.elastic.tokens import merge_at
 from stratavit.errors import ArtifactError, StrataViTError, UnsupportedModelError, described, one_line
 from stratavit.models.families import blocks_of, family_of, fixed_size, kind_of, merging, reads_patches
@@ -174,7 +174,7 @@ def merge_tokens(model: nn.Module, tokens: Mapping[str, Any]) -> None:
     if isinstance(prefix, str):
         raise ArtifactError(f"the model description merges tokens, but {prefix}")
     unread = not reads_patches(model)
-    places = [TokenPlace(name + TOKENS, name, full, unread=unread and name == blocks[-1]) for name in blocks]
+    places = [place_of(name, full, prefix, unread and name == blocks[-1]) for name in blocks]
     if not keep or not keep.keys() <= {*blocks} or not all(type(n) is int for n in (full, *keep.values())):
         raise ArtifactError(f"the model description merges tokens at {described(keep)} of {described(full)}")
     if keep.get(blocks[-1]) == 0 and not unread:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from stratavit.elastic.token_places import TokenPlace, place_of
+from stratavit.elastic.token_places import TokenPlace
 from stratavit.errors import ArtifactError, StrataViTError
 from stratavit.files.state_dicts import check_fit
 from stratavit.models import architecture
@@ -66,8 +66,7 @@ def follow(net: Any) -> tuple[dict[str, Any], dict[str, Any], CostModel, tuple[A
 
 def _read_again(model: nn.Module, places: tuple[TokenPlace, ...]) -> tuple[TokenPlace, ...]:
     """The places, after a change of what outputs read."""
-    last = [place_of(place.block, place.width, place.prefix, not reads_patches(model)) for place in places[-1:]]
-    return *places[:-1], *(replace(new, floor=old.floor) for new, old in zip(last, places[-1:], strict=True))
+    return *places[:-1], *(replace(place, unread=not reads_patches(model)) for place in places[-1:])
 
 
 def _check_tensors(model: nn.Module, built: nn.Module) -> None:

@@ -29,7 +29,7 @@ from stratavit.data.splits import split_folder
 from stratavit.data.unlabelled import Images, UnlabelledLoader, check_there, opened
 from stratavit.dropout_list.build import list_work
 from stratavit.dropout_list.floors import MinWidth, with_floors
-from stratavit.dropout_list.joint import token_search
+from stratavit.dropout_list.joint import check_asked_for, token_search
 from stratavit.elastic.site import units_named
 from stratavit.errors import StrataViTError, described
 from stratavit.evaluation.dense_check import DenseCheck, check_dense
@@ -78,6 +78,7 @@ class Options:
             raise StrataViTError(
                 "method: the paper's cuts inside heads; for whole heads leave the method at its default"
             )
+        check_asked_for(self.merging_places, merges=self.axes == "both")
         known_place(self.memory)
         for name, known in (("objective", OBJECTIVES), ("axes", get_args(ListAxes)), ("price", get_args(Price))):
             if getattr(self, name) not in known:
