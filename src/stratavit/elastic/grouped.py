@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stratavit.elastic.attention import CoordinatesFirst, ElasticBiased
-from stratavit.elastic.layers import reshapes, unit_of
+from stratavit.elastic.layers import RESHAPES, reshapes, unit_of
 
 
 class ElasticWindow(ElasticBiased):
@@ -26,8 +26,7 @@ class ElasticWindow(ElasticBiased):
     @classmethod
     def refusal(cls, stock: Any) -> tuple[str, str] | None:
         """As of all attention; it returns as many and as wide tokens as it reads."""
-        reason = "where a stage begins, attention pools queries or widens tokens, and stays uncut"
-        return super().refusal(stock) or (("qkv", reason) if reshapes(stock) else None)
+        return super().refusal(stock) or (("qkv", RESHAPES) if reshapes(stock) else None)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Tokens ``[B*windows, N, C]`` to the same."""

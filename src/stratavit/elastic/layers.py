@@ -36,6 +36,7 @@ STOCK = (
     *(NestAttention, DaVitAttention, VoloAttention, MaskUnitAttention, HieraDetAttention),
 )
 ATTENTION: tuple[Any, ...] = (*STOCK, SplitAttention)
+RESHAPES = "where a stage begins, attention pools queries or widens tokens, and stays uncut"
 
 
 def heads_in(attn: Any) -> int:

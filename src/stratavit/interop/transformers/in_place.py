@@ -5,8 +5,9 @@ tests/hosts hold it against the modules themselves; other classes with the same 
 
 from __future__ import annotations
 
+from stratavit.elastic.layers import RESHAPES
+
 _BY_Q = "q and k stay uncut (relative positions, which are multiplied by q, are the same for all heads)"
-_STAGES = "where a stage begins, attention pools queries or widens tokens, and stays uncut"
 _ONE_SIZE = "calibration images of one size"
 _NAMES = "has other maps than q_proj, k_proj, v_proj and o_proj, or fc1 and fc2"
 
@@ -24,11 +25,7 @@ IN_PLACE: dict[str, tuple[str, str, str]] = {  # class -> attention, MLP, why no
     "BeitModel": CUT,
     "BeitForImageClassification": CUT,
     "SamVisionModel": ("v", "yes", _BY_Q),
-    "Sam2VisionModel": (
-        "q, k, v",
-        "yes",
-        "where a stage begins, attention pools queries or widens tokens, and stays uncut",
-    ),
+    "Sam2VisionModel": ("q, k, v", "yes", RESHAPES),
     "VitDetModel": ("v", "yes", _BY_Q),
     "IJepaModel": CUT,
     "Aimv2VisionModel": CUT,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from stratavit.elastic.attention import HeadsSite, Part
 from stratavit.elastic.delta import Weights
+from stratavit.elastic.layers import RESHAPES
 from stratavit.interop.transformers.sites import MAPS, TheirAttention, kind_of_theirs, returning, run_with
 
 
@@ -54,7 +55,7 @@ class TheirMap(TheirAttention):
         if type(stock.qkv) is not nn.Linear:
             return "qkv", "some of it is gone already; start from the full model"
         if getattr(stock, "query_stride", None) or stock.qkv.in_features != stock.proj.out_features:
-            return "qkv", "where a stage begins, attention pools queries or widens tokens, and stays uncut"
+            return "qkv", RESHAPES
         return None
 
     def parts(self) -> tuple[Part, Part, Part]:
