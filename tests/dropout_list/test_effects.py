@@ -95,7 +95,7 @@ def test_effects_equal_finite_differences(family_name, cut, monkeypatch):
     monkeypatch.setattr(marginal_effects, "distance", wide_distance)
     net = wide_net(family_name)
     images = IMAGES.double()
-    found = reference_of(net, [images[:2], images[2:]]).effects(net.cost, cut)
+    found = reference_of(net, [images[:2], images[2:]]).effects(net.cost, cut)[0]
     for site in net.sites:
         width, falls = cut[site.name], []
         for other in marginal_effects.neighbours(site, width, net.cost):
@@ -162,7 +162,13 @@ def test_drift_is_the_difference_of_what_the_heads_of_extracted_models_read(fami
             model.forward_head(model.forward_features(IMAGES), pre_logits=True).double().mean(dim=0)
             for model in (dense, small)
         ]
-    found = reference_of(net, IMAGES.split([1, 2])).drift(cut)
-    assert found.dtype == torch.float64
-    assert relative_error(found, means[0] - means[1]) <= 1e-4
+    reference = reference_of(net, IMAGES.split([1, 2]))
+    found = reference.measure(cut)
+    assert found.drift.dtype == torch.float64
+    assert relative_error(found.drift, means[0] - means[1]) <= 1e-4
+    assert found.distance == reference.distance(cut)
+    net.requires_grad_(False)
+    _, beside = reference.effects(net.cost, cut)  # of the same pass as the gradients
+    assert beside.distance == pytest.approx(found.distance, rel=1e-4)
+    assert relative_error(beside.drift, found.drift) <= 1e-4
     assert all(module.width == module.full_width for module in net.elastic.values())

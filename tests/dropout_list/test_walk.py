@@ -1,6 +1,7 @@
 """The measurement of the list: nested states within their shares, and nothing left behind."""
 
 import copy
+import math
 from contextlib import nullcontext
 from itertools import pairwise
 
@@ -78,7 +79,7 @@ def test_sites_of_a_single_unit_are_neither_measured_nor_judged():
     )
     net = SuperNet(enliven(model)).contract(make_batches())
     cut = {site.name: site.steps[-1] if site.kind == "attention" else site.steps[8] for site in net.sites}
-    found = marginal_effects.Reference(net.model, net.sites, BATCHES, DenseOutputs()).effects(net.cost, cut)
+    found = marginal_effects.Reference(net.model, net.sites, BATCHES, DenseOutputs()).effects(net.cost, cut)[0]
     assert found.keys() == {"blocks.0.mlp", "blocks.1.mlp"}
     _, ratios, _ = walk.walk(net.model, net.sites, net.cost, BATCHES, PLAN)
     assert ratios["blocks.0.attn"] == pytest.approx(ratios["blocks.1.attn"])
@@ -251,9 +252,15 @@ def test_no_warning_where_images_are_those_of_contract(capsys, tmp_path):
 def test_the_last_step_is_taken_back_where_it_made_things_worse(monkeypatch):
     """Effects are of first order: a step may leave a module with so little that the network breaks."""
     one, two = (Walk(states=((0.6, steps),), images=5) for steps in (1, 2))
-    monkeypatch.setattr(walk.Reference, "distance", lambda *_: 1.0)
-    stepped, after_one = walked("plain", two)[2], walked("plain", one)[2]
-    assert stepped != after_one
-    distances = iter([2.0, 1.0])  # after the step, and before it
-    monkeypatch.setattr(walk.Reference, "distance", lambda *_: next(distances))
-    assert walked("plain", two)[2] == after_one
+    measure = walk.Reference.measure
+
+    def at_distance(value):
+        return lambda *asked: measure(*asked)._replace(distance=value)
+
+    monkeypatch.setattr(walk.Reference, "measure", at_distance(0.0))
+    stepped, after_one = walked("plain", two), walked("plain", one)
+    assert stepped[2] != after_one[2]
+    monkeypatch.setattr(walk.Reference, "measure", at_distance(math.inf))
+    taken_back = walked("plain", two)
+    assert taken_back[2] == after_one[2]
+    assert taken_back[3].vectors.tolist() != stepped[3].vectors.tolist()  # it belongs to the widths that are kept

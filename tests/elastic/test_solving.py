@@ -77,7 +77,7 @@ def test_only_what_is_solved_at_one_shape_is_stacked(spec, expected, stacks):
 
 def effects(net, widths):
     reference = marginal_effects.Reference(net.model, net.sites, [IMAGES], DenseOutputs())
-    return reference.effects(net.cost, widths)
+    return reference.effects(net.cost, widths)[0]
 
 
 def steps_of_list(net):
@@ -108,10 +108,10 @@ def test_a_step_of_the_list_reads_once_from_the_device(stacks, monkeypatch):
     reference = marginal_effects.Reference(net.model, net.sites, [IMAGES], DenseOutputs())
     with reads(monkeypatch) as found:
         reference.effects(net.cost, ODD)
-        assert found == ["tolist"]  # all effects
+        assert found == ["tolist"]  # all effects, and the distance
         found.clear()
-        reference.drift(ODD)
-        assert found == ["cpu"]  # the mean of what the head reads, for the list
+        reference.measure(ODD)
+        assert found == ["aten._local_scalar_dense.default"]  # the distance
         float(IMAGES.sum())
         assert len(found) == 2
 

@@ -87,7 +87,7 @@ def test_the_final_mean_is_that_of_all_tokens(name):
     """Put into the bias of the last norm, it makes the mean of all tokens that of the dense model."""
     net = SuperNet(architectures.make(name)).contract(make_batches()).eval()
     spec = {site.name: site.width // 2 for site in net.sites}
-    drift = Reference(net.model, net.sites, [IMAGES], DenseOutputs()).drift(spec)
+    drift = Reference(net.model, net.sites, [IMAGES], DenseOutputs()).measure(spec).drift
     net.final_mean = FinalMean((net.macs(spec) / net.macs(),), drift[None].float())
     for small in (net.extract(spec=spec), lambda images: net(images, spec)):
         with torch.no_grad():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,18 @@ def crossed(model: nn.Module, fold: int) -> Iterator[None]:
     moments = {site: site.crossed[fold][1].to(site.out.weight.device) for site in sites}
     with temporarily("channel_mean", means), temporarily("moments", moments):
         yield
+
+
+class Measured(NamedTuple):
+    """A cut network next to the dense model, over the images of a `Reference`.
+
+    Attributes:
+        distance: Mean distance of its outputs to the dense model's.
+        drift: Mean of what the dense model's head reads minus that of its own, ``[C]`` float64.
+    """
+
+    distance: float
+    drift: Tensor
 
 
 class Reference:
@@ -69,16 +82,26 @@ class Reference:
         tokens = self._tokens(batch)
         return self._stages.tail(tokens), self._stages.pool(tokens)
 
+    def _compared(self, batch: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the distances of a batch of the network as it runs, and what its head reads ``[B, C]``, detached."""
+        tokens = self._tokens(batch)
+        with torch.no_grad():
+            pooled = self._stages.pool(tokens)
+        return distance(self._stages.tail(tokens), dense, self.classes), pooled
+
+    def _drift(self, pooled: Iterable[Tensor]) -> Tensor:
+        return (self._pooled - _total(pooled)) / self.count
+
     @torch.no_grad()
-    def drift(self, widths: Mapping[str, int]) -> Tensor:
-        """Mean of what the dense model's head reads minus that of the network at `widths`, ``[C]`` float64."""
+    def measure(self, widths: Mapping[str, int]) -> Measured:
+        """The network at `widths`."""
         with run_at(self.elastic, widths, fixed=True):
-            pooled = _total(self._stages.pool(self._tokens(batch)) for batch in self._batches)
-        return (self._pooled - pooled) / self.count
+            found, pooled = zip(*map(self._compared, self._batches, self._logits), strict=True)
+        return Measured(float(wide(torch.stack(found)).sum()) / self.count, self._drift(pooled))
 
     @torch.no_grad()
     def distance(self, widths: Mapping[str, int]) -> float:
-        """Mean distance of the network at `widths` to the dense model."""
+        """Mean distance of the network at `widths` to the dense model; what the head reads is left out."""
         with run_at(self.elastic, widths, fixed=True):
             found = [
                 distance(self._stages.tail(self._tokens(batch)), dense, self.classes)
@@ -86,7 +109,7 @@ class Reference:
             ]
         return float(wide(torch.stack(found)).sum()) / self.count
 
-    def effects(self, cost: CostModel, widths: Mapping[str, int]) -> dict[str, float]:
+    def effects(self, cost: CostModel, widths: Mapping[str, int]) -> tuple[dict[str, float], Measured]:
         """By how much the mean distance falls, to first order, per price of what a site is given.
 
         Central differences over one step up and one down; a site of a single unit, or one that must keep its full
@@ -97,7 +120,7 @@ class Reference:
             widths: Every width a unit's end above 0.
 
         Returns:
-            Site name -> effect.
+            Site name -> effect; and the network at `widths`, which the pass runs anyway.
         """
         ladder = {site.name: neighbours(site, widths[site.name], cost) for site in self.sites}
         solved = solved_alike({module: [widths[name]] for name, module in self.elastic.items()})
@@ -105,10 +128,14 @@ class Reference:
             name: make_probes(module, [widths[name]], max(ladder[name]), solved.pop(module, None))[0]
             for name, module in self.elastic.items()
         }
+        totals, pooled = list[Tensor](), list[Tensor]()  # of batches
         in_place = temporarily("probe", {module: probes[name] for name, module in self.elastic.items()})
         with in_place, run_at(self.elastic, widths), torch.enable_grad():
             for batch, dense in zip(self._batches, self._logits, strict=True):
-                distance(self._stages.tail(self._tokens(batch)), dense, self.classes).backward()
+                total, read = self._compared(batch, dense)
+                total.backward()
+                totals.append(total.detach())
+                pooled.append(read)
         names: list[str] = []
         falls: list[Tensor] = []  # one at each step, on the device
         others = {name: [width for width in steps if width != widths[name]] for name, steps in ladder.items()}
@@ -120,15 +147,17 @@ class Reference:
                 price = cost.price(site, width) - cost.price(site, here)
                 names.append(site.name)
                 falls.append(-_first_order(probes[site.name], probe) / price)
+        numbers = torch.stack([wide(torch.stack(totals)).sum(), *falls]).tolist()  # waits for the device, once
         found: dict[str, list[float]] = {}
-        for name, fall in zip(names, torch.stack(falls).tolist() if falls else [], strict=True):
+        for name, fall in zip(names, numbers[1:], strict=True):
             found.setdefault(name, []).append(fall)
-        return {name: sum(values) / len(values) / self.count for name, values in found.items()}
+        effects = {name: sum(values) / len(values) / self.count for name, values in found.items()}
+        return effects, Measured(numbers[0] / self.count, self._drift(pooled))
 
 
 def _total(batches: Iterable[Tensor]) -> Tensor:
-    """Sum over all images of ``[B, C]`` batches, ``[C]`` float64 on the CPU."""
-    return torch.stack([wide(features).sum(dim=0) for features in batches]).sum(dim=0).cpu()
+    """Sum over all images of ``[B, C]`` batches, ``[C]`` float64."""
+    return torch.stack([wide(features).sum(dim=0) for features in batches]).sum(dim=0)
 
 
 def neighbours(site: Site, width: int, cost: CostModel) -> tuple[int, int]:

@@ -102,15 +102,18 @@ def walk(
             reference = Reference(model, sites, batches, dense_outputs)
             with crossed(model, fold):
                 before = allocate(cost, ratios, share, caps)
-                new = moved(ratios, reference.effects(cost, before), plan.rate)
+                effects, here = reference.effects(cost, before)
+                new = moved(ratios, effects, plan.rate)
+                if left:
+                    ratios = new
+                    continue
                 after = allocate(cost, new, share, caps)
-                worse = left == 0 and reference.distance(after) > reference.distance(before)
-                ratios = ratios if worse else new
-                if left == 0:
-                    caps = allocate(cost, ratios, share, caps)
-                    states.append(State(share, caps))
-                    if last_norm(model) is not None and cost.macs(caps) < cost.macs():
-                        drifts[cost.macs(caps) / cost.macs()] = reference.drift(caps)
+                there = reference.measure(after)
+                worse = there.distance > here.distance
+                ratios, caps, reached = (ratios, before, here) if worse else (new, after, there)
+                states.append(State(share, caps))
+                if last_norm(model) is not None and cost.macs(caps) < cost.macs():
+                    drifts[cost.macs(caps) / cost.macs()] = reached.drift.cpu()
     mean = FinalMean(tuple(drifts), torch.stack(list(drifts.values())).float()) if drifts else None
     if not all(map(math.isfinite, ratios.values())) or (mean is not None and not mean.vectors.isfinite().all()):
         raise StrataViTError("stratify: the output of a cut network is NaN or infinite; check the images and weights")
