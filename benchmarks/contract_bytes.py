@@ -64,7 +64,7 @@ def shape_rows(shape: str, name: str, pixels: int) -> list[dict[str, Any]]:
     with torch.device("meta"):
         model = timm.create_model(name, img_size=pixels)
     sites, _ = elastic_sites(model)
-    found = count_bytes(sites.values(), TOKEN_WEIGHT)
+    found = count_bytes(sites.values())
     weights = sum(tensor.nbytes for tensor in model.parameters())
     sizes = block_bytes(name, pixels)
     image = (sizes[4] - sizes[2]) / 2  # the rest does not depend on images: copies of weights

@@ -13,7 +13,7 @@ from torch import Tensor
 from stratavit import StrataViTError, SuperNet
 from stratavit.calibration import statistics
 from stratavit.calibration.objectives import drawn_classes
-from stratavit.calibration.statistics import collect
+from stratavit.calibration.statistics import collect, token_weights
 from stratavit.data.pixels import folds_of, keys_of
 
 OBJECTIVES = {
@@ -115,17 +115,30 @@ def assert_same(found, expected, tolerance):
                 assert_close(value, other, f"{name}.crossed", tolerance)
 
 
-def mixed_moments(read, weight, share):
-    """Mean and covariance of tokens ``[T, n]``, a share of their weight in proportion to `weight`."""
-    mixed = (1 - share) / len(read) + share * weight / weight.sum()
+def mixed_moments(read, norms, share):
+    """Mean and covariance of the tokens of 12 images ``[T, n]``, a share of each image's weight by gradient norms."""
+    norms = norms.view(12, -1)
+    mixed = (1 - share) / len(read) + share * (norms / norms.sum(dim=1, keepdim=True)).flatten() / len(norms)
     mean = mixed @ read
     centred = read - mean
     return mean, centred.T @ (centred * mixed[:, None])
 
 
+@given(st.floats(0, 1), st.integers(0, 99))
+def test_weights_of_tokens_do_not_depend_on_the_scale_of_an_image(share, seed):
+    """Where no token has a gradient, all weigh the same."""
+    norms = torch.rand(3, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    norms[2] = 0
+    found = token_weights(norms, share)
+    assert_close(found, token_weights(norms * torch.tensor([[1e-9], [1.0], [1e9]]), share), "scale", 1e-9)
+    assert_close(found.mean(dim=1), torch.ones(3, dtype=torch.float64), "mean", 1e-9)
+    assert found.min() >= 1 - share - 1e-9
+    assert torch.equal(found[2], torch.ones_like(found[2]))
+
+
 @pytest.mark.parametrize("objective", [*OBJECTIVES, "feature"])
 def test_equals_autograd_on_the_stock_model(family, objective):
-    """Covariances: tokens weighted by the gradient norm at the module's output, over all batches at once."""
+    """Covariances: the tokens of an image weighted by the gradient norm at the module's output."""
     model, batches = make_model(family, dtype=torch.float64), make_batches(dtype=torch.float64)
     found = run(model, batches, objective=objective)
     moments = run(model, batches, objective=objective, token_weight=0.5)

@@ -50,7 +50,7 @@ def test_streamed_products_make_the_same_network(source, monkeypatch):
 def test_bytes_are_counted_exactly(share, flush, monkeypatch):
     monkeypatch.setattr(accumulators, "FLUSH", flush)
     model = SuperNet(make_model("plain")).model
-    counted = sums_place.count_bytes(sites_in(model).values(), share, flushed=flush == 1)
+    counted = sums_place.count_bytes(sites_in(model).values(), flushed=flush == 1)
     observers, _ = observe(model, BATCHES * 2, "auto", "none", "count", share, host=True)
     products = [one for observer in observers.values() for _, one in observer._covariance._sums.values()]
     rows = [row for one in products for part in one._sums for row in part]
@@ -63,15 +63,15 @@ def test_bytes_are_counted_exactly(share, flush, monkeypatch):
 
 def test_auto_goes_to_the_host_where_the_device_is_small(source, monkeypatch):
     model = SuperNet(source).model
-    need = sums_place.count_bytes(sites_in(model).values(), 0.5)
+    need = sums_place.count_bytes(sites_in(model).values())
     assert need.peak >= max(need.sums, need.kept)
     for free, host in ((None, False), (2 * need.peak, False), (2 * need.peak - 2, True)):
         monkeypatch.setattr(sums_place, "free_bytes", lambda device, free=free: free)
-        assert sums_place.on_host(model, BATCHES, "auto", 0.5) is host
-        assert sums_place.on_host(model, BATCHES, "host", 0.5)
-        assert not sums_place.on_host(model, BATCHES, "device", 0.5)
+        assert sums_place.on_host(model, BATCHES, "auto") is host
+        assert sums_place.on_host(model, BATCHES, "host")
+        assert not sums_place.on_host(model, BATCHES, "device")
     monkeypatch.setattr(sums_place, "free_bytes", lambda device: 2 * need.peak)
-    assert sums_place.on_host(model, iter(BATCHES), "auto", 0.5)  # of unknown length: perhaps moved to float64
+    assert sums_place.on_host(model, iter(BATCHES), "auto")  # of unknown length: perhaps moved to float64
 
 
 def test_a_vit_g_fits_a_card_of_24_gb_with_its_sums_on_the_host():
@@ -80,7 +80,7 @@ def test_a_vit_g_fits_a_card_of_24_gb_with_its_sums_on_the_host():
         model = VisionTransformer(embed_dim=1408, depth=40, num_heads=16, mlp_ratio=48 / 11)
     sites, _ = elastic_sites(model)
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    found = sums_place.count_bytes(sites.values(), 0.5)
+    found = sums_place.count_bytes(sites.values())
     assert len(sites) == 80
     assert found.peak > 0.5 * (24e9 - weights)  # so that `auto` takes the host
     assert weights + found.product < 0.2 * 24e9

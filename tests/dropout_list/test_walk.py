@@ -251,7 +251,7 @@ def test_no_warning_where_images_are_those_of_contract(capsys, tmp_path):
 
 def test_the_last_step_is_taken_back_where_it_made_things_worse(monkeypatch):
     """Effects are of first order: a step may leave a module with so little that the network breaks."""
-    one, two = (Walk(states=((0.6, steps),), images=5) for steps in (1, 2))
+    one, two = (Walk(states=((0.6, steps),), images=5, rate=0.9) for steps in (1, 2))
     measure = walk.Reference.measure
 
     def at_distance(value):

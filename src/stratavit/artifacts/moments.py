@@ -100,16 +100,13 @@ def from_tensors(
 
 def packed(factor: Tensor) -> Tensor:
     """The lower triangle of ``[n, n]``, row by row, ``[n (n+1) / 2]``."""
-    rows, columns = torch.tril_indices(*factor.shape, device=factor.device)
-    return factor[rows, columns]
+    return torch.cat([row[: index + 1] for index, row in enumerate(factor)])
 
 
 def unpacked(triangle: Tensor, n: int) -> Tensor:
     """``[n, n]`` from its lower triangle."""
-    factor = triangle.new_zeros(n, n)
-    rows, columns = torch.tril_indices(n, n)
-    factor[rows, columns] = triangle
-    return factor
+    lower = torch.ones(n, n, dtype=torch.bool, device=triangle.device).tril_()
+    return triangle.new_zeros(n, n).masked_scatter_(lower, triangle)
 
 
 def _layout(

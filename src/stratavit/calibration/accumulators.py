@@ -160,71 +160,46 @@ class GramSum:
 
 
 class RunningCovariance:
-    """Mean and covariance of vectors under a mixture of two token weights.
-
-    A token's weight is ``(1 - share) + share * w / mean(w)``: part plain, part in proportion to how much the output
-    reacts to that token. ``mean(w)`` is known at the end only, hence two sums. They are kept for two folds of the data,
-    so that the moments of one fold can be had alone.
+    """Mean and covariance of weighted vectors. Sums are kept for two folds of the data: either can be had alone.
 
     Args:
-        share: Share of the weighted part, 0 to 1; at 0 no weights are needed.
         host: The sums of products are kept on the CPU, wherever the tokens are.
     """
 
-    def __init__(self, share: float, host: bool = False) -> None:
-        self.share, self.host = share, host
+    def __init__(self, host: bool = False) -> None:
+        self.host = host
         self._shift: Tensor | None = None  # [n]
-        self._sums: dict[tuple[int, bool], tuple[Sums, GramSum]] = {}  # (fold, weighted) -> of w and w x; of w x x^T
+        self._sums: dict[int, tuple[Sums, GramSum]] = {}  # fold -> of w and w x; of w x x^T
 
     def update(self, x: Tensor, weight: Tensor | None = None, fold: int = 0) -> None:
-        """Adds tokens ``[T, n]`` with weights ``[T]`` >= 0 to a fold."""
+        """Adds tokens ``[T, n]`` with weights ``[T]`` >= 0, all 1 if None, to a fold."""
         if self._shift is None:
             self._shift = x.mean(dim=0)
         x = x - self._shift
-        self._add((fold, False), x, x.new_full((), len(x)), x.sum(dim=0))
-        if self.share > 0:
-            assert weight is not None
-            self._add((fold, True), x * weight.sqrt().unsqueeze(1), weight.sum(), weight @ x)
-
-    def _add(self, part: tuple[int, bool], x: Tensor, *sums: Tensor) -> None:
-        if part not in self._sums:  # both sums of a fold lie together: what is large is given back when it is freed
-            shape = (1 + (self.share > 0), GramSum.size(x.shape[1]))
-            zeros, streamed = x.new_zeros(shape, device="cpu" if self.host else None), self.host and _elsewhere(x)
-            for weighted, flat in enumerate(zeros):
-                self._sums[part[0], bool(weighted)] = Sums(), GramSum(x.shape[1], flat, streamed)
-        self._sums[part][0].add(len(x), *sums)
-        self._sums[part][1].add(x)
+        if fold not in self._sums:
+            n, streamed = x.shape[1], self.host and _elsewhere(x)
+            zeros = x.new_zeros(GramSum.size(n), device="cpu" if self.host else None)
+            self._sums[fold] = Sums(), GramSum(n, zeros, streamed)
+        sums, products = self._sums[fold]
+        if weight is None:
+            sums.add(len(x), x.new_full((), len(x)), x.sum(dim=0))
+        else:
+            sums.add(len(x), weight.sum(), weight @ x)
+            x *= weight.sqrt().unsqueeze(1)
+        products.add(x)
 
     def result(self, folds: tuple[int, ...] = (0, 1)) -> tuple[Tensor, Tensor]:
-        """Mean ``[n]`` and covariance ``[n, n]``, float64; of all data if the folds are empty.
-
-        Tokens that all weigh nothing count as plain ones.
-        """
+        """Mean ``[n]`` and covariance ``[n, n]``, float64; of all data if the folds are empty."""
         assert self._shift is not None, "no batch was seen"
-        if not any(fold in folds for fold, _ in self._sums):
-            folds = (0, 1)
+        chosen = [self._sums[fold] for fold in folds if fold in self._sums] or list(self._sums.values())
+        factor = 1 / torch.stack([sums.totals[0] for sums, _ in chosen]).sum()  # on the device, where nobody looks
         first = torch.zeros_like(wide(self._shift))
         second = first.new_zeros(len(first), len(first))
-        for factor, parts in self._factors(folds):
-            for sums, products in parts:
-                first += factor * sums.totals[1]
-                products.add_to(second, factor)
+        for sums, products in chosen:
+            first += factor * sums.totals[1]
+            products.add_to(second, factor)
         products.mirror(second)
         return wide(self._shift) + first, second.addr_(first, first, alpha=-1)
-
-    def _factors(self, folds: tuple[int, ...]) -> list[tuple[Tensor, list[tuple[Sums, GramSum]]]]:
-        """The sums of folds, plain and weighted, each with its factor: a number on the device, where nobody looks."""
-        plain, weighted = (
-            [self._sums[fold, kind] for fold in folds if (fold, kind) in self._sums] for kind in (False, True)
-        )
-        tokens, *weight = (
-            torch.stack([sums.totals[0] for sums, _ in parts]).sum() for parts in (plain, weighted) if parts
-        )
-        if not weight:
-            return [(1 / tokens, plain)]
-        weighs = weight[0] > 0
-        factor = torch.where(weighs, (1 - self.share) / tokens, 1 / tokens)
-        return [(factor, plain), (torch.where(weighs, self.share / weight[0], 0.0), weighted)]
 
     def is_finite(self) -> Tensor:
         """Whether all sums are, one boolean on the device."""

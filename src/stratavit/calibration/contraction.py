@@ -97,7 +97,7 @@ def sort_channels(
     share = token_weight if criterion == "output" else None
     dense_outputs = None if share is None else DenseOutputs()
     asked = (objective, scatter_needed(criterion), "contract", share, seed, dense_outputs)
-    host = share is not None and on_host(model, loader, memory, share)
+    host = share is not None and on_host(model, loader, memory)
     observers, images = observe(model, loader, *asked, host=host)
     give_back()  # what the activations took
     sort_sites(model, observers, criterion, seed)

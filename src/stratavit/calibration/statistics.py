@@ -72,14 +72,24 @@ def by_head(x: Tensor, heads: int) -> Tensor:
     return x.flatten(1, -2).unflatten(-1, (1, heads, -1))
 
 
+def token_weights(norms: Tensor, share: float) -> Tensor:
+    """Weights of tokens ``[B, N]``, of mean 1 over every image, from gradient norms of the same shape.
+
+    Part of a token's weight is 1, the other `share` is in proportion to how much the output reacts to the token, as
+    compared with the image's others; these are all 1 where it reacts to none.
+    """
+    mean = norms.mean(dim=1, keepdim=True)
+    return 1 - share + share * torch.where(mean > 0, norms / mean, 1.0)
+
+
 class SiteObserver:
     """Adds up the features of one site, and their gradients.
 
     Args:
         site: The module.
         scatter: Weighting of the q, k, v scatter.
-        token_weight: Gather covariances, this share of every token's weight in proportion to the gradient norm at the
-            module's output; None: gather Taylor terms instead.
+        token_weight: Gather covariances, with tokens weighted as `token_weights` says by this share of the gradient;
+            None: gather Taylor terms instead.
         host: Keep the sums of covariances on the CPU.
 
     Attributes:
@@ -92,10 +102,10 @@ class SiteObserver:
         self, site: ElasticSite, scatter: Scatter, token_weight: float | None = None, host: bool = False
     ) -> None:
         self.heads, self.attention, self.host = site.heads, site.attention, host
-        self.weighted, self.sizes = scatter == "weighted", (1, 0)
+        self.weighted, self.sizes, self._share = scatter == "weighted", (1, 0), token_weight
         turned = site.tied or (site.attention and token_weight is None)  # v turns by its covariance where there is one
         self._scatter = RunningScatter() if turned and scatter != "none" else None
-        self._covariance = None if token_weight is None else RunningCovariance(token_weight, host)
+        self._covariance = None if token_weight is None else RunningCovariance(host)
         self._taylor, self._mean = Sums(), Sums()
         self._held: list[Tensor] = []
         self.pair_sums: Tensor | None = None
@@ -160,10 +170,11 @@ class SiteObserver:
     def _covariance_of(self, x: Tensor, gradient: Tensor, sizes: tuple[int, int]) -> None:
         """`x` ``[B, N, H*w]``, `gradient` ``[B, N, C]``, images of fold 0 before those of fold 1."""
         assert self._covariance is not None
-        weight = gradient.norm(dim=-1).reshape(len(x), -1)  # [B, N]
-        for fold, (own, its_weight) in enumerate(zip(x.split(sizes), weight.split(sizes), strict=True)):
+        assert self._share is not None
+        weights = token_weights(gradient.norm(dim=-1).reshape(len(x), -1), self._share)
+        for fold, (own, weight) in enumerate(zip(x.split(sizes), weights.split(sizes), strict=True)):
             if len(own):
-                self._covariance.update(own.flatten(0, 1), its_weight.flatten(), fold)
+                self._covariance.update(own.flatten(0, 1), weight.flatten() if self._share else None, fold)
 
     def scatter(self) -> Tensor | None:
         """`SiteStatistics.scatter`."""
@@ -318,7 +329,7 @@ def _run(
                 with torch.no_grad():
                     dense_outputs.add(keys[some], parts.tail(left), parts.pool(left))
             del into, left
-            give_back()
+        give_back()
         images_seen += len(images)
     return images_seen
 

@@ -26,7 +26,7 @@ class SumsBytes:
     """Bytes of second moments, as `contract` holds them.
 
     Attributes:
-        sums: Of all sites, while images run: of both folds, plain and weighted tokens apart.
+        sums: Of all sites, while images run: of both folds.
         kept: Of the moments that contraction leaves on the modules, in float32: of all images, and of either fold.
         product: Of the largest site's product of one batch; all that a device holds of sums that are on the host.
         peak: Most of sums and moments at any time: those of a site take the place of its sums.
@@ -45,38 +45,35 @@ def known_place(memory: SumsPlace) -> SumsPlace:
     return memory
 
 
-def count_bytes(sites: Iterable[ElasticSite], token_weight: float, flushed: bool = False) -> SumsBytes:
+def count_bytes(sites: Iterable[ElasticSite], flushed: bool = False) -> SumsBytes:
     """How many bytes the second moments of sites are; their weights may be on the meta device.
 
     Args:
         sites: Elastic modules.
-        token_weight: See `SuperNet.contract`; at 0 there are no weighted sums.
         flushed: There are so many batches that sums are moved to float64, too.
     """
     sums, kept, products = [0], [0], [0]
     for site in sites:
         n, each = site.out.weight.shape[1], site.out.weight.element_size()
         products.append(GramSum.size(n) * each)
-        both = FOLDS * (1 + (token_weight > 0)) * GramSum.size(n)
-        sums.append(both * (each + 8 * flushed))
+        sums.append(FOLDS * GramSum.size(n) * (each + 8 * flushed))
         kept.append((n * n + FOLDS * PackedMoments.size(n)) * 4)
     return SumsBytes(sum(sums), sum(kept), max(products), sum(map(max, sums, kept)))
 
 
-def on_host(model: nn.Module, loader: Iterable[Any], memory: SumsPlace, token_weight: float) -> bool:
+def on_host(model: nn.Module, loader: Iterable[Any], memory: SumsPlace) -> bool:
     """Whether sums go to the CPU: ``auto`` leaves them where the weights are if `SHARE` of the free memory is enough.
 
     Args:
         model: Its sites are elastic modules.
         loader: Tells the number of batches, if it can.
         memory: ``auto``, ``device`` or ``host``.
-        token_weight: See `SuperNet.contract`.
     """
     free = free_bytes(model_device(model)) if known_place(memory) == "auto" else None
     if free is None:
         return memory == "host"
     flushed = not isinstance(loader, Sized) or len(loader) > FLUSH
-    return count_bytes(sites_in(model).values(), token_weight, flushed).peak > SHARE * free
+    return count_bytes(sites_in(model).values(), flushed).peak > SHARE * free
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -108,7 +108,7 @@ def walk(
                     ratios = new
                     continue
                 after = allocate(cost, new, share, caps)
-                there = reference.measure(after)
+                there = here if after == before else reference.measure(after)
                 worse = there.distance > here.distance
                 ratios, caps, reached = (ratios, before, here) if worse else (new, after, there)
                 states.append(State(share, caps))
