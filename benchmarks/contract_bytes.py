@@ -16,7 +16,8 @@ from common import write_results
 from torch import Tensor, nn
 
 from stratavit.calibration.contraction import DEVICE_BYTES, TOKEN_WEIGHT
-from stratavit.calibration.statistics import SiteObserver, _runs
+from stratavit.calibration.site_observer import SiteObserver
+from stratavit.calibration.statistics import _runs
 from stratavit.calibration.sums_place import count_bytes
 from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.network import sites_in

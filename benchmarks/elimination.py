@@ -24,7 +24,8 @@ from torch import Tensor, nn
 import stratavit
 from stratavit.calibration import contraction
 from stratavit.calibration.elimination import BLOCK, CANDIDATES, elimination_order
-from stratavit.calibration.statistics import SiteObserver, observe
+from stratavit.calibration.site_observer import SiteObserver
+from stratavit.calibration.statistics import observe
 
 CHOICES = ((1, 1), (16, 2), (32, 2), (64, 1), (64, 2), (64, 4), (128, 1), (128, 2))  # block, candidates in blocks
 SHAPES = {"DeiT-Ti": (192, 768), "DeiT-S": (384, 1536), "DeiT-B": (768, 3072)}  # outputs, hidden channels

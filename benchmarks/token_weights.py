@@ -18,7 +18,7 @@ from common import MODELS, Batches, even, real_batches, real_model, write_result
 from torch import Tensor, nn
 
 import stratavit
-from stratavit.calibration import statistics
+from stratavit.calibration import site_observer
 
 TWELFTHS = (9, 7, 5)  # of the MACs
 OWN = "its image's other tokens (the default)"
@@ -39,7 +39,7 @@ class OverAllImages:
         self.sums, self.counts = [0.0] * sites, [0] * sites
 
     def __call__(self, norms: Tensor, share: float) -> Tensor:
-        """What takes the place of `statistics.token_weights`; in the first pass all tokens weigh the same."""
+        """What takes the place of `site_observer.token_weights`; in the first pass all tokens weigh the same."""
         site = self.asked % self.sites
         self.asked += 1
         if not self.known:
@@ -81,7 +81,7 @@ def measured(
         net.contract(calibration, token_weight=share)
     else:
         weights = OverAllImages(len(net.sites))
-        with mock.patch.object(statistics, "token_weights", weights):
+        with mock.patch.object(site_observer, "token_weights", weights):
             stratavit.SuperNet(model).contract(calibration, token_weight=share)
             weights.known = True
             net.contract(calibration, token_weight=share)

@@ -13,7 +13,8 @@ from waits import BlockingCopies, on_fake_cuda, reads
 from stratavit import SuperNet
 from stratavit.calibration import contraction, elimination, moments
 from stratavit.calibration.elimination import elimination_order
-from stratavit.calibration.statistics import SiteObserver, observe
+from stratavit.calibration.site_observer import SiteObserver
+from stratavit.calibration.statistics import observe
 from stratavit.elastic.compensation import RIDGE, cholesky, rows_of
 
 BATCHES = make_batches()

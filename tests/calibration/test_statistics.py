@@ -13,7 +13,8 @@ from torch import Tensor
 from stratavit import StrataViTError, SuperNet
 from stratavit.calibration import statistics
 from stratavit.calibration.objectives import drawn_classes
-from stratavit.calibration.statistics import collect, token_weights
+from stratavit.calibration.site_observer import token_weights
+from stratavit.calibration.statistics import collect
 from stratavit.data.pixels import folds_of, keys_of
 
 OBJECTIVES = {

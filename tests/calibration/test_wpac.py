@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stratavit.calibration.accumulators import RunningScatter
-from stratavit.calibration.statistics import SiteStatistics
+from stratavit.calibration.site_observer import SiteStatistics
 from stratavit.calibration.wpac import attention_transform, mlp_order, principal_axes
 
 GENERATOR = torch.Generator()

@@ -15,7 +15,8 @@ from stratavit.calibration.head_order import head_order
 from stratavit.calibration.moments import Draft, draft, keep_drafts, map_products, moved_mean
 from stratavit.calibration.objectives import Objective
 from stratavit.calibration.output_aware import output_axes
-from stratavit.calibration.statistics import SiteObserver, observe
+from stratavit.calibration.site_observer import SiteObserver
+from stratavit.calibration.statistics import observe
 from stratavit.calibration.sums_place import SumsPlace, known_place, on_host
 from stratavit.calibration.wpac import (
     CRITERIA,

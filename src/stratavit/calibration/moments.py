@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stratavit.calibration.accumulators import GramSum
-from stratavit.calibration.statistics import SiteObserver, SiteStatistics
+from stratavit.calibration.site_observer import SiteObserver, SiteStatistics
 from stratavit.elastic.base import ElasticSite
 from stratavit.elastic.compensation import Moments, PackedMoments, attempt, cholesky, factorise, rows_of
 from stratavit.utils.model import full_products

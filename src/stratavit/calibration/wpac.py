@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stratavit.calibration.statistics import Scatter, SiteStatistics
+from stratavit.calibration.site_observer import Scatter, SiteStatistics
 from stratavit.choices import CRITERIA as CRITERIA
 from stratavit.choices import Criterion as Criterion
 from stratavit.elastic.exchanged import AttentionTransform

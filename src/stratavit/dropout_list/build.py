@@ -12,7 +12,8 @@ from torch import nn
 from stratavit.calibration.contraction import Method, set_mean
 from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.calibration.objectives import Measure, Objective
-from stratavit.calibration.statistics import SiteStatistics, collect
+from stratavit.calibration.site_observer import SiteStatistics
+from stratavit.calibration.statistics import collect
 from stratavit.data.feed import Feed
 from stratavit.data.pixels import Seen
 from stratavit.dropout_list.allocation import ordered_list

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stratavit.calibration.objectives import Measure, Objective, distance
-from stratavit.calibration.statistics import SiteStatistics, collect
+from stratavit.calibration.site_observer import SiteStatistics
+from stratavit.calibration.statistics import collect
 from stratavit.data.batches import batches_of, check_labels
 from stratavit.elastic.network import site_of
 from stratavit.elastic.site import Site
