@@ -13,7 +13,8 @@ from stratavit.data.unlabelled import check_there
 from stratavit.dropout_list.floors import floors_of
 from stratavit.evaluation.latency import Setting
 from stratavit.files.folders import check_free
-from stratavit.tasks.convert import Options, converted
+from stratavit.tasks.convert import converted
+from stratavit.tasks.convert_options import Options
 
 
 def convert(args: Namespace) -> Outcome:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,8 +17,7 @@ from typing_extensions import Unpack
 from stratavit.artifacts.model_loading import model_at
 from stratavit.budgets.constraints import BudgetArgs, check_budgets
 from stratavit.calibration.contraction import Method, resolve_method
-from stratavit.calibration.objectives import OBJECTIVES, Objective
-from stratavit.calibration.sums_place import known_place
+from stratavit.calibration.objectives import Objective
 from stratavit.calibration.wpac import Criterion
 from stratavit.choices import ListAxes, SumsPlace, Units
 from stratavit.data.class_names import all_named, class_names_of, full_names, set_class_names
@@ -29,65 +28,18 @@ from stratavit.data.splits import split_folder
 from stratavit.data.unlabelled import Images, UnlabelledLoader, check_there, opened
 from stratavit.dropout_list.build import list_work
 from stratavit.dropout_list.floors import MinWidth, with_floors
-from stratavit.dropout_list.joint import check_asked_for, token_search
-from stratavit.elastic.site import units_named
-from stratavit.errors import StrataViTError, described
+from stratavit.dropout_list.joint import token_search
+from stratavit.errors import StrataViTError
 from stratavit.evaluation.dense_check import DenseCheck, check_dense
 from stratavit.evaluation.latency import Setting
 from stratavit.supernet import SuperNet
+from stratavit.tasks.convert_options import LIMIT, Options, Price
 from stratavit.utils.devices import pick_device
 from stratavit.utils.model import classes_of
 from stratavit.utils.progress import overall, say
 from stratavit.utils.text import human
 
-LIMIT = 1024  # images, as in the paper
 LABELLED = ("label", "cross_entropy")  # objectives that need labels
-Price = Literal["macs", "latency"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a model is converted, see `convert`."""
-
-    method: Method | None = None
-    criterion: Criterion | None = None
-    objective: Objective = "auto"
-    memory: SumsPlace = "auto"
-    axes: ListAxes = "width"
-    merging_places: int | None = None
-    units: Units | None = None
-    price: Price = "macs"
-    ignore: Sequence[str] | None = None
-    min_width: MinWidth | None = None
-    setting: Setting | None = None
-    limit: int = LIMIT
-    seed: int = 0
-    class_map: str | Path | None = None
-    weights: str | Path | None = None
-    num_classes: int | None = None
-    embedding: bool | None = None
-    whole_heads: bool = False
-    batch_size: int = 64
-    workers: int = 0
-    device: torch.device | str | None = None
-
-    def check(self) -> None:
-        """Checks what can be checked before any work; a `StrataViTError` if a choice is unknown."""
-        method, _ = resolve_method(self.method, self.criterion)
-        if self.whole_heads and method == "paper":
-            raise StrataViTError(
-                "method: the paper's cuts inside heads; for whole heads leave the method at its default"
-            )
-        check_asked_for(self.merging_places, merges=self.axes == "both")
-        known_place(self.memory)
-        for name, known in (("objective", OBJECTIVES), ("axes", get_args(ListAxes)), ("price", get_args(Price))):
-            if getattr(self, name) not in known:
-                raise StrataViTError(f"{name}: expected {', '.join(known)}, got {described(getattr(self, name))}")
-        if self.units is not None:
-            units_named(self.units)
-        for name in ("limit", "batch_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise StrataViTError(f"{name}: expected a whole number of at least 1, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
