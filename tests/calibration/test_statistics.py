@@ -137,6 +137,19 @@ def test_weights_of_tokens_do_not_depend_on_the_scale_of_an_image(share, seed):
     assert torch.equal(found[2], torch.ones_like(found[2]))
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_gradient_that_is_not_finite_is_noticed(bad):
+    """Features are finite all the same, and where heads stay whole, q and k add up nothing that would tell."""
+
+    def spoil(_module, _inputs, output):
+        output.register_hook(lambda gradient: gradient * bad)
+
+    net = SuperNet(make_model("plain"), whole_heads=True)
+    net.model.norm.register_forward_hook(spoil)
+    with pytest.raises(StrataViTError, match=r"blocks\.0\.attn produced NaN"):
+        collect(net.model, make_batches(), token_weight=0.5)
+
+
 @pytest.mark.parametrize("objective", [*OBJECTIVES, "feature"])
 def test_equals_autograd_on_the_stock_model(family, objective):
     """Covariances: the tokens of an image weighted by the gradient norm at the module's output."""

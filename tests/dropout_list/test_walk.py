@@ -260,7 +260,8 @@ def test_the_last_step_is_taken_back_where_it_made_things_worse(monkeypatch):
     monkeypatch.setattr(walk.Reference, "measure", at_distance(0.0))
     stepped, after_one = walked("plain", two), walked("plain", one)
     assert stepped[2] != after_one[2]
-    monkeypatch.setattr(walk.Reference, "measure", at_distance(math.inf))
-    taken_back = walked("plain", two)
-    assert taken_back[2] == after_one[2]
-    assert taken_back[3].vectors.tolist() != stepped[3].vectors.tolist()  # it belongs to the widths that are kept
+    for broken in (math.inf, math.nan):
+        monkeypatch.setattr(walk.Reference, "measure", at_distance(broken))
+        taken_back = walked("plain", two)
+        assert taken_back[2] == after_one[2]
+        assert taken_back[3].vectors.tolist() != stepped[3].vectors.tolist()  # it belongs to the widths that are kept

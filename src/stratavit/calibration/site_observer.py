@@ -58,7 +58,7 @@ def token_weights(norms: Tensor, share: float) -> Tensor:
     compared with the image's others; these are all 1 where it reacts to none.
     """
     mean = norms.mean(dim=1, keepdim=True)
-    return 1 - share + share * torch.where(mean > 0, norms / mean, 1.0)
+    return 1 - share + share * torch.where(mean == 0, 1.0, norms / mean)  # NaN stays NaN, and is noticed
 
 
 class SiteObserver:

@@ -151,7 +151,7 @@ def _run(
 
 
 def _runs(tokens: Tensor) -> list[slice]:
-    """Images of a batch ``[B, ...]`` that run at a time: few enough that activations do not outgrow the sums."""
+    """Images of a batch ``[B, ...]`` that run at a time: so few that activations do not grow with the batch."""
     numbers = HOST_NUMBERS if tokens.device.type == "cpu" else DEVICE_NUMBERS
     most = max(LEAST_IMAGES, numbers * len(tokens) // tokens.numel())
     size = -(-len(tokens) // -(-len(tokens) // most))  # about the same for all

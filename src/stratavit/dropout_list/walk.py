@@ -91,6 +91,7 @@ def walk(
     floor = cost.macs({site.name: site.last_unit for site in sites}) / cost.macs()
     steps = [(share, left) for share, count in plan.states if share > floor for left in reversed(range(count))]
     states: list[State] = []
+    distances: list[float] = []
     drifts: dict[float, Tensor] = {}  # by the share that was reached, not the one asked for
     with eval_mode(model), frozen(model), full_products():
         for share, left in track(steps, "measure the list"):
@@ -109,13 +110,15 @@ def walk(
                     continue
                 after = allocate(cost, new, share, caps)
                 there = here if after == before else reference.measure(after)
-                worse = there.distance > here.distance
+                worse = not there.distance <= here.distance  # NaN, too
                 ratios, caps, reached = (ratios, before, here) if worse else (new, after, there)
                 states.append(State(share, caps))
+                distances.append(reached.distance)
                 if last_norm(model) is not None and cost.macs(caps) < cost.macs():
                     drifts[cost.macs(caps) / cost.macs()] = reached.drift.cpu()
     mean = FinalMean(tuple(drifts), torch.stack(list(drifts.values())).float()) if drifts else None
-    if not all(map(math.isfinite, ratios.values())) or (mean is not None and not mean.vectors.isfinite().all()):
+    finite = all(map(math.isfinite, (*ratios.values(), *distances)))
+    if not finite or (mean is not None and not mean.vectors.isfinite().all()):
         raise StrataViTError("stratify: the output of a cut network is NaN or infinite; check the images and weights")
     return states, ratios, mean
 
