@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from stratavit.hosts.part_net import PartNet as PartNet
     from stratavit.hosts.sizes import part_sizes as part_sizes
     from stratavit.hosts.sizes import resize_parts as resize_parts
-    from stratavit.interop.export import Parity as Parity
     from stratavit.interop.export import export as export
     from stratavit.interop.libraries import as_timm as as_timm
+    from stratavit.interop.parity import Parity as Parity
     from stratavit.interop.transformers.folders import load_transformers as load_transformers
     from stratavit.reports.curve import curve as curve
     from stratavit.reports.html import write_report as write_report
@@ -75,8 +75,9 @@ _NAMES = {  # module -> public names that it defines
     "hosts.converting": "convert_part",
     "hosts.part_net": "PartNet",
     "hosts.sizes": "part_sizes resize_parts",
+    "interop.export": "export",
     "interop.libraries": "as_timm",
-    "interop.export": "Parity export",
+    "interop.parity": "Parity",
     "interop.transformers.folders": "load_transformers",
     "reports.curve": "curve",
     "reports.html": "write_report",

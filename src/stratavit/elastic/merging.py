@@ -93,11 +93,8 @@ def merge(state: Merged, compared: Tensor, keep: int, prefix: int) -> Merged:
     """
     tokens, size, home, place = state
     count = size.shape[1]
-    each = torch.arange(count, device=tokens.device)
-    sources = torch.cat([each[offset::EVERY] for offset in range(1, EVERY)])  # [S]
-    targets = each[::EVERY]  # [T]
-    unit = F.normalize(compared[:, prefix:].float(), dim=-1)
-    best, nearest = (unit[:, sources] @ unit[:, targets].transpose(1, 2)).max(dim=-1)  # [B, S]
+    sources, targets = split(count, tokens.device)
+    best, nearest = similarities(compared, prefix).max(dim=-1)  # [B, S]
     order = best.topk(best.shape[1], dim=1).indices  # ONNX has no stable sort
     gone, left = order[:, : count - keep], order[:, count - keep :]
     goal = nearest.gather(1, gone)  # [B, r], among the targets
@@ -121,6 +118,19 @@ def merge(state: Merged, compared: Tensor, keep: int, prefix: int) -> Merged:
     home = went.gather(1, came.argsort(dim=1)).gather(1, home)
     tokens = torch.cat([tokens[:, :prefix], rows(found, rank)], dim=1)
     return Merged(tokens, sizes.gather(1, rank), home, place.gather(1, kept))
+
+
+def split(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Numbers of the tokens that may join another one ``[S]``, and of those that they may join ``[T]``."""
+    each = torch.arange(count, device=device)
+    return torch.cat([each[offset::EVERY] for offset in range(1, EVERY)]), each[::EVERY]
+
+
+def similarities(compared: Tensor, prefix: int) -> Tensor:
+    """Cosines of the patches of `split`, ``[B, P+n, *]`` to ``[B, S, T]``."""
+    unit = F.normalize(compared[:, prefix:].float(), dim=-1)
+    sources, targets = split(unit.shape[1], unit.device)
+    return unit[:, sources] @ unit[:, targets].transpose(1, 2)
 
 
 def rows(tokens: Tensor, index: Tensor) -> Tensor:
@@ -200,17 +210,21 @@ class MergingBlock(nn.Module):
             tokens, state = tokens[:, : self.prefix], None
         elif keep is not None:
             before = unmerged(tokens, self.prefix) if state is None else state._replace(tokens=tokens)
-            patches = before.home.shape[1]
-            count = keep if self.full is None else round(patches * keep / self.full)
             now = before.size.shape[1]
+            count = self.passed_on(keep, before.home.shape[1], now)
             if count < now:
-                state = merge(before, normed, max(count, least(now)), self.prefix)
+                state = merge(before, normed, count, self.prefix)
                 tokens = state.tokens
         tokens = self.added(tokens, self.mlp, 2, tokens if _constant(self.mlp) else self.norm2(tokens), {})
         if state is None:
             return tokens
         state = state._replace(tokens=tokens)
         return unmerge(state) if self.last else state
+
+    def passed_on(self, keep: int, patches: int, now: int) -> int:
+        """Tokens behind a merge of `now` that stand for so many patches; `now` if it merges none."""
+        count = keep if self.full is None else round(patches * keep / self.full)
+        return max(count, least(now)) if count < now else now
 
     def added(self, tokens: Tensor, part: Any, branch: int, normed: Tensor, extra: dict[str, Any]) -> Tensor:
         """Tokens, and what attention (branch 1) or the MLP (2) adds to them; a constant as a vector."""

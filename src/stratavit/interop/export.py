@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from stratavit.files.folders import check_free, check_free_file
 from stratavit.interop.libraries import as_timm
 from stratavit.interop.onnx_file import FREE_BATCH, Runner, metadata_of, run_onnx, without_their_warnings, write_onnx
 from stratavit.interop.openvino_file import openvino_package, run_openvino, write_openvino
+from stratavit.interop.parity import TOLERANCE, Parity, compared
 from stratavit.interop.quantised import BATCH, quantise
 from stratavit.interop.timm_equivalent import tensor_of
 from stratavit.interop.transformers.folders import load_transformers, save_transformers
@@ -31,49 +31,8 @@ from stratavit.utils.agreement import agreement
 from stratavit.utils.model import classes_of, eval_mode, is_super_network, model_device, model_dtype
 from stratavit.utils.wrappers import unwrapped
 
-TOLERANCE = 1e-4  # of the largest logit of an image
-FLOOR = 1e-10  # and this: what is left where logits cancel out
 NOISE_IMAGES = 8
 METADATA = "stratavit.json"  # what a program of torch.export holds `metadata_of` under
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How an exported file compares with the model it came from.
-
-    Attributes:
-        file: The file, or the folder of ``openvino`` and ``transformers``.
-        format: ``onnx``, ``openvino``, ``torch`` or ``transformers``.
-        size: Of the file or the folder, bytes.
-        images: Number of images compared.
-        difference: Largest absolute difference of a logit.
-        largest: Largest absolute logit.
-        agreement: Of an int8 file: percent of the images with the same first class as the model's; for a model that
-            outputs features, or maps of tokens, 100 times the mean cosine. None of others.
-        measure: What `agreement` is, in words; empty if it is None.
-    """
-
-    file: str
-    format: Format
-    size: int
-    images: int
-    difference: float
-    largest: float
-    agreement: float | None = None
-    measure: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        wrote = f"wrote {self.file} ({self.size / 2**20:.3g} MiB)"
-        if self.agreement is not None:
-            return f"{wrote}; int8 and float32 agree: {self.agreement:.1f} % over {self.images} images ({self.measure})"
-        return (
-            f"{wrote}; largest logit difference to eager {self.difference:.1e} "
-            f"over {self.images} images (largest logit {self.largest:.3g})"
-        )
 
 
 @dataclass(frozen=True)
@@ -118,8 +77,8 @@ def export(
         images: To compare on, ``[B, C, H, W]``, prepared for the model; noise if None. `int8` is calibrated on them.
         overwrite: Replace the file if it is there.
         tolerance: Largest difference of a logit that passes, as a share of the largest logit of its image (and
-            `FLOOR` more), so that logits of any scale are judged alike; with `half` at least `HALF_TOLERANCE`. With
-            `int8`, of the float32 file that is quantised.
+            `parity.FLOOR` more), so that logits of any scale are judged alike; with `half` at least `HALF_TOLERANCE`.
+            With `int8`, of the float32 file that is quantised.
         half: Weights and arithmetic in float16; images and logits stay in float32. For ``onnx`` and ``torch``.
         opset: Version of ONNX operators, for ``onnx``; torch's choice if None.
         int8: Quantise, for ``onnx`` and ``openvino``.
@@ -230,9 +189,9 @@ def _exact(model: nn.Module, written: nn.Module, new: Path, task: _Task) -> Pari
     # what is eager has no fixed size
     batches = [task.images] if task.format == "transformers" else [task.images, task.images[:1]]
     expected, exported = model(task.images), run(new)
-    difference = _compared(exported, expected, batches, task)
-    largest = float(expected.abs().max())
-    return Parity(str(task.path), task.format, _size(new), len(task.images), difference, largest)
+    difference, tied = compared(exported, model, expected, batches, task.format, task.tolerance)
+    largest, count = float(expected.abs().max()), len(task.images) - tied
+    return Parity(str(task.path), task.format, _size(new), count, difference, largest, tied=tied)
 
 
 def _quantised(model: nn.Module, new: Path, task: _Task) -> Parity:
@@ -241,7 +200,7 @@ def _quantised(model: nn.Module, new: Path, task: _Task) -> Parity:
     write_onnx(model, _example(task.images), source, task.opset)
     batches = task.images.split(BATCH)
     expected = torch.cat([model(batch) for batch in batches])
-    _compared(run_onnx(source), expected, [batches[0], batches[0][:1]], task)
+    compared(run_onnx(source), model, expected, [batches[0], batches[0][:1]], "onnx", task.tolerance)
     file = new if task.format == "onnx" else new.with_name("int8.onnx")
     quantise(source, file, task.images)
     if task.format == "openvino":
@@ -267,25 +226,6 @@ def _example(images: Tensor) -> Tensor:
 
 def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
-
-
-def _compared(run: Runner, expected: Tensor, batches: list[Tensor], task: _Task) -> float:
-    """Largest difference of a logit; the batches are the first images, again and again."""
-    found = torch.cat([run(batch) for batch in batches])
-    return _difference(found, torch.cat([expected[: len(b)] for b in batches]), task.format, task.tolerance)
-
-
-def _difference(found: Tensor, expected: Tensor, format: Format, tolerance: float) -> float:
-    differences, largest = (x.abs().flatten(1).amax(1) for x in (found - expected, expected))  # [B]
-    beyond = differences / (tolerance * largest + FLOOR)
-    if not bool((beyond <= 1).all()):  # NaN does not pass either
-        worst = int(beyond.nan_to_num(torch.inf).argmax())
-        difference, size = float(differences[worst]), float(largest[worst])
-        raise StrataViTError(
-            f"export: the outputs of the {format} file differ from the model's: a logit by {difference:.2e}, "
-            f"more than {tolerance:.0e} of the largest logit of that image, {size:.3g}; nothing was written"
-        )
-    return float(differences.max())
 
 
 def _to_openvino(model: nn.Module, example: Tensor, path: Path) -> None:
