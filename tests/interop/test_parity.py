@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from stratavit import StrataViTError
-from stratavit.elastic.merging import MergingBlock, similarities
+from stratavit.elastic.merging import MergingBlock, similarities, split
 from stratavit.interop import parity
 from stratavit.interop.parity import FLOOR, TOLERANCE, compared, merge_margins
 
@@ -112,8 +112,8 @@ def test_margins_are_those_of_what_the_blocks_compare():
     handle = block.norm1.register_forward_hook(lambda module, inputs, normed: seen.append(normed))
     margins = merge_margins(model, IMAGES)
     handle.remove()
-    similar = similarities(seen[0], block.prefix)
-    patches = sum(similar.shape[1:])
+    patches = seen[0].shape[1] - block.prefix
+    similar = similarities(seen[0][:, block.prefix :], *split(patches, seen[0].device))
     assert torch.equal(margins, parity._margin(similar, patches - KEPT))
     assert margins.isfinite().all()
     assert not any(module._forward_hooks for module in model.modules())

@@ -94,7 +94,7 @@ def merge(state: Merged, compared: Tensor, keep: int, prefix: int) -> Merged:
     tokens, size, home, place = state
     count = size.shape[1]
     sources, targets = split(count, tokens.device)
-    best, nearest = similarities(compared, prefix).max(dim=-1)  # [B, S]
+    best, nearest = similarities(compared[:, prefix:], sources, targets).max(dim=-1)  # [B, S]
     order = best.topk(best.shape[1], dim=1).indices  # ONNX has no stable sort
     gone, left = order[:, : count - keep], order[:, count - keep :]
     goal = nearest.gather(1, gone)  # [B, r], among the targets
@@ -126,10 +126,9 @@ def split(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.cat([each[offset::EVERY] for offset in range(1, EVERY)]), each[::EVERY]
 
 
-def similarities(compared: Tensor, prefix: int) -> Tensor:
-    """Cosines of the patches of `split`, ``[B, P+n, *]`` to ``[B, S, T]``."""
-    unit = F.normalize(compared[:, prefix:].float(), dim=-1)
-    sources, targets = split(unit.shape[1], unit.device)
+def similarities(patches: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
+    """Cosines of patches ``[B, n, *]`` with numbers `sources` ``[S]`` and `targets` ``[T]``: ``[B, S, T]``."""
+    unit = F.normalize(patches.float(), dim=-1)
     return unit[:, sources] @ unit[:, targets].transpose(1, 2)
 
 

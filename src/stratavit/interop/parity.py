@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stratavit.choices import Format
-from stratavit.elastic.merging import MergingBlock, similarities
+from stratavit.elastic.merging import MergingBlock, similarities, split
 from stratavit.errors import StrataViTError
 from stratavit.interop.onnx_file import Runner
 
@@ -118,7 +118,8 @@ def merge_margins(model: nn.Module, images: Tensor) -> Tensor:
         patches.append(now)
         if keep:  # 0 drops all patches
             removed = now - block.passed_on(keep, patches[0], now)
-            found.append(_margin(similarities(normed, block.prefix), removed).cpu())
+            similar = similarities(normed[:, block.prefix :], *split(now, normed.device))
+            found.append(_margin(similar, removed).cpu())
 
     with ExitStack() as stack:
         for block in model.modules():
@@ -133,11 +134,11 @@ def _margin(similar: Tensor, removed: int) -> Tensor:
 
     Or between the two most similar ones that a token could join, where that is less.
     """
-    if not removed:
-        return similar.new_full((len(similar),), torch.inf)
+    gaps = [similar.new_full((len(similar),), torch.inf)]
     best = similar.topk(min(2, similar.shape[2]), dim=2).values  # [B, S, 1 or 2]
     values, order = best[:, :, 0].sort(dim=1, descending=True)  # [B, S]
-    gaps = [values[:, removed - 1] - values[:, removed]] if removed < values.shape[1] else []
-    if best.shape[2] > 1:
+    if 0 < removed < values.shape[1]:
+        gaps.append(values[:, removed - 1] - values[:, removed])
+    if removed and best.shape[2] > 1:
         gaps.append((best[:, :, 0] - best[:, :, 1]).gather(1, order[:, :removed]).amin(dim=1))
-    return torch.stack(gaps).amin(dim=0) if gaps else similar.new_full((len(similar),), torch.inf)
+    return torch.stack(gaps).amin(dim=0)
