@@ -137,9 +137,9 @@ def storage_of(tensor: Tensor) -> int:
 
 def sorting_bytes(outputs: int, n: int) -> int:
     """Of sites ``[outputs, n]`` sorted together: tables, maps, a covariance and its factor; or moments of one site."""
-    table = 8 * n * (n + outputs)
+    table = 4 * n * (n + outputs)
     together = max(1, DEVICE_BYTES // table)
-    return max(together * (table + 8 * n * outputs) + 2 * 8 * n * n, 3 * 8 * n * n + 8 * n * n)
+    return max(together * (table + 2 * 4 * n * outputs) + 2 * 4 * n * n, 4 * 4 * n * n)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
 """The order of elimination in blocks against one channel at a time: seconds, and what it does to small networks.
 
-    python benchmarks/elimination.py [--images 1000] [--shapes DeiT-Ti DeiT-S DeiT-B] [--repeat 3]
+    python benchmarks/elimination.py [--images 1000] [--shapes DeiT-Ti DeiT-S DeiT-B] [--precisions float32 float64]
 
 Accuracy: DeiT-Tiny with real weights, sorted with each choice from one pass over the calibration images; top-1 on the
 validation images at budgets of the list of the kept conversion (`common.converted`), the same widths in every row.
 Energy lost: the share of the variance of an MLP's output that no linear map of half of its channels predicts, mean over
 the blocks, on the calibration images. Seconds: one MLP of the shape, numbers made up, with the inverse of its
-covariance.
+covariance. Precision: of order and inverse; covariances are those of the pass, in float32.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -28,6 +29,7 @@ from stratavit.calibration.site_observer import SiteObserver
 from stratavit.calibration.statistics import observe
 
 CHOICES = ((1, 1), (16, 2), (32, 2), (64, 1), (64, 2), (64, 4), (128, 1), (128, 2))  # block, candidates in blocks
+PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 SHAPES = {"DeiT-Ti": (192, 768), "DeiT-S": (384, 1536), "DeiT-B": (768, 3072)}  # outputs, hidden channels
 TWELFTHS = (8, 6, 4)
 
@@ -39,11 +41,14 @@ def main() -> None:
     arguments.add_argument("--repeat", type=int, default=3)
     arguments.add_argument("--work", type=Path, default=WORK, help="folder of kept conversions")
     arguments.add_argument("--choices", nargs="+", help="block/candidates, such as 64/2")
+    arguments.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["float32"])
     args = arguments.parse_args()
     asked = [tuple(map(int, words.split("/"))) for words in args.choices or ()]
-    rows: list[dict[str, Any]] = [{"block": b, "candidates": c} for b, c in asked or CHOICES]
+    rows: list[dict[str, Any]] = [
+        {"block": b, "candidates": c, "precision": p} for p in args.precisions for b, c in asked or CHOICES
+    ]
     for shape in args.shapes:
-        runs = {f"{row['block']}/{row['candidates']}": timed_order(*SHAPES[shape], row) for row in rows}
+        runs = {str(number): timed_order(*SHAPES[shape], row) for number, row in enumerate(rows)}
         for row, seconds in zip(rows, interleaved(runs, args.repeat).values(), strict=True):
             row[f"{shape}, s"] = round(seconds, 3)
             print(row, flush=True)
@@ -68,8 +73,8 @@ def timed_order(outputs: int, hidden: int, row: dict[str, Any]) -> Any:
     """The order of one site, ready to run."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2 * hidden, hidden, generator=generator) * torch.logspace(0, -2, hidden)
-    weight = torch.randn(1, outputs, hidden, generator=generator)
-    return partial(elimination_order, weight, [(x.T @ x).double() / len(x)], row["block"], row["candidates"])
+    weight = torch.randn(1, outputs, hidden, generator=generator).to(PRECISIONS[row["precision"]])
+    return partial(elimination_order, weight, [x.T @ x / len(x)], row["block"], row["candidates"])
 
 
 def small_networks(
@@ -79,11 +84,14 @@ def small_networks(
     row: dict[str, Any],
     validation: Batches,
 ) -> dict[str, Any]:
-    """Top-1 and lost energy after sorting with a choice of block and candidates."""
+    """Top-1 and lost energy after sorting with a choice of block, candidates and precision."""
     net, own = stratavit.SuperNet(model), contraction.elimination_order
+
+    def chosen(weight: Tensor, covariance: Iterable[Tensor]) -> Tensor:
+        return own(weight.to(PRECISIONS[row["precision"]]), covariance, row["block"], row["candidates"])
+
     try:
-        choice: Any = partial(own, block=row["block"], candidates=row["candidates"])
-        contraction.elimination_order = choice
+        contraction.elimination_order = chosen  # type: ignore[assignment]
         contraction.sort_sites(net.model, observers, "output")
     finally:
         contraction.elimination_order = own

@@ -69,7 +69,7 @@ def test_kept_moments_are_those_of_the_contracted_model(source, batches):
         module, heads = net.elastic[name], found.channel_mean.shape[0]
         torch.testing.assert_close(module.channel_mean.double(), found.channel_mean, rtol=1e-3, atol=1e-4)
         order = torch.arange(heads * module.full_width).view(heads, -1).T.flatten()
-        covariance, factor = found.covariance[order][:, order], module.moments.factor.double()
+        covariance, factor = found.covariance[order][:, order].double(), module.moments.factor.double()
         assert factor.isfinite().all()
         ridge = module.moments.ridge * torch.eye(len(order), dtype=torch.float64)
         assert relative_error(factor @ factor.T - ridge, covariance) <= 1e-4

@@ -78,7 +78,22 @@ def test_of_two_copies_of_a_channel_one_stays():
     assert sorted(pick[i] for i in order[:12]) == list(range(12))
 
 
-CASES = DEGENERATE | {"float32": lambda w, s: (w.float(), s)}
+@pytest.mark.parametrize("options", [(), (4, 2)])
+def test_float32_chooses_what_float64_chooses(options):
+    for seed in range(8):
+        weight, covariance = problem(seed, 40)
+        expected = order_of(weight, covariance, *options)
+        assert order_of(weight.float(), covariance, *options) == expected
+        assert order_of(weight.float(), covariance.float(), *options) == expected
+
+
+def narrowed(case):
+    return lambda w, s: tuple(x.float() for x in DEGENERATE[case](w, s))
+
+
+CASES = (
+    DEGENERATE | {"float32": lambda w, s: (w.float(), s)} | {f"{case}, float32": narrowed(case) for case in DEGENERATE}
+)
 
 
 @pytest.mark.parametrize("options", [(), (2, 1), (2, 2)])

@@ -22,7 +22,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stratavit import SuperNet, evaluate
-from stratavit.elastic.compensation import LARGEST_RATIO, PackedMoments, cholesky, compensate, factorise, project
+from stratavit.elastic.compensation import (
+    LARGEST_RATIO,
+    PackedMoments,
+    attempt,
+    cholesky,
+    compensate,
+    factorise,
+    project,
+)
 
 IMAGES = make_images(2, seed=9)
 CALIBRATION = torch.cat([images for images, _ in make_batches()])
@@ -315,6 +323,19 @@ def test_a_covariance_that_rounding_left_indefinite_is_regularised_until_it_can_
     assert added > 1e-2
     torch.testing.assert_close(factor @ factor.T, covariance + added * torch.eye(4, dtype=torch.float64))
     assert cholesky(covariance.abs())[1] == pytest.approx(1e-3 * float(covariance.abs().trace()) / 4)
+
+
+def test_what_float32_cannot_factor_is_factored_in_float64_with_the_same_ridge():
+    """Of rank 5, with whole numbers, so that all entries are exact: in float32 the last pivots are rounding alone."""
+    x = torch.randint(-8, 9, (5, 200), generator=torch.Generator().manual_seed(0)).float()
+    covariance, added = x.T @ x, 2.0**-14
+    assert attempt(covariance, torch.tensor(added)).failed
+    factor, found = cholesky(covariance, added / float(covariance.diagonal().mean()))
+    assert (factor.dtype, found) == (torch.float64, pytest.approx(added))
+    exact = covariance.double()
+    exact.diagonal().add_(added)
+    torch.testing.assert_close(factor @ factor.T, exact, rtol=0, atol=1e-9)
+    assert cholesky(covariance)[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 100])

@@ -135,10 +135,10 @@ class GramSum:
         return self._rows_of(self._flat), self._wide
 
     def add_to(self, total: Tensor, factor: Tensor) -> None:
-        """Adds `factor` times the sum to `total` ``[n, n]`` float64, its lower block triangle only."""
+        """Adds `factor` times the sum to `total` ``[n, n]``, its lower block triangle only."""
         for part in self._sums:
             for (start, stop), row in zip(self.ends, part, strict=False):
-                total[start:stop, :stop].addcmul_(wide(row.to(total.device)), factor)
+                total[start:stop, :stop].addcmul_(row.to(total), factor)
 
     def mirror(self, total: Tensor) -> None:
         """Copies the lower block triangle of ``[n, n]`` to the upper one."""
@@ -146,12 +146,12 @@ class GramSum:
             total[:start, start:stop] = total[start:stop, :start].T
 
     def inner(self, other: Tensor) -> Tensor:
-        """Sum of the products of all its entries with those of a symmetric ``[n, n]`` float64."""
-        total = other.new_zeros(())
+        """Sum, in float64, of the products of all its entries with those of a symmetric ``[n, n]``."""
+        total = other.new_zeros((), dtype=torch.float64)
         for part in self._sums:
             for (start, stop), row in zip(self.ends, part, strict=False):
-                products = wide(row) * other[start:stop, :stop]
-                total += 2 * products.sum() - products[:, start:].sum()
+                products = row.to(other) * other[start:stop, :stop]
+                total += 2 * products.sum(dtype=total.dtype) - products[:, start:].sum(dtype=total.dtype)
         return total
 
     def is_finite(self) -> Tensor:
@@ -189,17 +189,17 @@ class RunningCovariance:
         products.add(x)
 
     def result(self, folds: tuple[int, ...] = (0, 1)) -> tuple[Tensor, Tensor]:
-        """Mean ``[n]`` and covariance ``[n, n]``, float64; of all data if the folds are empty."""
+        """Mean ``[n]`` float64, covariance ``[n, n]`` as precise as the tokens; of all data if the folds are empty."""
         assert self._shift is not None, "no batch was seen"
         chosen = [self._sums[fold] for fold in folds if fold in self._sums] or list(self._sums.values())
         factor = 1 / torch.stack([sums.totals[0] for sums, _ in chosen]).sum()  # on the device, where nobody looks
         first = torch.zeros_like(wide(self._shift))
-        second = first.new_zeros(len(first), len(first))
+        second = torch.zeros(len(first), len(first), dtype=self._shift.dtype, device=first.device)
         for sums, products in chosen:
             first += factor * sums.totals[1]
-            products.add_to(second, factor)
+            products.add_to(second, factor.to(second))
         products.mirror(second)
-        return wide(self._shift) + first, second.addr_(first, first, alpha=-1)
+        return wide(self._shift) + first, second.addr_(*[first.to(second)] * 2, alpha=-1)
 
     def is_finite(self) -> Tensor:
         """Whether all sums are, one boolean on the device."""

@@ -33,6 +33,7 @@ from stratavit.elastic.rotary import ElasticRotary, order_of_pairs
 from stratavit.errors import StrataViTError, described
 from stratavit.models.families import layer_scale
 from stratavit.utils.freed_memory import give_back
+from stratavit.utils.model import full_products
 from stratavit.utils.progress import track
 
 Method = Literal["default", "paper"]
@@ -119,7 +120,8 @@ def sort_sites(model: nn.Module, observers: dict[str, SiteObserver], criterion: 
     sites = {name: site_of(model, name) for name in observers}
     for names in track(_alike(sites) if criterion == "output" else [[name] for name in sites], "sort channels"):
         chosen, watched = [sites[name] for name in names], [observers.pop(name) for name in names]
-        _sort_alike(chosen, watched, criterion, [layer_scale(model, name) for name in names], generator)
+        with full_products():
+            _sort_alike(chosen, watched, criterion, [layer_scale(model, name) for name in names], generator)
         del watched
         give_back()  # their sums
 
@@ -132,7 +134,7 @@ def _alike(sites: Mapping[str, ElasticSite]) -> list[list[str]]:
     groups = []
     for names in shapes.values():
         weight = sites[names[0]].out.weight
-        size = 8 * weight.shape[1] * sum(weight.shape)  # bytes of covariance and map in float64
+        size = weight.itemsize * weight.shape[1] * sum(weight.shape)  # bytes of covariance and map
         most = max(1, (HOST_BYTES if weight.device.type == "cpu" else DEVICE_BYTES) // size)
         groups += [names[start : start + most] for start in range(0, len(names), most)]
     return groups
@@ -204,10 +206,9 @@ def _output_coordinates(
     modules: Sequence[ElasticSite], observers: Sequence[SiteObserver], scales: Sequence[Tensor | None]
 ) -> list[AttentionTransform | Tensor]:
     """What the criterion ``output`` chooses for sites of one shape."""
-    weight = torch.stack([wide(module.out_by_head().detach()) for module in modules])  # [S, C, H, d]
-    for own, scale in zip(weight, scales, strict=True):
-        if scale is not None:
-            own *= wide(scale.detach())[:, None, None]
+    own_precision = not modules[0].attention and not modules[0].whole_heads
+    maps = (_scaled_map(module, scale, own_precision) for module, scale in zip(modules, scales, strict=True))
+    weight = torch.stack(list(maps))  # [S, C, H, d]
     if modules[0].whole_heads:
         return [head_order(own, found) for own, found in zip(weight, _Covariances(observers), strict=True)]
     if not modules[0].attention:
@@ -217,6 +218,13 @@ def _output_coordinates(
     scatters = [found.sum(dim=0) for found in map(SiteObserver.scatter, observers) if found is not None]
     turns = principal_axes(torch.stack(scatters)).mT if scatters else [None] * len(modules)  # [S, H, d, d]
     return [AttentionTransform(qk, qk, v, o) for qk, v, o in zip(turns, *values, strict=True)]
+
+
+def _scaled_map(module: ElasticSite, scale: Tensor | None, own_precision: bool) -> Tensor:
+    """What a site's channels are read by ``[C, H, d]``, times its LayerScale; in float64 or in its own precision."""
+    weight = wide(module.out_by_head().detach())
+    weight = weight if scale is None else weight * wide(scale.detach())[:, None, None]
+    return weight.to(module.out.weight.dtype) if own_precision else weight
 
 
 def _own_blocks(covariance: Tensor, heads: int) -> Tensor:

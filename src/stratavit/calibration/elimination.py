@@ -1,7 +1,8 @@
 """The order in which hidden channels of an MLP are given up, each time the one that the others replace best.
 
-Pure maths in float64, on the device of the data, for several sites of one shape at a time: nothing is asked of the
-device while it runs. Shape legend: S sites, C outputs, m hidden channels, n of them left, c candidates, b of a block.
+Pure maths on the device of the data and in its precision, for several sites of one shape at a time: nothing is asked
+of the device while it runs. Shape legend: S sites, C outputs, m hidden channels, n of them left, c candidates, b of a
+block.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from stratavit.utils.devices import queues_work
 
 BLOCK = 64  # channels between two updates of all others
 CANDIDATES = 4  # times the block: channels among which its members are chosen one by one
-TINY = torch.finfo(torch.float64).tiny
 
 
 def elimination_order(
@@ -31,15 +31,17 @@ def elimination_order(
     With a block of one, or with all channels as candidates, that is the greedy order.
 
     Args:
-        weight: ``fc2`` of each site, ``[S, C, m]``, scaled by LayerScale if there is one.
+        weight: ``fc2`` of each site, ``[S, C, m]``, scaled by LayerScale if there is one; its precision is that of the
+            whole computation. On real weights float32 chose the channels that float64 did.
         covariance: Of the post-activations, ``[m, m]`` of each site, one at a time; gone through once more if one of
             them has no factor.
         block: Channels that leave between two updates.
         candidates: Number of candidates, in blocks.
     """
     sites, outputs, left = weight.shape
-    table = weight.new_empty(sites, left, outputs + left, dtype=torch.float64)  # [S, m, C + m]: W^T next to P
-    table[:, :, :outputs] = weight.mT
+    table = weight.new_empty(sites, left, outputs + left, dtype=weight.dtype)  # [S, m, C + m]: W^T next to P
+    tiny = torch.finfo(weight.dtype).tiny
+    table[:, :, :outputs] = (weight / weight.abs().amax(dim=(1, 2), keepdim=True).clamp_min(tiny)).mT
     _invert(table[:, :, outputs:], covariance)
     channels = torch.arange(left, device=table.device).repeat(sites, 1)  # [S, m]: in the order of the table's rows
     leaving: list[Tensor] = []
@@ -53,20 +55,28 @@ def elimination_order(
 
 
 def _invert(inverse: Tensor, covariance: Iterable[Tensor]) -> None:
-    """Fills ``[S, m, m]`` with the inverses of covariances, regularised; a device that queues work is read once."""
+    """Fills ``[S, m, m]`` with the inverses of covariances, regularised, of mean variance 1.
+
+    A device that queues work is read once.
+    """
     if not queues_work(inverse.device):
         for own, matrix in zip(inverse, covariance, strict=True):
-            own.copy_(torch.cholesky_inverse(cholesky(matrix)[0]))
+            _fill(own, matrix, torch.cholesky_inverse(cholesky(matrix.to(own.dtype))[0]))
         return
     failed = []
     for own, matrix in zip(inverse, covariance, strict=True):
-        found = attempt(matrix)
-        own.copy_(_inverse_of(found.factor))
+        found = attempt(matrix.to(own.dtype))
+        _fill(own, matrix, _inverse_of(found.factor))
         failed.append(found.failed)
     numbers = torch.stack(failed).tolist()
     for own, matrix, number in zip(inverse, covariance, numbers, strict=True) if any(numbers) else ():
         if number:
-            own.copy_(_inverse_of(cholesky(matrix)[0]))
+            _fill(own, matrix, _inverse_of(cholesky(matrix)[0]))
+
+
+def _fill(own: Tensor, matrix: Tensor, inverse: Tensor) -> None:
+    """Writes the inverse of a covariance `matrix`, all ``[m, m]``, scaled: no loss leaves the range of float32."""
+    own.copy_(inverse).mul_(matrix.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def _inverse_of(factor: Tensor) -> Tensor:
@@ -79,8 +89,8 @@ def _choose(table: Tensor, outputs: int, steps: int, count: int) -> tuple[Tensor
 
     And the lower root ``[S, b, b]`` of their block of the inverse.
     """
-    columns, inverse = table[:, :, :outputs], table[:, :, outputs:]
-    loss = torch.linalg.vector_norm(columns, dim=2).square() / inverse.diagonal(dim1=1, dim2=2).clamp_min(TINY)
+    columns, inverse, tiny = table[:, :, :outputs], table[:, :, outputs:], torch.finfo(table.dtype).tiny
+    loss = torch.linalg.vector_norm(columns, dim=2).square() / inverse.diagonal(dim1=1, dim2=2).clamp_min(tiny)
     chosen = loss.topk(count, dim=1, largest=False).indices  # [S, c]
     columns, inverse = _rows(columns, chosen), _rows(inverse, chosen)  # [S, c, C], [S, c, n]
     inverse = inverse.gather(2, chosen.unsqueeze(1).expand(-1, count, -1))  # [S, c, c]
@@ -93,18 +103,18 @@ def _eliminate(gram: Tensor, inverse: Tensor, steps: int) -> tuple[Tensor, Tenso
 
     And the lower root ``[S, b, b]`` of their block of the inverse. Both matrices change in place.
     """
-    sites, count = gram.shape[:2]
+    (sites, count), tiny = gram.shape[:2], torch.finfo(gram.dtype).tiny
     gone = torch.empty(sites, steps, dtype=torch.long, device=gram.device)
     roots = gram.new_empty(sites, count, steps)
     barred = gram.new_zeros(sites, count)
     norms, spread = gram.diagonal(dim1=1, dim2=2), inverse.diagonal(dim1=1, dim2=2)  # views
     for step in range(steps):
-        j = (norms.clamp_min(0) / spread.clamp_min(TINY) + barred).argmin(dim=1, keepdim=True)  # [S, 1]
+        j = (norms.clamp_min(0) / spread.clamp_min(tiny) + barred).argmin(dim=1, keepdim=True)  # [S, 1]
         gone[:, step : step + 1] = j
         barred.scatter_(1, j, torch.inf)
         row, cross = _rows(inverse, j), _rows(gram, j)  # [S, 1, c], both are symmetric
-        row = row * row.gather(2, j.unsqueeze(1)).clamp_min(TINY).rsqrt()
-        scale = row.gather(2, j.unsqueeze(1)).clamp_min(TINY)  # the root of the pivot
+        row = row * row.gather(2, j.unsqueeze(1)).clamp_min(tiny).rsqrt()
+        scale = row.gather(2, j.unsqueeze(1)).clamp_min(tiny)  # the root of the pivot
         cross = cross / scale
         cross -= row * (cross.gather(2, j.unsqueeze(1)) / (2 * scale))
         inverse.baddbmm_(row.mT, row, alpha=-1)

@@ -22,7 +22,7 @@ def head_order(weight: Tensor, covariance: Tensor) -> Tensor:
         covariance: Of what it reads, in the same order, ``[d*H, d*H]``.
     """
     width, heads = weight.shape[1:]
-    inverse = torch.cholesky_inverse(cholesky(covariance)[0]).to(weight)
+    inverse = torch.cholesky_inverse(cholesky(covariance.to(weight))[0])
     inverse = inverse.unflatten(0, (width, heads)).unflatten(2, (width, heads)).permute(1, 0, 3, 2)  # [H, d, H, d]
     columns = weight.permute(2, 1, 0)  # [H, d, C]
     numbers, one = torch.arange(heads, device=weight.device), torch.eye(width, dtype=weight.dtype, device=weight.device)

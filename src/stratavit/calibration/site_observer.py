@@ -20,7 +20,9 @@ Scatter = Literal["weighted", "plain", "none"]
 
 @dataclass
 class SiteStatistics:
-    """What a calibration pass finds out about one site, float64, means over all tokens of all images.
+    """What a calibration pass finds out about one site, means over all tokens of all images.
+
+    Covariances are as precise as the tokens, everything else is in float64.
 
     Attributes:
         taylor: First-order Taylor importance ``mean |g*h|``: attention ``[3, H, w]`` of q, k, v (``[1, H, w]`` of v,

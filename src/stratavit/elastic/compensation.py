@@ -97,7 +97,7 @@ class Attempt(NamedTuple):
     """A Cholesky factor whose existence nobody has looked at, so that nothing has waited for a device.
 
     Attributes:
-        factor: Lower factor of ``S + r I``, ``[n, n]`` float64; of no use where it failed.
+        factor: Lower factor of ``S + r I``, ``[n, n]``, as precise as S; of no use where it failed.
         added: r, a float64 on the device.
         failed: Not 0 where there is no factor, on the device.
     """
@@ -109,23 +109,25 @@ class Attempt(NamedTuple):
 
 def attempt(covariance: Tensor, added: Tensor | None = None, ridge: float = RIDGE) -> Attempt:
     """One attempt of `cholesky`, with r: `ridge` times the mean eigenvalue of S ``[n, n]`` if it is not given."""
-    matrix = covariance.double()
+    diagonal, before = covariance.diagonal(), covariance.diagonal().clone()
     if added is None:
-        added = (ridge * matrix.trace() / len(matrix)).clamp_min(torch.finfo(torch.float32).tiny)
-    diagonal, before = matrix.diagonal(), matrix.diagonal().clone()
+        added = (ridge * before.mean(dtype=torch.float64)).clamp_min(torch.finfo(torch.float32).tiny)
     diagonal.add_(added)
-    factor, failed = torch.linalg.cholesky_ex(matrix)
+    factor, failed = torch.linalg.cholesky_ex(covariance)
     diagonal.copy_(before)  # a copy of the matrix would be the largest part of what contraction holds
     return Attempt(factor, added, failed)
 
 
 def cholesky(covariance: Tensor, ridge: float = RIDGE) -> tuple[Tensor, float]:
-    """Lower factor ``[n, n]`` float64 of ``S + r I``, and r: `ridge` times the mean eigenvalue of S ``[n, n]``.
+    """Lower factor ``[n, n]`` of ``S + r I``, and r: `ridge` times the mean eigenvalue of S ``[n, n]``.
 
-    Rounding can leave S with eigenvalues a little below 0, and constant channels with none above: r then grows tenfold
-    until the factor exists.
+    It is made in the precision of S, and once more in float64 where that fails. Rounding can leave S with eigenvalues a
+    little below 0, and constant channels with none above: r then grows tenfold until the factor exists.
     """
     found = attempt(covariance, ridge=ridge)
+    if found.failed:
+        covariance = covariance.double()
+        found = attempt(covariance, found.added)
     while found.failed:
         assert found.added < float("inf"), "the covariance is not finite"
         found = attempt(covariance, found.added * 10)
