@@ -87,6 +87,21 @@ def test_float32_chooses_what_float64_chooses(options):
         assert order_of(weight.float(), covariance.float(), *options) == expected
 
 
+@pytest.mark.parametrize("largest", [1.0, 1e3, 1e8])
+def test_in_float32_an_order_loses_as_little_where_one_direction_is_far_above_all_others(largest):
+    """The ridge is a share of the mean eigenvalue, so that it bounds the condition."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(96, 96, generator=generator, dtype=torch.float64))[0]
+    values = torch.logspace(0, -6, 96, dtype=torch.float64)
+    values[0] = largest
+    covariance = (basis * values) @ basis.T
+    covariance = (covariance + covariance.T) / 2
+    weight = torch.randn(24, 96, generator=generator, dtype=torch.float64)
+    kept = [order_of(one, covariance, 8, 4)[:48] for one in (weight, weight.float())]
+    exact, found = (lost(weight, regularised(covariance), one) for one in kept)
+    assert found <= 1.001 * exact
+
+
 def narrowed(case):
     return lambda w, s: tuple(x.float() for x in DEGENERATE[case](w, s))
 

@@ -57,7 +57,6 @@ def test_an_image_that_differs_only_alone_counts_once(monkeypatch):
     [
         ("merging", -1.0, 1, 1.0),  # no merge is tied
         ("cut", 1e9, 1, 1.0),  # nothing merges
-        ("merging", 1e9, 3, 1.0),  # more than half of the images
         ("merging", 1e9, 1, math.nan),
     ],
 )
@@ -65,6 +64,12 @@ def test_all_other_differences_are_refused(monkeypatch, kind, bound, wrong, by):
     monkeypatch.setattr(parity, "TIED", bound)
     with pytest.raises(StrataViTError, match="onnx file"):
         answered(small(kind), wrong, by)
+
+
+def test_without_half_of_the_images_other_ones_are_asked_for(monkeypatch):
+    monkeypatch.setattr(parity, "TIED", 1e9)
+    with pytest.raises(StrataViTError, match="other images"):
+        answered(small(), wrong=3)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6, 0.0])
