@@ -139,7 +139,7 @@ def sorting_bytes(outputs: int, n: int) -> int:
     """Of sites ``[outputs, n]`` sorted together: tables, maps, a covariance and its factor; or moments of one site."""
     table = 4 * n * (n + outputs)
     together = max(1, DEVICE_BYTES // table)
-    return max(together * (table + 2 * 4 * n * outputs) + 2 * 4 * n * n, 4 * 4 * n * n)
+    return max(together * (table + 4 * n * outputs) + 2 * 4 * n * n, 4 * 4 * n * n)
 
 
 if __name__ == "__main__":

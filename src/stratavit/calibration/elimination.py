@@ -40,8 +40,9 @@ def elimination_order(
     """
     sites, outputs, left = weight.shape
     table = weight.new_empty(sites, left, outputs + left, dtype=weight.dtype)  # [S, m, C + m]: W^T next to P
-    tiny = torch.finfo(weight.dtype).tiny
-    table[:, :, :outputs] = (weight / weight.abs().amax(dim=(1, 2), keepdim=True).clamp_min(tiny)).mT
+    table[:, :, :outputs] = weight.mT
+    largest = torch.linalg.vector_norm(weight, torch.inf, dim=(1, 2), keepdim=True)
+    table[:, :, :outputs] /= largest.clamp_min(torch.finfo(weight.dtype).tiny)
     _invert(table[:, :, outputs:], covariance)
     channels = torch.arange(left, device=table.device).repeat(sites, 1)  # [S, m]: in the order of the table's rows
     leaving: list[Tensor] = []
