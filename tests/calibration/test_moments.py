@@ -95,8 +95,9 @@ def test_sorting_reads_from_the_device_as_often_however_many_sites_there_are(fam
     assert len(counts[0]) <= 5
 
 
-def test_a_factor_in_float32_has_whole_rows():
-    factor, _ = cholesky(problem(1)[1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_factor_in_float32_has_whole_rows(dtype):
+    factor, _ = cholesky(problem(1)[1].to(dtype))
     assert rows_of(factor).is_contiguous()
     assert rows_of(factor).dtype == torch.float32
 
