@@ -199,7 +199,8 @@ class RunningCovariance:
             first += factor * sums.totals[1]
             products.add_to(second, factor.to(second))
         products.mirror(second)
-        return wide(self._shift) + first, second.addr_(*[first.to(second)] * 2, alpha=-1)
+        mean = first.to(second)
+        return wide(self._shift) + first, second.addr_(mean, mean, alpha=-1)
 
     def is_finite(self) -> Tensor:
         """Whether all sums are, one boolean on the device."""

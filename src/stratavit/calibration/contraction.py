@@ -206,13 +206,13 @@ def _output_coordinates(
     modules: Sequence[ElasticSite], observers: Sequence[SiteObserver], scales: Sequence[Tensor | None]
 ) -> list[AttentionTransform | Tensor]:
     """What the criterion ``output`` chooses for sites of one shape."""
-    own_precision = not modules[0].attention and not modules[0].whole_heads
-    maps = (_scaled_map(module, scale, own_precision) for module, scale in zip(modules, scales, strict=True))
-    weight = torch.stack(list(maps))  # [S, C, H, d]
+    maps = map(_scaled_map, modules, scales)  # one at a time, as they are in float64
     if modules[0].whole_heads:
-        return [head_order(own, found) for own, found in zip(weight, _Covariances(observers), strict=True)]
+        return [head_order(own, found) for own, found in zip(maps, _Covariances(observers), strict=True)]
     if not modules[0].attention:
-        return list(elimination_order(weight.flatten(2), _Covariances(observers)))
+        columns = torch.stack([own.flatten(1).to(modules[0].out.weight.dtype) for own in maps])  # [S, C, m]
+        return list(elimination_order(columns, _Covariances(observers)))
+    weight = torch.stack(list(maps))  # [S, C, H, d]
     blocks = [_own_blocks(observer.covariance(), weight.shape[2]).clone() for observer in observers]  # [H, d, d]
     values = output_axes(weight.transpose(1, 2), torch.stack(blocks))
     scatters = [found.sum(dim=0) for found in map(SiteObserver.scatter, observers) if found is not None]
@@ -220,11 +220,10 @@ def _output_coordinates(
     return [AttentionTransform(qk, qk, v, o) for qk, v, o in zip(turns, *values, strict=True)]
 
 
-def _scaled_map(module: ElasticSite, scale: Tensor | None, own_precision: bool) -> Tensor:
-    """What a site's channels are read by ``[C, H, d]``, times its LayerScale; in float64 or in its own precision."""
+def _scaled_map(module: ElasticSite, scale: Tensor | None) -> Tensor:
+    """The map that reads a site's channels, times its LayerScale, ``[C, H, d]`` float64."""
     weight = wide(module.out_by_head().detach())
-    weight = weight if scale is None else weight * wide(scale.detach())[:, None, None]
-    return weight.to(module.out.weight.dtype) if own_precision else weight
+    return weight if scale is None else weight * wide(scale.detach())[:, None, None]
 
 
 def _own_blocks(covariance: Tensor, heads: int) -> Tensor:

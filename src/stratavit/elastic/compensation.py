@@ -136,9 +136,7 @@ def cholesky(covariance: Tensor, ridge: float = RIDGE) -> tuple[Tensor, float]:
 
 def rows_of(factor: Tensor) -> Tensor:
     """A factor ``[n, n]`` in float32, row by row as it is read from a file: the layout decides how products round."""
-    return factor.to(
-        torch.float32, memory_format=torch.contiguous_format
-    ).contiguous()  # the first keeps float32 as it is
+    return factor.float().contiguous()
 
 
 def factorise(covariance: Tensor, energy: float, ridge: float = RIDGE) -> Moments:
