@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import stratavit
+from stratavit.data.pixels import Keyed, keys_of
 from stratavit.dropout_list.walk import Walk
 from stratavit.elastic.delta import Delta
 
@@ -73,6 +74,11 @@ def make_batches(sizes: tuple[int, ...] = (5, 4, 3), dtype: torch.dtype = torch.
     count = sum(sizes)
     labels = torch.randint(0, CLASSES, (count,), generator=torch.Generator().manual_seed(2))
     return list(zip(make_images(count, dtype=dtype).split(sizes), labels.split(sizes), strict=True))
+
+
+def keyed(images: Tensor) -> Keyed:
+    """Images ``[B, C, H, W]`` as a feed gives them."""
+    return Keyed(images.unbind(), keys_of(images))
 
 
 @cache

@@ -9,6 +9,7 @@ from helpers import PLAN, make_batches, make_images, make_model, make_net
 from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.data.pixels import Seen, keys_of
 from stratavit.dropout_list.walk import Walk
+from stratavit.utils.digest import digest_of
 
 IMAGES = make_images(6)
 
@@ -25,7 +26,7 @@ class Counted:
 
 
 def assert_outputs(dense_outputs, images, compute):
-    for found, expected in zip(dense_outputs.of(images, compute), Counted()(images), strict=True):
+    for found, expected in zip(dense_outputs.of(keys_of(images), images, compute), Counted()(images), strict=True):
         assert torch.equal(found, expected)
 
 
@@ -43,6 +44,19 @@ def test_memory_is_bounded_and_what_does_not_fit_is_right():
     for _ in range(2):
         assert_outputs(dense_outputs, IMAGES, compute)
     assert compute.asked == 6 + 4
+
+
+def test_hashes_do_not_depend_on_the_number_of_threads():
+    images, model, found = make_images(7), make_model("plain"), []
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            found.append((keys_of(images), digest_of(model.named_parameters())))
+        finally:
+            torch.set_num_threads(before)
+    assert found[0] == found[1]
+    assert len(set(found[0][0])) == 7
 
 
 def one_bit(model):
@@ -74,8 +88,8 @@ def computed(monkeypatch, net, plan=PLAN):
     """Images that the dense model runs on while the list is made."""
     asked, original = [], DenseOutputs.of
 
-    def watched(self, images, compute):
-        return original(self, images, lambda unknown: (asked.append(len(unknown)), compute(unknown))[1])
+    def watched(self, keys, images, compute):
+        return original(self, keys, images, lambda unknown: (asked.append(len(unknown)), compute(unknown))[1])
 
     with monkeypatch.context() as patch:
         patch.setattr(DenseOutputs, "of", watched)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import change_weights, make_batches, make_images, make_model, make_net, relative_error
+from helpers import change_weights, keyed, make_batches, make_images, make_model, make_net, relative_error
 
 from stratavit import SuperNet
 from stratavit.calibration.dense_outputs import DenseOutputs
@@ -19,7 +19,7 @@ IMAGES = make_images(3, seed=9)
 
 
 def reference_of(net, batches):
-    return marginal_effects.Reference(net.model, net.sites, batches, DenseOutputs())
+    return marginal_effects.Reference(net.model, net.sites, [keyed(images) for images in batches], DenseOutputs())
 
 
 def wide_net(family="plain"):

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import PLAN, enliven, make_batches, make_images, make_model, make_net, relative_error
+from helpers import PLAN, enliven, keyed, make_batches, make_images, make_model, make_net, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
@@ -79,7 +79,9 @@ def test_sites_of_a_single_unit_are_neither_measured_nor_judged():
     )
     net = SuperNet(enliven(model)).contract(make_batches())
     cut = {site.name: site.steps[-1] if site.kind == "attention" else site.steps[8] for site in net.sites}
-    found = marginal_effects.Reference(net.model, net.sites, BATCHES, DenseOutputs()).effects(net.cost, cut)[0]
+    found = marginal_effects.Reference(net.model, net.sites, list(map(keyed, BATCHES)), DenseOutputs()).effects(
+        net.cost, cut
+    )[0]
     assert found.keys() == {"blocks.0.mlp", "blocks.1.mlp"}
     _, ratios, _ = walk.walk(net.model, net.sites, net.cost, BATCHES, PLAN)
     assert ratios["blocks.0.attn"] == pytest.approx(ratios["blocks.1.attn"])

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import PLAN, make_batches, make_images, make_net
+from helpers import PLAN, keyed, make_batches, make_images, make_net
 from torch._subclasses.fake_tensor import FakeTensorMode
 from waits import BlockingCopies, on_fake_cuda, reads
 
@@ -76,7 +76,7 @@ def test_only_what_is_solved_at_one_shape_is_stacked(spec, expected, stacks):
 
 
 def effects(net, widths):
-    reference = marginal_effects.Reference(net.model, net.sites, [IMAGES], DenseOutputs())
+    reference = marginal_effects.Reference(net.model, net.sites, [keyed(IMAGES)], DenseOutputs())
     return reference.effects(net.cost, widths)[0]
 
 
@@ -105,7 +105,7 @@ def test_a_step_of_the_list_reads_once_from_the_device(stacks, monkeypatch):
     """Whatever the number of modules; what keeps products on a CPU compares them, and is not there on a device."""
     monkeypatch.setattr(base, "can_be_kept", lambda weight: False)
     net = copy.deepcopy(make_net("plain")).eval().requires_grad_(False)
-    reference = marginal_effects.Reference(net.model, net.sites, [IMAGES], DenseOutputs())
+    reference = marginal_effects.Reference(net.model, net.sites, [keyed(IMAGES)], DenseOutputs())
     with reads(monkeypatch) as found:
         reference.effects(net.cost, ODD)
         assert found == ["tolist"]  # all effects, and the distance

@@ -6,7 +6,7 @@ import architectures
 import pytest
 import timm
 import torch
-from helpers import PLAN, make_batches, make_images, make_net, relative_error
+from helpers import PLAN, keyed, make_batches, make_images, make_net, relative_error
 from timm.models._features import FeatureGetterNet
 
 import stratavit
@@ -87,7 +87,7 @@ def test_the_final_mean_is_that_of_all_tokens(name):
     """Put into the bias of the last norm, it makes the mean of all tokens that of the dense model."""
     net = SuperNet(architectures.make(name)).contract(make_batches()).eval()
     spec = {site.name: site.width // 2 for site in net.sites}
-    drift = Reference(net.model, net.sites, [IMAGES], DenseOutputs()).measure(spec).drift
+    drift = Reference(net.model, net.sites, [keyed(IMAGES)], DenseOutputs()).measure(spec).drift
     net.final_mean = FinalMean((net.macs(spec) / net.macs(),), drift[None].float())
     for small in (net.extract(spec=spec), lambda images: net(images, spec)):
         with torch.no_grad():

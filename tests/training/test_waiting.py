@@ -18,7 +18,7 @@ from stratavit.training.device_augmentation import DeviceAugmentation
 from stratavit.training.imitation import Changes
 from stratavit.training.recipe import Recipe
 from stratavit.training.trainer import Trainer
-from stratavit.training.transfer import memberships, to_device
+from stratavit.utils.devices import memberships, to_device
 
 CASES = {
     "default": TINY,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stratavit.data.pixels import Seen, keys_of
+from stratavit.data.pixels import Seen
 from stratavit.utils.digest import digest_of
 
 LIMIT_BYTES = 64 * 2**20  # memory does not grow with the number of images beyond it
@@ -45,20 +46,25 @@ class DenseOutputs:
         self.seen.add(keys)
         self._remember(keys, logits, features)
 
-    def of(self, images: Tensor, compute: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def of(
+        self, keys: Sequence[bytes], images: Tensor, compute: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
         """Logits ``[B, classes]`` or maps, and features ``[B, C]``, of images; `compute` runs on those not known."""
-        keys = keys_of(images)
         rows = {key: self._known[key] for key in keys if key in self._known}
         unknown = [number for number, key in enumerate(keys) if key not in rows]
         if unknown:
             rows |= self._remember([keys[number] for number in unknown], *compute(images[unknown]))
         found = zip(*(rows[key] for key in keys), strict=True)
-        logits, features = (torch.stack(side).to(images.device) for side in found)
+        logits, features = (torch.stack([row.to(images.device) for row in side]) for side in found)
         return logits, features
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which may be read where there is no such device."""
+        return {**vars(self), "_known": {key: (row[0].cpu(), row[1].cpu()) for key, row in self._known.items()}}
+
     def _remember(self, keys: Sequence[bytes], *sides: Tensor) -> dict[bytes, tuple[Tensor, Tensor]]:
-        """All of the outputs by key; those that find room are kept."""
-        logits, features = (side.detach().float().cpu() for side in sides)
+        """All of the outputs by key, where they are: a GPU is not waited for; those that find room are kept."""
+        logits, features = (side.detach().float() for side in sides)
         rows = dict(zip(keys, zip(logits, features, strict=True), strict=True))
         for key, row in rows.items():
             size = sum(part.nbytes for part in row)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stratavit.calibration.accumulators import wide
 from stratavit.choices import OBJECTIVES as OBJECTIVES
 from stratavit.choices import Measure as Measure
 from stratavit.choices import Objective as Objective
@@ -16,6 +17,7 @@ from stratavit.data.batches import check_labels
 from stratavit.data.pixels import uniforms
 from stratavit.errors import StrataViTError
 from stratavit.models.families.base import Stages
+from stratavit.utils.devices import to_device
 
 
 @dataclass(frozen=True)
@@ -52,19 +54,21 @@ class CalibrationObjective:
             return logits.amax(dim=-1).sum()
         if objective == "sampled":
             labels = drawn_classes(logits, keys, self.seed)
-        if labels is None:
+        elif labels is None:
             raise StrataViTError(f"objective {objective!r} needs labels, but the loader gives none; use 'sampled'")
-        labels = labels.to(logits.device)
-        check_labels(labels, logits.shape[-1])
+        else:
+            check_labels(labels, logits.shape[-1])  # where they are: read back from a GPU, they would be waited for
+        labels = to_device(labels, logits.device)
         if objective == "label":
             return logits.gather(1, labels[:, None]).sum()
         return F.cross_entropy(logits, labels, reduction="sum")
 
 
 def drawn_classes(logits: Tensor, keys: Sequence[bytes], seed: int) -> Tensor:
-    """A class for each image, drawn from the prediction; ``[B]`` on the CPU. Image and seed fix the draw."""
-    upto = logits.detach().double().cpu().softmax(dim=-1).cumsum(dim=-1)  # [B, classes]
-    drawn = torch.searchsorted(upto, uniforms(keys, seed)[:, None] * upto[:, -1:], right=True)
+    """A class for each image, drawn from the prediction; ``[B]``, not on MPS. Image and seed fix the draw."""
+    upto = wide(logits.detach()).softmax(dim=-1).cumsum(dim=-1)  # [B, classes]
+    chances = to_device(uniforms(keys, seed), upto.device)
+    drawn = torch.searchsorted(upto, chances[:, None] * upto[:, -1:], right=True)
     return drawn.squeeze(1).clamp_max(logits.shape[-1] - 1)
 
 

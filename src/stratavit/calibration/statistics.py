@@ -17,6 +17,7 @@ from stratavit.data.pixels import folds_of, keys_of
 from stratavit.elastic.network import sites_in
 from stratavit.errors import StrataViTError
 from stratavit.models.families import stages
+from stratavit.utils.devices import to_device
 from stratavit.utils.freed_memory import give_back
 from stratavit.utils.model import (
     classes_of,
@@ -129,9 +130,9 @@ def _run(
     images_seen = 0
     for images, labels in batches_of(loader, model):
         keys = keys_of(images)
-        images, labels, keys, sizes = by_fold(images, labels, keys)
+        images, labels, keys, sizes = by_fold(to_device(images, device), labels, keys)
         with torch.no_grad():
-            tokens = parts.stem(images.to(device, dtype))
+            tokens = parts.stem(images.to(dtype))
         for some in _runs(tokens):
             first = min(max(sizes[0] - some.start, 0), some.stop - some.start)  # of fold 0
             for observer in observers:
@@ -165,5 +166,6 @@ def by_fold(
     folds = folds_of(keys)
     order = folds.argsort(stable=True)
     second = int(folds.sum())
-    labels = None if labels is None else labels[order.to(labels.device)]
-    return images[order.to(images.device)], labels, [keys[i] for i in order.tolist()], (len(keys) - second, second)
+    labels = None if labels is None else labels[to_device(order, labels.device)]
+    images = images[to_device(order, images.device)]
+    return images, labels, [keys[i] for i in order.tolist()], (len(keys) - second, second)

@@ -6,11 +6,10 @@ import heapq
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from stratavit.data.batches import batches_of
-from stratavit.data.pixels import folds_of, keys_of
+from stratavit.data.pixels import KEY_BYTES, Keyed, folds_of, keys_of
 from stratavit.errors import StrataViTError
 
 LIMIT_BYTES = 640 * 2**20  # of images held, both folds: over 1,100 of 224 x 224 in float32
@@ -43,10 +42,10 @@ class Fold:
         """Whether none of those held remains, and the loader must be read."""
         return self._next == len(self._held) and not (self.complete and self._held)
 
-    def next(self) -> Tensor:
-        """The next image; after the last one comes the first."""
+    def next(self) -> tuple[int, Tensor]:
+        """The next image and its key; after the last one comes the first."""
         self._next = self._next % len(self._held) + 1
-        return self._held[self._next - 1][1]
+        return self._held[self._next - 1]
 
     def begin(self) -> None:
         """Begins a pass, which looks for the images after those served."""
@@ -104,7 +103,7 @@ class Feed:
             self._read(least)
         return sum(one.size for one in self._folds)
 
-    def take(self, count: int, fold: int) -> list[Tensor]:
+    def take(self, count: int, fold: int) -> list[Keyed]:
         """Batches of `count` images of a fold together, or of all that it has; none comes twice.
 
         If the fold has none they are of the other one.
@@ -114,7 +113,7 @@ class Feed:
         """
         if not any(one.size for one in self._folds):
             self._read(count)
-        taken: list[Tensor] = []
+        taken: list[tuple[int, Tensor]] = []
         while len(taken) < min(count, self._source(fold).size):
             if self._source(fold).used_up:
                 self._read(count)
@@ -125,12 +124,17 @@ class Feed:
     def _source(self, fold: int) -> Fold:
         return self._folds[fold] if self._folds[fold].size else self._folds[1 - fold]
 
-    def _batches(self, images: list[Tensor]) -> list[Tensor]:
-        """Images ``[C, H, W]`` as batches of those alike in shape and type."""
-        groups: dict[Any, list[Tensor]] = {}
-        for image in images:
-            groups.setdefault((image.shape, image.dtype), []).append(image)
-        return [part for group in groups.values() for part in torch.stack(group).split(self._batch)]
+    def _batches(self, taken: list[tuple[int, Tensor]]) -> list[Keyed]:
+        """Keys and images as batches of those alike in shape and type."""
+        groups: dict[Any, list[tuple[int, Tensor]]] = {}
+        for key, image in taken:
+            groups.setdefault((image.shape, image.dtype), []).append((key, image))
+        batches = []
+        for group in groups.values():
+            for start in range(0, len(group), self._batch):
+                keys, images = zip(*group[start : start + self._batch], strict=True)
+                batches.append(Keyed(images, [key.to_bytes(KEY_BYTES, "big") for key in keys]))
+        return batches
 
     def _read(self, count: int) -> None:
         """Runs through the loader and holds what comes next in the folds, at least `count` images of either."""

@@ -4,20 +4,42 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from stratavit.utils.digest import in_threads
+
+KEY_BYTES = 16
+
 
 def keys_of(images: Tensor) -> list[bytes]:
-    """A hash of 16 bytes for each of the images ``[B, C, H, W]``, of its pixels in float32 and its shape."""
+    """A hash of `KEY_BYTES` for each of the images ``[B, C, H, W]``, of its pixels in float32 and its shape."""
     shape = str(tuple(images.shape[1:])).encode()
-    keys = []
-    for image in images.detach().float().cpu():
-        key = hashlib.blake2b(shape, digest_size=16)
-        key.update(image.contiguous().numpy())
-        keys.append(key.digest())
-    return keys
+
+    def key_of(image: Tensor) -> bytes:
+        key = hashlib.blake2b(shape, digest_size=KEY_BYTES)
+        key.update(image.contiguous().numpy().data)
+        return key.digest()
+
+    return in_threads(key_of, images.detach().cpu().float().unbind())
+
+
+class Keyed(NamedTuple):
+    """Images alike in shape and type, and their keys.
+
+    Attributes:
+        images: ``[C, H, W]`` each.
+        keys: `keys_of` them.
+    """
+
+    images: Sequence[Tensor]
+    keys: Sequence[bytes]
+
+    def on(self, device: torch.device) -> Tensor:
+        """The images as a batch ``[B, C, H, W]``, put together on the device."""
+        return torch.stack([image.to(device) for image in self.images])
 
 
 def folds_of(keys: Sequence[bytes]) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from stratavit.calibration.accumulators import wide
 from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.calibration.objectives import distance
+from stratavit.data.pixels import Keyed
 from stratavit.elastic.base import ElasticSite, Solved
 from stratavit.elastic.delta import Weights
 from stratavit.elastic.exchanged import Probe
@@ -58,19 +59,22 @@ class Reference:
 
     Args:
         model, sites: In eval mode, its weights frozen.
-        batches: Images ``[B, 3, H, W]``.
+        batches: Images ``[3, H, W]``.
         dense_outputs: What is known of the dense model's outputs; new ones are added.
     """
 
     def __init__(
-        self, model: nn.Module, sites: Sequence[Site], batches: Iterable[Tensor], dense_outputs: DenseOutputs
+        self, model: nn.Module, sites: Sequence[Site], batches: Sequence[Keyed], dense_outputs: DenseOutputs
     ) -> None:
         self.sites, self.classes, self._stages = sites, classes_of(model), stages(model)
         self.elastic = {site.name: site_of(model, site.name) for site in sites}
-        self._batches = [batch.to(model_device(model), model_dtype(model)) for batch in batches]
+        self._batches = [batch.on(model_device(model)).to(model_dtype(model)) for batch in batches]
         self.count = sum(len(batch) for batch in self._batches)
         with torch.no_grad(), run_at(self.elastic, None):
-            dense = [dense_outputs.of(batch, self._outputs) for batch in self._batches]
+            dense = [
+                dense_outputs.of(batch.keys, images, self._outputs)
+                for batch, images in zip(batches, self._batches, strict=True)
+            ]
         self._logits = [logits for logits, _ in dense]
         self._pooled = _total(features for _, features in dense)
 

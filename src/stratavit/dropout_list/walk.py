@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.data.feed import Feed
-from stratavit.data.pixels import Seen, keys_of
+from stratavit.data.pixels import Seen
 from stratavit.dropout_list.allocation import State, allocate
 from stratavit.dropout_list.marginal_effects import Reference, crossed
 from stratavit.elastic.site import Site
@@ -98,7 +98,7 @@ def walk(
             fold = 1 - fold
             batches = feed.take(plan.images, fold)
             if seen is not None:
-                _warn_of_other_images(batches, seen)
+                _warn_of_other_images([key for batch in batches for key in batch.keys], seen)
                 seen = None
             reference = Reference(model, sites, batches, dense_outputs)
             with crossed(model, fold):
@@ -123,9 +123,9 @@ def walk(
     return states, ratios, mean
 
 
-def _warn_of_other_images(batches: Iterable[Tensor], seen: Seen) -> None:
+def _warn_of_other_images(keys: Sequence[bytes], seen: Seen) -> None:
     """Warns if hardly any of the images was seen: an image's fold is found by its pixels."""
-    if seen.share([key for images in batches for key in keys_of(images)]) < FAMILIAR:
+    if seen.share(keys) < FAMILIAR:
         print(
             "stratify: cross-fitting cannot work, because the loader gives other pixels than contract's did (random "
             "augmentation, or another data set); give both the same images in the evaluation transform",

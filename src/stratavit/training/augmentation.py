@@ -21,7 +21,7 @@ from stratavit.errors import StrataViTError
 from stratavit.models.families import family_of
 from stratavit.training.decoding import decoding_transform
 from stratavit.training.recipe import Recipe
-from stratavit.training.transfer import memberships
+from stratavit.utils.devices import memberships
 
 TRIES = 100
 

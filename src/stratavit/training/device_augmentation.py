@@ -12,7 +12,7 @@ from torch import Tensor
 from stratavit.errors import StrataViTError
 from stratavit.training.imitation import random_crops
 from stratavit.training.recipe import Recipe
-from stratavit.training.transfer import to_device
+from stratavit.utils.devices import to_device
 
 
 class DeviceAugmentation:

@@ -14,7 +14,7 @@ from stratavit.calibration.objectives import distance
 from stratavit.training.augmentation import Features, Target
 from stratavit.training.recipe import Recipe
 from stratavit.training.tracing import Trace, block_error, token_error
-from stratavit.training.transfer import to_device
+from stratavit.utils.devices import to_device
 
 JITTER = 0.4  # brightness, contrast and saturation are changed by at most this share
 RATIO = 4 / 3  # most that a crop is wider than high, or higher than wide

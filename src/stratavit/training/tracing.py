@@ -17,7 +17,7 @@ from stratavit.elastic.merging import Merged
 from stratavit.errors import StrataViTError
 from stratavit.models.families import stages
 from stratavit.training.teacher import Teacher
-from stratavit.training.transfer import memberships
+from stratavit.utils.devices import memberships
 from stratavit.utils.model import eval_mode, model_device, model_dtype
 
 

@@ -1,8 +1,9 @@
-"""Which device to run on."""
+"""Which device to run on, and how not to wait for it: a GPU that is waited for is idle."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from stratavit.errors import StrataViTError
 
@@ -26,3 +27,17 @@ def pick_device(name: str) -> torch.device:
 def queues_work(device: torch.device) -> bool:
     """Whether a device queues calls, so that a call costs time of its own, and reading a number waits: not a CPU."""
     return device.type != "cpu"
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; a copy from the CPU to CUDA is queued, from pinned memory."""
+    queued = device.type == "cuda" and tensor.device.type == "cpu"
+    return (tensor.pin_memory() if queued else tensor).to(device, non_blocking=queued)
+
+
+def memberships(index: Tensor, count: int) -> Tensor:
+    """1 where an index is, else 0, in float32: ``[...]`` to ``[..., count]``; the index is not looked at.
+
+    `torch.nn.functional.one_hot` reads the smallest and the largest index on most devices.
+    """
+    return (index.unsqueeze(-1) == torch.arange(count, device=index.device)).float()
