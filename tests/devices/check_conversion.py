@@ -7,10 +7,12 @@ from functools import cache
 import architectures
 import pytest
 import torch
-from helpers import PLAN, make_batches, make_images, make_model, relative_error
+from helpers import PLAN, change_weights, make_batches, make_images, make_model, relative_error
+from torch.utils.data import DataLoader, TensorDataset
 
 import stratavit
 from stratavit import Setting, SuperNet
+from stratavit.interop.timm_equivalent import tensor_of
 
 IMAGES = make_images(4, seed=9)
 FAMILIES = ("plain", "registers", "distilled", "whole heads")  # of `helpers`
@@ -22,12 +24,13 @@ NAMES = (  # of `architectures`
     "vit_giant_patch14_dinov2",  # a gated MLP
     "twins_svt_small",  # compensated by means
 )
+OTHERS = ("ViTForImageClassification", "SwinForImageClassification", architectures.TORCHVISION)  # of other libraries
 OPTIONS = {"paper": {"method": "paper"}, "sums on the host": {"memory": "host"}}
 
 
 @cache
 def source(name):
-    if name in NAMES:
+    if name in NAMES + OTHERS:
         return architectures.make(name)
     return make_model(name if name != "whole heads" else "plain")
 
@@ -57,19 +60,24 @@ def check_net(net, name, device, **budget):
     """It computes the source's function, on the device; small models do what its prefixes do."""
     check_place(net, device)
     images = IMAGES.to(device)
-    assert relative_error(net(images).cpu(), source(name)(IMAGES)) <= 1e-4
+    assert relative_error(net(images).cpu(), tensor_of(source(name)(IMAGES))) <= 1e-4
     small = net.extract(verbose=False, **budget or {"macs": 0.75})
     check_place(small, device)
-    assert relative_error(small(images), net(images, small.provenance["spec"])) <= 1e-5
+    assert relative_error(tensor_of(small(images)), net(images, small.provenance["spec"])) <= 1e-5
     return small
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *NAMES])
+@pytest.mark.parametrize("name", [*FAMILIES, *NAMES, *OTHERS])
 def test_a_conversion(name, device):
     """It is that of the CPU, but for rounding, which may decide between two entries of the list."""
     net, there = made(name, device), made(name, torch.device("cpu"))
     small = check_net(net, name, device)
     assert small.provenance["macs"] == pytest.approx(there.macs(there.spec(macs=0.75)), abs=0.05 * net.macs())
+
+
+def test_in_one_call(device):
+    model, images = copy.deepcopy(source("plain")).to(device), DataLoader(TensorDataset(make_images(24)), 8)
+    check_place(stratavit.compress(model, images, macs=0.75, verbose=False), device)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -119,6 +127,25 @@ def test_a_network_goes_from_device_to_device(memory, device):
         assert relative_error(net(IMAGES.to(place), spec).cpu(), expected) <= 1e-5
         check_place(net.extract(spec=spec, verbose=False), place)
     assert net.final_mean.vectors.device == there
+
+
+@torch.no_grad()
+def test_what_recovery_of_all_sizes_has_learned(device, tmp_path):
+    net = copy.deepcopy(made("plain", device))
+    change_weights(net)
+    small, images = check_net(net, "plain", device), IMAGES.to(device)
+    net.save(tmp_path / "net")
+    loaded = SuperNet.load(tmp_path / "net", device)
+    assert torch.equal(loaded(images, small.provenance["spec"]), net(images, small.provenance["spec"]))
+
+
+@torch.no_grad()
+def test_specialised_sizes(device):
+    net, images = copy.deepcopy(made("plain", device)), IMAGES.to(device)
+    spec = net.spec(macs=0.6)
+    expected = net(images, spec)
+    net.specialise(spec)
+    assert relative_error(net(images, spec), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])

@@ -3,10 +3,12 @@
 import copy
 import warnings
 from contextlib import contextmanager
+from functools import cache
 
 import pytest
 import torch
-from helpers import FAMILIES, enliven, make_batches, make_images, make_net
+from check_conversion import IMAGES, NAMES, converted, made
+from helpers import FAMILIES, enliven, make_batches
 from second_device import reads, uploads, waiting_refused
 from timm.models.vision_transformer import VisionTransformer
 
@@ -29,13 +31,6 @@ def no_waiting(device):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.fixture
-def net(device):
-    net = copy.deepcopy(make_net("plain", stratified=True)).to(device)
-    net(make_images(4).to(device), net.spec(macs=0.6))  # what is no buffer has come to the device
-    return net
-
-
 def test_waiting_is_noticed(device):
     x = torch.randn(3)
     with no_waiting(device):
@@ -45,28 +40,52 @@ def test_waiting_is_noticed(device):
             wait()
 
 
-def test_a_pass_waits_for_nothing(net, device):
-    images, spec = make_images(4).to(device), net.spec(macs=0.6)
+UPLOADS = "vit_small_patch16_dinov3"  # timm makes its positions on the CPU in every pass
+
+
+@pytest.fixture(params=["plain", "merging", "specialised", *(name for name in NAMES if name != UPLOADS)])
+def running(request, device):
+    """A network that has run at every spec of these: what is no buffer has come to the device. And the specs."""
+    net = copy.deepcopy(network(request.param, device))
+    specs = [{}, net.spec(macs=0.75), {site.name: site.width // 2 for site in net.sites}]
+    if request.param == "specialised":
+        net.specialise(*specs, moments=True)
+    if request.param == "merging":
+        specs.append(net.spec(macs=0.5, axes="both"))
+    for spec in specs:
+        net(IMAGES.to(device), spec)
+    return net, specs
+
+
+@cache
+def network(name, device):
+    if name == "merging":
+        return converted("plain", device, axes=("width", "tokens"))
+    return made("plain" if name == "specialised" else name, device)
+
+
+def test_a_pass_waits_for_nothing(running, device):
+    (net, specs), images = running, IMAGES.to(device)
     with no_waiting(device), torch.no_grad():
-        for one in ({}, spec, dict.fromkeys(spec, 0)):
-            net(images, one)
+        for spec in specs:
+            net(images, spec)
 
 
-def test_a_step_waits_for_nothing(net, device):
-    images, labels, spec = make_images(4).to(device), torch.arange(4).to(device), net.spec(macs=0.6)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    for compensation in ("full", "mean", "none"):
-        net.compensation = compensation
-        with no_waiting(device):
-            torch.nn.functional.cross_entropy(net(images, spec), labels).backward()
+def test_a_step_waits_for_nothing(running, device):
+    (net, specs), images = running, IMAGES.to(device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    with no_waiting(device):
+        for spec in specs:
+            net(images, spec).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
 
 
-def test_extraction_waits_for_nothing(net, device):
-    spec = net.spec(macs=0.6)
-    with no_waiting(device):
-        net.extract(spec=spec, verbose=False)
+def test_extraction_waits_for_nothing(running, device):
+    net, specs = running
+    for spec in specs:
+        with no_waiting(device):
+            net.extract(spec=spec, verbose=False)
 
 
 @contextmanager
