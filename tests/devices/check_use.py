@@ -5,13 +5,11 @@ from functools import cache
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import make_batches, make_images, make_model, make_net, relative_error
 
 import stratavit
-from stratavit import Setting, SuperNet
+from stratavit import Setting
 from stratavit.evaluation.features import features
-from stratavit.tasks.own_loop import PrefixTraining
 
 IMAGES = make_images(4, seed=9)
 
@@ -104,25 +102,3 @@ def test_gradients_after_an_evaluation(net, device):
     other(IMAGES, spec).sum().backward()
     for (name, one), expected in zip(net.named_parameters(), other.parameters(), strict=True):
         assert relative_error(one.grad.cpu(), expected.grad) <= 1e-3, name
-
-
-@pytest.mark.parametrize("config", [{}, {"list_source": "progressive"}, {"compensation": "full"}])
-def test_training(config, net, device, tmp_path):
-    """A loop of one's own with the draw of PIAD: all stays on the device, the loss falls."""
-    net.train()
-    training = PrefixTraining(make_batches(), tmp_path / "out", config, 2, 2, False, (__name__,))
-    training.begin(net, 8, 0, True, [], None)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    losses = []
-    for step in range(8):
-        training.begin_batch(step, step)
-        loss = sum(F.cross_entropy(net(x.to(device)), y.to(device)) for x, y in make_batches())
-        training.end_batch()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    training.finish(8)
-    assert {tensor.device for tensor in net.state_dict().values()} == {device}
-    assert SuperNet.load(tmp_path / "out", device).spec(macs=0.6)
-    assert min(losses[4:]) < losses[0]

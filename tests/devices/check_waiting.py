@@ -18,10 +18,10 @@ from stratavit.calibration.statistics import observe
 
 
 @contextmanager
-def no_waiting(device):
+def no_waiting(device, uploads_too=True):
     """Inside, waiting for the device is an error; the traceback says where."""
     if device.type != "cuda":
-        with waiting_refused():
+        with waiting_refused(uploads_too):
             yield
         return
     torch.cuda.set_sync_debug_mode("error")

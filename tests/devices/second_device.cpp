@@ -2,6 +2,7 @@
 // but torch takes it for a device of its own: an operation on tensors of both devices is refused. Two counters say how
 // often a program would wait for a GPU: `reads` from the device, and blocking `uploads` of tensors to it; on request
 // both are refused, so that a traceback shows where they are.
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/CPUFallback.h>
@@ -32,15 +33,17 @@ using std::optional;
 constexpr auto KIND = c10::DeviceType::PrivateUse1;
 const c10::DispatchKeySet KEYS(c10::DispatchKey::PrivateUse1);
 int64_t reads = 0, uploads = 0;
-bool refused = false, counted = true;
+bool counted = true, reads_refused = false, uploads_refused = false;
 
-void note(int64_t& counter, const char* what) {
-  if (!counted) return;
-  TORCH_CHECK(!refused, "the program waits for the device: ", what);
-  ++counter;
+void note_read() {
+  TORCH_CHECK(!counted || !reads_refused, "the program waits for the device: it reads from it");
+  reads += counted;
 }
-void note_read() { note(reads, "it reads from it"); }
-void note_upload() { note(uploads, "it copies a tensor to it"); }
+
+void note_upload() {
+  TORCH_CHECK(!counted || !uploads_refused, "the program waits for the device: it copies a tensor to it");
+  uploads += counted;
+}
 
 struct Uncounted {  // while one of these lives, copies are the device's own
   bool before = std::exchange(counted, false);
@@ -71,11 +74,19 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {  // one device, one s
 };
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
 
+struct Numbers final : at::CPUGeneratorImpl {  // random numbers are the CPU's
+  Numbers() {
+    device_ = c10::Device(KIND, 0);
+    key_set_ = KEYS;
+  }
+};
+
 struct Hooks final : at::PrivateUse1HooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
   bool isPinnedPtr(const void*) const override { return false; }
+  at::Generator getNewGenerator(c10::DeviceIndex) const override { return at::make_generator<Numbers>(); }
 };
 
 // ---- tensors: made, copied, read, seen in another shape ------------------------------------------------------------
@@ -235,7 +246,10 @@ TORCH_LIBRARY(second_device, m) {
   at::RegisterPrivateUse1HooksInterface(new Hooks());
   m.def("reads", [] { return reads; });
   m.def("uploads", [] { return uploads; });
-  m.def("refuse_waiting", [](bool value) { refused = value; });
+  m.def("refuse", [](bool any_read, bool any_upload) {
+    reads_refused = any_read;
+    uploads_refused = any_upload;
+  });
 }
 
 }  // namespace

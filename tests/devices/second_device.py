@@ -34,13 +34,13 @@ def uploads() -> int:
 
 
 @contextlib.contextmanager
-def waiting_refused():
-    """Inside, a read or a blocking upload is an error."""
-    torch.ops.second_device.refuse_waiting(True)
+def waiting_refused(uploads_too: bool = True):
+    """Inside, a read is an error, and a blocking upload, too."""
+    torch.ops.second_device.refuse(True, uploads_too)
     try:
         yield
     finally:
-        torch.ops.second_device.refuse_waiting(False)
+        torch.ops.second_device.refuse(False, False)
 
 
 def _built() -> Path:
