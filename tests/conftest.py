@@ -156,6 +156,7 @@ def images():
 def device():
     """A device that is not the CPU, for `devices/check_*.py` alone: torch knows it for the rest of the process."""
     if torch.cuda.is_available():
+        torch.backends.cudnn.allow_tf32 = False  # convolutions of patches as precise as products
         return torch.device("cuda", 0)
     import second_device
 

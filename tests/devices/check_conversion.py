@@ -92,7 +92,9 @@ def test_a_list_over_both_axes(device):
 
 
 def test_a_list_by_latency(device):
-    check_net(converted("plain", device, price="latency", setting=Setting(seconds=0.01)), "plain", device)
+    check_net(
+        converted("plain", device, price="latency", setting=Setting(seconds=0.01), units="default"), "plain", device
+    )
 
 
 @torch.no_grad()
@@ -111,7 +113,7 @@ def test_files(name, device, tmp_path):
         found = (loaded(images.to(place), spec), small_loaded(images.to(place)), loaded(images.to(place)))
         expected = (net(images, spec), small(images), net(images))
         for one, other in zip(found, expected, strict=True):
-            assert torch.equal(one, other) if place == device else relative_error(one, other.cpu()) <= 1e-5
+            assert torch.equal(one, other) if place == device else relative_error(one, other.cpu()) <= 1e-4
 
 
 @torch.no_grad()
@@ -124,7 +126,7 @@ def test_a_network_goes_from_device_to_device(memory, device):
     for place in (there, device, there):
         net.to(place)
         check_place(net, place)
-        assert relative_error(net(IMAGES.to(place), spec).cpu(), expected) <= 1e-5
+        assert relative_error(net(IMAGES.to(place), spec).cpu(), expected) <= 1e-4
         check_place(net.extract(spec=spec, verbose=False), place)
     assert net.final_mean.vectors.device == there
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from check_conversion import check_place, made
 from check_waiting import no_waiting
-from helpers import make_batches, make_images, make_model, make_net
+from helpers import make_batches, make_images, make_model
 from training_runs import TINY, Images
 
 import stratavit
@@ -25,7 +26,7 @@ RECIPES = {
 
 @pytest.fixture
 def net(device):
-    return copy.deepcopy(make_net("plain", stratified=True)).to(device)
+    return copy.deepcopy(made("plain", device))
 
 
 @pytest.fixture
@@ -42,10 +43,6 @@ def trained(device, monkeypatch):
     monkeypatch.setattr(Trainer, "update", watched)
     yield steps
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def check_place(model, device):
-    assert {tensor.device for tensor in (*model.parameters(), *model.buffers())} == {device}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -92,6 +89,6 @@ def test_training(config, net, device, tmp_path):
         optimizer.zero_grad()
         losses.append(loss.item())
     training.finish(8)
-    assert {tensor.device for tensor in net.state_dict().values()} == {device}
+    check_place(net, device)
     assert SuperNet.load(tmp_path / "out", device).spec(macs=0.6)
     assert min(losses[4:]) < losses[0]

@@ -50,7 +50,7 @@ def test_features(net):
     small = net.extract(macs=0.6, verbose=False)
     found = features(small, IMAGES)
     assert found.device == net.model.head.weight.device
-    assert relative_error(found.cpu(), features(copy.deepcopy(small).cpu(), IMAGES)) <= 1e-5
+    assert relative_error(found.cpu(), features(copy.deepcopy(small).cpu(), IMAGES)) <= 1e-4
 
 
 @pytest.mark.parametrize("measure", [stratavit.knn, stratavit.linear_probe])
