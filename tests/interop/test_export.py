@@ -94,6 +94,10 @@ def test_mistakes(tmp_path, monkeypatch):
         (StrataViTError, "half", small(), "m", ["transformers", None, False, 1e-4, True]),
         (StrataViTError, "opset", small(), "m", ["torch", None, False, 1e-4, False, 18]),
         (StrataViTError, r"pip install 'stratavit\[export\]'", small(), "m.onnx", []),
+        (StrataViTError, r"ends in \.onnx", small(), "m.onx", []),
+        (StrataViTError, r"ends in \.onnx", small(), "m.pt2", []),
+        (StrataViTError, r"ends in \.pt2", small(), "m.onnx", ["torch"]),
+        (StrataViTError, "openvino is a folder", small(), "m.onnx", ["openvino"]),
         (ArtifactError, "taken exists", small(), "taken", []),
         (ArtifactError, "cannot write", small(), "taken/m.pt2", ["torch"]),
     ):

@@ -146,7 +146,13 @@ def check_target(path: str | Path, format: Format, overwrite: bool) -> None:
 
     Raises:
         ArtifactError: There is one already, or it cannot be written.
+        StrataViTError: Its name ends like something else.
     """
+    own, ending = SUFFIXES[format], Path(path).suffix
+    others = [suffix for suffix in SUFFIXES.values() if suffix.startswith(".")]
+    if ending in others if format in FOLDERS else ending not in ("", own):
+        wanted = "is a folder" if format in FOLDERS else f"is a file that ends in {own}"
+        raise StrataViTError(f"export: format {format} {wanted}, got {str(path)!r}; give another name, or its format")
     (check_free if format in FOLDERS else check_free_file)(path, overwrite)
 
 
