@@ -55,14 +55,17 @@ class Tally:
         Raises:
             StrataViTError: A logit is NaN, or a label is not one of the classes.
         """
-        if logits.isnan().any():
-            raise StrataViTError("evaluate: the model outputs NaN; check its weights, and whether its type overflows")
+        check_labels(labels, logits.shape[-1])  # where they come from
         labels = labels.to(logits.device)
-        check_labels(labels, logits.shape[-1])
         hits = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]  # [B, 5]
-        self.first += int(hits[:, 0].sum())
-        self.fifth += int(hits.any(dim=-1).sum())
-        self.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        parts = (logits.isnan().any(), hits[:, 0].sum(), hits.any(dim=-1).sum(), loss)
+        broken, first, fifth, summed = torch.stack([part.float() for part in parts]).tolist()  # waits, once a batch
+        if broken:
+            raise StrataViTError("evaluate: the model outputs NaN; check its weights, and whether its type overflows")
+        self.first += int(first)
+        self.fifth += int(fifth)
+        self.loss += summed
         self.n += len(labels)
 
     def metrics(self) -> Metrics:
