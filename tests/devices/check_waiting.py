@@ -12,6 +12,7 @@ from helpers import FAMILIES, enliven, make_batches
 from second_device import reads, uploads, waiting_refused
 from timm.models.vision_transformer import VisionTransformer
 
+import stratavit
 from stratavit import SuperNet
 from stratavit.calibration import contraction
 from stratavit.calibration.statistics import observe
@@ -105,6 +106,16 @@ def counted_waits(device):
         found += [one for one in warned if "synchronizing" in str(one.message)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_batch_of_an_evaluation_is_read_once(device):
+    """And images and labels go there."""
+    net, counts = made("plain", device), []
+    for sizes in ((12,), (6, 6), (2,) * 6):  # with the first, what is no buffer comes to the device
+        with counted_waits(device) as found:
+            stratavit.evaluate(net, make_batches(sizes), net.spec(macs=0.75))
+        counts.append(len(found))
+    assert counts[2] - counts[1] == 3 * 4
 
 
 @pytest.mark.parametrize("family", ["plain", "layer_scale"])
