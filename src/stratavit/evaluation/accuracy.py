@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stratavit.data.batches import batches_of, check_labels
 from stratavit.errors import StrataViTError
 from stratavit.interop.timm_equivalent import tensor_of
+from stratavit.utils.devices import to_device
 from stratavit.utils.model import classes_of, measured_at, model_device, model_dtype
 from stratavit.utils.progress import track
 
@@ -55,13 +56,13 @@ class Tally:
         Raises:
             StrataViTError: A logit is NaN, or a label is not one of the classes.
         """
-        check_labels(labels, logits.shape[-1])  # where they come from
-        labels = labels.to(logits.device)
+        check_labels(labels, logits.shape[-1])  # where they are: read back from a GPU, they would be waited for
+        labels = to_device(labels, logits.device)
         hits = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]  # [B, 5]
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        parts = (logits.isnan().any(), hits[:, 0].sum(), hits.any(dim=-1).sum(), loss)
-        broken, first, fifth, summed = torch.stack([part.float() for part in parts]).tolist()  # waits, once a batch
-        if broken:
+        found = logits.isnan().any(), hits[:, 0].sum(), hits.any(dim=-1).sum(), loss
+        has_nan, first, fifth, summed = torch.stack([one.to(loss) for one in found]).tolist()  # waits once
+        if has_nan:
             raise StrataViTError("evaluate: the model outputs NaN; check its weights, and whether its type overflows")
         self.first += int(first)
         self.fifth += int(fifth)
@@ -102,7 +103,8 @@ def evaluate(
     tally = Tally()
     with measured_at(model, spec) as run:
         for images, labels in labelled(loader, model, description):
-            tally.add(tensor_of(run(images.to(model_device(model), model_dtype(model)))).float(), labels)
+            images = to_device(images, model_device(model)).to(model_dtype(model))
+            tally.add(tensor_of(run(images)).float(), labels)
     return tally.metrics()
 
 
