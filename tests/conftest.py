@@ -152,6 +152,17 @@ def images():
     return make_images(4, seed=9)
 
 
+@pytest.fixture(scope="session")
+def device():
+    """A device that is not the CPU, for `devices/check_*.py` alone: torch knows it for the rest of the process."""
+    if torch.cuda.is_available():
+        torch.backends.cudnn.allow_tf32 = False  # convolutions of patches as precise as products
+        return torch.device("cuda", 0)
+    import second_device
+
+    return second_device.register()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_power_fails():
     """Writing to the disk is not waited for, which takes most of the time of a small model's saving."""

@@ -24,7 +24,7 @@ def output_axes(weight: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
 
     Sigma and Q come from ``S^(1/2) W^T W S^(1/2)``: in float64 a singular value above `BALANCE_FLOOR` of the largest
     keeps 8 digits. What is decomposed is small (d is at most a few hundred), so that the CPU is faster than any GPU:
-    all heads go there in one transfer.
+    all heads go there and back in one transfer.
 
     Args:
         weight: ``[..., C, d]``.
@@ -45,4 +45,6 @@ def output_axes(weight: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
     balance = torch.where(largest > 0, torch.maximum(sigma, BALANCE_FLOOR * largest), 1.0).sqrt().unsqueeze(-1)
     peak = axes.gather(-1, axes.abs().argmax(dim=-1, keepdim=True))
     axes = axes * torch.where(peak < 0, -1.0, 1.0)
-    return (balance * axes) @ inverse, root @ (axes / balance).mT
+    found = (balance * axes) @ inverse, root @ (axes / balance).mT
+    there, back = torch.stack(found).to(weight.device)
+    return there, back

@@ -302,8 +302,9 @@ class ElasticSite(nn.Module):
         """
         assert self.moments is not None
         out = self.out.weight
-        if self.moments.factor.device != out.device:  # pragma: no cover: needs a second device
-            self.moments = self.moments.to(out.device)
+        if self.moments.factor.device != out.device:
+            with torch.inference_mode(False):  # gradients may pass them later
+                self.moments = self.moments.to(out.device)
         with torch.autocast(out.device.type, enabled=False):
             weight = self.out_by_coordinate().float() if weight is None else weight
             projected = self._project(weight, self.moments.factor, max(widths) * self.heads)

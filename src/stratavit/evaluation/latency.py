@@ -198,7 +198,7 @@ def pass_times(one: TimedCall, setting: Setting, at_least: int) -> list[float]:
 
 def _clock(device: torch.device) -> float:
     """Seconds, once the device has done what it was asked to."""
-    if device.type != "cpu":  # pragma: no cover: takes a second device
+    if device.type != "cpu":
         getattr(torch, device.type).synchronize()  # torch.cuda, torch.mps, torch.xpu
     return time.perf_counter()
 

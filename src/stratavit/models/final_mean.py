@@ -7,7 +7,7 @@ few sizes, interpolated in the share of MACs, and added to the bias of the last 
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,11 @@ class FinalMean:
             return vectors[max(low - 1, 0)]
         part = (knots[low - 1] - share) / (knots[low - 1] - knots[low])
         return vectors[low - 1] * (1 - part) + vectors[low] * part
+
+    def to(self, device: torch.device) -> FinalMean:
+        """The same on another device."""
+        with torch.inference_mode(False):  # it may serve passes with gradients later
+            return replace(self, vectors=self.vectors.to(device))
 
 
 class Shift:

@@ -16,12 +16,15 @@ from stratavit.models.freezing import set_frozen
 from stratavit.models.number_types import in_type
 from stratavit.models.source_checks import check_layers
 from stratavit.spec import TOKENS
+from stratavit.utils.model import model_device
 
 
 def final_shift(net: Any, widths: Mapping[str, int]) -> Tensor | None:
     """What is added to the last norm's bias of a `SuperNet` at widths of every site, ``[C]``; None for nothing."""
     if net.final_mean is None or net.compensation != "full" or widths == net.resolve(None):
         return None
+    if net.final_mean.vectors.device != model_device(net.model):  # a copy in every pass otherwise
+        net.final_mean = net.final_mean.to(model_device(net.model))
     channels = {name: width for name, width in widths.items() if not name.endswith(TOKENS)}
     shift: Tensor = net.final_mean.at(net.cost.macs(channels) / net.cost.macs())
     return shift

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -142,9 +141,6 @@ class RecoverTask(TrainingTask):
         self.run_as = {one: other for pair in zip(lists, run_as, strict=True) for one, other in zip(*pair, strict=True)}
         full = net.macs() if is_super_network(net) else lists[0][0].macs
         super().__init__(net, full, recipe, steps, accelerator)
-        if getattr(net, "final_mean", None) is not None:  # not a buffer: a copy to the device in every pass otherwise
-            vectors = net.final_mean.vectors.to(accelerator.device)
-            net.final_mean = dataclasses.replace(net.final_mean, vectors=vectors)
         held.teacher.to(accelerator.device, classes_of(net.model))
         self.curve: list[float] = []
         self.best: dict[str, Tensor] = {}

@@ -158,15 +158,14 @@ def from_timm(small: Any, origin: Mapping[str, Any]) -> Any:
             model = kind(config)
             resize(model)
             state_widths(model, layout)
-        load_state(model, layout, small.state_dict())
+        load_state(model.to(model_device(small)), layout, small.state_dict())
         set_frozen_there(model, layout, frozen_names(small))
     except Exception as error:  # a configuration from a file can be wrong in any way that transformers does not check
         raise ArtifactError(f"origin: {name} cannot be built: {type(error).__name__}: {one_line(error)}") from error
     for attribute in CARRIED:
         if hasattr(small, attribute):
             setattr(model, attribute, getattr(small, attribute))
-    model.to(dtype=model_dtype(small), device=model_device(small))
-    return model.eval()
+    return model.to(model_dtype(small)).eval()
 
 
 def resize(model: Any) -> None:
