@@ -24,16 +24,3 @@ def test_a_part_is_cut_in_place(name, device):
     assert net.place(macs=0.75, verbose=False) is host
     assert {tensor.device for tensor in host.state_dict().values()} == {device}
     host_outputs(host, batch)
-
-
-def test_a_call_of_ones_own_gets_its_batch_on_the_device(device):
-    hosted = HOSTS["CLIP"]
-    loader = [(batch["pixel_values"], torch.zeros(6)) for batch in batches_for(hosted)]
-    net = stratavit.convert_part(
-        make(hosted).to(device),
-        "vision_model",
-        loader,
-        plan=PLAN,
-        call=lambda model, batch: model.get_image_features(batch[0]),
-    )
-    assert net.macs(net.spec(macs=0.7)) <= 0.7 * net.macs()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,12 +54,8 @@ class DenseOutputs:
         if unknown:
             rows |= self._remember([keys[number] for number in unknown], *compute(images[unknown]))
         found = zip(*(rows[key] for key in keys), strict=True)
-        logits, features = (torch.stack([row.to(images.device) for row in side]) for side in found)
+        logits, features = (_together(side, images.device) for side in found)
         return logits, features
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which may be read where there is no such device."""
-        return {**vars(self), "_known": {key: (row[0].cpu(), row[1].cpu()) for key, row in self._known.items()}}
 
     def _remember(self, keys: Sequence[bytes], *sides: Tensor) -> dict[bytes, tuple[Tensor, Tensor]]:
         """All of the outputs by key, where they are: a GPU is not waited for; those that find room are kept."""
@@ -72,6 +67,12 @@ class DenseOutputs:
                 self._known[key] = row[0].clone(), row[1].clone()  # a view would keep its batch, and maps are large
                 self._room -= size
         return rows
+
+
+def _together(rows: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Rows as one tensor on a device; in one copy, unless some are there and others are not."""
+    alike = len({row.device for row in rows}) == 1
+    return torch.stack(list(rows) if alike else [row.to(device) for row in rows]).to(device)
 
 
 def outputs_of(model: nn.Module, known: DenseOutputs | None) -> DenseOutputs | None:

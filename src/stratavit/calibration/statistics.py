@@ -130,9 +130,9 @@ def _run(
     images_seen = 0
     for images, labels in batches_of(loader, model):
         keys = keys_of(images)
-        images, labels, keys, sizes = by_fold(to_device(images, device), labels, keys)
+        images, labels, keys, sizes = by_fold(to_device(images, device, dtype), labels, keys)
         with torch.no_grad():
-            tokens = parts.stem(images.to(dtype))
+            tokens = parts.stem(images)
         for some in _runs(tokens):
             first = min(max(sizes[0] - some.start, 0), some.stop - some.start)  # of fold 0
             for observer in observers:

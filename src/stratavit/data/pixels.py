@@ -20,10 +20,11 @@ def keys_of(images: Tensor) -> list[bytes]:
 
     def key_of(image: Tensor) -> bytes:
         key = hashlib.blake2b(shape, digest_size=KEY_BYTES)
-        key.update(image.contiguous().numpy().data)
+        key.update(image.numpy().data)
         return key.digest()
 
-    return in_threads(key_of, images.detach().cpu().float().unbind())
+    pixels = images.detach().cpu().float().contiguous()
+    return in_threads(key_of, pixels.unbind(), pixels.nbytes)
 
 
 class Keyed(NamedTuple):
@@ -37,9 +38,9 @@ class Keyed(NamedTuple):
     images: Sequence[Tensor]
     keys: Sequence[bytes]
 
-    def on(self, device: torch.device) -> Tensor:
-        """The images as a batch ``[B, C, H, W]``, put together on the device."""
-        return torch.stack([image.to(device) for image in self.images])
+    def batch(self) -> Tensor:
+        """The images together, ``[B, C, H, W]``."""
+        return torch.stack(list(self.images))
 
 
 def folds_of(keys: Sequence[bytes]) -> Tensor:

@@ -29,6 +29,7 @@ from stratavit.elastic.site import Site
 from stratavit.elastic.solving import solved_alike
 from stratavit.models.cost import CostModel
 from stratavit.models.families import stages
+from stratavit.utils.devices import to_device
 from stratavit.utils.model import classes_of, model_device, model_dtype, temporarily
 
 
@@ -68,7 +69,7 @@ class Reference:
     ) -> None:
         self.sites, self.classes, self._stages = sites, classes_of(model), stages(model)
         self.elastic = {site.name: site_of(model, site.name) for site in sites}
-        self._batches = [batch.on(model_device(model)).to(model_dtype(model)) for batch in batches]
+        self._batches = [to_device(one.batch(), model_device(model), model_dtype(model)) for one in batches]
         self.count = sum(len(batch) for batch in self._batches)
         with torch.no_grad(), run_at(self.elastic, None):
             dense = [

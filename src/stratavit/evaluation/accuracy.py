@@ -103,7 +103,7 @@ def evaluate(
     tally = Tally()
     with measured_at(model, spec) as run:
         for images, labels in labelled(loader, model, description):
-            images = to_device(images, model_device(model)).to(model_dtype(model))
+            images = to_device(images, model_device(model), model_dtype(model))
             tally.add(tensor_of(run(images)).float(), labels)
     return tally.metrics()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map
 
 from stratavit.data.pixels import keys_of
 from stratavit.errors import StrataViTError, one_line, out_of_memory
@@ -111,12 +111,11 @@ def run_host(host: nn.Module, batch: Any, call: Call | None) -> Any:
     device = model_device(host)
 
     def moved(value: Any) -> Any:
-        """Tensors, what processors of transformers give, and plain containers of tensors."""
-        return value.to(device) if hasattr(value, "to") else tree_map_only(Tensor, lambda one: one.to(device), value)
+        return value.to(device) if isinstance(value, Tensor) else value
 
     try:
         if call is not None:
-            return call(host, moved(batch))
+            return call(host, batch)
         if isinstance(batch, Mapping):
             return host(**{key: moved(value) for key, value in batch.items()})
         return host(moved(batch[0] if isinstance(batch, list | tuple) else batch))

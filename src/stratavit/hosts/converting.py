@@ -43,7 +43,8 @@ def convert_part(
         model: The host: of transformers, or any other module; it is not changed.
         part: Name of the part in it (``vision_tower``, ``backbone``); empty for the model itself.
         loader: Batches that the host takes: mappings of its arguments, images, or ``(images, labels)``.
-        call: How to run the host on a batch, ``call(model, batch)``, if not as above.
+        call: How to run the host on a batch, ``call(model, batch)``, if not as above; it moves what must be on the
+            model's device.
         limit: At most about this many images, the first.
         seed, plan, ignore, min_width: See `SuperNet.stratify`.
 

@@ -148,12 +148,13 @@ def check_target(path: str | Path, format: Format, overwrite: bool) -> None:
         ArtifactError: There is one already, or it cannot be written.
         StrataViTError: Its name ends like something else.
     """
-    own, ending = SUFFIXES[format], Path(path).suffix
+    (check_free if format in FOLDERS else check_free_file)(path, overwrite)
+    own, ending = SUFFIXES[format], Path(path).suffix.lower()
     others = [suffix for suffix in SUFFIXES.values() if suffix.startswith(".")]
-    if ending in others if format in FOLDERS else ending not in ("", own):
+    is_number = ending[1:].isdigit()  # of a size or a version
+    if ending in others if format in FOLDERS else ending not in ("", own) and not is_number:
         wanted = "is a folder" if format in FOLDERS else f"is a file that ends in {own}"
         raise StrataViTError(f"export: format {format} {wanted}, got {str(path)!r}; give another name, or its format")
-    (check_free if format in FOLDERS else check_free_file)(path, overwrite)
 
 
 def _images(model: nn.Module, images: Tensor | None, int8: bool) -> Tensor:

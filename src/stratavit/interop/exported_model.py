@@ -57,7 +57,7 @@ class ExportedModel(nn.Module):
 
 def is_exported(path: str | Path) -> bool:
     """Whether a path names a file, or a folder with one, that `exported_model` opens."""
-    return str(path).endswith((".onnx", ".xml")) or (Path(path) / FILE).is_file()
+    return str(path).lower().endswith((".onnx", ".xml")) or (Path(path) / FILE).is_file()
 
 
 def exported_model(path: str | Path) -> ExportedModel:
@@ -74,7 +74,7 @@ def exported_model(path: str | Path) -> ExportedModel:
     path = path / FILE if path.is_dir() else path
     if not path.is_file():
         raise ArtifactError(f"{path} is not a file; expected one that `stratavit export` wrote")
-    kind, read = ("OpenVINO", _openvino) if path.suffix == ".xml" else ("ONNX", _onnx)
+    kind, read = ("OpenVINO", _openvino) if path.suffix.lower() == ".xml" else ("ONNX", _onnx)
     try:
         return ExportedModel(path, *read(path))
     except ImportError as error:

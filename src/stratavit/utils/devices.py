@@ -29,10 +29,10 @@ def queues_work(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device; a copy from the CPU to CUDA is queued, from pinned memory."""
+def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor on a device, of a type if one is named; a copy from the CPU to CUDA is queued, from pinned memory."""
     queued = device.type == "cuda" and tensor.device.type == "cpu"
-    return (tensor.pin_memory() if queued else tensor).to(device, non_blocking=queued)
+    return (tensor.pin_memory() if queued else tensor).to(device, dtype or tensor.dtype, non_blocking=queued)
 
 
 def memberships(index: Tensor, count: int) -> Tensor:
