@@ -99,6 +99,7 @@ def pytest_terminal_summary(terminalreporter):
     for part, want in (
         ("set STRATAVIT_DATA", f"real data (STRATAVIT_DATA: {DATA})"),
         ("no browser", "a browser (chromium and playwright)"),
+        ("C++ compiler", "another device (a GPU, or a C++ compiler)"),
     ):
         count = sum(part in reason for reason in reasons)
         terminalreporter.write_line(f"{count} tests were skipped for want of {want}")

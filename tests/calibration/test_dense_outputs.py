@@ -1,6 +1,8 @@
 """Outputs of the dense model are computed once per image, found by pixels, and dropped when the weights change."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from helpers import PLAN, make_batches, make_images, make_model, make_net
 from stratavit.calibration.dense_outputs import DenseOutputs
 from stratavit.data.pixels import Seen, keys_of
 from stratavit.dropout_list.walk import Walk
-from stratavit.utils.digest import digest_of
+from stratavit.utils import digest
 
 IMAGES = make_images(6)
 
@@ -46,17 +48,21 @@ def test_memory_is_bounded_and_what_does_not_fit_is_right():
     assert compute.asked == 6 + 4
 
 
-def test_hashes_do_not_depend_on_the_number_of_threads():
-    images, model, found = make_images(7), make_model("plain"), []
-    before = torch.get_num_threads()
+def test_hashes_do_not_depend_on_the_number_of_threads(monkeypatch):
+    images, model, found, pools = make_images(7), make_model("plain"), [], []
+    monkeypatch.setattr(digest, "LEAST_BYTES", 0)
+    monkeypatch.setattr(
+        digest, "ThreadPoolExecutor", lambda threads: pools.append(threads) or ThreadPoolExecutor(threads)
+    )
     for threads in (1, 3):
-        torch.set_num_threads(threads)
-        try:
-            found.append((keys_of(images), digest_of(model.named_parameters())))
-        finally:
-            torch.set_num_threads(before)
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append((keys_of(images), digest.digest_of(model.named_parameters())))
     assert found[0] == found[1]
     assert len(set(found[0][0])) == 7
+    assert pools == [3, 3]
+    monkeypatch.setattr(threading, "main_thread", lambda: threading.Thread())  # one that has ended: none can be started
+    assert keys_of(images) == found[0][0]
+    assert pools == [3, 3]
 
 
 def one_bit(model):

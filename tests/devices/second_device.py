@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,11 @@ def waiting_refused(uploads_too: bool = True):
         torch.ops.second_device.refuse(False, False)
 
 
+def compiler() -> list[str]:
+    """The call of the C++ compiler: ``CXX``, or ``c++``."""
+    return shlex.split(os.environ.get("CXX", "c++"))
+
+
 def _built() -> Path:
     """The library, compiled once for every version of the source and of torch, next to what torch keeps for itself."""
     sources = SOURCE.read_bytes() + Path(__file__).read_bytes()
@@ -54,7 +60,7 @@ def _built() -> Path:
         parts = Path(torch.__file__).parent
         flags = ["-std=c++20", "-O0", "-shared", "-fPIC", f"-isystem{parts / 'include'}", f"-L{parts / 'lib'}"]
         libraries = ["-lc10", "-ltorch_cpu", "-ltorch"]
-        subprocess.run([os.environ.get("CXX", "c++"), *flags, str(SOURCE), "-o", str(new), *libraries], check=True)
+        subprocess.run([*compiler(), *flags, str(SOURCE), "-o", str(new), *libraries], check=True)
         new.replace(path)
     return path
 

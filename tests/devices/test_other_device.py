@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import second_device
 import torch
 from children import ENVIRONMENT
 
 FOLDER = Path(__file__).parent
-NEEDED = torch.cuda.is_available() or shutil.which(ENVIRONMENT.get("CXX", "c++"))
+NEEDED = torch.cuda.is_available() or shutil.which(second_device.compiler()[0])
 
 
 @pytest.mark.skipif(not NEEDED, reason="without a GPU, a C++ compiler must make the second device")

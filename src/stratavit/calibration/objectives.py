@@ -65,7 +65,7 @@ class CalibrationObjective:
 
 
 def drawn_classes(logits: Tensor, keys: Sequence[bytes], seed: int) -> Tensor:
-    """A class for each image, drawn from the prediction; ``[B]``, not on MPS. Image and seed fix the draw."""
+    """A class for each image, drawn from the prediction; ``[B]``, there. Image and seed fix the draw."""
     upto = wide(logits.detach()).softmax(dim=-1).cumsum(dim=-1)  # [B, classes]
     chances = to_device(uniforms(keys, seed), upto.device)
     drawn = torch.searchsorted(upto, chances[:, None] * upto[:, -1:], right=True)

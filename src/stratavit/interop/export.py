@@ -149,12 +149,18 @@ def check_target(path: str | Path, format: Format, overwrite: bool) -> None:
         StrataViTError: Its name ends like something else.
     """
     (check_free if format in FOLDERS else check_free_file)(path, overwrite)
-    own, ending = SUFFIXES[format], Path(path).suffix.lower()
-    others = [suffix for suffix in SUFFIXES.values() if suffix.startswith(".")]
-    is_number = ending[1:].isdigit()  # of a size or a version
-    if ending in others if format in FOLDERS else ending not in ("", own) and not is_number:
-        wanted = "is a folder" if format in FOLDERS else f"is a file that ends in {own}"
-        raise StrataViTError(f"export: format {format} {wanted}, got {str(path)!r}; give another name, or its format")
+    ending = Path(path).suffix.lower()
+    if format in FOLDERS:
+        wanted, fits = "a folder", ending not in SUFFIXES.values()
+    else:  # a number is of a size or a version
+        wanted, fits = (
+            f"a file that ends in {SUFFIXES[format]}",
+            ending in ("", SUFFIXES[format]) or ending[1:].isdigit(),
+        )
+    if not fits:
+        raise StrataViTError(
+            f"export: format {format} is {wanted}, got {str(path)!r}; give another name, or its format"
+        )
 
 
 def _images(model: nn.Module, images: Tensor | None, int8: bool) -> Tensor:
